@@ -1,0 +1,50 @@
+"""Training checkpoints: one directory each, written aside and renamed, so that what is there is whole.
+
+checkpoints/step-0001000/unet/     the student, as diffusers saves it
+checkpoints/step-0001000/state.pt  the rest: optimizer, lr_scheduler, EMA, scaler, position
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from pipeline.errors import UserError
+from shards.files import atomic_directory
+
+NAME = re.compile(r"step-(\d{7,})")
+
+
+def save_checkpoint(
+    checkpoints: Path, step: int, student: UNet2DConditionModel, state: dict[str, Any], total_limit: int
+) -> Path:
+    """Write one checkpoint, then delete the oldest ones beyond `total_limit`."""
+    path = checkpoints / f"step-{step:07d}"
+    shutil.rmtree(path, ignore_errors=True)
+    with atomic_directory(path) as folder:
+        student.save_pretrained(folder / "unet")
+        torch.save(state, folder / "state.pt")
+    for _, old in list_checkpoints(checkpoints)[:-total_limit]:
+        shutil.rmtree(old)
+    return path
+
+
+def list_checkpoints(checkpoints: Path) -> list[tuple[int, Path]]:
+    """(step, path) of every whole checkpoint, oldest first."""
+    found = checkpoints.iterdir() if checkpoints.is_dir() else ()
+    return sorted((int(match[1]), path) for path in found if (match := NAME.fullmatch(path.name)))
+
+
+def load_checkpoint(path: Path) -> tuple[UNet2DConditionModel, dict[str, Any]]:
+    """The student and the rest of the state, on the CPU. Raises UserError for one that cannot be read."""
+    try:
+        state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+        return UNet2DConditionModel.from_pretrained(path / "unet"), state
+    except (OSError, RuntimeError, ValueError, EOFError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"checkpoint {path} cannot be read ({reason}): delete it, and an older one is used") from error

@@ -1,0 +1,42 @@
+"""`distill-sd`: the stages under one name."""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import version
+
+import click
+
+COMMANDS = {
+    "encode": ("pipeline.encode", "Images and captions to latents and prompt embeddings."),
+    "teacher-cache": ("pipeline.teacher_cache", "Latents to the teacher's predictions and features."),
+    "distill": ("pipeline.distill", "Train a student from a cache."),
+}
+
+
+class LazyGroup(click.Group):
+    """Imports a stage only when it is asked for: `distill-sd --help` needs no torch."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        return importlib.import_module(COMMANDS[name][0]).command if name in COMMANDS else None
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, help) for name, (_, help) in COMMANDS.items()])
+
+
+@click.command(cls=LazyGroup)
+@click.version_option(version("distill-sd"))
+def main() -> None:
+    """Distil Stable Diffusion U-Nets into small, fast students, offline.
+
+    The three stages, in order: encode, teacher-cache, distill. Each resumes where it stopped when the
+    same command is run again.
+    """
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""A stage as a click command: options from its settings, `--dry-run`, and errors as exit statuses."""
+
+from __future__ import annotations
+
+import errno
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from pipeline.errors import UserError
+from pipeline.settings import Settings, click_options
+from shards.schema import ShardError
+
+USER_STATUS = 2
+INTERRUPTED_STATUS = 130
+
+
+def stage_command(
+    name: str, settings_class: type[Settings], plan: Callable[[Any], list[str]], run: Callable[[Any], None]
+) -> click.Command:
+    """The command of a stage. `plan(settings)` gives the lines of --dry-run, `run(settings)` does it.
+
+    What the user can mend ends in one message and status 2; a fault of ours keeps its traceback and
+    ends in status 1.
+    """
+
+    def callback(dry_run: bool, **values: Any) -> None:
+        try:
+            settings = settings_class(**values)
+            if dry_run:
+                click.echo(json.dumps(settings.as_json(), indent=2, ensure_ascii=False))
+                click.echo("\n".join(plan(settings)))
+                click.echo("dry run: nothing was written")
+            else:
+                run(settings)
+        except (UserError, ShardError) as error:
+            _stop(f"Error: {error}", USER_STATUS)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
+                raise
+            where = error.filename or "the output directory"
+            _stop(f"Error: {where}: {error.strerror}; mend that and run the same command again", USER_STATUS)
+        except KeyboardInterrupt:
+            _stop("Interrupted. Run the same command again to go on.", INTERRUPTED_STATUS)
+
+    dry_run = click.Option(["--dry-run"], is_flag=True, help="Print the settings and the plan, write nothing.")
+    help = run.__doc__ or ""
+    return click.Command(
+        name, callback=callback, params=[*click_options(settings_class), dry_run], help=help,
+        context_settings={"max_content_width": 110},
+    )  # fmt: skip
+
+
+def _stop(message: str, status: int) -> None:
+    click.echo(message, err=True)
+    sys.exit(status)

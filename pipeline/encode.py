@@ -1,0 +1,253 @@
+"""Stage one, first half. Images + captions -> latents/: VAE latents and prompt embeddings, in shards.
+
+raw bytes -> RGB -> square uint8 -> VAE posterior -> latents (sampled, scaled, fp16); caption -> prompt_embeds (fp16).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from tqdm import tqdm
+
+from pipeline import draws, models
+from pipeline.command import stage_command
+from pipeline.errors import UserError
+from pipeline.images import Crop, ImageProblem, decode, square
+from pipeline.settings import REQUIRED, Settings, option
+from pipeline.sources import Record, Source, inputs_sha256, open_source
+from pipeline.workers import ordered_map
+from pipeline.workspace import claim, existing_manifest, share, unfinished_shards, write_settings
+from shards.codec import encode_npy
+from shards.files import atomic_file
+from shards.manifest import refuse_other_spec
+from shards.reader import read_sidecar
+from shards.schema import EMPTY_PROMPT, LATENTS, PROMPT_EMBEDS, image_key, shard_names
+from shards.writer import Entry, write_shard
+
+SKIPPED = "skipped.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeSettings(Settings):
+    teacher: str = option(REQUIRED, "Stable Diffusion pipeline: a folder in diffusers layout, or a hub's name.")
+    data: Path = option(REQUIRED, "Image folder with a metadata.jsonl.")
+    out: Path = option(REQUIRED, "Directory to write the latents to.")
+    resolution: int = option(512, "Side of the square training pictures, in pixels.", low=8)
+    center_crop: bool = option(False, "Crop the centre instead of a random place.")
+    random_flip: bool = option(False, "Mirror half of the pictures, drawn at random.")
+    image_column: str = option("file_name", "Column of metadata.jsonl with the file name.")
+    caption_column: str = option("text", "Column of metadata.jsonl with the caption.")
+    batch_size: int = option(8, "Pictures in one forward pass.", low=1)
+    seed: int = option(0, "Seed of crops, flips and posterior draws.", low=0)
+    dtype: str = option("fp32", "Precision of the VAE and the text encoder.", choices=tuple(models.DTYPES))
+    device: str = option("auto", "auto takes the GPU if there is one.", choices=models.DEVICES)
+    workers: int = option(4, "Threads that decode and resize pictures.", low=1)
+    entries_per_shard: int = option(1000, "Pictures in one shard.", low=1)
+    revision: str | None = option(None, "Revision of the teacher on the hub.")
+    variant: str | None = option(None, "Variant of the teacher's weight files, such as fp16.")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A record with its square pixels (resolution, resolution, 3) uint8, or with the reason it has none."""
+
+    index: int
+    record: Record
+    pixels: np.ndarray | None = None
+    crop: Crop | None = None
+    problem: str | None = None
+
+
+def run(settings: EncodeSettings) -> None:
+    """Images and captions to latents and prompt embeddings, in shards."""
+    state = models.process_state(settings.device)
+    source = open_source(settings.data, settings.image_column, settings.caption_column)
+    base = models.load_base(
+        models.find_teacher(settings.teacher, settings.revision, settings.variant), settings.variant
+    )
+    spec = latents_spec(settings, source, base)
+    with state.main_process_first():
+        manifest = claim(settings.out, "latents", spec)
+    unfinished = unfinished_shards(settings.out, manifest)
+    if not unfinished:
+        report(settings.out, manifest.shard_names(), manifest.spec_sha256, "already finished, nothing to do: ")
+        return
+
+    base.to(state.device, models.DTYPES[settings.dtype])
+    if state.is_main_process:
+        write_settings(settings.out, "encode", settings)
+        write_empty_prompt(settings.out, base)
+    mine = share(unfinished, state)
+    names = manifest.shard_names()
+    planned = sum(len(records_of(source, settings, names.index(shard))) for shard in mine)
+    with tqdm(total=planned, unit="image", desc="encode", disable=not state.is_main_process) as progress:
+        for shard in mine:
+            skipped: list[dict[str, str]] = []
+            loaded = load_records(source, settings, names.index(shard))
+            entries = encode_entries(loaded, settings, base, skipped, progress.update)
+            write_shard(settings.out, shard, manifest.spec_sha256, entries, skipped)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        report(settings.out, names, manifest.spec_sha256, "")
+
+
+def latents_spec(settings: EncodeSettings, source: Source, base: DiffusionPipeline) -> dict[str, Any]:
+    """What the latents are, apart from how they are computed."""
+    return {
+        "stage": "latents",
+        "entries": len(source.records),
+        "entries_per_shard": settings.entries_per_shard,
+        "inputs_sha256": inputs_sha256(source.records),
+        "seed": settings.seed,
+        "resolution": settings.resolution,
+        "center_crop": settings.center_crop,
+        "random_flip": settings.random_flip,
+        "dtype": settings.dtype,
+        "latents_shape": models.latents_shape(base.vae, settings.resolution),
+        "prompt_embeds_shape": (base.tokenizer.model_max_length, base.text_encoder.config.hidden_size),
+        "scaling_factor": base.vae.config.scaling_factor,
+        "vae_sha256": models.weights_sha256(base.vae),
+        "text_encoder_sha256": models.weights_sha256(base.text_encoder),
+        "libraries": models.library_versions(),
+    }
+
+
+def records_of(source: Source, settings: EncodeSettings, shard: int) -> list[tuple[int, Record]]:
+    """(place in the whole input, record) of one shard."""
+    first = shard * settings.entries_per_shard
+    return list(enumerate(source.records))[first : first + settings.entries_per_shard]
+
+
+def load_records(source: Source, settings: EncodeSettings, shard: int) -> Iterator[Loaded]:
+    """The pictures of one shard, decoded and cropped in threads, in order."""
+    load = functools.partial(load_record, source, settings)
+    ahead = 2 * max(settings.batch_size, settings.workers)
+    return ordered_map(load, records_of(source, settings, shard), settings.workers, ahead)
+
+
+def load_record(source: Source, settings: EncodeSettings, indexed: tuple[int, Record]) -> Loaded:
+    index, record = indexed
+    if record.problem:
+        return Loaded(index, record, problem=record.problem)
+    draw = draws.generator(settings.seed, record.source_id, 0, "crop")
+    try:
+        image = decode(source.read(record))
+        pixels, crop = square(
+            image, settings.resolution, center_crop=settings.center_crop, random_flip=settings.random_flip, draw=draw
+        )
+    except (ImageProblem, OSError) as error:
+        return Loaded(index, record, problem=str(error))
+    return Loaded(index, record, pixels, crop)
+
+
+def encode_entries(
+    loaded: Iterable[Loaded],
+    settings: EncodeSettings,
+    base: DiffusionPipeline,
+    skipped: list[dict[str, str]],
+    advance: Callable[[int], Any],
+) -> Iterator[Entry]:
+    """The entries of one shard; what has no pixels goes to `skipped`. Batches end with the shard."""
+    batch: list[Loaded] = []
+    for item in loaded:
+        if item.problem is None:
+            batch.append(item)
+        else:
+            skipped.append({"source_id": item.record.source_id, "reason": item.problem})
+            advance(1)
+        if len(batch) == settings.batch_size:
+            yield from encode_batch(batch, settings, base)
+            advance(len(batch))
+            batch = []
+    if batch:
+        yield from encode_batch(batch, settings, base)
+        advance(len(batch))
+
+
+@torch.inference_mode()
+def encode_batch(batch: list[Loaded], settings: EncodeSettings, base: DiffusionPipeline) -> list[Entry]:
+    """One forward pass of the VAE's encoder and one of the text encoder."""
+    shape = models.latents_shape(base.vae, settings.resolution)
+    ids = [item.record.source_id for item in batch]
+    drawn = [draws.standard_normal(settings.seed, name, 0, "posterior", shape) for name in ids]
+    pixels = torch.from_numpy(np.stack([item.pixels for item in batch]))
+    latents = models.encode_images(base.vae, pixels, torch.from_numpy(np.stack(drawn)))
+    prompt_embeds = models.encode_prompts(base, [item.record.caption for item in batch])
+    stored = {LATENTS: latents.half().cpu().numpy(), PROMPT_EMBEDS: prompt_embeds.half().cpu().numpy()}
+    return [
+        entry_of(item, {name: array[i] for name, array in stored.items()}, settings) for i, item in enumerate(batch)
+    ]
+
+
+def entry_of(item: Loaded, arrays: dict[str, np.ndarray], settings: EncodeSettings) -> Entry:
+    record = item.record
+    entry = Entry(
+        image_key(item.index),
+        {"source_id": record.source_id, "caption": record.caption, "crop": item.crop.as_json()},
+    )
+    for name, array in arrays.items():
+        if not np.isfinite(array).all():
+            raise UserError(
+                f"the {name} of {record.source_id} hold NaN or Inf in {settings.dtype}, or do not fit fp16: "
+                "run with --dtype fp32, or take the image out"
+            )
+        entry.add_array(name, array)
+    return entry
+
+
+@torch.inference_mode()
+def write_empty_prompt(out: Path, base: DiffusionPipeline) -> None:
+    """The embedding (L, D) fp16 of the empty prompt, which the teacher stage gives to unconditional entries."""
+    with atomic_file(out / EMPTY_PROMPT) as stream:
+        stream.write(encode_npy(models.encode_prompts(base, [""])[0].half().cpu().numpy()))
+
+
+def report(out: Path, shards: list[str], spec_sha256: str, prefix: str) -> None:
+    """Say what the directory holds and list what was skipped. Raises UserError if nothing was encoded."""
+    sidecars = [read_sidecar(out, shard, spec_sha256) for shard in shards]
+    skipped = [item for sidecar in sidecars for item in sidecar.skipped]
+    encoded = sum(sidecar.count for sidecar in sidecars)
+    with atomic_file(out / SKIPPED) as stream:
+        stream.writelines(json.dumps(item, ensure_ascii=False).encode() + b"\n" for item in skipped)
+    if not encoded:
+        raise UserError(f"none of the {len(skipped)} images could be read: the reasons are in {out / SKIPPED}")
+    listed = f", {len(skipped)} skipped (reasons in {out / SKIPPED})" if skipped else ""
+    size = sum(sidecar.bytes for sidecar in sidecars)
+    click.echo(f"{prefix}{out} holds {encoded} images in {len(shards)} shards, {size / 1e6:.1f} MB{listed}")
+
+
+def plan(settings: EncodeSettings) -> list[str]:
+    """What a run would write."""
+    source = open_source(settings.data, settings.image_column, settings.caption_column)
+    base = models.load_base(
+        models.find_teacher(settings.teacher, settings.revision, settings.variant), settings.variant
+    )
+    spec = latents_spec(settings, source, base)
+    found = existing_manifest(settings.out, "latents")
+    if found is not None:
+        refuse_other_spec(settings.out, found.spec, spec)
+    shards = shard_names(spec["entries"], spec["entries_per_shard"])
+    left = shards if found is None else unfinished_shards(settings.out, found)
+    elements = np.prod(spec["latents_shape"]) + np.prod(spec["prompt_embeds_shape"])
+    per_entry = int(2 * elements)
+    return [
+        f"entries: {spec['entries']} in {len(shards)} shards, {len(left)} of them still to write",
+        f"bytes per entry: about {per_entry:,} (latents {spec['latents_shape']}, "
+        f"prompt_embeds {spec['prompt_embeds_shape']}, fp16)",
+        f"total: about {per_entry * spec['entries'] / 1e9:.3f} GB",
+    ]
+
+
+command = stage_command("encode", EncodeSettings, plan, run)
+
+if __name__ == "__main__":
+    command()

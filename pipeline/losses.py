@@ -1,0 +1,41 @@
+"""The losses of distillation (BK-SDM, eq. 1 to 4; weights as in distill-sd), each term in float32."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def mse(a: Tensor, b: Tensor) -> Tensor:
+    """Mean square error over everything, a scalar. Half precision would overflow over |a - b| of 255."""
+    return F.mse_loss(a.float(), b.float())
+
+
+def distillation_losses(
+    student_pred: Tensor,
+    target: Tensor,
+    teacher_pred: Tensor | None,
+    student_features: dict[str, Tensor],
+    teacher_features: dict[str, Tensor],
+    pairs: tuple[tuple[str, str], ...],
+) -> dict[str, Tensor]:
+    """The terms by name, each a float32 scalar: `task`, `output`, and `feature/<student tap>` a pair.
+
+    student_pred, target, teacher_pred (B, C, H, W); features by module path, equal shapes in a pair.
+    `teacher_pred` None leaves `output` out, and no pairs leave the features out.
+    """
+    terms = {"task": mse(student_pred, target)}
+    if teacher_pred is not None:
+        terms["output"] = mse(student_pred, teacher_pred)
+    for student_tap, teacher_tap in pairs:
+        terms[f"feature/{student_tap}"] = mse(student_features[student_tap], teacher_features[teacher_tap])
+    return terms
+
+
+def total_loss(terms: dict[str, Tensor], output_weight: float, feature_weight: float) -> Tensor:
+    """task + output_weight * output + feature_weight * sum of the features' terms."""
+    features = [term for name, term in terms.items() if name.startswith("feature/")]
+    total = terms["task"]
+    if "output" in terms:
+        total = total + output_weight * terms["output"]
+    return total + feature_weight * sum(features) if features else total

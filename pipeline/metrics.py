@@ -1,0 +1,76 @@
+"""What a training run reports: means of the loss terms, to the progress bar and to metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+
+
+class Metrics:
+    """Sums loss terms on the device and looks at them only when it logs.
+
+    A resumed run drops the lines of steps it is about to do again.
+    """
+
+    def __init__(self, path: Path, accelerator: Accelerator, step: int, max_train_steps: int) -> None:
+        self._accelerator = accelerator
+        self._sums: dict[str, Tensor] = {}
+        self._batches = 0
+        self._since = time.monotonic()
+        self._samples = 0
+        main = accelerator.is_main_process
+        self._bar = tqdm(total=max_train_steps, initial=step, unit="step", desc="distill", disable=not main)
+        self._file = None
+        if main:
+            kept = _lines_up_to(path, step)
+            path.write_text("".join(kept), encoding="utf-8")
+            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+
+    def add(self, terms: dict[str, Tensor], total: Tensor, samples: int) -> None:
+        """Take one batch's terms, float32 scalars on the device. No synchronisation."""
+        for name, term in {"loss": total, **terms}.items():
+            value = term.detach()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._batches += 1
+        self._samples += samples
+
+    def advance(self) -> None:
+        self._bar.update(1)
+
+    def log(self, step: int, **values: float) -> dict[str, float]:
+        """Mean over the batches since the last call and over processes; writes a line and returns it."""
+        names = list(self._sums)
+        stacked = torch.stack([self._sums[name] for name in names]) / self._batches
+        means = self._accelerator.reduce(stacked, reduction="mean").tolist()
+        seconds, self._since = time.monotonic() - self._since, time.monotonic()
+        line = {"step": step, **dict(zip(names, means, strict=True)), **values}
+        line["samples_per_second"] = round(self._samples * self._accelerator.num_processes / seconds, 3)
+        self._sums, self._batches, self._samples = {}, 0, 0
+        if self._file:
+            self._file.write(json.dumps({k: v if math.isfinite(v) else str(v) for k, v in line.items()}) + "\n")
+            self._file.flush()
+        feature = sum(mean for name, mean in line.items() if name.startswith("feature/"))
+        shown = {k: line[k] for k in ("loss", "task", "output") if k in line} | {"feature": feature}
+        self._bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()})
+        return line
+
+    def close(self) -> None:
+        self._bar.close()
+        if self._file:
+            self._file.close()
+
+
+def _lines_up_to(path: Path, step: int) -> list[str]:
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    # A crash may have cut the last line.
+    whole = [line for line in lines if line.endswith("}\n")]
+    return [line for line in whole if json.loads(line)["step"] <= step]

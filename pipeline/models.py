@@ -1,0 +1,187 @@
+"""The teacher's networks: where they are, loading them, hashing them, asking them; and saving a student."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import huggingface_hub.errors
+import numpy
+import torch
+import transformers
+from accelerate import PartialState
+from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+from torch import Tensor, nn
+
+from pipeline.errors import UserError
+from pipeline.taps import Taps
+from shards.files import atomic_directory, write_json
+
+# Their bars and hints about this package's own calls would drown the stages' one line of progress.
+diffusers.utils.logging.set_verbosity_error()
+diffusers.utils.logging.disable_progress_bar()
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DEVICES = ("auto", "cpu")
+MODEL_INDEX = "model_index.json"
+NEEDED = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
+
+
+def process_state(device: str) -> PartialState:
+    """This process among those of `accelerate launch` (one without it), and its device."""
+    return PartialState(cpu=True) if device == "cpu" else PartialState()
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> str:
+    """`auto` is fp16 on a GPU and fp32 elsewhere."""
+    return ("fp16" if device.type == "cuda" else "fp32") if dtype == "auto" else dtype
+
+
+def find_teacher(teacher: str, revision: str | None, variant: str | None) -> Path:
+    """The local folder of a Stable Diffusion pipeline: a folder itself, or a hub's name, downloaded.
+
+    Raises UserError if there is none or if it lacks a part that the stages need.
+    """
+    folder = Path(teacher)
+    if not folder.is_dir():
+        folder = _download(teacher, revision, variant)
+    if not (folder / MODEL_INDEX).is_file():
+        raise UserError(f"--teacher {teacher} has no {MODEL_INDEX}: give a checkpoint in diffusers layout")
+    index = json.loads((folder / MODEL_INDEX).read_text(encoding="utf-8"))
+    lacking = [name for name in NEEDED if not index.get(name) or index[name][0] is None]
+    if lacking:
+        raise UserError(f"--teacher {teacher} has no {', '.join(lacking)}: give a whole Stable Diffusion pipeline")
+    if "text_encoder_2" in index:
+        raise UserError(f"--teacher {teacher} is a {index['_class_name']}; SD-1.x and SD-2.x are supported so far")
+    return folder
+
+
+def _download(name: str, revision: str | None, variant: str | None) -> Path:
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"--teacher {name} is no folder")
+    try:
+        return Path(DiffusionPipeline.download(name, revision=revision, variant=variant))
+    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"--teacher {name} is no folder, and no model hub gave it: {reason}") from None
+
+
+def load_base(folder: Path, variant: str | None) -> DiffusionPipeline:
+    """Everything of the pipeline but its U-Net, float32, on the CPU."""
+    return _load(lambda: DiffusionPipeline.from_pretrained(folder, unet=None, variant=variant), folder)
+
+
+def load_unet(folder: Path, variant: str | None) -> UNet2DConditionModel:
+    """The teacher's U-Net, float32, on the CPU."""
+    return _load(lambda: UNet2DConditionModel.from_pretrained(folder, subfolder="unet", variant=variant), folder)
+
+
+def unet_config(folder: Path) -> dict[str, Any]:
+    """The teacher's U-Net config alone, with diffusers' defaults filled in."""
+    config = _load(lambda: UNet2DConditionModel.load_config(folder, subfolder="unet"), folder)
+    with torch.device("meta"):
+        return dict(UNet2DConditionModel.from_config(config).config)
+
+
+def _load(load, folder: Path):
+    try:
+        return load()
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"{folder} cannot be loaded: {reason}; is the download complete?") from error
+
+
+def load_noise_scheduler(folder: Path, prediction_type: str | None) -> DDPMScheduler:
+    """The noise schedule the teacher was trained with; `prediction_type` overrides what its config says."""
+    noise_scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
+    if prediction_type:
+        noise_scheduler.register_to_config(prediction_type=prediction_type)
+    return noise_scheduler
+
+
+def encode_prompts(base: DiffusionPipeline, captions: list[str]) -> Tensor:
+    """(B, L, D) float32: the text encoder's last hidden state, as StableDiffusionPipeline uses it."""
+    tokenizer, text_encoder = base.tokenizer, base.text_encoder
+    tokens = tokenizer(
+        captions, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+    )
+    device = text_encoder.device
+    uses_mask = getattr(text_encoder.config, "use_attention_mask", False)
+    mask = tokens.attention_mask.to(device) if uses_mask else None
+    return text_encoder(tokens.input_ids.to(device), attention_mask=mask)[0].float()
+
+
+def encode_images(vae: nn.Module, pixels: Tensor, standard_normal: Tensor) -> Tensor:
+    """uint8 (B, H, W, 3) -> latents (B, 4, H/f, W/f) float32, sampled and scaled.
+
+    `standard_normal`, of the latents' shape, picks the point of the posterior: mean + std * it.
+    """
+    images = pixels.to(vae.device).permute(0, 3, 1, 2).to(vae.dtype) / 127.5 - 1.0
+    posterior = vae.encode(images).latent_dist
+    sampled = posterior.mean.float() + posterior.std.float() * standard_normal.to(vae.device)
+    return sampled * vae.config.scaling_factor
+
+
+def latents_shape(vae: nn.Module, resolution: int) -> tuple[int, int, int]:
+    """(C, H, W) of a square image's latents. Raises UserError if the resolution does not divide."""
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    if resolution % factor:
+        raise UserError(f"--resolution {resolution} is not a multiple of {factor}, the VAE's downscaling")
+    return vae.config.latent_channels, resolution // factor, resolution // factor
+
+
+def tap_shapes(
+    config: dict[str, Any], latents: tuple[int, ...], prompt_embeds: tuple[int, ...], taps: list[str]
+) -> dict[str, tuple[int, int, int]]:
+    """The (C, H, W) of each tap, from a forward pass without data."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(config)
+        with Taps(unet, taps).recording() as features:
+            unet(torch.empty(1, *latents), torch.zeros(1), encoder_hidden_states=torch.empty(1, *prompt_embeds))
+    return {tap: tuple(features[tap].shape[1:]) for tap in taps}
+
+
+def weights_sha256(module: nn.Module) -> str:
+    """A hash of a network's tensors with their names: equal for equal weights, whatever the files."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+def library_versions() -> dict[str, str]:
+    modules = {"torch": torch, "diffusers": diffusers, "transformers": transformers, "numpy": numpy}
+    return {name: module.__version__ for name, module in modules.items()}
+
+
+def save_base(base: DiffusionPipeline, noise_scheduler: DDPMScheduler, out: Path) -> None:
+    """Write all of the teacher's pipeline but the U-Net, ready to take a student's.
+
+    The sampling scheduler stays the teacher's, with the prediction type that was settled.
+    """
+    base.scheduler.register_to_config(prediction_type=noise_scheduler.config.prediction_type)
+    with atomic_directory(out) as folder:
+        base.save_pretrained(folder)
+        index = json.loads((folder / MODEL_INDEX).read_text(encoding="utf-8"))
+        write_json(folder / MODEL_INDEX, {**index, "unet": ["diffusers", "UNet2DConditionModel"]})
+
+
+def save_pipeline(base: Path, unet: UNet2DConditionModel, out: Path) -> None:
+    """A whole pipeline in `out`: the files of `base` and the U-Net; model_index.json comes last."""
+    for part in sorted(path for path in base.iterdir() if path.is_dir()):
+        _replace_directory(out / part.name, lambda folder, part=part: shutil.copytree(part, folder, dirs_exist_ok=True))
+    _replace_directory(out / "unet", unet.save_pretrained)
+    write_json(out / MODEL_INDEX, json.loads((base / MODEL_INDEX).read_text(encoding="utf-8")), indent=2)
+
+
+def _replace_directory(path: Path, fill) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+    with atomic_directory(path) as folder:
+        fill(folder)

@@ -1,0 +1,116 @@
+"""Settings of a stage: a frozen dataclass whose fields carry their help and limits.
+
+The same fields check values at construction, become the click options of the stage's command, and are
+written as JSON beside the output.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pipeline.errors import UserError
+
+REQUIRED = dataclasses.MISSING
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[str, ...] | None = None,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+) -> Any:
+    """A settings field. `low` and `high` are allowed values, `above` is the largest that is not."""
+    metadata = {"help": help, "choices": choices, "low": low, "high": high, "above": above}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Base of every stage's settings: checks each field's limits when one is made.
+
+    Raises UserError that names the option, its value and what is allowed.
+    """
+
+    def __post_init__(self) -> None:
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            if value is not None:
+                _check(flag(setting.name), value, setting.metadata)
+
+    def as_json(self) -> dict[str, Any]:
+        return {s.name: _plain(getattr(self, s.name)) for s in fields(self)}
+
+
+def flag(name: str) -> str:
+    """The command-line name of a field: `batch_size` -> `--batch-size`."""
+    return "--" + name.replace("_", "-")
+
+
+def _check(name: str, value: Any, limits: typing.Mapping[str, Any]) -> None:
+    choices, low, high, above = (limits.get(key) for key in ("choices", "low", "high", "above"))
+    for item in value if isinstance(value, tuple) else (value,):
+        if choices and item not in choices:
+            raise UserError(f"{name} {item!r} is not one of {', '.join(choices)}")
+    if low is not None and value < low:
+        raise UserError(f"{name} is {value}; it must be at least {low}")
+    if high is not None and value > high:
+        raise UserError(f"{name} is {value}; it must be at most {high}")
+    if above is not None and not value > above:
+        raise UserError(f"{name} is {value}; it must be more than {above}")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+class CommaSeparated(click.ParamType):
+    """`a,b` on the command line, a tuple of strings in the settings."""
+
+    name = "name,name"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        return value if isinstance(value, tuple) else tuple(part.strip() for part in value.split(",") if part.strip())
+
+
+def click_options(settings: type[Settings]) -> list[click.Option]:
+    """One click option for each field, in the order of the class."""
+    hints = typing.get_type_hints(settings)
+    return [_click_option(setting, hints[setting.name]) for setting in fields(settings)]
+
+
+def _click_option(setting: dataclasses.Field, hint: Any) -> click.Option:
+    required = setting.default is REQUIRED
+    default = None if required else setting.default
+    kind = _without_none(hint)
+    name, help = flag(setting.name), setting.metadata["help"]
+    if kind is bool:
+        return click.Option([f"{name}/--no-{name[2:]}"], default=default, show_default=True, help=help)
+    choices = setting.metadata["choices"]
+    if typing.get_origin(kind) is tuple:
+        parameter, shown = CommaSeparated(), ",".join(default or ())
+        help += f" Of: {', '.join(choices)}." if choices else ""
+    else:
+        parameter = click.Choice(choices) if choices else kind
+        shown = True if default is not None else "none"
+    return click.Option(
+        [name, setting.name], type=parameter, default=default, required=required,
+        show_default=False if required else shown, help=help,
+    )  # fmt: skip
+
+
+def _without_none(hint: Any) -> Any:
+    if isinstance(hint, types.UnionType):
+        return next(part for part in typing.get_args(hint) if part is not types.NoneType)
+    return hint

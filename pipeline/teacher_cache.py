@@ -1,0 +1,376 @@
+"""Stage one, second half. latents/ -> cache/: the teacher's predictions and features at sampled timesteps.
+
+(latents, prompt_embeds) x rounds -> noise, timestep -> teacher U-Net -> teacher_pred, taps -> entries.
+What is stored rounded is rounded before the teacher runs, so a student sees exactly what the teacher saw.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+from torch import Tensor
+from tqdm import tqdm
+
+from pipeline import draws, models
+from pipeline.command import stage_command
+from pipeline.diffusion import PREDICTION_TYPES, add_noise
+from pipeline.errors import UserError
+from pipeline.settings import REQUIRED, Settings, option
+from pipeline.students import LEVELS, check_teacher, student_config, student_weights, teacher_taps
+from pipeline.taps import Taps, sample_tokens, token_stride
+from pipeline.workspace import claim, existing_manifest, share, unfinished_shards, write_settings
+from shards import device_codec
+from shards.codec import CODECS, EXACT_DTYPES, MAX_SNR_DB, decode_npy, pack_quantised
+from shards.files import atomic_directory
+from shards.manifest import Manifest, refuse_other_spec
+from shards.reader import Sample, ShardSet, read_sidecar
+from shards.schema import (
+    EMPTY_PROMPT,
+    LATENTS,
+    NOISE,
+    PROMPT_EMBEDS,
+    TEACHER_PRED,
+    entry_key,
+    shard_names,
+    tap_member,
+)
+from shards.writer import Entry, write_shard
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherCacheSettings(Settings):
+    teacher: str = option(REQUIRED, "The pipeline that the latents were made with: a folder, or a hub's name.")
+    latents: Path = option(REQUIRED, "Directory that `encode` wrote.")
+    out: Path = option(REQUIRED, "Directory to write the cache to.")
+    rounds: int = option(4, "Passes over the latents, each with its own noise and timesteps.", low=1)
+    students: tuple[str, ...] = option(("sd_small",), "Levels the cache shall serve.", choices=tuple(LEVELS))
+    codec: str = option("dither", "How features are stored: fp16 and fp32 are exact.", choices=CODECS)
+    snr_db: float = option(15.0, "Signal-to-noise ratio of the dither codec, in decibels.", low=-10.0, high=MAX_SNR_DB)
+    token_stride: int = option(2, "Keep one position of each N x N cell of a large tap.", low=1)
+    token_min: int = option(32, "Rows from which on a tap counts as large.", low=1)
+    batch_size: int = option(8, "Entries in one forward pass.", low=1)
+    seed: int = option(0, "Seed of noise, timesteps, dither and what is drawn beside.", low=0)
+    noise_offset: float = option(0.0, "Strength of a noise offset for each channel.", low=0.0)
+    uncond_fraction: float = option(0.0, "Share of entries that get the empty prompt.", low=0.0, high=1.0)
+    prediction_type: str | None = option(
+        None, "What the teacher predicts; by default what its scheduler says.", choices=PREDICTION_TYPES
+    )
+    dtype: str = option(
+        "auto", "Precision of the teacher; auto is fp16 on a GPU, else fp32.", choices=("auto", *models.DTYPES)
+    )
+    device: str = option("auto", "auto takes the GPU if there is one.", choices=models.DEVICES)
+    entries_per_shard: int = option(250, "Entries in one shard.", low=1)
+    revision: str | None = option(None, "Revision of the teacher on the hub.")
+    variant: str | None = option(None, "Variant of the teacher's weight files, such as fp16.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.students:
+            raise UserError(f"--students names no level; choose of {', '.join(LEVELS)}")
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """What one forward pass needs. `alphas_cumprod` (T,) float32; `empty_prompt` (L, D) fp16."""
+
+    unet: UNet2DConditionModel
+    taps: Taps
+    alphas_cumprod: Tensor
+    empty_prompt: np.ndarray
+
+
+def run(settings: TeacherCacheSettings) -> None:
+    """Latents to the teacher's predictions and features, in rounds."""
+    state = models.process_state(settings.device)
+    latents = ShardSet(settings.latents, "latents")
+    folder = models.find_teacher(settings.teacher, settings.revision, settings.variant)
+    base, unet = models.load_base(folder, settings.variant), models.load_unet(folder, settings.variant)
+    noise_scheduler = models.load_noise_scheduler(folder, settings.prediction_type)
+    check_encoders(settings, latents, base)
+    spec = cache_spec(settings, latents, unet, noise_scheduler, state.device)
+    with state.main_process_first():
+        manifest = claim(settings.out, "cache", spec, settings.rounds)
+        save_what_students_need(settings, base, unet, noise_scheduler)
+    del base
+    unfinished = unfinished_shards(settings.out, manifest)
+    if not unfinished:
+        report(settings.out, manifest, "already finished, nothing to do: ")
+        return
+
+    if state.is_main_process:
+        write_settings(settings.out, "teacher-cache", settings)
+    dtype = models.DTYPES[spec["dtype"]]
+    unet.to(state.device, dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
+    teacher = Teacher(
+        unet, Taps(unet, spec["taps"]), noise_scheduler.alphas_cumprod.to(state.device),
+        decode_npy((settings.latents / EMPTY_PROMPT).read_bytes()),
+    )  # fmt: skip
+    mine = share(unfinished, state)
+    planned = sum(len(place_of(manifest, shard)[1]) for shard in mine)
+    with tqdm(total=planned, unit="entry", desc="teacher-cache", disable=not state.is_main_process) as progress:
+        for shard in mine:
+            entries = cache_entries(shard, manifest, latents, teacher, settings, progress.update)
+            write_shard(settings.out, shard, manifest.spec_sha256, entries, [])
+    state.wait_for_everyone()
+    if state.is_main_process:
+        report(settings.out, manifest, "")
+
+
+def check_encoders(settings: TeacherCacheSettings, latents: ShardSet, base: DiffusionPipeline) -> None:
+    """Raise UserError if the latents come from another VAE or text encoder than this teacher has."""
+    spec = latents.manifest.spec
+    for name, module in (("VAE", base.vae), ("text encoder", base.text_encoder)):
+        stated = spec[f"{name.lower().replace(' ', '_')}_sha256"]
+        if models.weights_sha256(module) != stated:
+            raise UserError(
+                f"{settings.latents} was encoded with another {name} than --teacher {settings.teacher} has: "
+                "give the teacher that encode had, or encode again"
+            )
+
+
+def cache_spec(
+    settings: TeacherCacheSettings,
+    latents: ShardSet,
+    unet: UNet2DConditionModel,
+    noise_scheduler: DDPMScheduler,
+    device: torch.device,
+) -> dict[str, Any]:
+    """What the entries are. `strata` is the number of rounds of the first run and never changes after."""
+    prediction_type = noise_scheduler.config.prediction_type
+    if prediction_type not in PREDICTION_TYPES:
+        raise UserError(
+            f"the teacher's scheduler says prediction type {prediction_type!r}; "
+            f"set --prediction-type to one of {', '.join(PREDICTION_TYPES)}"
+        )
+    found = existing_manifest(settings.out, "cache")
+    config = dict(noise_scheduler.config)
+    return {
+        "stage": "cache",
+        "entries": len(latents),
+        "entries_per_shard": settings.entries_per_shard,
+        "strata": found.spec["strata"] if found else settings.rounds,
+        "seed": settings.seed,
+        "levels": list(settings.students),
+        "taps": tap_specs(settings, latents, dict(unet.config)),
+        "codec": {"name": settings.codec, **({"snr_db": settings.snr_db} if settings.codec == "dither" else {})},
+        "noise_offset": settings.noise_offset,
+        "uncond_fraction": settings.uncond_fraction,
+        "prediction_type": prediction_type,
+        "noise_scheduler": {key: config[key] for key in sorted(config) if not key.startswith("_")},
+        "dtype": models.resolve_dtype(settings.dtype, device),
+        "teacher_sha256": models.weights_sha256(unet),
+        "latents": latents.manifest.spec,
+        "libraries": models.library_versions(),
+    }
+
+
+def tap_specs(settings: TeacherCacheSettings, latents: ShardSet, config: dict[str, Any]) -> dict[str, Any]:
+    """For each tap: `shape` (C, H, W) of the module's output, and the `stride` of its token sampling."""
+    try:
+        check_teacher(config)
+    except ValueError as error:
+        raise UserError(f"--teacher {settings.teacher}: {error}") from None
+    spec = latents.manifest.spec
+    shapes = models.tap_shapes(
+        config, spec["latents_shape"], spec["prompt_embeds_shape"], teacher_taps(settings.students)
+    )
+    return {
+        tap: {"shape": list(s), "stride": token_stride(s[1], s[2], settings.token_stride, settings.token_min)}
+        for tap, s in shapes.items()
+    }
+
+
+def save_what_students_need(
+    settings: TeacherCacheSettings, base: DiffusionPipeline, unet: UNet2DConditionModel, noise_scheduler: DDPMScheduler
+) -> None:
+    """base/ and students/<level>/ in the cache, each written whole or not at all, unless it is there."""
+    if not (settings.out / "base").is_dir():
+        models.save_base(base, noise_scheduler, settings.out / "base")
+    teacher_weights = unet.state_dict()
+    for level in settings.students:
+        folder = settings.out / "students" / level
+        if folder.is_dir():
+            continue
+        student = UNet2DConditionModel.from_config(student_config(dict(unet.config), level))
+        shapes = {name: tuple(tensor.shape) for name, tensor in student.state_dict().items()}
+        try:
+            student.load_state_dict(student_weights(shapes, teacher_weights, level), strict=True)
+        except ValueError as error:
+            raise UserError(f"--teacher {settings.teacher}: {error}") from None
+        with atomic_directory(folder) as temporary:
+            student.save_pretrained(temporary)
+
+
+def place_of(manifest: Manifest, shard: str) -> tuple[int, range]:
+    """The round of a shard, and the entries of the latents it is made from."""
+    entries, size = manifest.spec["entries"], manifest.spec["entries_per_shard"]
+    round_index, place = divmod(manifest.shard_names().index(shard), len(shard_names(entries, size)))
+    return round_index, range(place * size, min((place + 1) * size, entries))
+
+
+def cache_entries(
+    shard: str,
+    manifest: Manifest,
+    latents: ShardSet,
+    teacher: Teacher,
+    settings: TeacherCacheSettings,
+    advance: Callable[[int], Any],
+) -> Iterator[Entry]:
+    """The entries of one shard, in batches that end with it."""
+    round_index, indices = place_of(manifest, shard)
+    for first in range(0, len(indices), settings.batch_size):
+        samples = [latents.read(i, (LATENTS, PROMPT_EMBEDS)) for i in indices[first : first + settings.batch_size]]
+        yield from cache_batch(samples, round_index, manifest.spec, teacher)
+        advance(len(samples))
+
+
+@torch.inference_mode()
+def cache_batch(samples: list[Sample], round_index: int, spec: dict[str, Any], teacher: Teacher) -> list[Entry]:
+    """One forward pass of the teacher: B images at one timestep each -> B entries."""
+    entries = [new_entry(sample, round_index, spec, teacher) for sample in samples]
+    inputs = {
+        name: torch.from_numpy(np.stack([decode_npy(entry.members[f"{name}.npy"]) for entry in entries]))
+        for name in (LATENTS, NOISE, PROMPT_EMBEDS)
+    }
+    device, dtype = teacher.unet.device, teacher.unet.dtype
+    timesteps = torch.tensor([entry.meta["timestep"] for entry in entries], device=device)
+    noisy = add_noise(inputs[LATENTS].to(device), inputs[NOISE].to(device), timesteps, teacher.alphas_cumprod)
+    with teacher.taps.recording() as features:
+        prediction = teacher.unet(
+            noisy.to(dtype), timesteps, encoder_hidden_states=inputs[PROMPT_EMBEDS].to(device, dtype)
+        ).sample
+
+    exact = EXACT_DTYPES.get(spec["codec"]["name"], np.dtype(np.float16))
+    add_exact(entries, TEACHER_PRED, prediction, exact)
+    for tap, tap_spec in spec["taps"].items():
+        add_feature(entries, tap, features[tap], tap_spec["stride"], spec)
+    return entries
+
+
+def new_entry(sample: Sample, round_index: int, spec: dict[str, Any], teacher: Teacher) -> Entry:
+    """What an entry holds before the teacher has seen it: its draws, its latents and its prompt."""
+    seed, source_id = spec["seed"], sample.meta["source_id"]
+    latents = sample.tensors[LATENTS].values
+    unconditional = draws.is_unconditional(seed, source_id, round_index, spec["uncond_fraction"])
+    train_timesteps = len(teacher.alphas_cumprod)
+    meta = {
+        **sample.meta,
+        "round": round_index,
+        "timestep": draws.timestep(seed, source_id, round_index, spec["strata"], train_timesteps),
+        "unconditional": unconditional,
+        "taps": {},
+    }
+    entry = Entry(entry_key(sample.key, round_index), meta)
+    entry.add_array(LATENTS, latents)
+    noise = draws.noise(seed, source_id, round_index, latents.shape, spec["noise_offset"])
+    entry.add_array(NOISE, noise.astype(np.float16))
+    entry.add_array(PROMPT_EMBEDS, teacher.empty_prompt if unconditional else sample.tensors[PROMPT_EMBEDS].values)
+    return entry
+
+
+def add_exact(entries: list[Entry], name: str, values: Tensor, dtype: np.dtype) -> None:
+    """Add (B, ...) `values` to the entries, unquantised."""
+    check_finite(entries, name, values)
+    stored = values.float().cpu().numpy().astype(dtype)
+    for entry, array in zip(entries, stored, strict=True):
+        if not np.isfinite(array).all():
+            raise UserError(f"{name} of entry {entry.key} does not fit fp16: run with --codec dither or fp32")
+        entry.add_array(name, array)
+
+
+def add_feature(entries: list[Entry], tap: str, features: Tensor, stride: int, spec: dict[str, Any]) -> None:
+    """Sample (B, C, H, W) `features`, encode them, and add them with what decoding needs to the entries."""
+    draw = [(spec["seed"], entry.meta["source_id"], entry.meta["round"], tap) for entry in entries]
+    rows, columns = zip(*(draws.token_offset(*d, stride) for d in draw), strict=True)
+    kept = sample_tokens(features, rows, columns, stride)
+    records: list[dict[str, Any]] = [{"row": r, "column": c} for r, c in zip(rows, columns, strict=True)]
+    if spec["codec"]["name"] in EXACT_DTYPES:
+        add_exact(entries, tap_member(tap), kept, EXACT_DTYPES[spec["codec"]["name"]])
+    else:
+        check_finite(entries, tap_member(tap), kept)
+        offsets = [draws.dither_offset(*d) for d in draw]
+        q, mu, step = device_codec.quantise(kept, spec["codec"]["snr_db"], offsets)
+        packed = map(pack_quantised, q.cpu().numpy(), mu.cpu().numpy())
+        for entry, record, data, s, offset in zip(entries, records, packed, step.tolist(), offsets, strict=True):
+            record.update(step=s, dither=offset)
+            entry.add_compressed(tap_member(tap), *data)
+    for entry, record in zip(entries, records, strict=True):
+        entry.meta["taps"][tap] = record
+
+
+def check_finite(entries: list[Entry], name: str, values: Tensor) -> None:
+    fine = torch.isfinite(values).flatten(1).all(dim=1).tolist()
+    if not all(fine):
+        entry = entries[fine.index(False)]
+        raise UserError(
+            f"the teacher gave NaN or Inf in {name} of entry {entry.key} ({entry.meta['source_id']}, "
+            f"timestep {entry.meta['timestep']}): run with --dtype fp32 or bf16, or check the teacher's weights"
+        )
+
+
+def report(out: Path, manifest: Manifest, prefix: str) -> None:
+    """Say what the cache holds."""
+    names = manifest.shard_names()
+    sidecars = [read_sidecar(out, shard, manifest.spec_sha256) for shard in names]
+    count, size = sum(s.count for s in sidecars), sum(s.bytes for s in sidecars)
+    per_entry = f", {size / count:,.0f} bytes per entry" if count else ""
+    click.echo(
+        f"{prefix}{out} holds {count} entries ({manifest.rounds} rounds) in {len(names)} shards, "
+        f"{size / 1e6:.1f} MB{per_entry}"
+    )
+
+
+def plan(settings: TeacherCacheSettings) -> list[str]:
+    """What a run would write. The size of quantised taps is estimated by Gaussian entropy."""
+    latents = ShardSet(settings.latents, "latents")
+    folder = models.find_teacher(settings.teacher, settings.revision, settings.variant)
+    taps = tap_specs(settings, latents, models.unet_config(folder))
+    found = existing_manifest(settings.out, "cache")
+    if found is not None:
+        refuse_other_spec(settings.out / "taps", found.spec["taps"], taps)
+    spec = latents.manifest.spec
+    exact = EXACT_DTYPES.get(settings.codec, np.dtype(np.float16)).itemsize
+    latent = math.prod(spec["latents_shape"])
+    sizes = {
+        "latents and noise": 4 * latent,
+        TEACHER_PRED: exact * latent,
+        PROMPT_EMBEDS: 2 * math.prod(spec["prompt_embeds_shape"]),
+        **{tap: tap_bytes(settings, t["shape"], t["stride"]) for tap, t in taps.items()},
+    }
+    entries = len(latents) * settings.rounds
+    width = max(map(len, sizes))
+    return [
+        f"entries: {len(latents)} images x {settings.rounds} rounds = {entries}",
+        "bytes per entry, about:",
+        *(f"  {name:<{width}} {size:>12,}" for name, size in sizes.items()),
+        f"  {'together':<{width}} {sum(sizes.values()):>12,}",
+        f"total: about {entries * sum(sizes.values()) / 1e9:.3f} GB, and the students' initial weights",
+        f"teacher forward passes: {entries}, in batches of {settings.batch_size}",
+    ]
+
+
+def tap_bytes(settings: TeacherCacheSettings, shape: list[int], stride: int) -> int:
+    """About how many bytes one entry's tap takes: exactly for the exact codecs, else by Gaussian entropy.
+
+    The entropy of dithered q is near h(x) - log2(step) = log2(sqrt(2 pi e) sigma / step) bits, never
+    quite zero at low rates; mu adds four bytes a channel.
+    """
+    kept = math.prod(shape) // stride**2
+    if settings.codec in EXACT_DTYPES:
+        return EXACT_DTYPES[settings.codec].itemsize * kept
+    variance = 1 / 12 + 10 ** (settings.snr_db / 10) / 12
+    return int(kept * 0.5 * math.log2(2 * math.pi * math.e * variance) / 8) + 4 * shape[0]
+
+
+command = stage_command("teacher-cache", TeacherCacheSettings, plan, run)
+
+if __name__ == "__main__":
+    command()

@@ -1,0 +1,48 @@
+"""The output directory of a stage that writes shards: claiming it, and sharing out what is left to write."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+from pipeline.settings import Settings
+from shards.files import write_json
+from shards.manifest import Manifest, read_manifest, refuse_other_spec, write_manifest
+from shards.schema import MANIFEST
+from shards.writer import is_finished
+
+
+def existing_manifest(out: Path, stage: str) -> Manifest | None:
+    return read_manifest(out, stage) if (out / MANIFEST).is_file() else None
+
+
+def claim(out: Path, stage: str, spec: dict[str, Any], rounds: int | None = None) -> Manifest:
+    """The manifest of `out` for `spec`: written now, or found there with the same one.
+
+    More `rounds` than are there extend it; fewer leave it. Raises ShardError with the difference if
+    `out` was made for another spec.
+    """
+    found = existing_manifest(out, stage)
+    if found is not None:
+        refuse_other_spec(out, found.spec, spec)
+        if rounds is None or rounds <= found.rounds:
+            return found
+    out.mkdir(parents=True, exist_ok=True)
+    manifest = Manifest(spec if found is None else found.spec, rounds)
+    write_manifest(out, manifest)
+    return manifest
+
+
+def write_settings(out: Path, name: str, settings: Settings) -> None:
+    write_json(out / f"{name}.json", settings.as_json())
+
+
+def unfinished_shards(out: Path, manifest: Manifest) -> list[str]:
+    return [shard for shard in manifest.shard_names() if not is_finished(out, shard)]
+
+
+def share(shards: list[str], state: PartialState) -> list[str]:
+    """The shards of this process: every n-th of them."""
+    return shards[state.process_index :: state.num_processes]

@@ -1,0 +1,145 @@
+"""The feature codec in numpy: the reference that says what is right, and the bytes of a member.
+
+Subtractive dithered quantisation (Gray & Stockham, "Dithered quantizers", 1993), with zstd as the
+entropy coder:
+
+    step = sqrt(12 * 10^(-snr_db/10) * mean((x - mu)^2))     one per entry and tap; mu per channel
+    q    = round((x - mu) / step + u)                        u uniform in [-1/2, 1/2), known to both sides
+    x'   = (q - u) * step + mu                               |x' - x| <= step/2; the error is independent of x
+
+Nothing is clipped: `q` is stored in as many byte planes as its range needs.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import math
+
+import numpy as np
+import zstandard
+
+from shards.schema import ShardError
+
+CODECS = ("fp16", "fp32", "dither")
+EXACT_DTYPES = {"fp16": np.dtype(np.float16), "fp32": np.dtype(np.float32)}
+DITHER_TABLE_SIZE = 1 << 22
+# Up to here |q| stays under 2^24, where float32 holds every integer, for any tensor of 2^22 elements.
+MAX_SNR_DB = 60.0
+
+
+@functools.cache
+def dither_table() -> np.ndarray:
+    """(2^22,) float32 in [-1/2, 1/2), multiples of 2^-16: part of the format, the same everywhere.
+
+    Raw bits of a counter-based generator are used because numpy promises that they never change.
+    """
+    bits = np.random.Philox(key=0xD17AE5).random_raw(DITHER_TABLE_SIZE // 4)
+    integers = bits.astype("<u8").view("<u2")
+    return (integers.astype(np.float32) - np.float32(32768)) / np.float32(65536)
+
+
+def dither(offset: int, shape: tuple[int, ...]) -> np.ndarray:
+    """The dither of one tensor: `shape` consecutive values of the table from `offset`, wrapping round."""
+    table = dither_table()
+    return np.take(table, np.arange(offset, offset + math.prod(shape)), mode="wrap").reshape(shape)
+
+
+def quantise(x: np.ndarray, snr_db: float, offset: int) -> tuple[np.ndarray, np.ndarray, np.float32]:
+    """x (C, H, W) float32 -> q (C, H, W) int32, mu (C,) float32, step float32 (0 where x is constant)."""
+    mu = x.mean(axis=(1, 2), dtype=np.float32)
+    centred = x - mu[:, None, None]
+    peak = np.abs(centred).max()
+    if peak == 0:
+        return np.zeros(x.shape, np.int32), mu, np.float32(0)
+    # Relative to the peak, the squares neither overflow nor underflow at any scale.
+    power = np.mean(np.square(centred / peak))
+    step = np.float32(math.sqrt(12.0 * 10.0 ** (-snr_db / 10.0) * power) * peak)
+    q = np.rint(centred / step + dither(offset, x.shape))
+    return q.astype(np.int32), mu, step
+
+
+def dequantise(q: np.ndarray, mu: np.ndarray, step: float, offset: int) -> np.ndarray:
+    """q (C, H, W) integers, mu (C,), step -> x' (C, H, W) float32."""
+    return (q.astype(np.float32) - dither(offset, q.shape)) * np.float32(step) + mu[:, None, None]
+
+
+def smallest_integer_dtype(low: int, high: int) -> np.dtype:
+    """The narrowest of int8, int16, int32 that holds every value from `low` to `high`."""
+    return next(d for d in map(np.dtype, ("<i1", "<i2", "<i4")) if low >= np.iinfo(d).min and high <= np.iinfo(d).max)
+
+
+def pack_quantised(q: np.ndarray, mu: np.ndarray) -> tuple[bytes, int]:
+    """q (C, H, W) integers and mu (C,) float32 -> the member's bytes, and their size uncompressed.
+
+    Two .npy arrays in a row under one zstd frame: mu, then the byte planes of q, (planes, C, H, W)
+    uint8, least significant first (a plane of high bytes is nearly constant and costs little). Level
+    1, because deeper match search only finds false matches in noise. The frame carries a checksum.
+    """
+    narrow = q.astype(smallest_integer_dtype(int(q.min()), int(q.max())), copy=False)
+    planes = np.moveaxis(np.ascontiguousarray(narrow)[..., None].view(np.uint8), -1, 0)
+    raw = encode_npy(mu) + encode_npy(planes)
+    return zstandard.ZstdCompressor(level=1, write_checksum=True).compress(raw), len(raw)
+
+
+def unpack_quantised(data: bytes, raw_bytes: int) -> tuple[np.ndarray, np.ndarray]:
+    """The inverse of `pack_quantised`: q (C, H, W) int8, int16 or int32, and mu (C,) float32.
+
+    Raises ShardError when the frame is damaged or states another size than `raw_bytes`, before
+    anything of that size is allocated.
+    """
+    raw = decompress(data, raw_bytes)
+    mu, rest = _take_npy(memoryview(raw))
+    planes, rest = _take_npy(rest)
+    if rest or mu.dtype != np.float32 or mu.ndim != 1 or planes.dtype != np.uint8 or planes.ndim != 4:
+        raise ShardError("the member does not hold one mu and one q")
+    if planes.shape[0] not in (1, 2, 4) or planes.shape[1] != mu.shape[0]:
+        raise ShardError(f"q has shape {planes.shape}, which does not fit mu of shape {mu.shape}")
+    integers = np.ascontiguousarray(np.moveaxis(planes, 0, -1)).view(f"<i{planes.shape[0]}")
+    return integers[..., 0], mu
+
+
+def decompress(data: bytes, raw_bytes: int) -> bytes:
+    """One whole zstd frame of exactly `raw_bytes` bytes; ShardError for anything else."""
+    try:
+        stated = zstandard.get_frame_parameters(data).content_size
+        if stated != raw_bytes:
+            raise ShardError(f"a zstd frame states {stated} bytes where the index states {raw_bytes}")
+        return zstandard.ZstdDecompressor().decompress(data, max_output_size=raw_bytes, allow_extra_data=False)
+    except zstandard.ZstdError as error:
+        raise ShardError(f"a zstd frame is damaged ({error})") from None
+
+
+def encode_npy(array: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, array, allow_pickle=False)
+    return stream.getvalue()
+
+
+def decode_npy(data: bytes) -> np.ndarray:
+    """A read-only array over `data`, which must be one .npy file and nothing else; else ShardError."""
+    array, rest = _take_npy(memoryview(data))
+    if rest:
+        raise ShardError(f"{len(rest)} bytes follow the array")
+    return array
+
+
+def _take_npy(data: memoryview) -> tuple[np.ndarray, memoryview]:
+    """The array at the head of `data`, without a copy, and what follows it.
+
+    numpy's own reader allocates what the header claims; here the claim is held against what is there.
+    """
+    stream = io.BytesIO(data[:4096])
+    try:
+        if np.lib.format.read_magic(stream) != (1, 0):
+            raise ShardError("an array is not in .npy format 1.0")
+        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
+    except ShardError:
+        raise
+    except ValueError as error:
+        raise ShardError(f"an array has no valid .npy header ({error})") from None
+    start, count = stream.tell(), math.prod(shape)
+    if fortran_order or dtype.hasobject or dtype.itemsize == 0 or len(data) - start < count * dtype.itemsize:
+        raise ShardError(f"an array states shape {shape} of {dtype}, and {len(data) - start} bytes follow")
+    end = start + count * dtype.itemsize
+    return np.frombuffer(data[start:end], dtype).reshape(shape), data[end:]

@@ -1,0 +1,56 @@
+"""The feature codec in torch, batched, on whatever device the tensors are: equal to `shards.codec`.
+
+Shapes: B entries, C channels, H x W positions. Only `q`, `mu` and `step` cross between device and host.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from shards.codec import DITHER_TABLE_SIZE, dither_table
+
+
+@functools.lru_cache(maxsize=8)
+def _table_on(device: torch.device) -> Tensor:
+    """The dither table twice over, so that a run which wraps round is still one slice."""
+    table = torch.from_numpy(dither_table())
+    return torch.cat((table, table)).to(device)
+
+
+def dither(offsets: Sequence[int], shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """B offsets, shape (C, H, W) -> (B, C, H, W) float32 on `device`."""
+    count = math.prod(shape)
+    if count > DITHER_TABLE_SIZE:
+        raise ValueError(f"a tensor of shape {shape} has more elements than the dither table")
+    table = _table_on(device)
+    return torch.stack([table[offset : offset + count] for offset in offsets]).view(-1, *shape)
+
+
+def quantise(x: Tensor, snr_db: float, offsets: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """x (B, C, H, W) -> q (B, C, H, W) in the narrowest integer type, mu (B, C) and step (B,) float32."""
+    x = x.float()
+    mu = x.mean(dim=(2, 3))
+    centred = x - mu[:, :, None, None]
+    peak = centred.abs().amax(dim=(1, 2, 3))
+    power = (centred / peak[:, None, None, None]).square().mean(dim=(1, 2, 3))
+    step = torch.where(peak > 0, (12.0 * 10.0 ** (-snr_db / 10.0) * power).sqrt() * peak, 0.0)
+    q = torch.round(centred / step[:, None, None, None] + dither(offsets, x.shape[1:], x.device))
+    q = torch.where(step[:, None, None, None] > 0, q, 0.0)
+    low, high = q.aminmax()
+    return q.to(narrowest_dtype(int(low), int(high))), mu, step
+
+
+def dequantise(q: Tensor, mu: Tensor, step: Tensor, offsets: Sequence[int]) -> Tensor:
+    """q (B, C, H, W) integers, mu (B, C), step (B,), B offsets -> (B, C, H, W) float32."""
+    u = dither(offsets, q.shape[1:], q.device)
+    return (q.float() - u) * step[:, None, None, None] + mu[:, :, None, None]
+
+
+def narrowest_dtype(low: int, high: int) -> torch.dtype:
+    candidates = (torch.int8, torch.int16, torch.int32)
+    return next(d for d in candidates if low >= torch.iinfo(d).min and high <= torch.iinfo(d).max)
