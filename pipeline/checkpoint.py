@@ -6,6 +6,7 @@ checkpoints/step-0001000/state.pt  the rest: optimizer, lr_scheduler, EMA, scale
 
 from __future__ import annotations
 
+import pickle
 import re
 import shutil
 from pathlib import Path
@@ -45,6 +46,6 @@ def load_checkpoint(path: Path) -> tuple[UNet2DConditionModel, dict[str, Any]]:
     try:
         state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
         return UNet2DConditionModel.from_pretrained(path / "unet"), state
-    except (OSError, RuntimeError, ValueError, EOFError) as error:
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"checkpoint {path} cannot be read ({reason}): delete it, and an older one is used") from error

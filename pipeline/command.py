@@ -15,6 +15,10 @@ from pipeline.settings import Settings, click_options
 from shards.schema import ShardError
 
 USER_STATUS = 2
+# A disk that is full, or a place that cannot be written: for the user to mend.
+USER_ERRNOS = {
+    errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
+}  # fmt: skip
 INTERRUPTED_STATUS = 130
 
 
@@ -39,7 +43,7 @@ def stage_command(
         except (UserError, ShardError) as error:
             _stop(f"Error: {error}", USER_STATUS)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
+            if error.errno not in USER_ERRNOS:
                 raise
             where = error.filename or "the output directory"
             _stop(f"Error: {where}: {error.strerror}; mend that and run the same command again", USER_STATUS)

@@ -88,8 +88,9 @@ def run(settings: DistillSettings) -> None:
     accelerator = Accelerator(
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
         mixed_precision=settings.mixed_precision,
-        cpu=settings.device == "cpu",
+        cpu=models.use_cpu(settings.device),
     )
+    dataset = open_cache(settings)
     with accelerator.main_process_first():
         claim(settings)
     if finished_step(settings.out) >= settings.max_train_steps:
@@ -99,7 +100,7 @@ def run(settings: DistillSettings) -> None:
         )
         return
 
-    training = prepare(settings, accelerator)
+    training = prepare(settings, dataset, accelerator)
     train(settings, accelerator, training)
     if accelerator.is_main_process:
         save_student(settings, training)
@@ -146,9 +147,8 @@ class Training:
             self.optimizer.scaler.load_state_dict(state["scaler"])
 
 
-def prepare(settings: DistillSettings, accelerator: Accelerator) -> Training:
+def prepare(settings: DistillSettings, dataset: CacheDataset, accelerator: Accelerator) -> Training:
     """The student, initialised or of the newest checkpoint, and what trains it, on the device."""
-    dataset = open_cache(settings)
     noise_scheduler = DDPMScheduler.from_config(dataset.shards.manifest.spec["noise_scheduler"])
     student, state = start(settings)
     student.to(accelerator.device, memory_format=torch.channels_last).train()
@@ -314,9 +314,12 @@ def training_spec(settings: DistillSettings) -> dict[str, Any]:
 
 
 def claim(settings: DistillSettings) -> None:
-    """Take the output directory for these settings. Raises ShardError with the difference if it has others."""
+    """Take the output directory for these settings.
+
+    Raises ShardError with the difference if it holds a checkpoint or a student of other ones.
+    """
     path, spec = settings.out / SPEC, training_spec(settings)
-    if path.is_file():
+    if path.is_file() and (list_checkpoints(settings.out / CHECKPOINTS) or finished_step(settings.out)):
         refuse_other_spec(settings.out, json.loads(path.read_text(encoding="utf-8")), spec)
         return
     settings.out.mkdir(parents=True, exist_ok=True)

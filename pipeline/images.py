@@ -9,6 +9,9 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from PIL import Image, ImageOps
 
+# A sliver would be blown up to gigabytes on its way to the crop.
+MAX_ASPECT = 64
+
 
 class ImageProblem(ValueError):
     """A picture that cannot be used; the message is the reason that is listed."""
@@ -56,9 +59,12 @@ def square(
 
     Returns (resolution, resolution, 3) uint8 and what was done. Antialiased bilinear resizing and
     the rounding of sizes and of the centre are torchvision's, as in distill-sd. `draw` is the image's own.
+    Raises ImageProblem for a picture over 64 times as long as wide.
     """
     width, height = image.size
     short = min(width, height)
+    if max(width, height) > MAX_ASPECT * short:
+        raise ImageProblem(f"too thin: {width} x {height} pixels")
     resized = (int(resolution * width / short), int(resolution * height / short))
     spare = (resized[0] - resolution, resized[1] - resolution)
     placed, flipped = draw.random(2), draw.random() < 0.5

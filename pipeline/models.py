@@ -33,9 +33,14 @@ MODEL_INDEX = "model_index.json"
 NEEDED = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
 
 
+def use_cpu(device: str) -> bool:
+    """Whether `--device` comes down to the CPU. Said to accelerate, or it would overlook a CPU's other processes."""
+    return device == "cpu" or not torch.accelerator.is_available()
+
+
 def process_state(device: str) -> PartialState:
-    """This process among those of `accelerate launch` (one without it), and its device."""
-    return PartialState(cpu=True) if device == "cpu" else PartialState()
+    """This process among those of `accelerate launch` or torchrun (one without them), and its device."""
+    return PartialState(cpu=True) if use_cpu(device) else PartialState()
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> str:

@@ -91,23 +91,29 @@ def click_options(settings: type[Settings]) -> list[click.Option]:
 
 
 def _click_option(setting: dataclasses.Field, hint: Any) -> click.Option:
-    required = setting.default is REQUIRED
-    default = None if required else setting.default
     kind = _without_none(hint)
     name, help = flag(setting.name), setting.metadata["help"]
+    if setting.default is REQUIRED:
+        return click.Option([name, setting.name], type=_parameter_type(kind, setting), required=True, help=help)
+    default = setting.default
     if kind is bool:
         return click.Option([f"{name}/--no-{name[2:]}"], default=default, show_default=True, help=help)
     choices = setting.metadata["choices"]
-    if typing.get_origin(kind) is tuple:
-        parameter, shown = CommaSeparated(), ",".join(default or ())
-        help += f" Of: {', '.join(choices)}." if choices else ""
-    else:
-        parameter = click.Choice(choices) if choices else kind
-        shown = True if default is not None else "none"
+    is_list = typing.get_origin(kind) is tuple
     return click.Option(
-        [name, setting.name], type=parameter, default=default, required=required,
-        show_default=False if required else shown, help=help,
-    )  # fmt: skip
+        [name, setting.name],
+        type=_parameter_type(kind, setting),
+        default=default,
+        show_default=",".join(default) if is_list else True if default is not None else "none",
+        help=help + (f" Of: {', '.join(choices)}." if is_list and choices else ""),
+    )
+
+
+def _parameter_type(kind: Any, setting: dataclasses.Field) -> Any:
+    if typing.get_origin(kind) is tuple:
+        return CommaSeparated()
+    choices = setting.metadata["choices"]
+    return click.Choice(choices) if choices else kind
 
 
 def _without_none(hint: Any) -> Any:

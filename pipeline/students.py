@@ -102,7 +102,7 @@ def teacher_key(student_key: str, level: str) -> str:
 def student_weights(
     student_shapes: dict[str, tuple[int, ...]], teacher_weights: dict[str, Tensor], level: str
 ) -> dict[str, Tensor]:
-    """Every tensor of the student, taken from the teacher.
+    """Every tensor of the student: the teacher's own, not a copy.
 
     Raises ValueError that names the tensor where the teacher has none of that name or shape.
     """
@@ -117,7 +117,7 @@ def student_weights(
                 f"the teacher's {source} has shape {tuple(tensor.shape)}; "
                 f"the {level} student's {key} needs {tuple(shape)}"
             )
-        weights[key] = tensor.clone()
+        weights[key] = tensor
     return weights
 
 

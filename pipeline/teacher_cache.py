@@ -199,10 +199,11 @@ def save_what_students_need(
         folder = settings.out / "students" / level
         if folder.is_dir():
             continue
-        student = UNet2DConditionModel.from_config(student_config(dict(unet.config), level))
+        with torch.device("meta"):
+            student = UNet2DConditionModel.from_config(student_config(dict(unet.config), level))
         shapes = {name: tuple(tensor.shape) for name, tensor in student.state_dict().items()}
         try:
-            student.load_state_dict(student_weights(shapes, teacher_weights, level), strict=True)
+            student.load_state_dict(student_weights(shapes, teacher_weights, level), strict=True, assign=True)
         except ValueError as error:
             raise UserError(f"--teacher {settings.teacher}: {error}") from None
         with atomic_directory(folder) as temporary:
@@ -279,7 +280,8 @@ def new_entry(sample: Sample, round_index: int, spec: dict[str, Any], teacher: T
 def add_exact(entries: list[Entry], name: str, values: Tensor, dtype: np.dtype) -> None:
     """Add (B, ...) `values` to the entries, unquantised."""
     check_finite(entries, name, values)
-    stored = values.float().cpu().numpy().astype(dtype)
+    with np.errstate(over="ignore"):
+        stored = values.float().cpu().numpy().astype(dtype)
     for entry, array in zip(entries, stored, strict=True):
         if not np.isfinite(array).all():
             raise UserError(f"{name} of entry {entry.key} does not fit fp16: run with --codec dither or fp32")

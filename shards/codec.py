@@ -26,6 +26,9 @@ EXACT_DTYPES = {"fp16": np.dtype(np.float16), "fp32": np.dtype(np.float32)}
 DITHER_TABLE_SIZE = 1 << 22
 # Up to here |q| stays under 2^24, where float32 holds every integer, for any tensor of 2^22 elements.
 MAX_SNR_DB = 60.0
+# zstd as an entropy coder: with the smallest hash table and the longest minimal match it all but stops
+# looking for matches, which in noise are false. A Gaussian at 10 dB takes 2.37 bit an element, against 2.59 at plain level 1.
+ENTROPY_CODER = zstandard.ZstdCompressionParameters.from_level(1, hash_log=6, min_match=7, write_checksum=True)
 
 
 @functools.cache
@@ -73,13 +76,13 @@ def pack_quantised(q: np.ndarray, mu: np.ndarray) -> tuple[bytes, int]:
     """q (C, H, W) integers and mu (C,) float32 -> the member's bytes, and their size uncompressed.
 
     Two .npy arrays in a row under one zstd frame: mu, then the byte planes of q, (planes, C, H, W)
-    uint8, least significant first (a plane of high bytes is nearly constant and costs little). Level
-    1, because deeper match search only finds false matches in noise. The frame carries a checksum.
+    uint8, least significant first (a plane of high bytes is nearly constant and costs little). The
+    frame carries a checksum.
     """
     narrow = q.astype(smallest_integer_dtype(int(q.min()), int(q.max())), copy=False)
     planes = np.moveaxis(np.ascontiguousarray(narrow)[..., None].view(np.uint8), -1, 0)
     raw = encode_npy(mu) + encode_npy(planes)
-    return zstandard.ZstdCompressor(level=1, write_checksum=True).compress(raw), len(raw)
+    return zstandard.ZstdCompressor(compression_params=ENTROPY_CODER).compress(raw), len(raw)
 
 
 def unpack_quantised(data: bytes, raw_bytes: int) -> tuple[np.ndarray, np.ndarray]:

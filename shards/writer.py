@@ -49,13 +49,10 @@ def write_shard(
     is the only mark of a finished shard. `skipped` is read after the last entry, so a producer may
     append to it as it goes. Members have mtime 0: equal entries give equal bytes.
     """
-    index: list[Any] = []
     with atomic_file(directory / shard) as stream:
         hashing = HashingFile(stream)
-        tar = webdataset.TarWriter(hashing, encoder=False, mtime=0)
-        for entry in entries:
-            index.append([entry.key, _write_entry(tar, entry)])
-        tar.close()
+        with webdataset.TarWriter(hashing, encoder=False, mtime=0) as tar:
+            index = [{"key": entry.key, "members": _write_entry(tar, entry)} for entry in entries]
     sidecar = {
         "format": FORMAT_VERSION,
         "spec_sha256": spec_sha256,
@@ -65,7 +62,7 @@ def write_shard(
         "sha256": hashing.hexdigest(),
         "skipped": skipped,
         "columns": ["offset", "length", "raw_bytes", "crc32"],
-        "entries": [{"key": key, "members": members} for key, members in index],
+        "entries": index,
     }
     write_json(directory / sidecar_name(shard), sidecar, indent=None)
 

@@ -1,0 +1,80 @@
+"""Running the stages in this process, and reading what they wrote."""
+
+import itertools
+import json
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+
+from pipeline import distill, encode, teacher_cache
+from pipeline.distill import DistillSettings
+from pipeline.encode import EncodeSettings
+from pipeline.teacher_cache import TeacherCacheSettings
+from shards.reader import ShardSet, _cached_sidecar
+
+
+def reset_accelerate() -> None:
+    AcceleratorState._reset_state(True)
+    PartialState._reset_state()
+
+
+def run_encode(teacher: Path, data: Path, out: Path, **changes) -> Path:
+    settings = {"resolution": 32, "batch_size": 4, "entries_per_shard": 5, "device": "cpu", **changes}
+    encode.run(EncodeSettings(teacher=str(teacher), data=data, out=out, **settings))
+    reset_accelerate()
+    return out
+
+
+def run_teacher_cache(teacher: Path, latents: Path, out: Path, **changes) -> Path:
+    settings = {"rounds": 2, "token_min": 8, "batch_size": 4, "entries_per_shard": 6, "device": "cpu", **changes}
+    teacher_cache.run(TeacherCacheSettings(teacher=str(teacher), latents=latents, out=out, **settings))
+    reset_accelerate()
+    return out
+
+
+def run_distill(cache: Path, out: Path, **changes) -> Path:
+    settings = {"level": "sd_small", "max_train_steps": 4, "train_batch_size": 3, "learning_rate": 1e-3,
+                "dataloader_num_workers": 0, "logging_steps": 1, "device": "cpu", **changes}  # fmt: skip
+    distill.run(DistillSettings(cache=cache, out=out, **settings))
+    reset_accelerate()
+    return out
+
+
+def prepared(cache: Path, out: Path, **changes) -> tuple[DistillSettings, distill.Training]:
+    """A training about to take its first step, in this process."""
+    settings = DistillSettings(cache=cache, out=out, device="cpu", dataloader_num_workers=0, **changes)
+    return settings, distill.prepare(settings, distill.open_cache(settings), Accelerator(cpu=True))
+
+
+def samples(directory: Path, stage: str, tensors: list[str]):
+    _cached_sidecar.cache_clear()
+    shards = ShardSet(directory, stage)
+    return [shards.read(i, tensors) for i in range(len(shards))]
+
+
+def tree(directory: Path) -> dict[str, bytes]:
+    """Every file below a directory with its bytes."""
+    return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+def shard_files(directory: Path) -> dict[str, bytes]:
+    """The tars and their sidecars."""
+    return {
+        name: data for name, data in tree(directory).items() if name.endswith(".tar") or name.startswith(("s0", "r0"))
+    }
+
+
+def metrics(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def state_dict_of(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "diffusion_pytorch_model.safetensors")
+
+
+def first(iterable, count: int) -> list:
+    return list(itertools.islice(iterable, count))

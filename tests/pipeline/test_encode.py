@@ -1,0 +1,177 @@
+"""encode: what lands in the latents, against diffusers' own networks; skipping; resuming; repeating."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_images
+from diffusers import StableDiffusionPipeline
+from helpers import run_encode, samples, shard_files, tree
+
+from pipeline import draws
+from pipeline.errors import UserError
+from pipeline.images import decode, square
+from shards.codec import decode_npy
+from shards.reader import read_sidecar
+from shards.schema import ShardError
+
+
+@pytest.fixture(scope="module")
+def latents(teacher, images, tmp_path_factory):
+    return run_encode(teacher, images, tmp_path_factory.mktemp("encoded") / "latents")
+
+
+def test_latents_are_the_vaes_posterior_sample_scaled(teacher, images, latents):
+    """Against the VAE itself: mean + std * the image's own noise, times the scaling factor, in fp16."""
+    pipe = StableDiffusionPipeline.from_pretrained(teacher, safety_checker=None)
+    for sample in samples(latents, "latents", ["latents"]):
+        name = sample.meta["source_id"]
+        pixels, crop = square(
+            decode((images / name).read_bytes()), 32, center_crop=False, random_flip=False,
+            draw=draws.generator(0, name, 0, "crop"),
+        )  # fmt: skip
+        assert sample.meta["crop"] == crop.as_json()
+        with torch.no_grad():
+            image = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 127.5 - 1
+            posterior = pipe.vae.encode(image).latent_dist
+        noise = torch.from_numpy(draws.standard_normal(0, name, 0, "posterior", (4, 16, 16)))
+        expected = (posterior.mean + posterior.std * noise) * pipe.vae.config.scaling_factor
+        torch.testing.assert_close(
+            torch.from_numpy(sample.tensors["latents"].values).float(), expected[0], rtol=2e-3, atol=1e-3
+        )
+
+
+def test_prompt_embeds_are_those_of_the_diffusers_pipeline(teacher, latents):
+    pipe = StableDiffusionPipeline.from_pretrained(teacher, safety_checker=None)
+    for sample in samples(latents, "latents", ["prompt_embeds"]):
+        assert sample.meta["caption"] == f"picture {int(sample.meta['source_id'][:3])}"
+        with torch.no_grad():
+            expected, empty = pipe.encode_prompt(sample.meta["caption"], "cpu", 1, True, "")
+        stored = torch.from_numpy(sample.tensors["prompt_embeds"].values).float()
+        torch.testing.assert_close(stored, expected[0], rtol=2e-3, atol=1e-3)
+    stored_empty = torch.from_numpy(decode_npy((latents / "empty_prompt_embeds.npy").read_bytes())).float()
+    torch.testing.assert_close(stored_empty, empty[0], rtol=2e-3, atol=1e-3)
+
+
+def test_every_image_is_there_once_in_sorted_order(latents):
+    found = samples(latents, "latents", [])
+    assert [s.meta["source_id"] for s in found] == [f"{i:03d}.png" for i in range(13)]
+    assert [s.key for s in found] == [f"{i:09d}" for i in range(13)]
+
+
+def test_two_runs_write_the_same_bytes(teacher, images, latents, tmp_path):
+    again = run_encode(teacher, images, tmp_path / "again", workers=1)
+    assert shard_files(again) == shard_files(latents)
+
+
+def test_batch_sizes_change_nothing_but_rounding(teacher, images, tmp_path):
+    one = samples(run_encode(teacher, images, tmp_path / "1", batch_size=1), "latents", ["latents", "prompt_embeds"])
+    seven = samples(run_encode(teacher, images, tmp_path / "7", batch_size=7), "latents", ["latents", "prompt_embeds"])
+    assert [(s.key, s.meta) for s in one] == [(s.key, s.meta) for s in seven]
+    for a, b in zip(one, seven, strict=True):
+        for name in ("latents", "prompt_embeds"):
+            np.testing.assert_allclose(a.tensors[name].values, b.tensors[name].values, rtol=2e-3, atol=2e-3)
+
+
+def test_bad_images_are_skipped_listed_and_counted(teacher, tmp_path, capsys):
+    data = write_images(tmp_path / "data", 7)
+    (data / "001.png").write_bytes(b"no picture")
+    (data / "004.png").unlink()
+    (data / "005.png").write_bytes((data / "005.png").read_bytes()[:500])
+    with open(data / "metadata.jsonl", "a") as stream:
+        stream.write(json.dumps({"file_name": "006.png", "text": None}) + "\n")
+    out = run_encode(teacher, data, tmp_path / "out")
+    skipped = [json.loads(line) for line in (out / "skipped.jsonl").read_text().splitlines()]
+    assert [item["source_id"] for item in skipped] == ["001.png", "004.png", "005.png", "006.png#2"]
+    assert "not decodable" in skipped[0]["reason"]
+    assert "No such file" in skipped[1]["reason"]
+    assert "caption" in skipped[3]["reason"]
+    assert "holds 4 images in 2 shards" in capsys.readouterr().out
+    assert [s.meta["source_id"] for s in samples(out, "latents", [])] == ["000.png", "002.png", "003.png", "006.png"]
+
+
+def test_no_readable_image_is_an_error_that_says_where_the_reasons_are(teacher, tmp_path):
+    data = write_images(tmp_path / "data", 2)
+    for path in data.glob("*.png"):
+        path.write_bytes(b"")
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"none of the 2 images could be read.*skipped.jsonl"):
+            run_encode(teacher, data, tmp_path / "out")
+
+
+def test_a_finished_output_is_left_alone_and_that_is_said(teacher, images, tmp_path, capsys):
+    out = run_encode(teacher, images, tmp_path / "out")
+    before = tree(out)
+    stamps = {path: path.stat().st_mtime_ns for path in out.glob("*.tar")}
+    run_encode(teacher, images, out)
+    assert "already finished, nothing to do" in capsys.readouterr().out
+    assert tree(out) == before
+    assert stamps == {path: path.stat().st_mtime_ns for path in out.glob("*.tar")}
+
+
+def test_a_missing_shard_is_written_again_and_the_rest_kept(teacher, images, tmp_path):
+    out = run_encode(teacher, images, tmp_path / "out")
+    before = shard_files(out)
+    kept = (out / "s00000.tar").stat().st_mtime_ns
+    (out / "s00001.json").unlink()
+    (out / "s00002.tar").unlink()
+    (out / "s00002.json").unlink()
+    run_encode(teacher, images, out)
+    assert shard_files(out) == before
+    assert (out / "s00000.tar").stat().st_mtime_ns == kept
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"seed": 1}, "seed: 0 -> 1"),
+        ({"center_crop": True}, "center_crop: false -> true"),
+        ({"resolution": 16}, "resolution: 32 -> 16"),
+    ],
+)
+def test_other_settings_on_the_same_output_are_refused_with_the_difference(teacher, images, latents, changes, line):
+    before = tree(latents)
+    with pytest.raises(ShardError, match=line):
+        run_encode(teacher, images, latents, **changes)
+    assert tree(latents) == before
+
+
+def test_another_vae_on_the_same_output_is_refused(images, latents, tmp_path):
+    from conftest import tiny_pipeline
+
+    tiny_pipeline(seed=9).save_pretrained(tmp_path / "other")
+    with pytest.raises(ShardError, match="vae_sha256"):
+        run_encode(tmp_path / "other", images, latents)
+
+
+def test_a_resolution_that_does_not_divide_is_refused(teacher, images, tmp_path):
+    with pytest.raises(UserError, match="--resolution 33 is not a multiple of 2"):
+        run_encode(teacher, images, tmp_path / "out", resolution=33)
+
+
+def test_nan_from_the_vae_is_an_error_that_names_the_image(images, tmp_path):
+    from conftest import tiny_pipeline
+
+    pipe = tiny_pipeline()
+    with torch.no_grad():
+        pipe.vae.quant_conv.bias.fill_(float("nan"))
+    pipe.save_pretrained(tmp_path / "broken")
+    with pytest.raises(UserError, match="latents of 000.png hold NaN or Inf"):
+        run_encode(tmp_path / "broken", images, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("s*"))
+
+
+def test_random_crops_and_flips_are_recorded_and_repeatable(teacher, images, tmp_path):
+    out = run_encode(teacher, images, tmp_path / "out", random_flip=True)
+    crops = [s.meta["crop"] for s in samples(out, "latents", [])]
+    assert len({crop["flip"] for crop in crops}) == 2
+    assert crops == [s.meta["crop"] for s in samples(run_encode(teacher, images, out, random_flip=True), "latents", [])]
+
+
+def test_the_sidecar_counts_what_it_holds(latents):
+    from shards.manifest import read_manifest
+
+    manifest = read_manifest(latents, "latents")
+    counts = [read_sidecar(latents, s, manifest.spec_sha256).count for s in manifest.shard_names()]
+    assert counts == [5, 5, 3]

@@ -1,0 +1,259 @@
+"""teacher-cache: what an entry holds, against the teacher asked again; rounds; determinism; refusals."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+from conftest import tiny_pipeline, tiny_unet
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from helpers import run_encode, run_teacher_cache, samples, shard_files, tree
+
+from pipeline.errors import UserError
+from pipeline.students import LEVELS
+from shards.dataset import CacheDataset
+from shards.schema import ShardError
+
+BLOCKS = [f"{kind}_blocks.{i}" for kind in ("down", "up") for i in range(4)]
+
+
+@pytest.fixture(scope="module")
+def latents(teacher, images, tmp_path_factory):
+    return run_encode(teacher, images, tmp_path_factory.mktemp("encoded") / "latents")
+
+
+@pytest.fixture(scope="module")
+def cache(teacher, latents, tmp_path_factory):
+    return run_teacher_cache(teacher, latents, tmp_path_factory.mktemp("cached") / "cache")
+
+
+def asked_again(teacher, sample):
+    """The teacher's prediction and block outputs for an entry, by hooks and noising that are not ours."""
+    unet = UNet2DConditionModel.from_pretrained(teacher, subfolder="unet").eval()
+    outputs = {}
+    for name in [*BLOCKS, "mid_block"]:
+        unet.get_submodule(name).register_forward_hook(
+            lambda m, i, out, name=name: outputs.update({name: out if isinstance(out, torch.Tensor) else out[0]})
+        )
+    values = {
+        n: torch.from_numpy(sample.tensors[n].values)[None].float() for n in ("latents", "noise", "prompt_embeds")
+    }
+    timesteps = torch.tensor([sample.meta["timestep"]])
+    noisy = DDPMScheduler.from_pretrained(teacher, subfolder="scheduler").add_noise(
+        values["latents"], values["noise"], timesteps
+    )
+    with torch.no_grad():
+        prediction = unet(noisy, timesteps, encoder_hidden_states=values["prompt_embeds"]).sample
+    return prediction[0], {name: output[0] for name, output in outputs.items()}
+
+
+TENSORS = ["latents", "noise", "prompt_embeds", "teacher_pred"]
+
+
+@pytest.mark.parametrize("codec", ["fp16", "fp32"])
+def test_an_exact_cache_holds_what_the_teacher_says(teacher, latents, tmp_path, codec):
+    cache = run_teacher_cache(teacher, latents, tmp_path / "c", codec=codec, token_stride=1, rounds=1)
+    tolerance = {"fp16": 2e-3, "fp32": 1e-5}[codec]
+    taps = [*BLOCKS, "mid_block"]
+    for sample in samples(cache, "cache", [*TENSORS, *(f"tap.{tap}" for tap in taps)])[::5]:
+        prediction, outputs = asked_again(teacher, sample)
+        stored = {tap: torch.from_numpy(sample.tensors[f"tap.{tap}"].values).float() for tap in taps}
+        teacher_pred = torch.from_numpy(sample.tensors["teacher_pred"].values).float()
+        torch.testing.assert_close(teacher_pred, prediction, rtol=tolerance, atol=tolerance)
+        for tap in taps:
+            torch.testing.assert_close(stored[tap], outputs[tap], rtol=tolerance, atol=tolerance)
+
+
+def test_a_quantised_cache_is_within_half_a_step_at_the_sampled_positions(teacher, cache):
+    dataset = CacheDataset(cache, [*BLOCKS, "mid_block"])
+    loaded = [dataset[i] for i in range(0, 26, 5)]
+    batch = dataset.collate(loaded)
+    for b, sample in enumerate(loaded):
+        _, outputs = asked_again(teacher, sample)
+        for tap, feature in batch.features.items():
+            expected = outputs[tap][:, feature.rows[b] :: feature.stride, feature.columns[b] :: feature.stride]
+            error = (feature.decode()[b] - expected).abs().max()
+            assert error <= feature.step[b] / 2 + 1e-5
+    assert {tap: f.stride for tap, f in batch.features.items()}["up_blocks.3"] == 2
+    assert batch.features["mid_block"].stride == 1
+
+
+def test_stock_webdataset_reads_every_member(cache):
+    shards = sorted(map(str, cache.glob("r*.tar")))
+    found = list(webdataset.WebDataset(shards, shardshuffle=False).decode())
+    assert len({s["__key__"] for s in found}) == 26
+    for sample in found:
+        assert sample["noise.npy"].shape == (4, 16, 16)
+        assert sample["teacher_pred.npy"].dtype == np.float16
+        assert sample["prompt_embeds.npy"].shape == (8, 10)
+        assert {f"tap.{tap}.npy.zst" for tap in [*BLOCKS, "mid_block"]} <= sample.keys()
+        assert sample["json"]["caption"].startswith("picture")
+
+
+def test_two_runs_write_the_same_bytes(teacher, latents, cache, tmp_path):
+    assert shard_files(run_teacher_cache(teacher, latents, tmp_path / "again")) == shard_files(cache)
+
+
+def test_batch_sizes_change_nothing_but_rounding(teacher, latents, tmp_path):
+    one, seven = (
+        samples(
+            run_teacher_cache(teacher, latents, tmp_path / str(size), batch_size=size, codec="fp32"), "cache",
+            [*TENSORS, "tap.up_blocks.3"],
+        )
+        for size in (1, 7)
+    )  # fmt: skip
+    assert [(s.key, s.meta) for s in one] == [(s.key, s.meta) for s in seven]
+    for a, b in zip(one, seven, strict=True):
+        np.testing.assert_array_equal(a.tensors["noise"].values, b.tensors["noise"].values)
+        for name in ("teacher_pred", "tap.up_blocks.3"):
+            np.testing.assert_allclose(a.tensors[name].values, b.tensors[name].values, rtol=1e-4, atol=1e-5)
+
+
+def test_each_round_has_its_own_noise_and_a_timestep_of_another_half(cache):
+    by_image = {}
+    for sample in samples(cache, "cache", ["noise"]):
+        by_image.setdefault(sample.meta["source_id"], []).append(sample)
+    assert len(by_image) == 13
+    for first, second in by_image.values():
+        assert sorted((first.meta["timestep"] // 500, second.meta["timestep"] // 500)) == [0, 1]
+        assert not np.array_equal(first.tensors["noise"].values, second.tensors["noise"].values)
+
+
+def test_raising_rounds_adds_shards_and_rewrites_nothing(teacher, latents, tmp_path, capsys):
+    out = run_teacher_cache(teacher, latents, tmp_path / "c")
+    before, stamps = shard_files(out), {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.suffix != ".json"}
+    run_teacher_cache(teacher, latents, out, rounds=3)
+    after = shard_files(out)
+    assert {name: after[name] for name in before} == before
+    assert len(after) == len(before) * 3 // 2
+    assert stamps == {path: path.stat().st_mtime_ns for path in stamps}
+    assert len(CacheDataset(out, ["mid_block"])) == 39
+    run_teacher_cache(teacher, latents, out, rounds=2)
+    assert "already finished, nothing to do" in capsys.readouterr().out
+    assert shard_files(out) == after
+
+
+def test_a_missing_shard_is_written_again_with_the_same_bytes(teacher, latents, tmp_path):
+    out = run_teacher_cache(teacher, latents, tmp_path / "c")
+    before = shard_files(out)
+    (out / "r0001-s00001.json").unlink()
+    (out / "r0000-s00000.json").unlink()
+    (out / "r0000-s00000.tar").unlink()
+    run_teacher_cache(teacher, latents, out)
+    assert shard_files(out) == before
+
+
+def test_initial_students_and_base_are_written(teacher, latents, tmp_path):
+    out = run_teacher_cache(teacher, latents, tmp_path / "c", students=tuple(LEVELS), rounds=1)
+    for level in LEVELS:
+        student = UNet2DConditionModel.from_pretrained(out / "students" / level)
+        weights = UNet2DConditionModel.from_pretrained(teacher, subfolder="unet").state_dict()
+        assert torch.equal(student.state_dict()["conv_in.weight"], weights["conv_in.weight"])
+    assert len(json.loads((out / "manifest.json").read_text())["spec"]["taps"]) == 10
+    assert {path.name for path in (out / "base").iterdir()} == {
+        "model_index.json", "vae", "text_encoder", "tokenizer", "scheduler",
+    }  # fmt: skip
+
+
+def test_unconditional_entries_hold_the_empty_prompt(teacher, latents, tmp_path):
+    out = run_teacher_cache(teacher, latents, tmp_path / "c", uncond_fraction=0.5, rounds=3)
+    empty = np.load(latents / "empty_prompt_embeds.npy")
+    found = samples(out, "cache", ["prompt_embeds"])
+    flags = [sample.meta["unconditional"] for sample in found]
+    assert 5 < sum(flags) < 34
+    for sample in found:
+        assert np.array_equal(sample.tensors["prompt_embeds"].values, empty) == sample.meta["unconditional"]
+
+
+def test_the_noise_offset_reaches_the_noise(teacher, latents, cache, tmp_path):
+    plain = samples(cache, "cache", ["noise"])
+    moved = samples(run_teacher_cache(teacher, latents, tmp_path / "c", noise_offset=1.0), "cache", ["noise"])
+    for a, b in zip(plain, moved, strict=True):
+        shift = b.tensors["noise"].values.astype(np.float32) - a.tensors["noise"].values
+        assert shift.std(axis=(1, 2)).max() < 5e-3
+        assert np.abs(shift.mean(axis=(1, 2))).max() > 0.05
+
+
+def test_the_prediction_type_is_the_schedulers_unless_it_is_set(v_teacher, teacher, images, latents, tmp_path):
+    def spec(out):
+        return json.loads((out / "manifest.json").read_text())["spec"]["prediction_type"]
+
+    v_latents = run_encode(v_teacher, images, tmp_path / "v-latents")
+    assert spec(run_teacher_cache(v_teacher, v_latents, tmp_path / "v", rounds=1)) == "v_prediction"
+    out = run_teacher_cache(teacher, latents, tmp_path / "set", rounds=1, prediction_type="v_prediction")
+    assert spec(out) == "v_prediction"
+    scheduler = json.loads((out / "base" / "scheduler" / "scheduler_config.json").read_text())
+    assert scheduler["prediction_type"] == "v_prediction"
+
+
+def broken_teacher(folder, teacher, change):
+    pipe = tiny_pipeline()
+    with torch.no_grad():
+        change(pipe.unet)
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def test_nan_from_the_teacher_names_the_entry_and_leaves_no_shard(teacher, latents, tmp_path):
+    broken = broken_teacher(tmp_path / "broken", teacher, lambda unet: unet.conv_out.bias.fill_(float("nan")))
+    with pytest.raises(
+        UserError, match=r"NaN or Inf in teacher_pred of entry 000000000-r0000 \(000.png, timestep \d+\)"
+    ):
+        run_teacher_cache(broken, latents, tmp_path / "c")
+    assert not list((tmp_path / "c").glob("r*"))
+
+
+def test_features_that_do_not_fit_fp16_name_the_codecs_that_take_them(teacher, latents, tmp_path):
+    broken = broken_teacher(
+        tmp_path / "loud", teacher, lambda unet: unet.down_blocks[0].downsamplers[0].conv.bias.fill_(1e6)
+    )
+    with pytest.raises(
+        UserError, match=r"tap.down_blocks.0 of entry 000000000-r0000 does not fit fp16: .*dither or fp32"
+    ):
+        run_teacher_cache(broken, latents, tmp_path / "c", codec="fp16")
+    run_teacher_cache(broken, latents, tmp_path / "d", codec="dither", rounds=1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"snr_db": 10.0}, "codec.snr_db: 15.0 -> 10.0"),
+        ({"seed": 5}, "seed: 0 -> 5"),
+        ({"token_stride": 1}, "taps.down_blocks.0.stride: 2 -> 1"),
+        ({"students": ("sd_tiny",)}, "levels"),
+    ],
+)
+def test_other_settings_on_the_same_output_are_refused_with_the_difference(teacher, latents, cache, changes, line):
+    before = tree(cache)
+    with pytest.raises(ShardError, match=line):
+        run_teacher_cache(teacher, latents, cache, **changes)
+    assert tree(cache) == before
+
+
+def test_another_teachers_latents_are_refused(latents, tmp_path):
+    tiny_pipeline(seed=4).save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match="encoded with another VAE than --teacher"):
+        run_teacher_cache(tmp_path / "other", latents, tmp_path / "c")
+
+
+def test_another_unet_of_the_same_name_is_refused_on_the_same_output(teacher, latents, cache, tmp_path):
+    changed = broken_teacher(tmp_path / "changed", teacher, lambda unet: unet.conv_in.bias.add_(1e-3))
+    with pytest.raises(ShardError, match="teacher_sha256"):
+        run_teacher_cache(changed, latents, cache)
+
+
+def test_unfinished_latents_are_refused(teacher, images, tmp_path):
+    latents = run_encode(teacher, images, tmp_path / "latents")
+    (latents / "s00002.json").unlink()
+    with pytest.raises(ShardError, match="unfinished: 1 of 3 shards"):
+        run_teacher_cache(teacher, latents, tmp_path / "c")
+
+
+def test_a_pruned_teacher_is_refused(images, tmp_path):
+    pipe = tiny_pipeline()
+    pipe.unet = tiny_unet(layers_per_block=1)
+    pipe.save_pretrained(tmp_path / "small")
+    latents = run_encode(tmp_path / "small", images, tmp_path / "latents")
+    with pytest.raises(UserError, match="layers_per_block is 1, not 2"):
+        run_teacher_cache(tmp_path / "small", latents, tmp_path / "c")

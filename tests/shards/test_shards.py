@@ -1,0 +1,188 @@
+"""Writing and reading shards: stock tools read them, equal input gives equal bytes, damage is seen."""
+
+import json
+import tarfile
+
+import numpy as np
+import pytest
+import webdataset
+
+from shards import reader
+from shards.codec import pack_quantised
+from shards.manifest import Manifest, difference, read_manifest, refuse_other_spec, sha256_of_json, write_manifest
+from shards.reader import ShardSet, read_sidecar
+from shards.schema import ShardError, shard_names, sidecar_name
+from shards.writer import Entry, is_finished, write_shard
+
+SPEC = {"stage": "latents", "entries": 5, "entries_per_shard": 3}
+
+
+def make_entry(index: int) -> Entry:
+    entry = Entry(f"{index:09d}", {"caption": f"ein Bild – {index}", "source_id": f"{index}.png"})
+    entry.add_array("latents", np.full((4, 3), index, np.float16))
+    q = np.arange(24).reshape(2, 3, 4) * (index + 1)
+    entry.add_compressed("tap.down_blocks.0", *pack_quantised(q, np.array([0.5, index], np.float32)))
+    return entry
+
+
+def make_set(directory, spec=SPEC):
+    directory.mkdir(exist_ok=True)
+    manifest = Manifest(spec)
+    write_manifest(directory, manifest)
+    for number, shard in enumerate(manifest.shard_names()):
+        indices = range(number * 3, min(number * 3 + 3, 5))
+        write_shard(directory, shard, manifest.spec_sha256, map(make_entry, indices), [])
+    return directory
+
+
+@pytest.fixture
+def directory(tmp_path):
+    reader._cached_sidecar.cache_clear()
+    return make_set(tmp_path / "set")
+
+
+def test_stock_webdataset_finds_every_member(directory):
+    shards = [str(directory / name) for name in shard_names(5, 3)]
+    samples = list(webdataset.WebDataset(shards, shardshuffle=False).decode())
+    assert [s["__key__"] for s in samples] == [f"{i:09d}" for i in range(5)]
+    for index, sample in enumerate(samples):
+        assert sample["json"] == {"caption": f"ein Bild – {index}", "source_id": f"{index}.png"}
+        np.testing.assert_array_equal(sample["latents.npy"], np.full((4, 3), index, np.float16))
+        assert sample["tap.down_blocks.0.npy.zst"] == make_entry(index).members["tap.down_blocks.0.npy.zst"]
+
+
+def test_the_sidecar_says_where_each_member_lies(directory):
+    for shard in shard_names(5, 3):
+        sidecar = json.loads((directory / sidecar_name(shard)).read_text())
+        stated = {
+            f"{entry['key']}.{name}": tuple(where[:2])
+            for entry in sidecar["entries"]
+            for name, where in entry["members"].items()
+        }
+        with tarfile.open(directory / shard) as tar:
+            found = {info.name: (info.offset_data, info.size) for info in tar}
+        assert stated == found
+
+
+def test_equal_entries_give_equal_bytes(directory, tmp_path):
+    again = make_set(tmp_path / "again")
+    for path in directory.iterdir():
+        assert path.read_bytes() == (again / path.name).read_bytes()
+
+
+def test_reading_by_position(directory):
+    shards = ShardSet(directory, "latents")
+    assert len(shards) == 5
+    for index in (4, 0, 3, 2, 1):
+        sample = shards.read(index, ["latents", "tap.down_blocks.0"])
+        assert sample.key == f"{index:09d}"
+        np.testing.assert_array_equal(sample.tensors["latents"].values, np.full((4, 3), index, np.float16))
+        quantised = sample.tensors["tap.down_blocks.0"]
+        np.testing.assert_array_equal(quantised.values, np.arange(24).reshape(2, 3, 4) * (index + 1))
+        np.testing.assert_array_equal(quantised.mu, np.array([0.5, index], np.float32))
+
+
+def test_an_exception_while_writing_leaves_no_shard(tmp_path):
+    def entries():
+        yield make_entry(0)
+        raise RuntimeError("the device fell over")
+
+    with pytest.raises(RuntimeError):
+        write_shard(tmp_path, "s00000.tar", "0" * 64, entries(), [])
+    assert list(tmp_path.iterdir()) == []
+    assert not is_finished(tmp_path, "s00000.tar")
+
+
+def test_a_tar_without_its_sidecar_is_unfinished(directory):
+    (directory / "s00001.json").unlink()
+    with pytest.raises(ShardError, match=r"1 of 2 shards are missing, the first s00001.tar.*run the same"):
+        ShardSet(directory, "latents")
+
+
+@pytest.mark.parametrize("cut", [1, 512, 1024, 3000])
+def test_a_cut_tar_is_refused_by_name(directory, cut):
+    path = directory / "s00000.tar"
+    path.write_bytes(path.read_bytes()[:-cut])
+    with pytest.raises(ShardError, match=r"s00000.tar is damaged.*Delete it"):
+        ShardSet(directory, "latents")
+
+
+def test_a_flipped_bit_in_any_member_is_refused_by_name(directory):
+    path = directory / "s00000.tar"
+    whole = path.read_bytes()
+    sidecar = json.loads((directory / "s00000.json").read_text())
+    for name, (offset, length, _, _) in sidecar["entries"][1]["members"].items():
+        damaged = bytearray(whole)
+        damaged[offset + length // 2] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(ShardError, match=f"s00000.tar.*000000001.{name}"):
+            ShardSet(directory, "latents").read(1, ["latents", "tap.down_blocks.0"])
+
+
+def test_a_shard_of_another_set_is_refused(directory, tmp_path):
+    other = make_set(tmp_path / "other", {**SPEC, "seed": 1})
+    for name in ("s00000.tar", "s00000.json"):
+        (directory / name).write_bytes((other / name).read_bytes())
+    with pytest.raises(ShardError, match="s00000.json belongs to another shard set"):
+        ShardSet(directory, "latents")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"format": 1}'])
+def test_a_damaged_sidecar_is_refused_by_name(directory, content):
+    (directory / "s00000.json").write_text(content)
+    with pytest.raises(ShardError, match="s00000.json is damaged"):
+        read_sidecar(directory, "s00000.tar", Manifest(SPEC).spec_sha256)
+
+
+def test_a_tensor_that_is_not_there_is_named(directory):
+    with pytest.raises(ShardError, match=r"holds no noise.npy for entry 000000002; it has json, latents.npy"):
+        ShardSet(directory, "latents").read(2, ["noise"])
+
+
+def test_a_directory_without_manifest_names_the_command(tmp_path):
+    with pytest.raises(ShardError, match="no manifest.json.*distill-sd encode"):
+        read_manifest(tmp_path, "latents")
+
+
+def test_an_edited_manifest_is_refused(directory):
+    path = directory / "manifest.json"
+    path.write_text(path.read_text().replace('"entries": 5', '"entries": 4'))
+    with pytest.raises(ShardError, match="manifest.json was changed after it was written"):
+        ShardSet(directory, "latents")
+
+
+def test_a_manifest_of_the_other_stage_is_refused(directory):
+    with pytest.raises(ShardError, match="describes latents, not cache"):
+        read_manifest(directory, "cache")
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 99, "spec": {}, "rounds": null, "spec_sha256": ""}'])
+def test_a_manifest_that_cannot_be_read_is_refused_by_name(tmp_path, content):
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(ShardError, match="manifest.json"):
+        read_manifest(tmp_path, "latents")
+
+
+def test_the_difference_names_each_field():
+    old = {"seed": 0, "codec": {"name": "dither", "snr_db": 15.0}, "shape": [4, 8]}
+    new = {"seed": 0, "codec": {"name": "dither", "snr_db": 10.0}, "shape": (4, 9), "dtype": "fp16"}
+    assert difference(old, json.loads(json.dumps(new))) == [
+        "codec.snr_db: 15.0 -> 10.0",
+        "shape: [4, 8] -> [4, 9]",
+        'dtype: null -> "fp16"',
+    ]
+    with pytest.raises(ShardError, match="codec.snr_db: 15.0 -> 10.0"):
+        refuse_other_spec("out", old, new)
+    refuse_other_spec("out", {"shape": [1, 2]}, {"shape": (1, 2)})
+
+
+def test_a_spec_hash_does_not_depend_on_the_order_of_fields():
+    assert sha256_of_json({"a": 1, "b": [2]}) == sha256_of_json({"b": [2], "a": 1})
+    assert sha256_of_json({"a": 1}) != sha256_of_json({"a": 2})
+
+
+def test_each_round_has_shards_of_its_own():
+    assert shard_names(5, 3) == ["s00000.tar", "s00001.tar"]
+    two, three = shard_names(5, 3, rounds=2), shard_names(5, 3, rounds=3)
+    assert two == three[:4] == ["r0000-s00000.tar", "r0000-s00001.tar", "r0001-s00000.tar", "r0001-s00001.tar"]
+    assert shard_names(0, 3) == []

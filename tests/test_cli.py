@@ -1,0 +1,282 @@
+"""The commands as a user types them: the whole road, exit statuses, help, dry runs, the Makefile."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from conftest import write_images
+from helpers import run_encode, run_teacher_cache, shard_files, tree
+
+from pipeline.cli import main
+from pipeline.distill import DistillSettings
+from pipeline.encode import EncodeSettings
+from pipeline.teacher_cache import TeacherCacheSettings
+from shards.dataset import CacheDataset, EpochBatches
+
+ROOT = Path(__file__).parent.parent
+STAGES = {"encode": EncodeSettings, "teacher-cache": TeacherCacheSettings, "distill": DistillSettings}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def run(*arguments, cwd=None) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "pipeline.cli", *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=cwd or ROOT, env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+# The commands of the interface, with every option that it names.
+ROAD = [
+    "encode --teacher {teacher} --data {images} --out latents --resolution 32 --center-crop --random-flip "
+    "--batch-size 4 --seed 0 --entries-per-shard 5",
+    "teacher-cache --teacher {teacher} --latents latents --out cache --rounds 2 --codec dither --snr-db 15 "
+    "--token-stride 2 --students sd_small,sd_tiny",
+    "distill --cache cache --out student --level sd_tiny --max-train-steps 3 --train-batch-size 2 "
+    "--learning-rate 1e-4 --output-weight 0.5 --feature-weight 0.5 --use-ema",
+]
+
+
+@pytest.fixture(scope="module")
+def road(teacher, images, tmp_path_factory):
+    """The three commands, one after the other, each a process of its own."""
+    work = tmp_path_factory.mktemp("road")
+    return work, [run(*c.format(teacher=teacher, images=images).split(), cwd=work) for c in ROAD]
+
+
+def test_the_whole_road_ends_in_a_student(road):
+    work, results = road
+    assert [r.returncode for r in results] == [0, 0, 0], [r.stderr for r in results]
+    assert "holds 13 images in 3 shards" in results[0].stdout
+    assert "holds 26 entries (2 rounds)" in results[1].stdout
+    assert "holds the sd_tiny student of 3 steps" in results[2].stdout
+    assert (work / "student" / "model_index.json").is_file()
+
+
+def test_progress_bars_show_rate_and_the_terms_and_nothing_else_is_printed(road):
+    _, results = road
+    for result, unit in zip(results, ("image", "entry", "step"), strict=True):
+        lines = [line for line in re.split(r"[\r\n]+", result.stderr) if line.strip()]
+        assert all(re.match(r"(encode|teacher-cache|distill): ", line) for line in lines), lines
+        assert re.search(rf"{unit}/s|s/{unit}", lines[-1])
+    assert re.search(r"loss=.*task=.*output=.*feature=", results[2].stderr)
+
+
+def test_settings_are_written_beside_the_output(road):
+    work, _ = road
+    assert json.loads((work / "latents" / "encode.json").read_text())["resolution"] == 32
+    assert json.loads((work / "cache" / "teacher-cache.json").read_text())["students"] == ["sd_small", "sd_tiny"]
+    assert json.loads((work / "student" / "distill.json").read_text())["use_ema"] is True
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_help_names_every_option_with_its_default(stage):
+    result = invoke(stage, "--help")
+    assert result.exit_code == 0
+    text = re.sub(r"\s+", " ", result.output.replace("no-\n", "no-"))
+    for setting in fields(STAGES[stage]):
+        name = "--" + setting.name.replace("_", "-")
+        assert name in text
+        entry = text.split(f" {name} ", 1)[1].split(" --", 2)
+        assert "[default: " in " --".join(entry) or "[required]" in entry[0], name
+    assert "--dry-run" in text
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_each_stage_is_a_module_of_its_own(stage):
+    module = f"pipeline.{stage.replace('-', '_')}"
+    result = subprocess.run(
+        [sys.executable, "-m", module, "--help"], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert result.returncode == 0
+    assert "--dry-run" in result.stdout
+
+
+def test_the_umbrella_lists_the_stages():
+    result = invoke("--help")
+    assert result.exit_code == 0
+    for stage in STAGES:
+        assert f"  {stage} " in result.output
+
+
+def test_dry_runs_print_the_plan_and_write_nothing(road, teacher, images, tmp_path):
+    work, _ = road
+    before = tree(work)
+    out = tmp_path / "out"
+    encode = invoke("encode", "--teacher", teacher, "--data", images, "--out", out, "--resolution", 32, "--dry-run")
+    cache = invoke("teacher-cache", "--teacher", teacher, "--latents", work / "latents", "--out", out, "--dry-run")
+    distill = invoke("distill", "--cache", work / "cache", "--out", out, "--level", "sd_small", "--dry-run")
+    assert "entries: 13 in 1 shards, 1 of them still to write" in encode.output
+    assert "13 images x 4 rounds = 52" in cache.output
+    assert "teacher forward passes: 52" in cache.output
+    assert "steps: 15000, 0 of them done" in distill.output
+    for result in (encode, cache, distill):
+        assert result.exit_code == 0, result.output
+        assert '"seed": 0' in result.output
+        assert "dry run: nothing was written" in result.output
+    assert not out.exists()
+    assert tree(work) == before
+
+
+def test_the_dry_runs_bytes_are_those_of_a_real_entry(road, teacher, tmp_path):
+    work, _ = road
+    result = invoke("teacher-cache", "--teacher", teacher, "--latents", work / "latents", "--out", tmp_path / "out",
+                    "--rounds", 1, "--codec", "fp16", "--dry-run")  # fmt: skip
+    planned = int(re.search(r"together +([\d,]+)", result.output)[1].replace(",", ""))
+    run("teacher-cache", "--teacher", teacher, "--latents", work / "latents", "--out", tmp_path / "out", "--rounds", 1,
+        "--codec", "fp16")  # fmt: skip
+    sidecar = json.loads((tmp_path / "out" / "r0000-s00000.json").read_text())
+    members = sidecar["entries"][0]["members"]
+    # Each .npy header takes 128 bytes, which the plan leaves out.
+    written = sum(length - 128 for name, (_, length, _, _) in members.items() if name.endswith(".npy"))
+    assert planned == written
+
+
+# A later option overrides an earlier one, so each case shows only what is wrong.
+ENCODE = "encode --teacher {teacher} --data {images} --out {o} "
+CACHE = "teacher-cache --teacher {teacher} --latents {road}/latents --out {o} "
+DISTILL = "distill --cache {road}/cache --out {o} --level sd_small "
+MENDABLE = {
+    ENCODE + "--data nowhere": "--data nowhere does not exist",
+    ENCODE + "--teacher nowhere/at/all": "--teacher nowhere/at/all is no folder",
+    ENCODE + "--teacher some/name": "--teacher some/name is no folder, and no model hub gave it",
+    ENCODE + "--teacher {images}": "has no model_index.json",
+    ENCODE + "--resolution 33": "--resolution 33 is not a multiple of 2",
+    ENCODE + "--batch-size 0": "--batch-size is 0; it must be at least 1",
+    ENCODE + "--batch-size many": "'many' is not a valid integer",
+    ENCODE + "--caption-column label": "has no 'label'; it has 'file_name', 'text': choose one with --caption-column",
+    "encode --teacher {teacher} --data {images}": "Missing option '--out'",
+    CACHE + "--latents {images}": "has no manifest.json",
+    CACHE + "--latents {road}/cache": "describes cache, not latents",
+    CACHE + "--students sd_big": "--students 'sd_big' is not one of sd_small",
+    CACHE + "--students ,": "--students names no level",
+    CACHE + "--uncond-fraction 1.5": "--uncond-fraction is 1.5; it must be at most 1.0",
+    CACHE + "--out {road}/cache --rounds 2 --seed 9": "seed: 0 -> 9",
+    DISTILL + "--cache {road}/latents": "describes latents, not cache",
+    DISTILL + "--level sd_huge": "'sd_huge' is not one of",
+    DISTILL + "--out {road}/student": 'level: "sd_tiny" -> "sd_small"',
+    DISTILL + "--lr-warmup-steps 5": "choose constant_with_warmup",
+    DISTILL + "--learning-rate 0": "--learning-rate is 0.0; it must be more than 0.0",
+    DISTILL + "--out {blocked}/o": "blocked",
+}
+
+
+@pytest.mark.parametrize("command", MENDABLE, ids=[message[:40] for message in MENDABLE.values()])
+def test_what_the_user_can_mend_ends_in_one_message_and_status_2(command, road, teacher, images, tmp_path):
+    (tmp_path / "blocked").write_text("a file where a directory should be")
+    result = invoke(*command.format(
+        teacher=teacher, images=images, road=road[0], o=tmp_path / "o", blocked=tmp_path / "blocked"
+    ).split())  # fmt: skip
+    assert result.exit_code == 2, result.output
+    assert MENDABLE[command] in result.output
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_fault_of_ours_keeps_its_traceback_and_ends_in_status_1(teacher, images, tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise ZeroDivisionError("ours")
+
+    monkeypatch.setattr("pipeline.encode.encode_batch", fail)
+    result = invoke("encode", "--teacher", teacher, "--data", images, "--out", tmp_path / "o", "--resolution", 32)
+    assert result.exit_code == 1
+    assert isinstance(result.exception, ZeroDivisionError)
+
+
+def test_a_full_disk_is_said_and_leaves_what_was_written(teacher, images, tmp_path, monkeypatch):
+    import errno
+
+    from pipeline import encode
+
+    real, shards = encode.write_shard, []
+
+    def full(directory, shard, *rest):
+        if shards:
+            raise OSError(errno.ENOSPC, "No space left on device", str(directory / shard))
+        shards.append(shard)
+        real(directory, shard, *rest)
+
+    monkeypatch.setattr(encode, "write_shard", full)
+    arguments = ["encode", "--teacher", teacher, "--data", images, "--out", tmp_path / "o", "--resolution", 32,
+                 "--entries-per-shard", 5]  # fmt: skip
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert "s00001.tar: No space left on device; mend that and run the same command again" in result.output
+    monkeypatch.setattr(encode, "write_shard", real)
+    assert "holds 13 images in 3 shards" in invoke(*arguments).output
+
+
+def test_accelerate_launch_starts_a_stage(teacher, images, tmp_path):
+    launch = f"{sys.executable} -m accelerate.commands.launch --cpu --num_processes 1 --num_machines 1 "
+    launch += "--mixed_precision no --dynamo_backend no -m pipeline."
+    line = ROAD[0].format(teacher=teacher, images=images)
+    environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run((launch + line).split(), cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "holds 13 images in 3 shards" in result.stdout
+
+
+def test_two_processes_write_the_bytes_of_one(road, teacher, images, tmp_path):
+    """Two processes share the shards out, and none differs; two train as one of twice the batch.
+
+    By torchrun, since `accelerate launch --cpu` starts a single process on one machine.
+    """
+    launch = f"{sys.executable} -m torch.distributed.run --nproc-per-node 2 -m pipeline."
+    results = []
+    for line in ROAD:
+        stage, options = line.format(teacher=teacher, images=images).split(" ", 1)
+        command = (launch + stage.replace("-", "_") + " " + options).split()
+        environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT)}
+        results.append(subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True))
+    assert [r.returncode for r in results] == [0, 0, 0], [r.stderr for r in results]
+    for name in ("latents", "cache"):
+        assert shard_files(tmp_path / name) == shard_files(road[0] / name)
+    assert [r.stdout.count(" holds ") for r in results] == [1, 1, 1]
+    lines = [json.loads(line) for line in (tmp_path / "student" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["step"] == 3
+    assert lines[-1]["epoch"] == pytest.approx(3 * 2 * 2 / 26)
+
+
+def make(*arguments) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        ["make", "--no-print-directory", *arguments], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
+    )
+
+
+def test_make_help_lists_every_target():
+    listed = make("help").stdout
+    for target in ("help", "install", "test", "lint", "encode", "teacher-cache", "distill", "clean"):
+        assert re.search(rf"^ +{target} +\S", listed, re.MULTILINE), target
+
+
+def test_make_passes_its_variables_to_the_stages():
+    variables = "TEACHER=some/sd DATA=pictures WORK=w LEVEL=sd_tiny ROUNDS=7 STEPS=99 RESOLUTION=256 SNR_DB=10 "
+    variables += "STRIDE=4 BATCH=3 LR=2e-5 SEED=5"
+    shown = make("-n", "distill", *variables.split(), "LAUNCH=accelerate launch").stdout
+    lines = [line for line in re.sub(r"\s*\\\n\s*", " ", shown).splitlines() if line.startswith("accelerate launch -m")]
+    assert [line.removeprefix("accelerate launch -m pipeline.").strip() for line in lines] == [
+        "encode --teacher some/sd --data pictures --out w/latents --resolution 256 --seed 5",
+        "teacher_cache --teacher some/sd --latents w/latents --out w/cache --rounds 7 --codec dither --snr-db 10 "
+        "--token-stride 4 --students sd_tiny --seed 5",
+        "distill --cache w/cache --out w/sd_tiny --level sd_tiny --max-train-steps 99 --train-batch-size 3 "
+        "--learning-rate 2e-5 --seed 5",
+    ]
+
+
+def test_a_larger_set_in_several_shards_is_read_whole(teacher, tmp_path):
+    """More shards than batches, uneven ones: every entry is taken once an epoch."""
+    data = write_images(tmp_path / "data", 11, seed=3)
+    latents = run_encode(teacher, data, tmp_path / "latents", entries_per_shard=4)
+    cache = run_teacher_cache(teacher, latents, tmp_path / "cache", rounds=3, entries_per_shard=2)
+    dataset = CacheDataset(cache, [])
+    keys = [dataset[i].key for batch, _ in zip(EpochBatches(33, 3, 0), range(11), strict=False) for i in batch]
+    assert len(keys) == len(set(keys)) == 33
