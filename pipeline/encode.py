@@ -76,16 +76,16 @@ def run(settings: EncodeSettings) -> None:
     )
     spec = latents_spec(settings, source, base)
     with state.main_process_first():
-        manifest = claim(settings.out, "latents", spec)
+        manifest = claim(settings.out, "latents", spec, files={EMPTY_PROMPT: empty_prompt_npy(base)})
     unfinished = unfinished_shards(settings.out, manifest)
     if not unfinished:
         report(settings.out, manifest.shard_names(), manifest.spec_sha256, "already finished, nothing to do: ")
         return
 
     base.to(state.device, models.DTYPES[settings.dtype])
+    base.vae.to(memory_format=torch.channels_last)
     if state.is_main_process:
         write_settings(settings.out, "encode", settings)
-        write_empty_prompt(settings.out, base)
     mine = share(unfinished, state)
     names = manifest.shard_names()
     planned = sum(len(records_of(source, settings, names.index(shard))) for shard in mine)
@@ -124,7 +124,7 @@ def latents_spec(settings: EncodeSettings, source: Source, base: DiffusionPipeli
 def records_of(source: Source, settings: EncodeSettings, shard: int) -> list[tuple[int, Record]]:
     """(place in the whole input, record) of one shard."""
     first = shard * settings.entries_per_shard
-    return list(enumerate(source.records))[first : first + settings.entries_per_shard]
+    return list(enumerate(source.records[first : first + settings.entries_per_shard], first))
 
 
 def load_records(source: Source, settings: EncodeSettings, shard: int) -> Iterator[Loaded]:
@@ -205,10 +205,9 @@ def entry_of(item: Loaded, arrays: dict[str, np.ndarray], settings: EncodeSettin
 
 
 @torch.inference_mode()
-def write_empty_prompt(out: Path, base: DiffusionPipeline) -> None:
+def empty_prompt_npy(base: DiffusionPipeline) -> bytes:
     """The embedding (L, D) fp16 of the empty prompt, which the teacher stage gives to unconditional entries."""
-    with atomic_file(out / EMPTY_PROMPT) as stream:
-        stream.write(encode_npy(models.encode_prompts(base, [""])[0].half().cpu().numpy()))
+    return encode_npy(models.encode_prompts(base, [""])[0].half().numpy())
 
 
 def report(out: Path, shards: list[str], spec_sha256: str, prefix: str) -> None:

@@ -30,7 +30,7 @@ from pipeline.workspace import claim, existing_manifest, share, unfinished_shard
 from shards import device_codec
 from shards.codec import CODECS, EXACT_DTYPES, MAX_SNR_DB, decode_npy, pack_quantised
 from shards.files import atomic_directory
-from shards.manifest import Manifest, refuse_other_spec
+from shards.manifest import Manifest, read_file, refuse_other_spec
 from shards.reader import Sample, ShardSet, read_sidecar
 from shards.schema import (
     EMPTY_PROMPT,
@@ -97,7 +97,7 @@ def run(settings: TeacherCacheSettings) -> None:
     check_encoders(settings, latents, base)
     spec = cache_spec(settings, latents, unet, noise_scheduler, state.device)
     with state.main_process_first():
-        manifest = claim(settings.out, "cache", spec, settings.rounds)
+        manifest = claim(settings.out, "cache", spec, rounds=settings.rounds)
         save_what_students_need(settings, base, unet, noise_scheduler)
     del base
     unfinished = unfinished_shards(settings.out, manifest)
@@ -111,7 +111,7 @@ def run(settings: TeacherCacheSettings) -> None:
     unet.to(state.device, dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
     teacher = Teacher(
         unet, Taps(unet, spec["taps"]), noise_scheduler.alphas_cumprod.to(state.device),
-        decode_npy((settings.latents / EMPTY_PROMPT).read_bytes()),
+        decode_npy(read_file(settings.latents, latents.manifest, EMPTY_PROMPT)),
     )  # fmt: skip
     mine = share(unfinished, state)
     planned = sum(len(place_of(manifest, shard)[1]) for shard in mine)
@@ -158,7 +158,7 @@ def cache_spec(
         "entries_per_shard": settings.entries_per_shard,
         "strata": found.spec["strata"] if found else settings.rounds,
         "seed": settings.seed,
-        "levels": list(settings.students),
+        "levels": [level for level in LEVELS if level in settings.students],
         "taps": tap_specs(settings, latents, dict(unet.config)),
         "codec": {"name": settings.codec, **({"snr_db": settings.snr_db} if settings.codec == "dither" else {})},
         "noise_offset": settings.noise_offset,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 
 from pipeline.settings import Settings
-from shards.files import write_json
+from shards.files import write_bytes, write_json
 from shards.manifest import Manifest, read_manifest, refuse_other_spec, write_manifest
 from shards.schema import MANIFEST
 from shards.writer import is_finished
@@ -18,8 +19,10 @@ def existing_manifest(out: Path, stage: str) -> Manifest | None:
     return read_manifest(out, stage) if (out / MANIFEST).is_file() else None
 
 
-def claim(out: Path, stage: str, spec: dict[str, Any], rounds: int | None = None) -> Manifest:
-    """The manifest of `out` for `spec`: written now, or found there with the same one.
+def claim(
+    out: Path, stage: str, spec: dict[str, Any], *, rounds: int | None = None, files: dict[str, bytes] | None = None
+) -> Manifest:
+    """The manifest of `out` for `spec`: written now with its `files`, or found there with the same spec.
 
     More `rounds` than are there extend it; fewer leave it. Raises ShardError with the difference if
     `out` was made for another spec.
@@ -29,8 +32,10 @@ def claim(out: Path, stage: str, spec: dict[str, Any], rounds: int | None = None
         refuse_other_spec(out, found.spec, spec)
         if rounds is None or rounds <= found.rounds:
             return found
-    out.mkdir(parents=True, exist_ok=True)
-    manifest = Manifest(spec if found is None else found.spec, rounds)
+        manifest = replace(found, rounds=rounds)
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        manifest = Manifest(spec, rounds, {name: write_bytes(out / name, data) for name, data in (files or {}).items()})
     write_manifest(out, manifest)
     return manifest
 

@@ -54,10 +54,16 @@ def fsync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+def write_bytes(path: Path, data: bytes) -> str:
+    """Write `data` atomically; returns its sha256."""
+    with atomic_file(path) as stream:
+        stream.write(data)
+    return hashlib.sha256(data).hexdigest()
+
+
 def write_json(path: Path, value: Any, *, indent: int | None = 1) -> None:
     """Write `value` atomically as JSON; NaN and Inf are refused, being no JSON."""
-    with atomic_file(path) as stream:
-        stream.write(json.dumps(value, indent=indent, allow_nan=False, ensure_ascii=False).encode() + b"\n")
+    write_bytes(path, json.dumps(value, indent=indent, allow_nan=False, ensure_ascii=False).encode() + b"\n")
 
 
 class HashingFile:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,14 @@ from shards.schema import FORMAT_VERSION, MANIFEST, ShardError, shard_names
 
 @dataclass(frozen=True)
 class Manifest:
-    """`spec` never changes once written; `rounds` (None for latents) may grow and touches no shard."""
+    """`spec` never changes once written; `rounds` (None for latents) may grow and touches no shard.
+
+    `files` gives the sha256 of what lies beside the shards, by name.
+    """
 
     spec: dict[str, Any]
     rounds: int | None = None
+    files: dict[str, str] = field(default_factory=dict)
 
     @property
     def spec_sha256(self) -> str:
@@ -34,11 +38,14 @@ def sha256_of_json(value: Any) -> str:
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
-    write_json(
-        directory / MANIFEST,
-        {"format": FORMAT_VERSION, "spec_sha256": manifest.spec_sha256, "rounds": manifest.rounds,
-         "spec": manifest.spec},
-    )  # fmt: skip
+    content = {
+        "format": FORMAT_VERSION,
+        "spec_sha256": manifest.spec_sha256,
+        "rounds": manifest.rounds,
+        "files": manifest.files,
+        "spec": manifest.spec,
+    }
+    write_json(directory / MANIFEST, content)
 
 
 def read_manifest(directory: Path, stage: str) -> Manifest:
@@ -50,8 +57,8 @@ def read_manifest(directory: Path, stage: str) -> Manifest:
     command = {"latents": "encode", "cache": "teacher-cache"}[stage]
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        version, spec, rounds = content["format"], content["spec"], content["rounds"]
-        stated = content["spec_sha256"]
+        version, stated = content["format"], content["spec_sha256"]
+        manifest = Manifest(content["spec"], content["rounds"], dict(content["files"]))
     except FileNotFoundError:
         raise ShardError(
             f"{directory} has no {MANIFEST}: it is no {stage} directory; make one with `distill-sd {command}`"
@@ -62,12 +69,21 @@ def read_manifest(directory: Path, stage: str) -> Manifest:
         ) from None
     if version != FORMAT_VERSION:
         raise ShardError(f"{path} has format {version}; this version reads format {FORMAT_VERSION}")
-    manifest = Manifest(spec, rounds)
     if manifest.spec_sha256 != stated:
         raise ShardError(f"{path} was changed after it was written: its spec no longer has the hash it states")
-    if spec.get("stage") != stage:
-        raise ShardError(f"{path} describes {spec.get('stage')}, not {stage}: give the directory of `{command}`")
+    found = manifest.spec.get("stage")
+    if found != stage:
+        raise ShardError(f"{path} describes {found}, not {stage}: give the directory of `{command}`")
     return manifest
+
+
+def read_file(directory: Path, manifest: Manifest, name: str) -> bytes:
+    """One of the manifest's files, as it was when the manifest was written; else ShardError."""
+    path = directory / name
+    data = path.read_bytes() if path.is_file() else b""
+    if hashlib.sha256(data).hexdigest() != manifest.files.get(name):
+        raise ShardError(f"{path} is missing or was changed: restore it from a copy, or write {directory} anew")
+    return data
 
 
 def difference(old: Any, new: Any, name: str = "") -> list[str]:

@@ -33,7 +33,7 @@ def test_latents_are_the_vaes_posterior_sample_scaled(teacher, images, latents):
         )  # fmt: skip
         assert sample.meta["crop"] == crop.as_json()
         with torch.no_grad():
-            image = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 127.5 - 1
+            image = torch.tensor(pixels).permute(2, 0, 1)[None] / 127.5 - 1
             posterior = pipe.vae.encode(image).latent_dist
         noise = torch.from_numpy(draws.standard_normal(0, name, 0, "posterior", (4, 16, 16)))
         expected = (posterior.mean + posterior.std * noise) * pipe.vae.config.scaling_factor

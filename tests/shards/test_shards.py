@@ -9,7 +9,16 @@ import webdataset
 
 from shards import reader
 from shards.codec import pack_quantised
-from shards.manifest import Manifest, difference, read_manifest, refuse_other_spec, sha256_of_json, write_manifest
+from shards.files import write_bytes
+from shards.manifest import (
+    Manifest,
+    difference,
+    read_file,
+    read_manifest,
+    refuse_other_spec,
+    sha256_of_json,
+    write_manifest,
+)
 from shards.reader import ShardSet, read_sidecar
 from shards.schema import ShardError, shard_names, sidecar_name
 from shards.writer import Entry, is_finished, write_shard
@@ -156,11 +165,24 @@ def test_a_manifest_of_the_other_stage_is_refused(directory):
         read_manifest(directory, "cache")
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 99, "spec": {}, "rounds": null, "spec_sha256": ""}'])
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"format": 99, "spec": {}, "rounds": null, "files": {}, "spec_sha256": ""}']
+)
 def test_a_manifest_that_cannot_be_read_is_refused_by_name(tmp_path, content):
     (tmp_path / "manifest.json").write_text(content)
     with pytest.raises(ShardError, match="manifest.json"):
         read_manifest(tmp_path, "latents")
+
+
+def test_a_file_beside_the_shards_is_read_only_as_it_was_written(tmp_path):
+    manifest = Manifest(SPEC, files={"extra.npy": write_bytes(tmp_path / "extra.npy", b"content")})
+    write_manifest(tmp_path, manifest)
+    manifest = read_manifest(tmp_path, "latents")
+    assert read_file(tmp_path, manifest, "extra.npy") == b"content"
+    for damage in (lambda path: path.write_bytes(b"contenu"), lambda path: path.unlink()):
+        damage(tmp_path / "extra.npy")
+        with pytest.raises(ShardError, match="extra.npy is missing or was changed"):
+            read_file(tmp_path, manifest, "extra.npy")
 
 
 def test_the_difference_names_each_field():

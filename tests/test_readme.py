@@ -1,0 +1,84 @@
+"""What the README tells a newcomer to type works: each command and snippet is run, on small models."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = re.findall(r"^    ((?:make|distill-sd) .*)$", README, re.MULTILINE)
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+SMALL = {
+    "--resolution 512": "--resolution 32",
+    "--max-train-steps 15000": "--max-train-steps 2",
+    "STEPS=15000": "STEPS=2",
+}
+
+
+@pytest.fixture(scope="module")
+def desk(teacher, images, tmp_path_factory):
+    """A directory in which the README's names stand for something."""
+    place = tmp_path_factory.mktemp("desk")
+    (place / "path" / "to").mkdir(parents=True)
+    for name in ("checkpoint", "path/to/checkpoint"):
+        (place / name).symlink_to(teacher)
+    for name in ("pictures", "path/to/pictures"):
+        (place / name).symlink_to(images)
+    return place
+
+
+def shell(command: str, cwd: Path) -> None:
+    for large, small in SMALL.items():
+        command = command.replace(large, small)
+    bin_directory = Path(sys.executable).parent
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{bin_directory}:{os.environ['PATH']}"}
+    result = subprocess.run(command, shell=True, cwd=cwd, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, f"{command}\n{result.stderr}"
+
+
+def test_the_stages_run_as_written(desk):
+    stages = [command for command in COMMANDS if command.startswith("distill-sd")]
+    assert [stage.split()[1] for stage in stages] == ["encode", "teacher-cache", "distill"]
+    for stage in stages:
+        shell(stage, desk)
+    assert (desk / "student" / "model_index.json").is_file()
+
+
+def test_make_distill_runs_the_whole_road(desk):
+    """In the environment of this test: the one that `make` would make is not made a second time."""
+    (command,) = [command for command in COMMANDS if command.startswith("make distill TEACHER")]
+    ready = f"{sys.prefix}/.ready"
+    shell(f"{command} -f {ROOT}/Makefile VENV={sys.prefix} -o {ready} RESOLUTION=32", desk)
+    assert (desk / "work" / "sd_small" / "model_index.json").is_file()
+
+
+def test_the_snippets_run(desk, monkeypatch):
+    """After the stages above; pictures are kept small."""
+    from diffusers import StableDiffusionPipeline
+
+    monkeypatch.chdir(desk)
+    real = StableDiffusionPipeline.__call__
+    monkeypatch.setattr(
+        StableDiffusionPipeline, "__call__", lambda self, *a, **k: real(self, *a, **{**k, "num_inference_steps": 2})
+    )
+    assert len(SNIPPETS) == 2
+    for snippet in SNIPPETS:
+        exec(compile(snippet, "README.md", "exec"), {})
+    assert (desk / "image.png").is_file()
+
+
+def test_every_make_target_named_exists():
+    makefile = (ROOT / "Makefile").read_text()
+    named = {command.split()[1] for command in COMMANDS if command.startswith("make")}
+    assert named >= {"encode", "teacher-cache", "distill", "test", "help"} - {"help"}
+    for target in named:
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_files_that_are_linked_exist():
+    for link in re.findall(r"\]\((?!http)([^)]+)\)", README):
+        assert (ROOT / link).exists(), link
