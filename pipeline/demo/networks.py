@@ -1,0 +1,150 @@
+"""The demo teacher's parts, untrained: Stable Diffusion 1.x in every way but size.
+
+A picture of 64 x 64 becomes latents of 4 x 16 x 16, and the U-Net has the four down blocks, the middle block
+and the four up blocks of SD-1.x with two layers each, so that what works on it works on the real one.
+"""
+
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from pipeline.demo.scenes import BACKGROUNDS, COUNT_WORDS, OBJECT_COLOURS, RELATIONS, SHAPES, SIDE, SIZES
+
+LATENT_CHANNELS = 4
+LATENT_SIDE = SIDE // 4
+TEXT_WIDTH = 96
+MAXIMUM_TOKENS = 24
+START, END = "<|startoftext|>", "<|endoftext|>"
+WORD_END = "</w>"
+
+
+def make_tokenizer() -> CLIPTokenizer:
+    """CLIP's byte-pair tokenizer, with merges that make one token of each word of a caption.
+
+    Other words come out as their letters, as rare words do with CLIP's own vocabulary.
+    """
+    alphabet = _byte_alphabet()
+    merges = _learn_merges(_caption_words())
+    tokens = [*alphabet, *(letter + WORD_END for letter in alphabet), *map("".join, merges), START, END]
+    return CLIPTokenizer(
+        vocab={token: number for number, token in enumerate(tokens)},
+        merges=merges,
+        unk_token=END,
+        bos_token=START,
+        eos_token=END,
+        pad_token=END,
+        model_max_length=MAXIMUM_TOKENS,
+    )
+
+
+def _caption_words() -> list[str]:
+    shapes = [word for name, shape in SHAPES.items() for word in (name, shape.plural)]
+    relations = [word for relation in RELATIONS for word in relation.split()]
+    sizes = [size for size in SIZES if size]
+    words = {*shapes, *relations, *sizes, *OBJECT_COLOURS, *BACKGROUNDS, *COUNT_WORDS.values()}
+    return sorted(words | {"a", "an", "on", "background"})
+
+
+def _byte_alphabet() -> list[str]:
+    """The printable stand-ins for the 256 bytes that byte-level BPE (GPT-2, CLIP) writes text in."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
+
+
+def _learn_merges(words: list[str]) -> list[tuple[str, str]]:
+    """Byte-pair merges, learned on the words until each is one token."""
+    split = [[*word[:-1], word[-1] + WORD_END] for word in words]
+    merges = []
+    while pairs := [pair for pieces in split for pair in zip(pieces, pieces[1:], strict=False)]:
+        best = max(sorted(set(pairs)), key=pairs.count)
+        merges.append(best)
+        split = [_merge(pieces, best) for pieces in split]
+    return merges
+
+
+def _merge(pieces: list[str], pair: tuple[str, str]) -> list[str]:
+    merged: list[str] = []
+    for piece in pieces:
+        if merged and (merged[-1], piece) == pair:
+            merged[-1] += piece
+        else:
+            merged.append(piece)
+    return merged
+
+
+def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """Token ids (B, 24) -> hidden states (B, 24, TEXT_WIDTH)."""
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=4 * TEXT_WIDTH,
+        projection_dim=TEXT_WIDTH,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=MAXIMUM_TOKENS,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return CLIPTextModel(config)
+
+
+def make_autoencoder() -> AutoencoderKL:
+    """Pictures (B, 3, 64, 64) in [-1, 1] <-> latents (B, 4, 16, 16)."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(16, 32, 64),
+        layers_per_block=1,
+        latent_channels=LATENT_CHANNELS,
+        norm_num_groups=8,
+        sample_size=SIDE,
+        force_upcast=False,
+    )
+
+
+def make_unet() -> UNet2DConditionModel:
+    """Noisy latents (B, 4, 16, 16), timesteps (B,), text (B, 24, TEXT_WIDTH) -> noise (B, 4, 16, 16)."""
+    return UNet2DConditionModel(
+        sample_size=LATENT_SIDE,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+        block_out_channels=(32, 64, 80, 88),
+        layers_per_block=2,
+        cross_attention_dim=TEXT_WIDTH,
+        attention_head_dim=4,
+        norm_num_groups=8,
+    )
+
+
+def make_noise_scheduler() -> DDIMScheduler:
+    """The noise schedule of SD-1.x."""
+    return DDIMScheduler(
+        num_train_timesteps=1000,
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type="epsilon",
+    )
+
+
+def make_pipeline(
+    autoencoder: AutoencoderKL,
+    text_encoder: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
+    unet: UNet2DConditionModel,
+) -> StableDiffusionPipeline:
+    return StableDiffusionPipeline(
+        vae=autoencoder,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=make_noise_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )

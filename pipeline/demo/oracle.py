@@ -1,0 +1,219 @@
+"""The oracle: which facts of a caption hold in a picture, by image analysis alone. Nothing here is learned.
+
+    picture -> background plane -> what stands out of it -> connected parts -> colour, shape, size, place
+
+A part's shape is the one whose template, over all the rotations that scenes have, overlaps it best once
+both are brought to the same area and centre.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from pipeline.demo.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    MAXIMUM_ROTATION,
+    OBJECT_COLOURS,
+    RELATIONS,
+    SHAPES,
+    SIDE,
+    ObjectFacts,
+    parse_caption,
+)
+
+# Both in units of full intensity: how far a pixel must stand out, and the least area of a part in pixels.
+CONTRAST = 0.16
+MINIMUM_AREA = 40
+# Between the largest "small" and the smallest "large" radius of a scene.
+SMALL_RADIUS = 12.5
+GRID = 40
+GRID_REACH = 1.7
+
+
+@dataclass(frozen=True)
+class Part:
+    """One connected thing in a picture. `area` in pixels; `x`, `y` its centroid."""
+
+    colour: str
+    shape: str
+    area: float
+    x: float
+    y: float
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Each fact of a caption, by name, and whether it holds."""
+
+    facts: dict[str, bool]
+
+    @property
+    def score(self) -> float:
+        """The share of the facts that hold."""
+        return sum(self.facts.values()) / len(self.facts)
+
+    @property
+    def all(self) -> bool:
+        return all(self.facts.values())
+
+
+def score(image: Image.Image | np.ndarray, caption: str) -> Verdict:
+    """Judge a 64 x 64 RGB picture by a scene's caption. Raises ValueError for other sizes or captions."""
+    facts = parse_caption(caption)
+    background, parts = analyse(image)
+    verdict = {
+        "background": background == facts.background,
+        "number": len(parts) == sum(o.count for o in facts.objects),
+    }
+    found = [_parts_of(item, parts) for item in facts.objects]
+    for number, (item, own) in enumerate(zip(facts.objects, found, strict=True), 1):
+        verdict[f"colour {number}"] = len(own) >= item.count
+        verdict[f"shape {number}"] = len(own) >= item.count and all(
+            part.shape == item.shape for part in own[: item.count]
+        )
+        if item.count > 1:
+            verdict[f"count {number}"] = len(own) == item.count
+        if item.size:
+            verdict[f"size {number}"] = bool(own) and (_radius(own[0], item.shape) < SMALL_RADIUS) == (
+                item.size == "small"
+            )
+    if facts.relation:
+        verdict["relation"] = all(found) and _related(found[0][0], found[1][0], facts.relation)
+    return Verdict(verdict)
+
+
+def analyse(image: Image.Image | np.ndarray) -> tuple[str, list[Part]]:
+    """The background's colour word, and the parts that stand out of it, largest first."""
+    pixels = np.asarray(image, np.float64) / 255
+    if pixels.shape != (SIDE, SIDE, 3):
+        raise ValueError(f"the picture has shape {pixels.shape}; a scene's is {(SIDE, SIDE, 3)}")
+    plane = _background_plane(pixels)
+    distance = np.abs(pixels - plane).max(axis=2)
+    labels, count = _connected(distance > CONTRAST)
+    background = _nearest_colour(plane.mean(axis=(0, 1)), BACKGROUNDS)
+    masks = [labels == label for label in range(1, count + 1)]
+    parts = [_part(pixels, distance, mask) for mask in masks if mask.sum() >= MINIMUM_AREA]
+    return background, sorted(parts, key=lambda part: -part.area)
+
+
+def _background_plane(pixels: np.ndarray) -> np.ndarray:
+    """The background under its light, (64, 64, 3): a plane fitted to the border, then to all that lies near it."""
+    along = np.linspace(-1, 1, SIDE)
+    basis = np.stack(np.broadcast_arrays(1.0, along[None, :], along[:, None]), axis=-1).reshape(-1, 3)
+    flat = pixels.reshape(-1, 3)
+    border = np.ones((SIDE, SIDE), bool)
+    border[2:-2, 2:-2] = False
+    middle = np.median(pixels[border], axis=0)
+    near = (np.abs(flat - middle).max(axis=1) < 0.25) & border.reshape(-1)
+    for _ in range(3):
+        plane = basis @ np.linalg.lstsq(basis[near], flat[near], rcond=None)[0]
+        near = np.abs(flat - plane).max(axis=1) < 0.1
+        if near.sum() < 200:
+            break
+    return plane.reshape(pixels.shape)
+
+
+def _connected(mask: np.ndarray) -> tuple[np.ndarray, int]:
+    """Labels (H, W) int of the 4-connected parts of a mask, from 1 on, and their number."""
+    labels, count = np.zeros(mask.shape, int), 0
+    for start in zip(*np.nonzero(mask), strict=True):
+        if labels[start]:
+            continue
+        count += 1
+        labels[start] = count
+        waiting = [start]
+        while waiting:
+            y, x = waiting.pop()
+            for place in ((y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)):
+                inside = 0 <= place[0] < SIDE and 0 <= place[1] < SIDE
+                if inside and mask[place] and not labels[place]:
+                    labels[place] = count
+                    waiting.append(place)
+    return labels, count
+
+
+def _part(pixels: np.ndarray, distance: np.ndarray, mask: np.ndarray) -> Part:
+    """Colour of the half that stands out most; coverage from the contrast to it; shape from the coverage."""
+    strength = distance[mask]
+    core = mask & (distance >= np.median(strength))
+    coverage = np.where(_grown(mask), np.clip(distance / np.median(distance[core]), 0, 1), 0)
+    coverage = np.where(coverage > 0.5, 1.0, 0.0) if coverage.sum() else mask.astype(float)
+    rows, columns = np.mgrid[:SIDE, :SIDE] + 0.5
+    area = coverage.sum()
+    x, y = (columns * coverage).sum() / area, (rows * coverage).sum() / area
+    colour = _nearest_colour(np.median(pixels[core], axis=0), OBJECT_COLOURS)
+    return Part(colour, _shape(coverage, x, y, area), float(area), float(x), float(y))
+
+
+def _grown(mask: np.ndarray) -> np.ndarray:
+    padded = np.pad(mask, 1)
+    return padded[1:-1, 1:-1] | padded[:-2, 1:-1] | padded[2:, 1:-1] | padded[1:-1, :-2] | padded[1:-1, 2:]
+
+
+def _nearest_colour(rgb: np.ndarray, names: tuple[str, ...]) -> str:
+    """The colour word whose colour, under some light of a scene, is nearest."""
+    lights = np.linspace(0.84, 1.1, 7)[:, None]
+    return min(names, key=lambda name: np.square(np.clip(lights * COLOURS[name], 0, 1) - rgb).sum(axis=1).min())
+
+
+def _shape(coverage: np.ndarray, x: float, y: float, area: float) -> str:
+    """The shape whose template overlaps best, both at unit area about their centroids."""
+    scale = math.sqrt(area)
+    grid = _grid() * scale
+    columns, rows = np.floor(grid[0] + x).astype(int), np.floor(grid[1] + y).astype(int)
+    inside = (columns >= 0) & (columns < SIDE) & (rows >= 0) & (rows < SIDE)
+    sampled = np.where(inside, coverage[rows.clip(0, SIDE - 1), columns.clip(0, SIDE - 1)], 0)
+    overlaps = {
+        name: max(np.minimum(sampled, t).sum() / np.maximum(sampled, t).sum() for t in templates)
+        for name, templates in _templates().items()
+    }
+    return max(overlaps, key=overlaps.get)
+
+
+def _grid() -> np.ndarray:
+    """(2, GRID, GRID): x and y of the cells of the frame in which shapes are compared, in square roots of area."""
+    along = np.linspace(-GRID_REACH / 2, GRID_REACH / 2, GRID)
+    return np.stack(np.meshgrid(along, along))
+
+
+@functools.cache
+def _templates() -> dict[str, np.ndarray]:
+    """For each shape, (rotations, GRID, GRID) float masks of unit area about the centroid."""
+    return {name: np.stack([_template(name, r) for r in np.linspace(-1, 1, 9) * MAXIMUM_ROTATION]) for name in SHAPES}
+
+
+def _template(name: str, rotation: float) -> np.ndarray:
+    area, centre_y = _unit(name)
+    x, y = _grid() * math.sqrt(area)
+    cosine, sine = math.cos(rotation), math.sin(rotation)
+    return SHAPES[name].contains(cosine * x + sine * y, cosine * y - sine * x + centre_y).astype(float)
+
+
+@functools.cache
+def _unit(name: str) -> tuple[float, float]:
+    """Area and height of the centroid of a shape of radius 1."""
+    fine = (np.arange(600) + 0.5) / 200 - 1.5
+    inside = SHAPES[name].contains(fine[None, :], fine[:, None])
+    return float(inside.sum() / 200**2), float((inside * fine[:, None]).sum() / inside.sum())
+
+
+def _radius(part: Part, shape: str) -> float:
+    return math.sqrt(part.area / _unit(shape)[0])
+
+
+def _parts_of(item: ObjectFacts, parts: list[Part]) -> list[Part]:
+    """The parts of the noun's colour, those of its shape first."""
+    own = [part for part in parts if part.colour == item.colour]
+    return sorted(own, key=lambda part: part.shape != item.shape)
+
+
+def _related(first: Part, second: Part, relation: str) -> bool:
+    """Whether the step from the first to the second is mostly along the relation's own."""
+    right, down = RELATIONS[relation]
+    along = (second.x - first.x) * right + (second.y - first.y) * down
+    across = (second.x - first.x) * down + (second.y - first.y) * right
+    return along > abs(across)

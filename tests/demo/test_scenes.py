@@ -1,0 +1,152 @@
+"""The demo's scenes: repeatable, said and drawn alike, split by combination; and an oracle that can tell."""
+
+import collections
+import json
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+
+from pipeline.demo import oracle
+from pipeline.demo.scenes import (
+    HELD_OUT,
+    SHAPES,
+    caption_of,
+    make_scene,
+    parse_caption,
+    shape_mask,
+    write_folder,
+)
+from pipeline.sources import open_source
+
+COUNT = 300
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return [make_scene(11, index, "train" if index % 2 else "heldout") for index in range(COUNT)]
+
+
+def test_a_scene_depends_on_its_seed_split_and_index_alone():
+    first = make_scene(3, 17)
+    np.random.seed(5)
+    make_scene(3, 18)
+    again = make_scene(3, 17)
+    assert first.caption == again.caption
+    np.testing.assert_array_equal(first.picture, again.picture)
+    assert not np.array_equal(first.picture, make_scene(4, 17).picture)
+
+
+def test_a_caption_says_the_facts_and_nothing_more(scenes):
+    for scene in scenes:
+        assert parse_caption(scene.caption) == scene.facts
+        assert caption_of(scene.facts) == scene.caption
+
+
+def test_equal_captions_have_pictures_of_their_own():
+    pictures = collections.defaultdict(list)
+    for index in range(3000):
+        scene = make_scene(0, index)
+        pictures[scene.caption].append(scene.picture)
+    repeated = [group for group in pictures.values() if len(group) > 1]
+    assert len(repeated) > 100
+    assert all(np.abs(group[0].astype(int) - group[1]).mean() > 2 for group in repeated)
+
+
+def test_held_out_combinations_never_appear_in_training():
+    def combinations(split):
+        return {
+            (item.colour, item.shape) for i in range(1500) for item in make_scene(0, i, split).facts.objects
+        }  # fmt: skip
+
+    assert not combinations("train") & HELD_OUT
+    assert combinations("heldout") >= HELD_OUT
+    assert {shape for _, shape in HELD_OUT} == set(SHAPES)
+
+
+@pytest.mark.parametrize("caption", ["", "a photo of a cat", "a red circle", "a red cube on a white background",
+                                     "red circle on a white background"])  # fmt: skip
+def test_a_caption_of_another_kind_is_refused_with_its_words(caption):
+    with pytest.raises(ValueError, match="caption"):
+        parse_caption(caption)
+
+
+def test_an_unknown_split_is_refused():
+    with pytest.raises(ValueError, match="'test'; it must be one of train, heldout"):
+        make_scene(0, 0, "test")
+
+
+def test_masks_are_antialiased_and_cover_the_shapes_area():
+    mask = shape_mask("circle", 32, 32, 16)
+    assert mask.sum() == pytest.approx(np.pi * 16**2, rel=0.01)
+    assert ((mask > 0) & (mask < 1)).sum() > 50
+
+
+def test_a_folder_of_scenes_enters_by_a_users_door(tmp_path):
+    folder = write_folder(tmp_path / "scenes", 12, seed=2)
+    source = open_source(folder, "file_name", "text")
+    assert [record.caption for record in source.records] == [make_scene(2, i).caption for i in range(12)]
+    np.testing.assert_array_equal(np.asarray(Image.open(folder / source.records[5].location)), make_scene(2, 5).picture)
+    assert len((folder / "metadata.jsonl").read_text().splitlines()) == 12
+    assert json.loads((folder / "metadata.jsonl").read_text().splitlines()[0]).keys() == {"file_name", "text"}
+
+
+def share(verdicts):
+    facts = [fact for verdict in verdicts for fact in verdict.facts.values()]
+    return sum(facts) / len(facts)
+
+
+def test_the_oracle_finds_every_fact_of_a_true_picture(scenes):
+    verdicts = [oracle.score(scene.picture, scene.caption) for scene in scenes]
+    assert share(verdicts) >= 0.99
+    assert np.mean([verdict.all for verdict in verdicts]) >= 0.98
+    kinds = {name.split()[0] for verdict in verdicts for name in verdict.facts}
+    assert kinds == {"background", "number", "colour", "shape", "count", "size", "relation"}
+
+
+def test_the_oracle_finds_hardly_any_fact_of_anothers_picture(scenes):
+    verdicts = [
+        oracle.score(scene.picture, other.caption) for scene, other in zip(scenes, scenes[1:] + scenes[:1], strict=True)
+    ]
+    assert share(verdicts) < 0.3
+    assert np.mean([verdict.all for verdict in verdicts]) < 0.02
+
+
+def test_the_oracle_bears_blur_and_noise(scenes):
+    draw = np.random.default_rng(0)
+
+    def worn(picture):
+        blurred = np.asarray(Image.fromarray(picture).filter(ImageFilter.GaussianBlur(0.8)), float)
+        return np.clip(blurred + draw.normal(0, 5, blurred.shape), 0, 255).astype(np.uint8)
+
+    assert share([oracle.score(worn(scene.picture), scene.caption) for scene in scenes]) >= 0.97
+
+
+CHANGES = {
+    "colour 1": ("a red circle on a gray background", "a blue circle on a gray background"),
+    "shape 1": ("a red circle on a gray background", "a red star on a gray background"),
+    "background": ("a red circle on a gray background", "a red circle on a white background"),
+    "count 1": ("two red circles on a gray background", "three red circles on a gray background"),
+    "size 1": ("a small red circle on a gray background", "a large red circle on a gray background"),
+    "relation": (
+        "a red circle above a blue star on a gray background", "a red circle below a blue star on a gray background",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fact", CHANGES)
+def test_the_oracle_tells_which_fact_is_wrong(fact):
+    from pipeline.demo.scenes import draw_picture, generator
+
+    said, drawn = CHANGES[fact]
+    for index in range(10):
+        picture = draw_picture(parse_caption(drawn), generator(1, index))
+        facts = oracle.score(picture, said).facts
+        assert not facts[fact]
+        assert facts["background"] == (fact != "background")
+        assert oracle.score(picture, drawn).all
+
+
+def test_a_picture_of_another_size_is_refused():
+    with pytest.raises(ValueError, match=r"\(32, 32, 3\); a scene's is \(64, 64, 3\)"):
+        oracle.score(np.zeros((32, 32, 3), np.uint8), "a red circle on a gray background")
