@@ -25,7 +25,7 @@ from pipeline.images import Crop, ImageProblem, decode, square
 from pipeline.settings import REQUIRED, Settings, option
 from pipeline.sources import Record, Source, inputs_sha256, open_source
 from pipeline.workers import ordered_map
-from pipeline.workspace import claim, existing_manifest, share, unfinished_shards, write_settings
+from pipeline.workspace import claim, existing_manifest, share_unfinished, unfinished_shards, write_settings
 from shards.codec import encode_npy
 from shards.files import atomic_file
 from shards.manifest import refuse_other_spec
@@ -71,22 +71,21 @@ def run(settings: EncodeSettings) -> None:
     """Images and captions to latents and prompt embeddings, in shards."""
     state = models.process_state(settings.device)
     source = open_source(settings.data, settings.image_column, settings.caption_column)
-    base = models.load_base(
-        models.find_teacher(settings.teacher, settings.revision, settings.variant), settings.variant
-    )
+    folder = models.find_teacher(settings.teacher, settings.revision, settings.variant)
+    base = models.load_base(folder, settings.variant)
     spec = latents_spec(settings, source, base)
     with state.main_process_first():
         manifest = claim(settings.out, "latents", spec, files={EMPTY_PROMPT: empty_prompt_npy(base)})
-    unfinished = unfinished_shards(settings.out, manifest)
+    unfinished, mine = share_unfinished(settings.out, manifest, state)
     if not unfinished:
-        report(settings.out, manifest.shard_names(), manifest.spec_sha256, "already finished, nothing to do: ")
+        if state.is_main_process:
+            report(settings.out, manifest.shard_names(), manifest.spec_sha256, "already finished, nothing to do: ")
         return
 
     base.to(state.device, models.DTYPES[settings.dtype])
     base.vae.to(memory_format=torch.channels_last)
     if state.is_main_process:
         write_settings(settings.out, "encode", settings)
-    mine = share(unfinished, state)
     names = manifest.shard_names()
     planned = sum(len(records_of(source, settings, names.index(shard))) for shard in mine)
     with tqdm(total=planned, unit="image", desc="encode", disable=not state.is_main_process) as progress:
@@ -227,9 +226,8 @@ def report(out: Path, shards: list[str], spec_sha256: str, prefix: str) -> None:
 def plan(settings: EncodeSettings) -> list[str]:
     """What a run would write."""
     source = open_source(settings.data, settings.image_column, settings.caption_column)
-    base = models.load_base(
-        models.find_teacher(settings.teacher, settings.revision, settings.variant), settings.variant
-    )
+    folder = models.find_teacher(settings.teacher, settings.revision, settings.variant)
+    base = models.load_base(folder, settings.variant)
     spec = latents_spec(settings, source, base)
     found = existing_manifest(settings.out, "latents")
     if found is not None:

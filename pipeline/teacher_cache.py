@@ -26,7 +26,7 @@ from pipeline.errors import UserError
 from pipeline.settings import REQUIRED, Settings, option
 from pipeline.students import LEVELS, check_teacher, student_config, student_weights, teacher_taps
 from pipeline.taps import Taps, sample_tokens, token_stride
-from pipeline.workspace import claim, existing_manifest, share, unfinished_shards, write_settings
+from pipeline.workspace import claim, existing_manifest, share_unfinished, write_settings
 from shards import device_codec
 from shards.codec import CODECS, EXACT_DTYPES, MAX_SNR_DB, decode_npy, pack_quantised
 from shards.files import atomic_directory
@@ -100,9 +100,10 @@ def run(settings: TeacherCacheSettings) -> None:
         manifest = claim(settings.out, "cache", spec, rounds=settings.rounds)
         save_what_students_need(settings, base, unet, noise_scheduler)
     del base
-    unfinished = unfinished_shards(settings.out, manifest)
+    unfinished, mine = share_unfinished(settings.out, manifest, state)
     if not unfinished:
-        report(settings.out, manifest, "already finished, nothing to do: ")
+        if state.is_main_process:
+            report(settings.out, manifest, "already finished, nothing to do: ")
         return
 
     if state.is_main_process:
@@ -113,7 +114,6 @@ def run(settings: TeacherCacheSettings) -> None:
         unet, Taps(unet, spec["taps"]), noise_scheduler.alphas_cumprod.to(state.device),
         decode_npy(read_file(settings.latents, latents.manifest, EMPTY_PROMPT)),
     )  # fmt: skip
-    mine = share(unfinished, state)
     planned = sum(len(place_of(manifest, shard)[1]) for shard in mine)
     with tqdm(total=planned, unit="entry", desc="teacher-cache", disable=not state.is_main_process) as progress:
         for shard in mine:

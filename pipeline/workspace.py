@@ -48,6 +48,11 @@ def unfinished_shards(out: Path, manifest: Manifest) -> list[str]:
     return [shard for shard in manifest.shard_names() if not is_finished(out, shard)]
 
 
-def share(shards: list[str], state: PartialState) -> list[str]:
-    """The shards of this process: every n-th of them."""
-    return shards[state.process_index :: state.num_processes]
+def share_unfinished(out: Path, manifest: Manifest, state: PartialState) -> tuple[list[str], list[str]]:
+    """All unfinished shards, and those of them that fall to this process: every n-th.
+
+    No process starts to write before all have looked, or they would share out different lists.
+    """
+    unfinished = unfinished_shards(out, manifest)
+    state.wait_for_everyone()
+    return unfinished, unfinished[state.process_index :: state.num_processes]
