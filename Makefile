@@ -1,27 +1,43 @@
 # Two-stage offline distillation. `make help` lists the targets; every variable below can be set on the
-# command line, as in `make distill TEACHER=runwayml/stable-diffusion-v1-5 DATA=pictures/ LEVEL=sd_tiny`.
+# command line, as in `make distill TEACHER=path/to/checkpoint DATA=path/to/pictures LEVEL=sd_tiny`.
+# With no TEACHER the stages run on the bundled demo teacher and generated scenes.
 
 PYTHON ?= python3
 VENV   ?= .venv
 LAUNCH ?= $(BIN)/python
 
-TEACHER ?=
-DATA    ?=
-WORK    ?= work
-LEVEL   ?= sd_small
+TEACHER  ?= demo
+LEVEL    ?= sd_small
 STUDENTS ?= $(LEVEL)
-RESOLUTION ?= 512
-ROUNDS  ?= 4
-CODEC   ?= dither
-SNR_DB  ?= 15
-STRIDE  ?= 2
-STEPS   ?= 15000
-BATCH   ?= 8
-LR      ?= 1e-5
-SEED    ?= 0
+ROUNDS   ?= 4
+CODEC    ?= dither
+SNR_DB   ?= 15
+STRIDE   ?= 2
+SEED     ?= 0
 ENCODE_FLAGS  ?=
 CACHE_FLAGS   ?=
 DISTILL_FLAGS ?=
+
+ifeq ($(TEACHER),demo)
+WORK       ?= work/demo
+DATA       ?= $(WORK)/scenes
+SCENES     ?= 2000
+RESOLUTION ?= 64
+TOKEN_MIN  ?= 16
+SAMPLES    ?= 64
+STEPS      ?= 400
+BATCH      ?= 32
+LR         ?= 1e-3
+else
+WORK       ?= work
+DATA       ?=
+RESOLUTION ?= 512
+TOKEN_MIN  ?= 32
+SAMPLES    ?= 8
+STEPS      ?= 15000
+BATCH      ?= 8
+LR         ?= 1e-5
+endif
 
 BIN     := $(VENV)/bin
 READY   := $(VENV)/.ready
@@ -30,7 +46,7 @@ CACHE   ?= $(WORK)/cache
 STUDENT ?= $(WORK)/$(LEVEL)
 
 .DEFAULT_GOAL := help
-.PHONY: help install test lint encode teacher-cache distill clean
+.PHONY: help install test lint encode teacher-cache distill data clean
 
 help: ## List the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  \1|\2/' | column -t -s '|'
@@ -51,21 +67,25 @@ lint: $(READY) ## Run the linter alone.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-encode: $(READY) check-input ## Images and captions (DATA=) to latents, with the VAE and text encoder of TEACHER=.
+encode: $(READY) data ## Images and captions (DATA=) to latents, with the VAE and text encoder of TEACHER=.
 	$(LAUNCH) -m pipeline.encode --teacher $(TEACHER) --data $(DATA) --out $(LATENTS) \
 	  --resolution $(RESOLUTION) --seed $(SEED) $(ENCODE_FLAGS)
 
 teacher-cache: encode ## Latents to the teacher's predictions and features: ROUNDS=, CODEC=, SNR_DB=, STRIDE=.
 	$(LAUNCH) -m pipeline.teacher_cache --teacher $(TEACHER) --latents $(LATENTS) --out $(CACHE) --rounds $(ROUNDS) \
-	  --codec $(CODEC) --snr-db $(SNR_DB) --token-stride $(STRIDE) --students $(STUDENTS) --seed $(SEED) $(CACHE_FLAGS)
+	  --codec $(CODEC) --snr-db $(SNR_DB) --token-stride $(STRIDE) --token-min $(TOKEN_MIN) --students $(STUDENTS) \
+	  --samples $(SAMPLES) --seed $(SEED) $(CACHE_FLAGS)
 
-distill: teacher-cache ## Train the student of LEVEL= for STEPS= steps; ends with a diffusers pipeline.
+distill: teacher-cache ## Train the student of LEVEL= for STEPS= steps; ends with a diffusers pipeline and a report.
 	$(LAUNCH) -m pipeline.distill --cache $(CACHE) --out $(STUDENT) --level $(LEVEL) --max-train-steps $(STEPS) \
 	  --train-batch-size $(BATCH) --learning-rate $(LR) --seed $(SEED) $(DISTILL_FLAGS)
 
-check-input:
-	@test -n '$(TEACHER)' || { echo 'Error: set TEACHER= to a Stable Diffusion checkpoint (a folder or a hub name)' >&2; exit 2; }
+data: $(READY)
+ifeq ($(TEACHER),demo)
+	@test -d '$(DATA)' || $(BIN)/distill-sd demo-scenes --out '$(DATA)' --count $(SCENES) --seed $(SEED)
+else
 	@test -n '$(DATA)' || { echo 'Error: set DATA= to a folder of images with a metadata.jsonl' >&2; exit 2; }
+endif
 
 clean: ## Remove what the stages wrote under WORK=, and caches of the tools. Keeps .venv.
 	rm -rf '$(WORK)' .pytest_cache .ruff_cache .hypothesis

@@ -15,7 +15,7 @@ import click
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor
@@ -28,6 +28,8 @@ from pipeline.diffusion import add_noise, target
 from pipeline.errors import UserError
 from pipeline.losses import distillation_losses, total_loss
 from pipeline.metrics import Metrics
+from pipeline.report import REPORT, write_report
+from pipeline.samples import SAMPLES, draw_samples, load_samples
 from pipeline.settings import REQUIRED, Settings, option
 from pipeline.students import LEVELS
 from pipeline.taps import Taps, sample_tokens
@@ -69,6 +71,7 @@ class DistillSettings(Settings):
     checkpoints_total_limit: int = option(2, "Checkpoints to keep, the newest.", low=1)
     logging_steps: int = option(10, "Optimiser steps between lines of metrics.jsonl.", low=1)
     dataloader_num_workers: int = option(2, "Processes that read and decompress; 0 reads in the training loop.", low=0)
+    report: bool = option(True, "End with report.html: loss curves, pictures beside the teacher's, cost.")
     seed: int = option(0, "Seed of the order of entries.", low=0)
     device: str = option("auto", "auto takes the GPU if there is one.", choices=models.DEVICES)
 
@@ -80,7 +83,7 @@ class DistillSettings(Settings):
 
 # What may differ between two runs that continue one another: none of it changes a step's arithmetic.
 FREE = ("cache", "out", "max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "logging_steps",
-        "dataloader_num_workers", "device", "gradient_checkpointing")  # fmt: skip
+        "dataloader_num_workers", "device", "gradient_checkpointing", "report")  # fmt: skip
 
 
 def run(settings: DistillSettings) -> None:
@@ -104,6 +107,12 @@ def run(settings: DistillSettings) -> None:
     train(settings, accelerator, training)
     if accelerator.is_main_process:
         save_student(settings, training)
+        if settings.report:
+            save_report(settings, training)
+        click.echo(
+            f"{settings.out} holds the {settings.level} student of {training.step} steps, as a diffusers pipeline"
+            + (f"; see {settings.out / REPORT}" if settings.report else "")
+        )
     accelerator.wait_for_everyone()
 
 
@@ -225,7 +234,22 @@ def save_student(settings: DistillSettings, training: Training) -> None:
         training.ema.copy_to(training.student.parameters())
     models.save_pipeline(settings.cache / "base", training.student, settings.out)
     write_json(settings.out / FINISHED, {"step": training.step})
-    click.echo(f"{settings.out} holds the {settings.level} student of {training.step} steps, as a diffusers pipeline")
+
+
+def save_report(settings: DistillSettings, training: Training) -> None:
+    """report.html, with the student's pictures beside the teacher's of the cache and the untrained student's."""
+    rows = {}
+    if (settings.cache / SAMPLES).is_dir():
+        teacher, sampler = load_samples(settings.cache / SAMPLES)
+        pipe = DiffusionPipeline.from_pretrained(settings.out).to(training.student.device)
+        untrained = UNet2DConditionModel.from_pretrained(settings.cache / "students" / settings.level)
+        rows["teacher"] = teacher
+        for name, unet in (("untrained student", untrained), ("student", pipe.unet)):
+            pipe.register_modules(unet=unet.to(training.student.device, memory_format=torch.channels_last))
+            rows[name] = draw_samples(pipe, teacher.prompts, sampler, name)
+    lines = (settings.out / METRICS).read_text(encoding="utf-8").splitlines()
+    title = f"{settings.level}, distilled from {settings.cache}"
+    write_report(settings.out, title, settings.as_json(), [json.loads(line) for line in lines], rows)
 
 
 def step_losses(training: Training, pairs: tuple[tuple[str, str], ...], batch: Batch) -> dict[str, Tensor]:

@@ -38,7 +38,7 @@ SKIPPED = "skipped.jsonl"
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeSettings(Settings):
-    teacher: str = option(REQUIRED, "Stable Diffusion pipeline: a folder in diffusers layout, or a hub's name.")
+    teacher: str = option(REQUIRED, "Stable Diffusion pipeline: a folder in diffusers layout, a hub's name, or demo.")
     data: Path = option(REQUIRED, "Image folder with a metadata.jsonl.")
     out: Path = option(REQUIRED, "Directory to write the latents to.")
     resolution: int = option(512, "Side of the square training pictures, in pixels.", low=8)

@@ -17,6 +17,7 @@ from accelerate import PartialState
 from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
+from pipeline import demo
 from pipeline.errors import UserError
 from pipeline.taps import Taps
 from shards.files import atomic_directory, write_json
@@ -49,11 +50,11 @@ def resolve_dtype(dtype: str, device: torch.device) -> str:
 
 
 def find_teacher(teacher: str, revision: str | None, variant: str | None) -> Path:
-    """The local folder of a Stable Diffusion pipeline: a folder itself, or a hub's name, downloaded.
+    """The local folder of a Stable Diffusion pipeline: `demo`, a folder itself, or a hub's name, downloaded.
 
     Raises UserError if there is none or if it lacks a part that the stages need.
     """
-    folder = Path(teacher)
+    folder = demo.teacher_folder() if teacher == "demo" else Path(teacher)
     if not folder.is_dir():
         folder = _download(teacher, revision, variant)
     if not (folder / MODEL_INDEX).is_file():
@@ -77,9 +78,9 @@ def _download(name: str, revision: str | None, variant: str | None) -> Path:
         raise UserError(f"--teacher {name} is no folder, and no model hub gave it: {reason}") from None
 
 
-def load_base(folder: Path, variant: str | None) -> DiffusionPipeline:
-    """Everything of the pipeline but its U-Net, float32, on the CPU."""
-    return _load(lambda: DiffusionPipeline.from_pretrained(folder, unet=None, variant=variant), folder)
+def load_base(folder: Path, variant: str | None = None, unet: UNet2DConditionModel | None = None) -> DiffusionPipeline:
+    """A pipeline with `unet` in the place of its own, or with none; the rest is loaded, float32, on the CPU."""
+    return _load(lambda: DiffusionPipeline.from_pretrained(folder, unet=unet, variant=variant), folder)
 
 
 def load_unet(folder: Path, variant: str | None) -> UNet2DConditionModel:

@@ -23,6 +23,7 @@ from pipeline import draws, models
 from pipeline.command import stage_command
 from pipeline.diffusion import PREDICTION_TYPES, add_noise
 from pipeline.errors import UserError
+from pipeline.samples import SAMPLES, Sampler, draw_samples, save_samples
 from pipeline.settings import REQUIRED, Settings, option
 from pipeline.students import LEVELS, check_teacher, student_config, student_weights, teacher_taps
 from pipeline.taps import Taps, sample_tokens, token_stride
@@ -47,7 +48,7 @@ from shards.writer import Entry, write_shard
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherCacheSettings(Settings):
-    teacher: str = option(REQUIRED, "The pipeline that the latents were made with: a folder, or a hub's name.")
+    teacher: str = option(REQUIRED, "The pipeline that the latents were made with: a folder, a hub's name, or demo.")
     latents: Path = option(REQUIRED, "Directory that `encode` wrote.")
     out: Path = option(REQUIRED, "Directory to write the cache to.")
     rounds: int = option(4, "Passes over the latents, each with its own noise and timesteps.", low=1)
@@ -56,6 +57,7 @@ class TeacherCacheSettings(Settings):
     snr_db: float = option(15.0, "Signal-to-noise ratio of the dither codec, in decibels.", low=-10.0, high=MAX_SNR_DB)
     token_stride: int = option(2, "Keep one position of each N x N cell of a large tap.", low=1)
     token_min: int = option(32, "Rows from which on a tap counts as large.", low=1)
+    samples: int = option(8, "Pictures to draw with the teacher, for the students' reports; 0 draws none.", low=0)
     batch_size: int = option(8, "Entries in one forward pass.", low=1)
     seed: int = option(0, "Seed of noise, timesteps, dither and what is drawn beside.", low=0)
     noise_offset: float = option(0.0, "Strength of a noise offset for each channel.", low=0.0)
@@ -101,7 +103,8 @@ def run(settings: TeacherCacheSettings) -> None:
         save_what_students_need(settings, base, unet, noise_scheduler)
     del base
     unfinished, mine = share_unfinished(settings.out, manifest, state)
-    if not unfinished:
+    wants_samples = settings.samples > 0 and not (settings.out / SAMPLES).is_dir()
+    if not unfinished and not wants_samples:
         if state.is_main_process:
             report(settings.out, manifest, "already finished, nothing to do: ")
         return
@@ -121,7 +124,18 @@ def run(settings: TeacherCacheSettings) -> None:
             write_shard(settings.out, shard, manifest.spec_sha256, entries, [])
     state.wait_for_everyone()
     if state.is_main_process:
+        if wants_samples:
+            save_teacher_samples(settings, latents, unet)
         report(settings.out, manifest, "")
+
+
+def save_teacher_samples(settings: TeacherCacheSettings, latents: ShardSet, unet: UNet2DConditionModel) -> None:
+    """Pictures of the teacher in the cache, of captions spread over the input: students are shown beside them."""
+    chosen = np.linspace(0, len(latents) - 1, min(settings.samples, len(latents))).astype(int)
+    prompts = [latents.read(int(i), ()).meta["caption"] for i in chosen]
+    pipe = models.load_base(settings.out / "base", unet=unet).to(unet.device, unet.dtype)
+    sampler = Sampler()
+    save_samples(draw_samples(pipe, prompts, sampler, "teacher's samples"), sampler, settings.out / SAMPLES)
 
 
 def check_encoders(settings: TeacherCacheSettings, latents: ShardSet, base: DiffusionPipeline) -> None:

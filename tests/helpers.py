@@ -28,15 +28,16 @@ def run_encode(teacher: Path, data: Path, out: Path, **changes) -> Path:
 
 
 def run_teacher_cache(teacher: Path, latents: Path, out: Path, **changes) -> Path:
-    settings = {"rounds": 2, "token_min": 8, "batch_size": 4, "entries_per_shard": 6, "device": "cpu", **changes}
+    settings = {"rounds": 2, "token_min": 8, "batch_size": 4, "entries_per_shard": 6, "device": "cpu",
+                "samples": 0, **changes}  # fmt: skip
     teacher_cache.run(TeacherCacheSettings(teacher=str(teacher), latents=latents, out=out, **settings))
     reset_accelerate()
     return out
 
 
 def run_distill(cache: Path, out: Path, **changes) -> Path:
-    settings = {"level": "sd_small", "max_train_steps": 4, "train_batch_size": 3, "learning_rate": 1e-3,
-                "dataloader_num_workers": 0, "logging_steps": 1, "device": "cpu", **changes}  # fmt: skip
+    quick = {"max_train_steps": 4, "train_batch_size": 3, "dataloader_num_workers": 0, "logging_steps": 1}
+    settings = {"level": "sd_small", "learning_rate": 1e-3, "device": "cpu", "report": False, **quick, **changes}
     distill.run(DistillSettings(cache=cache, out=out, **settings))
     reset_accelerate()
     return out

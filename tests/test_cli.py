@@ -66,8 +66,9 @@ def test_progress_bars_show_rate_and_the_terms_and_nothing_else_is_printed(road)
     _, results = road
     for result, unit in zip(results, ("image", "entry", "step"), strict=True):
         lines = [line for line in re.split(r"[\r\n]+", result.stderr) if line.strip()]
-        assert all(re.match(r"(encode|teacher-cache|distill): ", line) for line in lines), lines
-        assert re.search(rf"{unit}/s|s/{unit}", lines[-1])
+        bars = r"(encode|teacher-cache|teacher's samples|distill|untrained student|student): "
+        assert all(re.match(bars, line) for line in lines), lines
+        assert re.search(rf"100%.*({unit}/s|s/{unit})", result.stderr)
     assert re.search(r"loss=.*task=.*output=.*feature=", results[2].stderr)
 
 
@@ -104,8 +105,8 @@ def test_each_stage_is_a_module_of_its_own(stage):
 def test_the_umbrella_lists_the_stages():
     result = invoke("--help")
     assert result.exit_code == 0
-    for stage in STAGES:
-        assert f"  {stage} " in result.output
+    for command in (*STAGES, "demo-scenes", "demo-teacher"):
+        assert f"  {command} " in result.output
 
 
 def test_dry_runs_print_the_plan_and_write_nothing(road, teacher, images, tmp_path):
@@ -266,10 +267,22 @@ def test_make_passes_its_variables_to_the_stages():
     assert [line.removeprefix("accelerate launch -m pipeline.").strip() for line in lines] == [
         "encode --teacher some/sd --data pictures --out w/latents --resolution 256 --seed 5",
         "teacher_cache --teacher some/sd --latents w/latents --out w/cache --rounds 7 --codec dither --snr-db 10 "
-        "--token-stride 4 --students sd_tiny --seed 5",
+        "--token-stride 4 --token-min 32 --students sd_tiny --samples 8 --seed 5",
         "distill --cache w/cache --out w/sd_tiny --level sd_tiny --max-train-steps 99 --train-batch-size 3 "
         "--learning-rate 2e-5 --seed 5",
     ]
+
+
+def test_make_says_what_is_missing():
+    result = make("-o", f"{sys.prefix}/.ready", f"VENV={sys.prefix}", "encode", "TEACHER=some/sd")
+    assert result.returncode == 2
+    assert "set DATA= to a folder of images" in result.stderr
+
+
+def test_make_alone_takes_the_demo(tmp_path):
+    shown = make("-n", "distill", f"WORK={tmp_path}").stdout
+    assert f"demo-scenes --out '{tmp_path}/scenes'" in shown
+    assert f"-m pipeline.encode --teacher demo --data {tmp_path}/scenes" in shown
 
 
 def test_a_larger_set_in_several_shards_is_read_whole(teacher, tmp_path):

@@ -6,11 +6,10 @@ Everything on the way lies in the work folder. Running the same command again go
 """
 
 import json
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
+import click
+import diffusers
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -19,6 +18,9 @@ from torch import nn
 from tqdm import tqdm
 from transformers import CLIPTokenizer
 
+from pipeline.command import stage_command
+from pipeline.demo import CHECKSUMS, sha256
+from pipeline.demo.evaluate import evaluate, table
 from pipeline.demo.networks import (
     LATENT_SIDE,
     make_autoencoder,
@@ -29,34 +31,52 @@ from pipeline.demo.networks import (
     make_unet,
 )
 from pipeline.demo.scenes import SIDE, make_scene
+from pipeline.demo.trainer import TeacherSettings, Trainer
+from pipeline.errors import UserError
+from shards.files import atomic_file, write_json
+
+SETTINGS = "settings.json"
+# Settings that may change from one run of the command to the next without making another teacher.
+FREE = {"out", "work", "checkpoint_every", "evaluate"}
+GUIDANCES = (2.0, 4.0, 7.5)
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How the teacher is trained. Raises ValueError at construction for a setting that cannot work."""
-
-    seed: int = 0
-    scenes: int = 24000
-    autoencoder_steps: int = 3800
-    autoencoder_batch: int = 16
-    steps: int = 5000
-    batch: int = 32
-    learning_rate: float = 1.5e-3
-    kl_weight: float = 2e-4
-    caption_dropout: float = 0.1
-    min_snr_gamma: float = 5.0
-    ema_decay: float = 0.998
-    checkpoint_every: int = 250
-
-    def __post_init__(self) -> None:
-        for name in ("scenes", "autoencoder_steps", "autoencoder_batch", "steps", "batch", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if not 0 <= self.caption_dropout < 1:
-            raise ValueError(f"caption_dropout is {self.caption_dropout}; it must lie in [0, 1)")
+def run(settings: TeacherSettings) -> None:
+    """Train the bundled demo's teacher anew: hours on a CPU, and needed only to change it."""
+    diffusers.utils.logging.set_verbosity_error()
+    _claim(settings)
+    teacher = train_diffusion(settings.work, settings)
+    export(teacher, settings.out)
+    click.echo(f"wrote {settings.out}")
+    if settings.evaluate:
+        click.echo(table(evaluate(teacher, settings.evaluate, GUIDANCES)))
 
 
-def render_scenes(work: Path, settings: Settings) -> tuple[np.ndarray, list[str]]:
+def plan(settings: TeacherSettings) -> list[str]:
+    """What `run` would do, in lines."""
+    return [
+        f"draw {settings.scenes} scenes and train in {settings.work}:",
+        f"  autoencoder, {settings.autoencoder_steps} steps of {settings.autoencoder_batch} pictures",
+        f"  text encoder and U-Net, {settings.steps} steps of {settings.batch} latents",
+        f"write the pipeline to {settings.out}",
+        f"judge {settings.evaluate} captions of each split at guidance {', '.join(f'{g:g}' for g in GUIDANCES)}",
+    ]
+
+
+def _claim(settings: TeacherSettings) -> None:
+    """Keeps one work folder to one set of settings. Raises UserError with what differs."""
+    settings.work.mkdir(parents=True, exist_ok=True)
+    file = settings.work / SETTINGS
+    wanted = {key: value for key, value in settings.as_json().items() if key not in FREE}
+    if not file.exists():
+        write_json(file, wanted)
+    found = json.loads(file.read_text(encoding="utf-8"))
+    differing = [f"{key}: {found.get(key)} there, {wanted[key]} now" for key in wanted if found.get(key) != wanted[key]]
+    if differing:
+        raise UserError(f"{settings.work} was begun with other settings ({'; '.join(differing)}); take another --work")
+
+
+def render_scenes(work: Path, settings: TeacherSettings) -> tuple[np.ndarray, list[str]]:
     """The training scenes: pictures, uint8 (N, 64, 64, 3), mapped from a file, and their captions."""
     pictures_file, captions_file = work / "pictures.npy", work / "captions.json"
     if not captions_file.exists():
@@ -77,77 +97,14 @@ def to_pixels(pictures: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
-class Trainer:
-    """Optimiser, learning rate, averaged weights and checkpoints of one module, by step number.
-
-    The learning rate warms up over 100 steps and falls to zero along a half cosine.
-    """
-
-    def __init__(self, module: nn.Module, file: Path, steps: int, learning_rate: float, settings: Settings) -> None:
-        self.module, self.file, self.steps, self.settings = module, file, steps, settings
-        self.optimizer = torch.optim.AdamW(module.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
-        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._learning_rate_factor)
-        self.average = {name: value.detach().clone() for name, value in module.state_dict().items()}
-        self.step = 0
-        if file.exists():
-            self._load()
-
-    def _learning_rate_factor(self, step: int) -> float:
-        return min(1.0, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * min(1.0, step / self.steps)))
-
-    def remaining(self, name: str) -> Iterator[int]:
-        """Step numbers still to do, with a progress bar. Randomness is reseeded from the step number."""
-        with tqdm(total=self.steps, initial=self.step, desc=name, unit="step", mininterval=5) as bar:
-            while self.step < self.steps:
-                torch.manual_seed(self.settings.seed * 1_000_003 + self.step)
-                yield self.step
-                bar.set_postfix(loss=f"{self.loss:.4f}", refresh=False)
-                bar.update()
-        self._save()
-
-    def update(self, loss: torch.Tensor) -> None:
-        """One step down the gradient of `loss`, a scalar."""
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
-        self.optimizer.step()
-        self.lr_scheduler.step()
-        self.loss = loss.item()
-        self.step += 1
-        # A young average forgets faster, so that it does not carry the initial weights along.
-        decay = min(self.settings.ema_decay, self.step / (self.step + 10))
-        with torch.no_grad():
-            for name, value in self.module.state_dict().items():
-                self.average[name].lerp_(value, 1 - decay) if value.is_floating_point() else None
-        if self.step % self.settings.checkpoint_every == 0:
-            self._save()
-
-    def _save(self) -> None:
-        state = {
-            "step": self.step,
-            "module": self.module.state_dict(),
-            "average": self.average,
-            "optimizer": self.optimizer.state_dict(),
-            "lr_scheduler": self.lr_scheduler.state_dict(),
-        }
-        unfinished = self.file.with_suffix(".part")
-        torch.save(state, unfinished)
-        unfinished.replace(self.file)
-
-    def _load(self) -> None:
-        state = torch.load(self.file, map_location="cpu", weights_only=True)
-        self.step, self.average = state["step"], state["average"]
-        self.module.load_state_dict(state["module"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.lr_scheduler.load_state_dict(state["lr_scheduler"])
-
-
-def train_autoencoder(work: Path, settings: Settings) -> nn.Module:
+def train_autoencoder(work: Path, settings: TeacherSettings) -> nn.Module:
     """Pictures -> an autoencoder trained on absolute and squared error, with its latents held near N(0, 1)."""
     pictures, _ = render_scenes(work, settings)
     torch.manual_seed(settings.seed)
     autoencoder = make_autoencoder().to(memory_format=torch.channels_last)
-    trainer = Trainer(autoencoder, work / "autoencoder.pt", settings.autoencoder_steps, 2e-3, settings)
+    trainer = Trainer(
+        autoencoder, work / "autoencoder.pt", settings.autoencoder_steps, settings.autoencoder_learning_rate, settings
+    )
     for _ in trainer.remaining("autoencoder"):
         pixels = to_pixels(pictures[torch.randint(len(pictures), (settings.autoencoder_batch,)).numpy()])
         posterior = autoencoder.encode(pixels).latent_dist
@@ -159,7 +116,7 @@ def train_autoencoder(work: Path, settings: Settings) -> nn.Module:
     return autoencoder.eval().requires_grad_(False)
 
 
-def encode_latents(work: Path, autoencoder: nn.Module, settings: Settings) -> tuple[np.ndarray, float]:
+def encode_latents(work: Path, autoencoder: nn.Module, settings: TeacherSettings) -> tuple[np.ndarray, float]:
     """The posterior's mean and standard deviation of every picture, float16 (N, 8, 16, 16), and their scale.
 
     The scale brings sampled latents to unit variance; it becomes the autoencoder's `scaling_factor`.
@@ -172,13 +129,14 @@ def encode_latents(work: Path, autoencoder: nn.Module, settings: Settings) -> tu
             for start in tqdm(range(0, len(pictures), 64), desc="latents", unit="batch", mininterval=5):
                 posterior = autoencoder.encode(to_pixels(pictures[start : start + 64])).latent_dist
                 encoded.append(torch.cat((posterior.mean, posterior.std), dim=1).half().numpy())
-        np.save(file, np.concatenate(encoded))
+        with atomic_file(file) as stream:
+            np.save(stream, np.concatenate(encoded))
     latents = np.load(file)
     mean, deviation = latents[:4000, :4].astype(np.float32), latents[:4000, 4:].astype(np.float32)
     return latents, float(1 / np.sqrt(mean.var() + np.square(deviation).mean()))
 
 
-def train_diffusion(work: Path, settings: Settings) -> StableDiffusionPipeline:
+def train_diffusion(work: Path, settings: TeacherSettings) -> StableDiffusionPipeline:
     """The text encoder and the U-Net, together, on the latents of a trained autoencoder.
 
     Noise prediction with Min-SNR weights (Hang et al. 2023); some captions are left empty, for
@@ -216,3 +174,21 @@ def train_diffusion(work: Path, settings: Settings) -> StableDiffusionPipeline:
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
     """Token ids (B, 24) int64, padded and cut to length."""
     return tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+
+
+def export(teacher: StableDiffusionPipeline, out: Path) -> None:
+    """Writes the pipeline in half precision in diffusers layout, with the checksums of its weights.
+
+    The checksums are taken away first and written last, so that a folder that has them is whole. The
+    pipeline that is passed keeps its dtype, with its weights rounded to what was written.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    (out / CHECKSUMS).unlink(missing_ok=True)
+    dtype = teacher.dtype
+    teacher.to(torch.float16).save_pretrained(out)
+    teacher.to(dtype)
+    weights = sorted(out.rglob("*.safetensors"))
+    write_json(out / CHECKSUMS, {file.relative_to(out).as_posix(): sha256(file) for file in weights})
+
+
+command = stage_command("demo-teacher", TeacherSettings, plan, run)

@@ -122,7 +122,8 @@ def main(work: Path, images: int, device: str) -> None:
     for name, options in CODECS.items():
         shutil.rmtree(work / "cache", ignore_errors=True)
         measured = run_stage("teacher-cache", "--teacher", teacher, "--latents", latents, "--out", work / "cache",
-                             "--rounds", "1", "--batch-size", "1", "--device", device, *options)  # fmt: skip
+                             "--rounds", "1", "--samples", "0", "--batch-size", "1", "--device", device,
+                             *options)  # fmt: skip
         stages.append((f"teacher-cache, {name}", measured))
         sizes.append((name, *member_bytes(work / "cache")))
         click.echo(f"{name}: {sizes[-1]} {measured}", err=True)

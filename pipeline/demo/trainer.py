@@ -1,0 +1,102 @@
+"""The training loop's keeper: optimiser, learning rate, averaged weights, checkpoints; and its settings."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from pipeline.demo import TEACHER
+from pipeline.settings import Settings, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherSettings(Settings):
+    """How the teacher is trained. Raises UserError at construction for a setting that cannot work."""
+
+    out: Path = option(TEACHER, "Folder to write the pipeline to.")
+    work: Path = option(Path("work/demo-teacher"), "Folder for scenes, latents and checkpoints.")
+    scenes: int = option(24000, "Scenes to train on.", low=1)
+    seed: int = option(0, "Seed of scenes, weights and noise.", low=0)
+    autoencoder_steps: int = option(3800, "Steps of the autoencoder.", low=1)
+    autoencoder_batch: int = option(16, "Pictures in one step of the autoencoder.", low=1)
+    autoencoder_learning_rate: float = option(2e-3, "Highest learning rate of the autoencoder.", above=0)
+    kl_weight: float = option(2e-4, "Weight of the latents' divergence from N(0, 1).", low=0)
+    steps: int = option(3200, "Steps of the text encoder and the U-Net.", low=1)
+    batch: int = option(32, "Latents in one step of the U-Net.", low=1)
+    learning_rate: float = option(1.5e-3, "Highest learning rate of the text encoder and the U-Net.", above=0)
+    caption_dropout: float = option(0.1, "Share of captions left empty, for guidance.", low=0, high=1)
+    min_snr_gamma: float = option(5.0, "Signal-to-noise ratio above which timesteps weigh less.", above=0)
+    ema_decay: float = option(0.998, "Decay of the averaged weights.", low=0, high=1)
+    checkpoint_every: int = option(250, "Steps between checkpoints.", low=1)
+    evaluate: int = option(500, "Captions of each split to draw and judge at the end; 0 judges none.", low=0)
+
+
+class Trainer:
+    """Optimiser, learning rate, averaged weights and checkpoints of one module, by step number.
+
+    The learning rate warms up over 100 steps and falls to zero along a half cosine.
+    """
+
+    def __init__(
+        self, module: nn.Module, file: Path, steps: int, learning_rate: float, settings: TeacherSettings
+    ) -> None:
+        self.module, self.file, self.steps, self.settings = module, file, steps, settings
+        self.optimizer = torch.optim.AdamW(module.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._learning_rate_factor)
+        self.average = {name: value.detach().clone() for name, value in module.state_dict().items()}
+        self.step = 0
+        if file.exists():
+            self._load()
+
+    def _learning_rate_factor(self, step: int) -> float:
+        return min(1.0, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * min(1.0, step / self.steps)))
+
+    def remaining(self, name: str) -> Iterator[int]:
+        """Step numbers still to do, with a progress bar. Randomness is reseeded from the step number."""
+        with tqdm(total=self.steps, initial=self.step, desc=name, unit="step", mininterval=5) as bar:
+            while self.step < self.steps:
+                torch.manual_seed(self.settings.seed * 1_000_003 + self.step)
+                yield self.step
+                bar.set_postfix(loss=f"{self.loss:.4f}", refresh=False)
+                bar.update()
+        self._save()
+
+    def update(self, loss: torch.Tensor) -> None:
+        """One step down the gradient of `loss`, a scalar."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
+        self.optimizer.step()
+        self.lr_scheduler.step()
+        self.loss = loss.item()
+        self.step += 1
+        # A young average forgets faster, so that it does not carry the initial weights along.
+        decay = min(self.settings.ema_decay, self.step / (self.step + 10))
+        with torch.no_grad():
+            for name, value in self.module.state_dict().items():
+                self.average[name].lerp_(value, 1 - decay) if value.is_floating_point() else None
+        if self.step % self.settings.checkpoint_every == 0:
+            self._save()
+
+    def _save(self) -> None:
+        state = {
+            "step": self.step,
+            "module": self.module.state_dict(),
+            "average": self.average,
+            "optimizer": self.optimizer.state_dict(),
+            "lr_scheduler": self.lr_scheduler.state_dict(),
+        }
+        unfinished = self.file.with_suffix(".part")
+        torch.save(state, unfinished)
+        unfinished.replace(self.file)
+
+    def _load(self) -> None:
+        state = torch.load(self.file, map_location="cpu", weights_only=True)
+        self.step, self.average = state["step"], state["average"]
+        self.module.load_state_dict(state["module"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.lr_scheduler.load_state_dict(state["lr_scheduler"])

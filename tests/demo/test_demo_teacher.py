@@ -1,0 +1,121 @@
+"""The bundled teacher: whole, loadable by diffusers, follows captions; and the command that makes it anew."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from diffusers import DiffusionPipeline
+
+from pipeline.demo import CHECKSUMS, TEACHER, teacher_folder
+from pipeline.demo.evaluate import captions_of, evaluate, judge, table
+from pipeline.demo.scenes import make_scene
+from pipeline.demo.train import command
+from pipeline.demo.trainer import Trainer
+from pipeline.errors import UserError
+from pipeline.samples import Sampler, draw_samples
+
+UNET = "unet/diffusion_pytorch_model.safetensors"
+SIZES = {"--scenes": 24, "--autoencoder-steps": 2, "--autoencoder-batch": 4, "--steps": 2, "--batch": 4}
+TRAINING = [*(str(word) for pair in SIZES.items() for word in pair), "--evaluate", "0", "--checkpoint-every", "1"]
+# Well under what the README beside the weights reports, for the chance of few captions.
+FLOOR = 0.75
+BEST_GUIDANCE = 4.0
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return DiffusionPipeline.from_pretrained(teacher_folder()).to(torch.float32)
+
+
+@pytest.fixture
+def copy(tmp_path):
+    return shutil.copytree(TEACHER, tmp_path / "teacher")
+
+
+def test_the_bundled_weights_are_whole_and_small():
+    weights = json.loads((teacher_folder() / CHECKSUMS).read_text())
+    assert {name.split("/")[0] for name in weights} == {"vae", "text_encoder", "unet"}
+    assert sum((TEACHER / name).stat().st_size for name in weights) <= 12e6
+
+
+def test_the_bundled_teacher_has_the_blocks_of_sd(pipeline):
+    config = pipeline.unet.config
+    assert config.down_block_types == ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"]
+    assert config.up_block_types == ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3
+    assert config.layers_per_block == 2
+    assert config.mid_block_type == "UNetMidBlock2DCrossAttn"
+
+
+def test_the_bundled_teacher_follows_captions(pipeline):
+    captions = captions_of("train", 24)
+    samples = draw_samples(pipeline, captions, Sampler(guidance_scale=BEST_GUIDANCE), "test")
+    assert judge(samples.images, captions).score >= FLOOR
+
+
+def test_the_oracle_still_finds_the_facts_after_the_autoencoder(pipeline):
+    scenes = [make_scene(11, index, "train" if index % 2 else "heldout") for index in range(100)]
+    pixels = torch.from_numpy(np.stack([scene.picture for scene in scenes])).permute(0, 3, 1, 2) / 127.5 - 1
+    with torch.inference_mode():
+        decoded = pipeline.vae.decode(pipeline.vae.encode(pixels).latent_dist.mean).sample
+    images = pipeline.image_processor.postprocess(decoded)
+    assert judge(images, [scene.caption for scene in scenes]).score >= 0.97
+
+
+def test_scores_make_a_table_of_a_line_for_each_split_and_guidance(pipeline):
+    scores = evaluate(pipeline, 2, (1.0, 2.0))
+    assert list(scores) == [("train", 1.0), ("train", 2.0), ("heldout", 1.0), ("heldout", 2.0)]
+    lines = table(scores).splitlines()
+    assert len(lines) == 6
+    assert lines[2].startswith("| train | 1 | 2 | ")
+
+
+@pytest.mark.parametrize("name", [UNET, CHECKSUMS])
+def test_a_missing_file_names_itself_and_the_command(copy, name):
+    (copy / name).unlink()
+    with pytest.raises(UserError, match=f"{name} is missing.*`distill-sd demo-teacher`"):
+        teacher_folder(copy)
+
+
+@pytest.mark.parametrize("name", [UNET, CHECKSUMS])
+def test_a_cut_file_names_itself_and_the_command(copy, name):
+    whole = (copy / name).read_bytes()
+    (copy / name).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=f"{name} is damaged.*`distill-sd demo-teacher`"):
+        teacher_folder(copy)
+
+
+def train(out, work, *more):
+    return CliRunner().invoke(command, [*TRAINING, "--out", str(out), "--work", str(work), *more])
+
+
+def test_the_command_makes_a_teacher_that_loads(tmp_path):
+    result = train(tmp_path / "teacher", tmp_path / "work")
+    assert result.exit_code == 0, result.output
+    made = DiffusionPipeline.from_pretrained(teacher_folder(tmp_path / "teacher"))
+    assert made.vae.config.scaling_factor != 1
+    assert made.unet.dtype == torch.float32
+
+
+def test_a_work_folder_of_other_settings_is_refused(tmp_path):
+    (tmp_path / "settings.json").write_text('{"seed": 7}')
+    result = train(tmp_path / "teacher", tmp_path)
+    assert result.exit_code == 2
+    assert "seed: 7 there, 0 now" in result.output
+
+
+def test_training_that_was_stopped_goes_on_to_the_same_weights(tmp_path, monkeypatch):
+    assert train(tmp_path / "whole", tmp_path / "work 1").exit_code == 0
+    update = Trainer.update
+
+    def stop_at_the_first(self, loss):
+        update(self, loss)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "update", stop_at_the_first)
+    for _ in range(4):
+        assert train(tmp_path / "resumed", tmp_path / "work 2").exit_code == 130
+    assert train(tmp_path / "resumed", tmp_path / "work 2").exit_code == 0
+    assert (tmp_path / "resumed" / CHECKSUMS).read_text() == (tmp_path / "whole" / CHECKSUMS).read_text()

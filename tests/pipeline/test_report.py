@@ -1,0 +1,145 @@
+"""Sample pictures and the report: the same on any batch size, whole in one file, shown by a real browser."""
+
+import os
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_pipeline
+from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
+from helpers import run_distill, run_encode, run_teacher_cache
+from PIL import Image
+
+from pipeline.demo.scenes import make_scene
+from pipeline.report import write_report
+from pipeline.samples import Sampler, Samples, draw_samples, load_samples, oracle_score, save_samples
+
+PROMPTS = [f"picture {i}" for i in range(5)]
+METRICS = [
+    {"step": s, "loss": 1 / s, "task": 0.5 / s, "output": 0.1 / s, "feature/mid_block": 0.2 / s, "epoch": s / 10}
+    for s in (1, 2, 5)
+]
+BROWSER = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
+
+
+def pixels(samples):
+    return np.stack([np.asarray(image, int) for image in samples.images])
+
+
+def test_a_picture_depends_on_its_prompt_and_seed_not_on_the_batch():
+    pipe = tiny_pipeline()
+    one, three = (draw_samples(pipe, PROMPTS, Sampler(steps=3, batch_size=size), "samples") for size in (1, 3))
+    assert np.abs(pixels(one) - pixels(three)).max() <= 1
+    assert np.abs(pixels(one)[0] - pixels(one)[1]).mean() > 1
+
+
+def test_samples_are_those_of_the_diffusers_pipeline():
+    pipe = tiny_pipeline()
+    drawn = draw_samples(pipe, PROMPTS[:1], Sampler(steps=4, guidance_scale=3.0), "samples")
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    expected = pipe(PROMPTS[0], num_inference_steps=4, guidance_scale=3.0, generator=torch.Generator().manual_seed(0))
+    assert np.array_equal(np.asarray(drawn.images[0]), np.asarray(expected.images[0]))
+
+
+def test_drawing_leaves_the_pipelines_scheduler():
+    pipe = tiny_pipeline()
+    before = pipe.scheduler
+    draw_samples(pipe, PROMPTS[:1], Sampler(steps=2), "samples")
+    assert pipe.scheduler is before
+
+
+def test_samples_come_back_as_they_were_saved(tmp_path):
+    sampler = Sampler(steps=2, guidance_scale=2.5, batch_size=2)
+    samples = draw_samples(tiny_pipeline(), PROMPTS, sampler, "samples")
+    save_samples(samples, sampler, tmp_path / "samples")
+    again, same = load_samples(tmp_path / "samples")
+    assert same == sampler
+    assert (again.prompts, again.seconds, again.parameters) == (samples.prompts, samples.seconds, samples.parameters)
+    assert np.array_equal(pixels(again), pixels(samples))
+
+
+def test_the_oracle_scores_scenes_and_nothing_else():
+    scenes = [make_scene(5, i) for i in range(6)]
+    images, captions = [Image.fromarray(s.picture) for s in scenes], [s.caption for s in scenes]
+    assert oracle_score(Samples(images, captions, 1.0, 1, "cpu")) == 1.0
+    assert oracle_score(Samples(images, captions[1:] + captions[:1], 1.0, 1, "cpu")) < 0.6
+    assert oracle_score(Samples(images, ["a photo of a cat", *captions[1:]], 1.0, 1, "cpu")) is None
+
+
+@pytest.fixture(scope="module")
+def student(teacher, images, tmp_path_factory):
+    """A student made with a report, and the cache that the teacher left its samples in."""
+    work = tmp_path_factory.mktemp("reported")
+    latents = run_encode(teacher, images, work / "latents")
+    cache = run_teacher_cache(teacher, latents, work / "cache", rounds=1, samples=3)
+    return run_distill(cache, work / "student", report=True)
+
+
+def test_the_cache_holds_pictures_of_the_teacher_itself(student, teacher):
+    stored, sampler = load_samples(student.parent / "cache" / "samples")
+    assert stored.prompts == ["picture 0", "picture 6", "picture 12"]
+    drawn = draw_samples(DiffusionPipeline.from_pretrained(teacher), stored.prompts, sampler, "again")
+    assert np.abs(pixels(stored) - pixels(drawn)).max() <= 1
+    assert stored.parameters == sum(p.numel() for p in DiffusionPipeline.from_pretrained(teacher).unet.parameters())
+
+
+def test_the_report_shows_teacher_untrained_student_and_student(student):
+    page = (student / "report.html").read_text()
+    rows = re.findall(r"<tr><th>([^<]+)</th><td><img", page)
+    assert rows == ["teacher", "untrained student", "student"]
+    assert page.count("<img") == 3 * 3 + 1
+    assert "4 steps" in page
+    assert "learning_rate" in page
+    assert "facts that hold" not in page
+
+
+def test_the_report_stands_alone(student):
+    page = (student / "report.html").read_text()
+    assert set(re.findall(r"""(?:src|href)=["']?(.{5})""", page)) == {"data:"}
+    assert not re.search(r"https?://", re.sub(r"data:[^\"']+", "", page))
+
+
+def test_scenes_are_scored_in_the_report(tmp_path):
+    scenes = [make_scene(5, i) for i in range(4)]
+    samples = Samples([Image.fromarray(s.picture) for s in scenes], [s.caption for s in scenes], 0.5, 1000, "cpu")
+    write_report(tmp_path, "title", {}, METRICS, {"teacher": samples, "student": samples})
+    page = (tmp_path / "report.html").read_text()
+    assert "facts that hold" in page
+    assert "100.0% of 4 pictures&#x27;" in page or "100.0% of 4 pictures'" in page
+
+
+def test_a_report_without_samples_has_the_curves_alone(tmp_path):
+    write_report(tmp_path, "<script>", {"level": "<b>"}, METRICS, {})
+    page = (tmp_path / "report.html").read_text()
+    assert "<h2>Pictures" not in page
+    assert 'alt="loss curves"' in page
+    assert "<script>" not in page
+    assert "<b>" not in page
+
+
+@pytest.mark.skipif(BROWSER is None and "CI" not in os.environ, reason="no Chromium on this machine")
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_a_browser_shows_every_picture_and_logs_nothing(student, tmp_path, theme):
+    page = student / "report.html"
+    # The page itself carries no script; this copy reports what the browser made of it.
+    probe = (
+        "<script>addEventListener('load', () => document.title = JSON.stringify([[...document.images].map(i => "
+        "i.complete && i.naturalWidth > 0), getComputedStyle(document.body).backgroundColor]))</script></body>"
+    )
+    probed = tmp_path / "report.html"
+    probed.write_text(page.read_text().replace("</body>", probe))
+    command = [
+        BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync", "--enable-logging=stderr",
+        f"--user-data-dir={tmp_path / 'profile'}", f"--blink-settings=preferredColorScheme={int(theme == 'light')}",
+        "--dump-dom", f"file://{probed}",
+    ]  # fmt: skip
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert "CONSOLE" not in result.stderr
+    title = re.search(r"<title>(.*?)</title>", result.stdout)[1].replace("&quot;", '"')
+    assert title == f'[[{",".join(["true"] * 10)}],"rgb({"255, 255, 255" if theme == "light" else "22, 24, 27"})"]'
