@@ -80,7 +80,10 @@ def _download(name: str, revision: str | None, variant: str | None) -> Path:
 
 def load_base(folder: Path, variant: str | None = None, unet: UNet2DConditionModel | None = None) -> DiffusionPipeline:
     """A pipeline with `unet` in the place of its own, or with none; the rest is loaded, float32, on the CPU."""
-    return _load(lambda: DiffusionPipeline.from_pretrained(folder, unet=unet, variant=variant), folder)
+    base = _load(lambda: DiffusionPipeline.from_pretrained(folder, unet=None, variant=variant), folder)
+    # transformers would leave its networks in the precision of their files.
+    base.to(torch.float32)
+    return base if unet is None else type(base).from_pipe(base, unet=unet)
 
 
 def load_unet(folder: Path, variant: str | None) -> UNet2DConditionModel:

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import write_images
+from conftest import tiny_pipeline, write_images
 from diffusers import StableDiffusionPipeline
 from helpers import run_encode, samples, shard_files, tree
 
@@ -52,6 +52,17 @@ def test_prompt_embeds_are_those_of_the_diffusers_pipeline(teacher, latents):
         torch.testing.assert_close(stored, expected[0], rtol=2e-3, atol=1e-3)
     stored_empty = torch.from_numpy(decode_npy((latents / "empty_prompt_embeds.npy").read_bytes())).float()
     torch.testing.assert_close(stored_empty, empty[0], rtol=2e-3, atol=1e-3)
+
+
+def test_a_teacher_stored_in_fp16_is_run_in_the_precision_that_was_asked_for(images, tmp_path):
+    half = tiny_pipeline().to(torch.float16)
+    half.save_pretrained(tmp_path / "half")
+    latents = run_encode(tmp_path / "half", images, tmp_path / "latents")
+    with torch.no_grad():
+        expected, empty = half.to(torch.float32).encode_prompt("picture 3", "cpu", 1, True, "")
+    stored = samples(latents, "latents", ["prompt_embeds"])[3].tensors["prompt_embeds"].values
+    np.testing.assert_array_equal(stored, expected[0].half().numpy())
+    np.testing.assert_array_equal(np.load(latents / "empty_prompt_embeds.npy"), empty[0].half().numpy())
 
 
 def test_every_image_is_there_once_in_sorted_order(latents):
@@ -138,8 +149,6 @@ def test_other_settings_on_the_same_output_are_refused_with_the_difference(teach
 
 
 def test_another_vae_on_the_same_output_is_refused(images, latents, tmp_path):
-    from conftest import tiny_pipeline
-
     tiny_pipeline(seed=9).save_pretrained(tmp_path / "other")
     with pytest.raises(ShardError, match="vae_sha256"):
         run_encode(tmp_path / "other", images, latents)
@@ -151,8 +160,6 @@ def test_a_resolution_that_does_not_divide_is_refused(teacher, images, tmp_path)
 
 
 def test_nan_from_the_vae_is_an_error_that_names_the_image(images, tmp_path):
-    from conftest import tiny_pipeline
-
     pipe = tiny_pipeline()
     with torch.no_grad():
         pipe.vae.quant_conv.bias.fill_(float("nan"))
