@@ -78,7 +78,7 @@ def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
         hidden_size=TEXT_WIDTH,
         intermediate_size=4 * TEXT_WIDTH,
         projection_dim=TEXT_WIDTH,
-        num_hidden_layers=2,
+        num_hidden_layers=3,
         num_attention_heads=4,
         max_position_embeddings=MAXIMUM_TOKENS,
         bos_token_id=tokenizer.bos_token_id,
@@ -113,7 +113,7 @@ def make_unet() -> UNet2DConditionModel:
         block_out_channels=(32, 64, 80, 88),
         layers_per_block=2,
         cross_attention_dim=TEXT_WIDTH,
-        attention_head_dim=(2, 4, 5, 6),
+        attention_head_dim=4,
         norm_num_groups=8,
     )
 
