@@ -68,16 +68,16 @@ lint: $(READY) ## Run the linter alone.
 	$(BIN)/ruff format --check .
 
 encode: $(READY) data ## Images and captions (DATA=) to latents, with the VAE and text encoder of TEACHER=.
-	$(LAUNCH) -m pipeline.encode --teacher $(TEACHER) --data $(DATA) --out $(LATENTS) \
+	$(LAUNCH) -m pipeline.encode --teacher '$(TEACHER)' --data '$(DATA)' --out '$(LATENTS)' \
 	  --resolution $(RESOLUTION) --seed $(SEED) $(ENCODE_FLAGS)
 
 teacher-cache: encode ## Latents to the teacher's predictions and features: ROUNDS=, CODEC=, SNR_DB=, STRIDE=.
-	$(LAUNCH) -m pipeline.teacher_cache --teacher $(TEACHER) --latents $(LATENTS) --out $(CACHE) --rounds $(ROUNDS) \
+	$(LAUNCH) -m pipeline.teacher_cache --teacher '$(TEACHER)' --latents '$(LATENTS)' --out '$(CACHE)' --rounds $(ROUNDS) \
 	  --codec $(CODEC) --snr-db $(SNR_DB) --token-stride $(STRIDE) --token-min $(TOKEN_MIN) --students $(STUDENTS) \
 	  --samples $(SAMPLES) --seed $(SEED) $(CACHE_FLAGS)
 
 distill: teacher-cache ## Train the student of LEVEL= for STEPS= steps; ends with a diffusers pipeline and a report.
-	$(LAUNCH) -m pipeline.distill --cache $(CACHE) --out $(STUDENT) --level $(LEVEL) --max-train-steps $(STEPS) \
+	$(LAUNCH) -m pipeline.distill --cache '$(CACHE)' --out '$(STUDENT)' --level $(LEVEL) --max-train-steps $(STEPS) \
 	  --train-batch-size $(BATCH) --learning-rate $(LR) --seed $(SEED) $(DISTILL_FLAGS)
 
 data: $(READY)

@@ -26,13 +26,22 @@ def save_checkpoint(
 ) -> Path:
     """Write one checkpoint, then delete the oldest ones beyond `total_limit`."""
     path = checkpoints / f"step-{step:07d}"
-    shutil.rmtree(path, ignore_errors=True)
+    _remove(path)
     with atomic_directory(path) as folder:
         student.save_pretrained(folder / "unet")
         torch.save(state, folder / "state.pt")
     for _, old in list_checkpoints(checkpoints)[:-total_limit]:
-        shutil.rmtree(old)
+        _remove(old)
     return path
+
+
+def _remove(path: Path) -> None:
+    """Delete a checkpoint under another name, so that a crash leaves no half under its own."""
+    if path.is_dir():
+        doomed = path.with_name(f".{path.name}.old")
+        shutil.rmtree(doomed, ignore_errors=True)
+        path.rename(doomed)
+        shutil.rmtree(doomed)
 
 
 def list_checkpoints(checkpoints: Path) -> list[tuple[int, Path]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from importlib.metadata import version
 
 import click
 
@@ -31,7 +30,7 @@ class LazyGroup(click.Group):
 
 
 @click.command(cls=LazyGroup)
-@click.version_option(version("distill-sd"))
+@click.version_option(package_name="distill-sd")
 def main() -> None:
     """Distil Stable Diffusion U-Nets into small, fast students, offline.
 

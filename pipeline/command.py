@@ -42,6 +42,10 @@ def stage_command(
                 run(settings)
         except (UserError, ShardError) as error:
             _stop(f"Error: {error}", USER_STATUS)
+        except RuntimeError as error:
+            if "out of memory" not in str(error):
+                raise
+            _stop(f"Error: {str(error).splitlines()[0]} Try a smaller batch size.", USER_STATUS)
         except OSError as error:
             if error.errno not in USER_ERRNOS:
                 raise

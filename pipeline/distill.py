@@ -6,7 +6,9 @@ A step: batch of entries -> noisy latents -> student U-Net -> three losses -> ba
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,8 @@ import click
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+from accelerate.utils import InitProcessGroupKwargs
+from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor
@@ -59,8 +62,8 @@ class DistillSettings(Settings):
     )  # fmt: skip
     lr_warmup_steps: int = option(0, "Optimiser steps of linear warm-up.", low=0)
     max_grad_norm: float = option(1.0, "Norm that gradients are clipped to.", above=0.0)
-    adam_beta1: float = option(0.9, "AdamW's first decay.", low=0.0, high=1.0)
-    adam_beta2: float = option(0.999, "AdamW's second decay.", low=0.0, high=1.0)
+    adam_beta1: float = option(0.9, "AdamW's first decay.", low=0.0, below=1.0)
+    adam_beta2: float = option(0.999, "AdamW's second decay.", low=0.0, below=1.0)
     adam_weight_decay: float = option(1e-2, "AdamW's weight decay.", low=0.0)
     adam_epsilon: float = option(1e-8, "AdamW's epsilon.", above=0.0)
     use_ema: bool = option(False, "Keep a moving average of the weights, and save that as the student.")
@@ -92,26 +95,35 @@ def run(settings: DistillSettings) -> None:
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
         mixed_precision=settings.mixed_precision,
         cpu=models.use_cpu(settings.device),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=models.PATIENCE)],
     )
     dataset = open_cache(settings)
     with accelerator.main_process_first():
         claim(settings)
-    if finished_step(settings.out) >= settings.max_train_steps:
-        click.echo(
-            f"already finished, nothing to do: {settings.out} holds a student of {finished_step(settings.out)} "
-            f"steps; raise --max-train-steps to train it further"
+    done = finished_step(settings.out)
+    if done >= settings.max_train_steps and (not settings.report or (settings.out / REPORT).is_file()):
+        accelerator.print(
+            f"already finished, nothing to do: {settings.out} holds a student of {done} steps; "
+            "raise --max-train-steps to train it further"
         )
         return
+    accelerator.wait_for_everyone()
 
-    training = prepare(settings, dataset, accelerator)
-    train(settings, accelerator, training)
+    if done < settings.max_train_steps:
+        training = prepare(settings, dataset, accelerator)
+        train(settings, accelerator, training)
+        if accelerator.is_main_process:
+            save_student(settings, training)
+        # The report needs the memory that optimiser and gradients took.
+        accelerator.free_memory(training.model, training.optimizer)
+        del training
     if accelerator.is_main_process:
-        save_student(settings, training)
         if settings.report:
-            save_report(settings, training)
+            save_report(settings, accelerator.device)
+        seen = f"; see {settings.out / REPORT}" if settings.report else ""
         click.echo(
-            f"{settings.out} holds the {settings.level} student of {training.step} steps, as a diffusers pipeline"
-            + (f"; see {settings.out / REPORT}" if settings.report else "")
+            f"{settings.out} holds the {settings.level} student of {finished_step(settings.out)} steps, "
+            f"as a diffusers pipeline{seen}"
         )
     accelerator.wait_for_everyone()
 
@@ -188,34 +200,41 @@ def train(settings: DistillSettings, accelerator: Accelerator, training: Trainin
     """Step until `max_train_steps`, with metrics and checkpoints; the last step leaves a checkpoint."""
     metrics = Metrics(settings.out / METRICS, accelerator, training.step, settings.max_train_steps)
     stream = batches(settings, training.dataset, accelerator, training.position)
-    while training.step < settings.max_train_steps:
-        batch = next(stream)
-        with accelerator.accumulate(training.model):
-            terms = step_losses(training, pairs_of(settings), batch)
-            total = total_loss(terms, settings.output_weight, settings.feature_weight)
-            accelerator.backward(total)
+    with closing(metrics):
+        while training.step < settings.max_train_steps:
+            batch = next(stream)
+            with accelerator.accumulate(training.model):
+                terms = step_losses(training, pairs_of(settings), batch)
+                total = total_loss(terms, settings.output_weight, settings.feature_weight)
+                accelerator.backward(total)
+                if accelerator.sync_gradients:
+                    norm = accelerator.clip_grad_norm_(training.model.parameters(), settings.max_grad_norm)
+                training.optimizer.step()
+                training.optimizer.zero_grad()
+            metrics.add(terms, total, len(batch.keys))
+            training.position += len(batch.keys) * accelerator.num_processes
             if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(training.model.parameters(), settings.max_grad_norm)
-            training.optimizer.step()
-            training.optimizer.zero_grad()
-        metrics.add(terms, total, len(batch.keys))
-        training.position += len(batch.keys) * accelerator.num_processes
-        if not accelerator.sync_gradients:
-            continue
+                after_step(settings, accelerator, training, metrics, norm)
 
-        training.step += 1
-        learning_rate = training.lr_scheduler.get_last_lr()[0]
-        training.lr_scheduler.step()
-        if training.ema:
-            training.ema.step(training.student.parameters())
-        metrics.advance()
-        checkpointing = training.step == settings.max_train_steps or training.step % settings.checkpointing_steps == 0
-        if checkpointing or training.step % settings.logging_steps == 0:
-            epoch = training.position / len(training.dataset)
-            check_loss(metrics.log(training.step, learning_rate=learning_rate, epoch=epoch), settings)
-        if checkpointing:
-            save_state(settings, accelerator, training)
-    metrics.close()
+
+def after_step(
+    settings: DistillSettings, accelerator: Accelerator, training: Training, metrics: Metrics, norm: Tensor
+) -> None:
+    """What follows an optimiser step: schedule, average, and now and then a line of metrics and a checkpoint."""
+    training.step += 1
+    learning_rate = training.lr_scheduler.get_last_lr()[0]
+    training.lr_scheduler.step()
+    if training.ema:
+        training.ema.step(training.student.parameters())
+    metrics.advance()
+    checkpointing = training.step == settings.max_train_steps or training.step % settings.checkpointing_steps == 0
+    if checkpointing or training.step % settings.logging_steps == 0:
+        epoch = training.position / len(training.dataset)
+        line = metrics.log(training.step, learning_rate=learning_rate, epoch=epoch, grad_norm=float(norm))
+        # With a gradient scaler an infinite norm is its way to find the scale; that step was skipped.
+        check_finite(line if training.optimizer.scaler is None else {**line, "grad_norm": 0.0}, settings)
+    if checkpointing:
+        save_state(settings, accelerator, training)
 
 
 def save_state(settings: DistillSettings, accelerator: Accelerator, training: Training) -> None:
@@ -236,17 +255,19 @@ def save_student(settings: DistillSettings, training: Training) -> None:
     write_json(settings.out / FINISHED, {"step": training.step})
 
 
-def save_report(settings: DistillSettings, training: Training) -> None:
+def save_report(settings: DistillSettings, device: torch.device) -> None:
     """report.html, with the student's pictures beside the teacher's of the cache and the untrained student's."""
     rows = {}
     if (settings.cache / SAMPLES).is_dir():
-        teacher, sampler = load_samples(settings.cache / SAMPLES)
-        pipe = DiffusionPipeline.from_pretrained(settings.out).to(training.student.device)
-        untrained = UNet2DConditionModel.from_pretrained(settings.cache / "students" / settings.level)
-        rows["teacher"] = teacher
-        for name, unet in (("untrained student", untrained), ("student", pipe.unet)):
-            pipe.register_modules(unet=unet.to(training.student.device, memory_format=torch.channels_last))
-            rows[name] = draw_samples(pipe, teacher.prompts, sampler, name)
+        rows["teacher"], sampler = load_samples(settings.cache / SAMPLES)
+        folders = {
+            "untrained student": settings.cache / "students" / settings.level,
+            "student": settings.out / "unet",
+        }
+        for name, folder in folders.items():
+            unet = UNet2DConditionModel.from_pretrained(folder).to(memory_format=torch.channels_last)
+            pipe = models.load_base(settings.cache / "base", unet=unet).to(device)
+            rows[name] = draw_samples(pipe, rows["teacher"].prompts, sampler, name)
     lines = (settings.out / METRICS).read_text(encoding="utf-8").splitlines()
     title = f"{settings.level}, distilled from {settings.cache}"
     write_report(settings.out, title, settings.as_json(), [json.loads(line) for line in lines], rows)
@@ -277,12 +298,13 @@ def open_cache(settings: DistillSettings) -> CacheDataset:
     """The entries, of which only what has a weight is read."""
     teacher_taps = [teacher for _, teacher in pairs_of(settings)]
     dataset = CacheDataset(settings.cache, teacher_taps, with_teacher_pred=settings.output_weight > 0)
-    levels = dataset.shards.manifest.spec["levels"]
-    if settings.level not in levels:
+    if not (settings.cache / "students" / settings.level / "config.json").is_file():
         raise UserError(
-            f"{settings.cache} has no initial weights of {settings.level}; it was made for {', '.join(levels)}: "
-            f"choose one of these, or make a cache with `teacher-cache --students {settings.level}`"
+            f"{settings.cache} has no initial weights of {settings.level}: "
+            f"run `teacher-cache --students {settings.level}` on it, with the other settings as they were"
         )
+    if not (settings.cache / "base" / models.MODEL_INDEX).is_file():
+        raise UserError(f"{settings.cache} has no base/, the pipeline that takes the student: copy the whole cache")
     return dataset
 
 
@@ -320,9 +342,10 @@ def batches(
         yield batch.to(accelerator.device)
 
 
-def check_loss(line: dict[str, float], settings: DistillSettings) -> None:
-    if line["loss"] - line["loss"] != 0.0:
-        bad = ", ".join(name for name, value in line.items() if value - value != 0.0)
+def check_finite(line: dict[str, float], settings: DistillSettings) -> None:
+    """Raise UserError if anything measured in a line of metrics is NaN or Inf."""
+    bad = ", ".join(name for name, value in line.items() if not math.isfinite(value))
+    if bad:
         raise UserError(
             f"the loss is NaN or Inf at step {line['step']} ({bad}); the checkpoints in {settings.out / CHECKPOINTS} "
             "are from before. Lower --learning-rate, or use --mixed-precision bf16 or no"
@@ -343,7 +366,9 @@ def claim(settings: DistillSettings) -> None:
     Raises ShardError with the difference if it holds a checkpoint or a student of other ones.
     """
     path, spec = settings.out / SPEC, training_spec(settings)
-    if path.is_file() and (list_checkpoints(settings.out / CHECKPOINTS) or finished_step(settings.out)):
+    if list_checkpoints(settings.out / CHECKPOINTS) or finished_step(settings.out):
+        if not path.is_file():
+            raise UserError(f"{settings.out} holds a training without its {SPEC}: choose another output directory")
         refuse_other_spec(settings.out, json.loads(path.read_text(encoding="utf-8")), spec)
         return
     settings.out.mkdir(parents=True, exist_ok=True)
@@ -362,7 +387,7 @@ def plan(settings: DistillSettings) -> list[str]:
     dataset = open_cache(settings)
     done = max([step for step, _ in list_checkpoints(settings.out / CHECKPOINTS)], default=0)
     batch = settings.train_batch_size * settings.gradient_accumulation_steps
-    left = settings.max_train_steps - done
+    left = max(0, settings.max_train_steps - done)
     return [
         f"entries: {len(dataset)}, with the taps {', '.join(dataset.taps) or 'none'}",
         f"steps: {settings.max_train_steps}, {done} of them done; each of {batch} entries a process",

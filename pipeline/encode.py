@@ -21,7 +21,7 @@ from tqdm import tqdm
 from pipeline import draws, models
 from pipeline.command import stage_command
 from pipeline.errors import UserError
-from pipeline.images import Crop, ImageProblem, decode, square
+from pipeline.images import Crop, decode, square
 from pipeline.settings import REQUIRED, Settings, option
 from pipeline.sources import Record, Source, inputs_sha256, open_source
 from pipeline.workers import ordered_map
@@ -143,7 +143,7 @@ def load_record(source: Source, settings: EncodeSettings, indexed: tuple[int, Re
         pixels, crop = square(
             image, settings.resolution, center_crop=settings.center_crop, random_flip=settings.random_flip, draw=draw
         )
-    except (ImageProblem, OSError) as error:
+    except (OSError, ValueError) as error:
         return Loaded(index, record, problem=str(error))
     return Loaded(index, record, pixels, crop)
 

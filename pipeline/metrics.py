@@ -12,6 +12,8 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
+from shards.files import write_bytes
+
 
 class Metrics:
     """Sums loss terms on the device and looks at them only when it logs.
@@ -30,7 +32,7 @@ class Metrics:
         self._file = None
         if main:
             kept = _lines_up_to(path, step)
-            path.write_text("".join(kept), encoding="utf-8")
+            write_bytes(path, "".join(kept).encode())
             self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
 
     def add(self, terms: dict[str, Tensor], total: Tensor, samples: int) -> None:
@@ -45,7 +47,7 @@ class Metrics:
         self._bar.update(1)
 
     def log(self, step: int, **values: float) -> dict[str, float]:
-        """Mean over the batches since the last call and over processes; writes a line and returns it."""
+        """Mean of the terms over batches since the last call and over processes, and `values`; writes a line."""
         names = list(self._sums)
         stacked = torch.stack([self._sums[name] for name in names]) / self._batches
         means = self._accelerator.reduce(stacked, reduction="mean").tolist()

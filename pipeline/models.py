@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
+# One process may be done long before another; the default of ten minutes would end the run.
+PATIENCE = timedelta(days=2)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DEVICES = ("auto", "cpu")
 MODEL_INDEX = "model_index.json"
@@ -41,7 +44,7 @@ def use_cpu(device: str) -> bool:
 
 def process_state(device: str) -> PartialState:
     """This process among those of `accelerate launch` or torchrun (one without them), and its device."""
-    return PartialState(cpu=True) if use_cpu(device) else PartialState()
+    return PartialState(cpu=use_cpu(device), timeout=PATIENCE)
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> str:
@@ -80,10 +83,12 @@ def _download(name: str, revision: str | None, variant: str | None) -> Path:
 
 def load_base(folder: Path, variant: str | None = None, unet: UNet2DConditionModel | None = None) -> DiffusionPipeline:
     """A pipeline with `unet` in the place of its own, or with none; the rest is loaded, float32, on the CPU."""
-    base = _load(lambda: DiffusionPipeline.from_pretrained(folder, unet=None, variant=variant), folder)
-    # transformers would leave its networks in the precision of their files.
-    base.to(torch.float32)
-    return base if unet is None else type(base).from_pipe(base, unet=unet)
+    base = _load(lambda: DiffusionPipeline.from_pretrained(folder, unet=unet, variant=variant), folder)
+    for part in base.components.values():
+        # transformers would leave its networks in the precision of their files.
+        if isinstance(part, nn.Module) and part is not unet:
+            part.to(torch.float32)
+    return base
 
 
 def load_unet(folder: Path, variant: str | None) -> UNet2DConditionModel:
@@ -108,7 +113,7 @@ def _load(load, folder: Path):
 
 def load_noise_scheduler(folder: Path, prediction_type: str | None) -> DDPMScheduler:
     """The noise schedule the teacher was trained with; `prediction_type` overrides what its config says."""
-    noise_scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
+    noise_scheduler = _load(lambda: DDPMScheduler.from_pretrained(folder, subfolder="scheduler"), folder)
     if prediction_type:
         noise_scheduler.register_to_config(prediction_type=prediction_type)
     return noise_scheduler
@@ -183,7 +188,8 @@ def save_base(base: DiffusionPipeline, noise_scheduler: DDPMScheduler, out: Path
 
 
 def save_pipeline(base: Path, unet: UNet2DConditionModel, out: Path) -> None:
-    """A whole pipeline in `out`: the files of `base` and the U-Net; model_index.json comes last."""
+    """A whole pipeline in `out`: the files of `base` and the U-Net. model_index.json goes first and comes last."""
+    (out / MODEL_INDEX).unlink(missing_ok=True)
     for part in sorted(path for path in base.iterdir() if path.is_dir()):
         _replace_directory(out / part.name, lambda folder, part=part: shutil.copytree(part, folder, dirs_exist_ok=True))
     _replace_directory(out / "unet", unet.save_pretrained)

@@ -16,6 +16,7 @@ from matplotlib import pyplot
 from PIL import Image
 
 from pipeline.samples import Samples, oracle_score
+from shards.files import write_bytes
 
 REPORT = "report.html"
 GRID_PICTURES = 8
@@ -64,7 +65,7 @@ def write_report(
         "<meta name=viewport content='width=device-width, initial-scale=1'><link rel=icon href='data:,'>"
         f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>{''.join(sections)}</body></html>\n"
     )
-    (out / REPORT).write_text(page, encoding="utf-8")
+    write_bytes(out / REPORT, page.encode())
 
 
 def _lead(metrics: list[dict[str, Any]]) -> str:

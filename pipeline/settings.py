@@ -7,6 +7,7 @@ written as JSON beside the output.
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from dataclasses import dataclass, field, fields
@@ -28,9 +29,10 @@ def option(
     low: float | None = None,
     high: float | None = None,
     above: float | None = None,
+    below: float | None = None,
 ) -> Any:
-    """A settings field. `low` and `high` are allowed values, `above` is the largest that is not."""
-    metadata = {"help": help, "choices": choices, "low": low, "high": high, "above": above}
+    """A settings field. `low` and `high` are allowed values, those at `above` and `below` are not."""
+    metadata = {"help": help, "choices": choices, "low": low, "high": high, "above": above, "below": below}
     return field(default=default, metadata=metadata)
 
 
@@ -57,16 +59,20 @@ def flag(name: str) -> str:
 
 
 def _check(name: str, value: Any, limits: typing.Mapping[str, Any]) -> None:
-    choices, low, high, above = (limits.get(key) for key in ("choices", "low", "high", "above"))
+    choices, low, high, above, below = (limits.get(key) for key in ("choices", "low", "high", "above", "below"))
     for item in value if isinstance(value, tuple) else (value,):
         if choices and item not in choices:
             raise UserError(f"{name} {item!r} is not one of {', '.join(choices)}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{name} is {value}; it must be a finite number")
     if low is not None and value < low:
         raise UserError(f"{name} is {value}; it must be at least {low}")
     if high is not None and value > high:
         raise UserError(f"{name} is {value}; it must be at most {high}")
-    if above is not None and not value > above:
+    if above is not None and value <= above:
         raise UserError(f"{name} is {value}; it must be more than {above}")
+    if below is not None and value >= below:
+        raise UserError(f"{name} is {value}; it must be less than {below}")
 
 
 def _plain(value: Any) -> Any:

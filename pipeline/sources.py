@@ -82,7 +82,7 @@ def inputs_sha256(records: list[Record]) -> str:
 def _rows(path: Path) -> list[tuple[int, dict]]:
     """(line number, object) of each line that is not blank."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
     rows = []
@@ -106,11 +106,18 @@ def _record(row: dict, path: Path, number: int, image_column: str, caption_colum
                 f"{path}, line {number} has no {column!r}; it has {', '.join(map(repr, row))}: choose one with {flag}"
             )
     name, caption = row[image_column], row[caption_column]
-    if not isinstance(name, str) or not name:
+    if not isinstance(name, str) or not name or not _is_unicode(name):
         raise UserError(f"{path}, line {number}: {image_column!r} is {name!r}, not a file name")
     if not isinstance(caption, str):
         return Record(name, name, "", problem=f"the caption is {type(caption).__name__}, not text")
+    if not _is_unicode(caption):
+        return Record(name, name, "", problem="the caption is not valid Unicode")
     return Record(name, name, caption)
+
+
+def _is_unicode(text: str) -> bool:
+    """False for halves of surrogate pairs, which JSON can carry and UTF-8 cannot."""
+    return not any(0xD800 <= ord(character) < 0xE000 for character in text)
 
 
 def _numbered(records: list[Record]) -> list[Record]:

@@ -66,7 +66,7 @@ class TeacherCacheSettings(Settings):
         None, "What the teacher predicts; by default what its scheduler says.", choices=PREDICTION_TYPES
     )
     dtype: str = option(
-        "auto", "Precision of the teacher; auto is fp16 on a GPU, else fp32.", choices=("auto", *models.DTYPES)
+        "auto", "Precision of the teacher; auto is fp16 on a CUDA GPU, else fp32.", choices=("auto", *models.DTYPES)
     )
     device: str = option("auto", "auto takes the GPU if there is one.", choices=models.DEVICES)
     entries_per_shard: int = option(250, "Entries in one shard.", low=1)
@@ -92,7 +92,7 @@ class Teacher:
 def run(settings: TeacherCacheSettings) -> None:
     """Latents to the teacher's predictions and features, in rounds."""
     state = models.process_state(settings.device)
-    latents = ShardSet(settings.latents, "latents")
+    latents = open_latents(settings)
     folder = models.find_teacher(settings.teacher, settings.revision, settings.variant)
     base, unet = models.load_base(folder, settings.variant), models.load_unet(folder, settings.variant)
     noise_scheduler = models.load_noise_scheduler(folder, settings.prediction_type)
@@ -127,6 +127,13 @@ def run(settings: TeacherCacheSettings) -> None:
         if wants_samples:
             save_teacher_samples(settings, latents, unet)
         report(settings.out, manifest, "")
+
+
+def open_latents(settings: TeacherCacheSettings) -> ShardSet:
+    latents = ShardSet(settings.latents, "latents")
+    if not len(latents):
+        raise UserError(f"{settings.latents} holds no images: all were skipped, see its skipped.jsonl")
+    return latents
 
 
 def save_teacher_samples(settings: TeacherCacheSettings, latents: ShardSet, unet: UNet2DConditionModel) -> None:
@@ -172,8 +179,7 @@ def cache_spec(
         "entries_per_shard": settings.entries_per_shard,
         "strata": found.spec["strata"] if found else settings.rounds,
         "seed": settings.seed,
-        "levels": [level for level in LEVELS if level in settings.students],
-        "taps": tap_specs(settings, latents, dict(unet.config)),
+        "taps": wanted_taps(tap_specs(settings, latents, dict(unet.config)), found),
         "codec": {"name": settings.codec, **({"snr_db": settings.snr_db} if settings.codec == "dither" else {})},
         "noise_offset": settings.noise_offset,
         "uncond_fraction": settings.uncond_fraction,
@@ -184,6 +190,12 @@ def cache_spec(
         "latents": latents.manifest.spec,
         "libraries": models.library_versions(),
     }
+
+
+def wanted_taps(taps: dict[str, Any], found: Manifest | None) -> dict[str, Any]:
+    """The taps of the spec: those of a cache that is there, when it already holds all that are wanted."""
+    stored = found.spec["taps"] if found else {}
+    return stored if all(stored.get(tap) == tap_spec for tap, tap_spec in taps.items()) else taps
 
 
 def tap_specs(settings: TeacherCacheSettings, latents: ShardSet, config: dict[str, Any]) -> dict[str, Any]:
@@ -298,7 +310,8 @@ def add_exact(entries: list[Entry], name: str, values: Tensor, dtype: np.dtype) 
         stored = values.float().cpu().numpy().astype(dtype)
     for entry, array in zip(entries, stored, strict=True):
         if not np.isfinite(array).all():
-            raise UserError(f"{name} of entry {entry.key} does not fit fp16: run with --codec dither or fp32")
+            codecs = "fp32" if name == TEACHER_PRED else "dither or fp32"
+            raise UserError(f"{name} of entry {entry.key} does not fit fp16: run with --codec {codecs}")
         entry.add_array(name, array)
 
 
@@ -346,12 +359,12 @@ def report(out: Path, manifest: Manifest, prefix: str) -> None:
 
 def plan(settings: TeacherCacheSettings) -> list[str]:
     """What a run would write. The size of quantised taps is estimated by Gaussian entropy."""
-    latents = ShardSet(settings.latents, "latents")
+    latents = open_latents(settings)
     folder = models.find_teacher(settings.teacher, settings.revision, settings.variant)
-    taps = tap_specs(settings, latents, models.unet_config(folder))
     found = existing_manifest(settings.out, "cache")
+    taps = wanted_taps(tap_specs(settings, latents, models.unet_config(folder)), found)
     if found is not None:
-        refuse_other_spec(settings.out / "taps", found.spec["taps"], taps)
+        refuse_other_spec(settings.out, {"taps": found.spec["taps"]}, {"taps": taps})
     spec = latents.manifest.spec
     exact = EXACT_DTYPES.get(settings.codec, np.dtype(np.float16)).itemsize
     latent = math.prod(spec["latents_shape"])

@@ -53,11 +53,11 @@ def quantise(x: np.ndarray, snr_db: float, offset: int) -> tuple[np.ndarray, np.
     mu = x.mean(axis=(1, 2), dtype=np.float32)
     centred = x - mu[:, None, None]
     peak = np.abs(centred).max()
-    if peak == 0:
-        return np.zeros(x.shape, np.int32), mu, np.float32(0)
     # Relative to the peak, the squares neither overflow nor underflow at any scale.
-    power = np.mean(np.square(centred / peak))
+    power = np.mean(np.square(centred / peak)) if peak > 0 else 0.0
     step = np.float32(math.sqrt(12.0 * 10.0 ** (-snr_db / 10.0) * power) * peak)
+    if step == 0:
+        return np.zeros(x.shape, np.int32), mu, step
     q = np.rint(centred / step + dither(offset, x.shape))
     return q.astype(np.int32), mu, step
 

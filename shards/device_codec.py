@@ -1,4 +1,5 @@
-"""The feature codec in torch, batched, on whatever device the tensors are: equal to `shards.codec`.
+"""The feature codec in torch, batched, on whatever device the tensors are. Decodes to the very values of
+`shards.codec`; encodes to the same up to the rounding of sums.
 
 Shapes: B entries, C channels, H x W positions. Only `q`, `mu` and `step` cross between device and host.
 """

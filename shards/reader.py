@@ -17,19 +17,28 @@ import numpy as np
 
 from shards.codec import decode_npy, unpack_quantised
 from shards.manifest import Manifest, read_manifest
-from shards.schema import FORMAT_VERSION, ShardError, sidecar_name
+from shards.schema import COLUMNS, FORMAT_VERSION, ShardError, sidecar_name
 
 
 @dataclass(frozen=True)
 class Sidecar:
-    """The index of one finished shard. `entries` holds (key, {member: [offset, length, raw, crc32]})."""
+    """The index of one finished shard. `table` (entries, members, 4) int64 has schema.COLUMNS."""
 
     shard: str
-    count: int
     bytes: int
     sha256: str
     skipped: list[dict[str, str]]
-    entries: list[tuple[str, dict[str, list[int]]]]
+    keys: list[str]
+    members: list[str]
+    table: np.ndarray
+
+    @property
+    def count(self) -> int:
+        return len(self.keys)
+
+    def locate(self, place: int) -> dict[str, list[int]]:
+        """The members of one entry: {name: [offset, length, raw_bytes, crc32]}."""
+        return dict(zip(self.members, self.table[place].tolist(), strict=True))
 
 
 @dataclass(frozen=True)
@@ -93,7 +102,7 @@ class ShardSet:
         """Entry `index` with the tensors named; ShardError if one is not there or is damaged."""
         shard, place = self.locate(index)
         sidecar = _cached_sidecar(self.directory, shard, self.manifest.spec_sha256)
-        key, members = sidecar.entries[place]
+        key, members = sidecar.keys[place], sidecar.locate(place)
         path = self.directory / shard
         with open(path, "rb", buffering=0) as stream:
             descriptor = stream.fileno()
@@ -102,7 +111,7 @@ class ShardSet:
         return Sample(key, meta, found)
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=256)
 def _cached_sidecar(directory: Path, shard: str, spec_sha256: str) -> Sidecar:
     return read_sidecar(directory, shard, spec_sha256)
 
@@ -117,13 +126,17 @@ def read_sidecar(directory: Path, shard: str, spec_sha256: str) -> Sidecar:
                 f"{path} belongs to another shard set than {directory}/manifest.json: "
                 "delete it and its tar, and run the stage again"
             )
-        entries = [(entry["key"], entry["members"]) for entry in content["entries"]]
-        if content["shard"] != shard or content["count"] != len(entries):
+        keys, members = list(content["keys"]), list(content["members"])
+        table = np.array(content["table"], np.int64).reshape(len(keys), len(members), len(COLUMNS))
+        sidecar = Sidecar(shard, content["bytes"], content["sha256"], content["skipped"], keys, members, table)
+        if content["shard"] != shard or content["count"] != len(keys):
             raise ValueError("it does not describe that shard")
-        return Sidecar(shard, content["count"], content["bytes"], content["sha256"], content["skipped"], entries)
+        if (table < 0).any() or (table[..., 0] + table[..., 1] > sidecar.bytes).any():
+            raise ValueError("it places members outside the shard")
+        return sidecar
     except ShardError:
         raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise _damaged(path, f"{error!r}") from None
 
 

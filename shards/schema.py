@@ -14,6 +14,10 @@ TEACHER_PRED = "teacher_pred"
 TAP_PREFIX = "tap."
 
 
+# The columns of a sidecar's table: where a member's data lies in the tar, and what it must turn out to be.
+COLUMNS = ("offset", "length", "raw_bytes", "crc32")
+
+
 class ShardError(ValueError):
     """Something in a shard set that its owner can mend: the message names the file and the remedy."""
 

@@ -14,7 +14,7 @@ import webdataset
 
 from shards.codec import encode_npy
 from shards.files import HashingFile, atomic_file, write_json
-from shards.schema import FORMAT_VERSION, sidecar_name
+from shards.schema import COLUMNS, FORMAT_VERSION, sidecar_name
 
 BLOCK = 512
 
@@ -49,26 +49,34 @@ def write_shard(
     is the only mark of a finished shard. `skipped` is read after the last entry, so a producer may
     append to it as it goes. Members have mtime 0: equal entries give equal bytes.
     """
+    keys: list[str] = []
+    table: list[dict[str, list[int]]] = []
     with atomic_file(directory / shard) as stream:
         hashing = HashingFile(stream)
         with webdataset.TarWriter(hashing, encoder=False, mtime=0) as tar:
-            index = [{"key": entry.key, "members": _write_entry(tar, entry)} for entry in entries]
+            for entry in entries:
+                keys.append(entry.key)
+                table.append(_write_entry(tar, entry))
+    members = sorted(table[0]) if table else []
+    assert all(sorted(located) == members for located in table), "the entries of a shard differ in their members"
     sidecar = {
         "format": FORMAT_VERSION,
         "spec_sha256": spec_sha256,
         "shard": shard,
-        "count": len(index),
+        "count": len(keys),
         "bytes": hashing.length,
         "sha256": hashing.hexdigest(),
         "skipped": skipped,
-        "columns": ["offset", "length", "raw_bytes", "crc32"],
-        "entries": index,
+        "columns": COLUMNS,
+        "members": members,
+        "keys": keys,
+        "table": [[located[name] for name in members] for located in table],
     }
     write_json(directory / sidecar_name(shard), sidecar, indent=None)
 
 
 def _write_entry(tar: webdataset.TarWriter, entry: Entry) -> dict[str, list[int]]:
-    """Append one entry; returns, for each member, where its data lies: [offset, length, raw, crc32]."""
+    """Append one entry; returns, for each member, its row of the table: [offset, length, raw_bytes, crc32]."""
     meta = json.dumps(entry.meta, allow_nan=False, ensure_ascii=False).encode()
     members = {"json": meta, **entry.members}
     position = tar.tarstream.offset

@@ -18,6 +18,8 @@ from pipeline.distill import DistillSettings
 from pipeline.encode import EncodeSettings
 from pipeline.teacher_cache import TeacherCacheSettings
 from shards.dataset import CacheDataset, EpochBatches
+from shards.manifest import read_manifest
+from shards.reader import read_sidecar
 
 ROOT = Path(__file__).parent.parent
 STAGES = {"encode": EncodeSettings, "teacher-cache": TeacherCacheSettings, "distill": DistillSettings}
@@ -135,10 +137,9 @@ def test_the_dry_runs_bytes_are_those_of_a_real_entry(road, teacher, tmp_path):
     planned = int(re.search(r"together +([\d,]+)", result.output)[1].replace(",", ""))
     run("teacher-cache", "--teacher", teacher, "--latents", work / "latents", "--out", tmp_path / "out", "--rounds", 1,
         "--codec", "fp16")  # fmt: skip
-    sidecar = json.loads((tmp_path / "out" / "r0000-s00000.json").read_text())
-    members = sidecar["entries"][0]["members"]
+    sidecar = read_sidecar(tmp_path / "out", "r0000-s00000.tar", read_manifest(tmp_path / "out", "cache").spec_sha256)
     # Each .npy header takes 128 bytes, which the plan leaves out.
-    written = sum(length - 128 for name, (_, length, _, _) in members.items() if name.endswith(".npy"))
+    written = sum(length - 128 for name, (_, length, _, _) in sidecar.locate(0).items() if name.endswith(".npy"))
     assert planned == written
 
 
@@ -166,6 +167,8 @@ MENDABLE = {
     DISTILL + "--level sd_huge": "'sd_huge' is not one of",
     DISTILL + "--out {road}/student": 'level: "sd_tiny" -> "sd_small"',
     DISTILL + "--lr-warmup-steps 5": "choose constant_with_warmup",
+    DISTILL + "--learning-rate nan": "--learning-rate is nan; it must be a finite number",
+    DISTILL + "--adam-beta1 1": "--adam-beta1 is 1.0; it must be less than 1.0",
     DISTILL + "--learning-rate 0": "--learning-rate is 0.0; it must be more than 0.0",
     DISTILL + "--out {blocked}/o": "blocked",
 }
@@ -265,10 +268,10 @@ def test_make_passes_its_variables_to_the_stages():
     shown = make("-n", "distill", *variables.split(), "LAUNCH=accelerate launch").stdout
     lines = [line for line in re.sub(r"\s*\\\n\s*", " ", shown).splitlines() if line.startswith("accelerate launch -m")]
     assert [line.removeprefix("accelerate launch -m pipeline.").strip() for line in lines] == [
-        "encode --teacher some/sd --data pictures --out w/latents --resolution 256 --seed 5",
-        "teacher_cache --teacher some/sd --latents w/latents --out w/cache --rounds 7 --codec dither --snr-db 10 "
+        "encode --teacher 'some/sd' --data 'pictures' --out 'w/latents' --resolution 256 --seed 5",
+        "teacher_cache --teacher 'some/sd' --latents 'w/latents' --out 'w/cache' --rounds 7 --codec dither --snr-db 10 "
         "--token-stride 4 --token-min 32 --students sd_tiny --samples 8 --seed 5",
-        "distill --cache w/cache --out w/sd_tiny --level sd_tiny --max-train-steps 99 --train-batch-size 3 "
+        "distill --cache 'w/cache' --out 'w/sd_tiny' --level sd_tiny --max-train-steps 99 --train-batch-size 3 "
         "--learning-rate 2e-5 --seed 5",
     ]
 
@@ -282,7 +285,7 @@ def test_make_says_what_is_missing():
 def test_make_alone_takes_the_demo(tmp_path):
     shown = make("-n", "distill", f"WORK={tmp_path}").stdout
     assert f"demo-scenes --out '{tmp_path}/scenes'" in shown
-    assert f"-m pipeline.encode --teacher demo --data {tmp_path}/scenes" in shown
+    assert f"-m pipeline.encode --teacher 'demo' --data '{tmp_path}/scenes'" in shown
 
 
 def test_a_larger_set_in_several_shards_is_read_whole(teacher, tmp_path):

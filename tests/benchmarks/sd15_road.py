@@ -26,6 +26,9 @@ from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNe
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from shards.manifest import read_manifest
+from shards.reader import read_sidecar
+
 CODECS = {
     "fp16": ["--codec", "fp16", "--token-stride", "1"],
     "dither 20 dB": ["--codec", "dither", "--snr-db", "20", "--token-stride", "1"],
@@ -98,8 +101,9 @@ def run_stage(*arguments: str) -> tuple[float, float, float]:
 
 def member_bytes(cache: Path) -> tuple[float, float]:
     """Mean bytes of an entry: of its taps, and of all its members."""
-    sidecars = [json.loads(path.read_text()) for path in sorted(cache.glob("r*.json"))]
-    entries = [entry["members"] for sidecar in sidecars for entry in sidecar["entries"]]
+    manifest = read_manifest(cache, "cache")
+    sidecars = [read_sidecar(cache, shard, manifest.spec_sha256) for shard in manifest.shard_names()]
+    entries = [sidecar.locate(place) for sidecar in sidecars for place in range(sidecar.count)]
     taps = sum(m[1] for members in entries for name, m in members.items() if name.startswith("tap."))
     return taps / len(entries), sum(m[1] for members in entries for m in members.values()) / len(entries)
 

@@ -194,6 +194,7 @@ def test_metrics_hold_every_term_and_the_total_is_their_weighted_sum(cache, tmp_
     for line in lines:
         features = {name: value for name, value in line.items() if name.startswith("feature/")}
         assert {name.removeprefix("feature/") for name in features} == PAIRS["sd_small"].keys()
+        assert line["grad_norm"] > 0
         assert line["loss"] == approx(line["task"] + 0.3 * line["output"] + 0.2 * sum(features.values()), rel=1e-5)
 
 
@@ -394,6 +395,35 @@ def test_a_level_that_the_cache_lacks_is_refused_with_the_remedy(cache, tmp_path
         run_distill(cache, tmp_path / "out", level="bk_tiny")
     with pytest.raises(UserError, match="no initial weights of bk_small.*--students bk_small"):
         run_distill(cache, tmp_path / "out", level="bk_small")
+
+
+def test_a_cache_without_its_base_is_refused_before_training(cache, tmp_path):
+    copied = tmp_path / "copied"
+    shutil.copytree(cache, copied, ignore=shutil.ignore_patterns("base"))
+    with pytest.raises(UserError, match="has no base/.*copy the whole cache"):
+        run_distill(copied, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_report_that_was_not_reached_is_made_by_the_next_run(cache, tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise Stopped
+
+    monkeypatch.setattr(distill, "write_report", fail)
+    with pytest.raises(Stopped):
+        run_distill(cache, tmp_path / "out", report=True)
+    monkeypatch.undo()
+    weights = (tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors").stat().st_mtime_ns
+    run_distill(cache, tmp_path / "out", report=True)
+    assert (tmp_path / "out" / "report.html").is_file()
+    assert (tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors").stat().st_mtime_ns == weights
+
+
+def test_checkpoints_without_their_spec_are_refused(cache, tmp_path):
+    out = run_distill(cache, tmp_path / "out", max_train_steps=1)
+    (out / "spec.json").unlink()
+    with pytest.raises(UserError, match="without its spec.json"):
+        run_distill(cache, out, max_train_steps=2)
 
 
 def test_an_unfinished_cache_is_refused(cache, tmp_path):

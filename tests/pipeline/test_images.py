@@ -47,6 +47,12 @@ def test_every_mode_becomes_rgb(mode):
     assert decoded.size == (8, 8)
 
 
+def test_sixteen_bits_of_grey_keep_their_tones():
+    ramp = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
+    decoded = np.asarray(decode(encoded(Image.fromarray(ramp))))
+    np.testing.assert_array_equal(decoded[..., 0], ramp // 257)
+
+
 @pytest.mark.parametrize("data", [b"", b"this is text", encoded(gradient(64, 64))[:150]], ids=["empty", "text", "cut"])
 def test_what_cannot_be_decoded_says_so(data):
     with pytest.raises(ImageProblem, match="not decodable"):

@@ -63,6 +63,18 @@ def test_a_line_that_cannot_be_used_is_named(tmp_path, lines, message):
         open_folder(folder(tmp_path, *lines))
 
 
+def test_a_caption_that_is_no_unicode_is_a_problem_of_that_record(tmp_path):
+    source = open_folder(folder(tmp_path, '{"file_name": "a.png", "text": "half \\ud83d"}', row("b.png")))
+    assert source.records[0].problem == "the caption is not valid Unicode"
+    with pytest.raises(UserError, match="not a file name"):
+        open_folder(folder(tmp_path, '{"file_name": "\\ud83d.png", "text": "x"}'))
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path):
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(row("a.png")), encoding="utf-8-sig")
+    assert len(open_folder(tmp_path).records) == 1
+
+
 def test_a_folder_that_is_not_there_or_has_no_list(tmp_path):
     with pytest.raises(UserError, match="--data .*nowhere does not exist"):
         open_folder(tmp_path / "nowhere")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import webdataset
-from conftest import tiny_pipeline, tiny_unet
+from conftest import tiny_pipeline, tiny_unet, write_images
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from helpers import run_encode, run_teacher_cache, samples, shard_files, tree
 
@@ -187,6 +187,25 @@ def test_the_prediction_type_is_the_schedulers_unless_it_is_set(v_teacher, teach
     assert scheduler["prediction_type"] == "v_prediction"
 
 
+def test_a_level_whose_taps_are_there_is_added_to_a_finished_cache(teacher, latents, tmp_path):
+    out = run_teacher_cache(teacher, latents, tmp_path / "c", rounds=1)
+    before = tree(out)
+    run_teacher_cache(teacher, latents, out, rounds=1, students=("sd_tiny", "bk_small"))
+    after = tree(out)
+    assert {name: after[name] for name in before} == before
+    assert {name.split("/")[1] for name in after if name.startswith("students/")} == {"sd_small", "sd_tiny", "bk_small"}
+
+
+def test_latents_without_images_are_refused(teacher, tmp_path):
+    data = write_images(tmp_path / "data", 2)
+    for path in data.glob("*.png"):
+        path.write_bytes(b"")
+    with pytest.raises(UserError):
+        run_encode(teacher, data, tmp_path / "latents")
+    with pytest.raises(UserError, match="holds no images"):
+        run_teacher_cache(teacher, tmp_path / "latents", tmp_path / "c")
+
+
 def broken_teacher(folder, teacher, change):
     pipe = tiny_pipeline()
     with torch.no_grad():
@@ -221,7 +240,7 @@ def test_features_that_do_not_fit_fp16_name_the_codecs_that_take_them(teacher, l
         ({"snr_db": 10.0}, "codec.snr_db: 15.0 -> 10.0"),
         ({"seed": 5}, "seed: 0 -> 5"),
         ({"token_stride": 1}, "taps.down_blocks.0.stride: 2 -> 1"),
-        ({"students": ("sd_tiny",)}, "levels"),
+        ({"students": ("bk_tiny",)}, "taps.down_blocks.2.attentions.1.proj_out"),
     ],
 )
 def test_other_settings_on_the_same_output_are_refused_with_the_difference(teacher, latents, cache, changes, line):

@@ -20,7 +20,7 @@ from shards.manifest import (
     write_manifest,
 )
 from shards.reader import ShardSet, read_sidecar
-from shards.schema import ShardError, shard_names, sidecar_name
+from shards.schema import ShardError, shard_names
 from shards.writer import Entry, is_finished, write_shard
 
 SPEC = {"stage": "latents", "entries": 5, "entries_per_shard": 3}
@@ -62,11 +62,11 @@ def test_stock_webdataset_finds_every_member(directory):
 
 def test_the_sidecar_says_where_each_member_lies(directory):
     for shard in shard_names(5, 3):
-        sidecar = json.loads((directory / sidecar_name(shard)).read_text())
+        sidecar = read_sidecar(directory, shard, Manifest(SPEC).spec_sha256)
         stated = {
-            f"{entry['key']}.{name}": tuple(where[:2])
-            for entry in sidecar["entries"]
-            for name, where in entry["members"].items()
+            f"{key}.{name}": tuple(where[:2])
+            for place, key in enumerate(sidecar.keys)
+            for name, where in sidecar.locate(place).items()
         }
         with tarfile.open(directory / shard) as tar:
             found = {info.name: (info.offset_data, info.size) for info in tar}
@@ -119,8 +119,8 @@ def test_a_cut_tar_is_refused_by_name(directory, cut):
 def test_a_flipped_bit_in_any_member_is_refused_by_name(directory):
     path = directory / "s00000.tar"
     whole = path.read_bytes()
-    sidecar = json.loads((directory / "s00000.json").read_text())
-    for name, (offset, length, _, _) in sidecar["entries"][1]["members"].items():
+    sidecar = read_sidecar(directory, "s00000.tar", Manifest(SPEC).spec_sha256)
+    for name, (offset, length, _, _) in sidecar.locate(1).items():
         damaged = bytearray(whole)
         damaged[offset + length // 2] ^= 1
         path.write_bytes(damaged)
@@ -141,6 +141,16 @@ def test_a_damaged_sidecar_is_refused_by_name(directory, content):
     (directory / "s00000.json").write_text(content)
     with pytest.raises(ShardError, match="s00000.json is damaged"):
         read_sidecar(directory, "s00000.tar", Manifest(SPEC).spec_sha256)
+
+
+@pytest.mark.parametrize("row", [[-1, 5, 5, 0], [0, 1 << 60, 5, 0], [1 << 62, 1, 1, 0]])
+def test_a_sidecar_that_points_outside_its_shard_is_refused(directory, row):
+    path = directory / "s00000.json"
+    content = json.loads(path.read_text())
+    content["table"][1][0] = row
+    path.write_text(json.dumps(content))
+    with pytest.raises(ShardError, match="s00000.json is damaged.*outside the shard"):
+        ShardSet(directory, "latents")
 
 
 def test_a_tensor_that_is_not_there_is_named(directory):
