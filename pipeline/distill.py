@@ -251,6 +251,7 @@ def save_student(settings: DistillSettings, training: Training) -> None:
     """The finished pipeline in the output directory: the averaged weights when there is an average."""
     if training.ema:
         training.ema.copy_to(training.student.parameters())
+    (settings.out / REPORT).unlink(missing_ok=True)
     models.save_pipeline(settings.cache / "base", training.student, settings.out)
     write_json(settings.out / FINISHED, {"step": training.step})
 
