@@ -36,12 +36,13 @@ from pipeline.errors import UserError
 from shards.files import atomic_file, write_json
 
 SETTINGS = "settings.json"
-# Settings that may change from one run of the command to the next without making another teacher.
-FREE = {"out", "work", "checkpoint_every", "evaluate"}
-# (first step, power of 1 / alpha_bar on the loss). Background and layout are decided at high noise, where the error in
-# the predicted noise is so small that without it captions hardly count. The powers grew as samples showed the need.
-NOISE_EMPHASIS = ((0, 0.0), (1250, 0.5), (1750, 0.75))
-GUIDANCES = (2.0, 4.0, 7.5)
+# Settings that may change from one run of the command to the next in one work folder. More steps train on.
+FREE = {"out", "work", "steps", "checkpoint_every", "evaluate"}
+# Background and layout are decided at high noise, where the error in the predicted noise is so small that captions
+# hardly count in it. (first step, power of 1 / alpha_bar on the loss, power of the uniform draw of the timestep: below
+# 1 there are more high ones). Both grew as samples showed the need.
+NOISE_EMPHASIS = ((0, 0.0, 1.0), (1250, 0.5, 1.0), (1750, 0.75, 1.0), (2000, 0.75, 2 / 3))
+GUIDANCES = (3.0, 6.0)
 
 
 def run(settings: TeacherSettings) -> None:
@@ -162,22 +163,19 @@ def train_diffusion(work: Path, settings: TeacherSettings) -> StableDiffusionPip
         sampled = (
             posterior[:, :4] + posterior[:, 4:] * torch.randn(settings.batch, 4, LATENT_SIDE, LATENT_SIDE)
         ) * scale
-        noise, timesteps = torch.randn_like(sampled), torch.randint(len(alphas), (settings.batch,))
+        _, loss_power, draw_power = max(stage for stage in NOISE_EMPHASIS if trainer.step >= stage[0])
+        noise = torch.randn_like(sampled)
+        timesteps = (torch.rand(settings.batch) ** draw_power * len(alphas)).long().clamp(max=len(alphas) - 1)
         noisy = noise_scheduler.add_noise(sampled, noise, timesteps).to(memory_format=torch.channels_last)
         captioned = torch.rand(settings.batch) >= settings.caption_dropout
         prompt_embeds = networks["text_encoder"](tokens[torch.where(captioned, index, len(captions))])[0]
         predicted = networks["unet"](noisy, timesteps, encoder_hidden_states=prompt_embeds).sample
         signal_to_noise = alphas[timesteps] / (1 - alphas[timesteps])
         weight = signal_to_noise.clamp(max=settings.min_snr_gamma) / signal_to_noise
-        weight = weight / alphas[timesteps] ** _noise_emphasis(trainer.step)
+        weight = weight / alphas[timesteps] ** loss_power
         trainer.update((weight * (predicted - noise).square().mean(dim=(1, 2, 3))).mean())
     networks.load_state_dict(trainer.average)
     return make_pipeline(autoencoder, networks["text_encoder"].eval(), tokenizer, networks["unet"].eval())
-
-
-def _noise_emphasis(step: int) -> float:
-    """The power of 1 / alpha_bar by which a noise level's loss weighs more, at this step."""
-    return max(power for first, power in NOISE_EMPHASIS if step >= first)
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:

@@ -25,7 +25,7 @@ class TeacherSettings(Settings):
     autoencoder_batch: int = option(16, "Pictures in one step of the autoencoder.", low=1)
     autoencoder_learning_rate: float = option(2e-3, "Highest learning rate of the autoencoder.", above=0)
     kl_weight: float = option(2e-4, "Weight of the latents' divergence from N(0, 1).", low=0)
-    steps: int = option(3200, "Steps of the text encoder and the U-Net.", low=1)
+    steps: int = option(4050, "Steps of the text encoder and the U-Net.", low=1)
     batch: int = option(32, "Latents in one step of the U-Net.", low=1)
     learning_rate: float = option(1.5e-3, "Highest learning rate of the text encoder and the U-Net.", above=0)
     caption_dropout: float = option(0.1, "Share of captions left empty, for guidance.", low=0, high=1)
