@@ -16,7 +16,6 @@ STRIDE   ?= 2
 SEED     ?= 0
 ENCODE_FLAGS  ?=
 CACHE_FLAGS   ?=
-DISTILL_FLAGS ?=
 
 ifeq ($(TEACHER),demo)
 WORK       ?= work/demo
@@ -28,6 +27,7 @@ SAMPLES    ?= 64
 STEPS      ?= 400
 BATCH      ?= 32
 LR         ?= 1e-3
+DISTILL_FLAGS ?= --use-ema
 else
 WORK       ?= work
 DATA       ?=
@@ -37,6 +37,7 @@ SAMPLES    ?= 8
 STEPS      ?= 15000
 BATCH      ?= 8
 LR         ?= 1e-5
+DISTILL_FLAGS ?=
 endif
 
 BIN     := $(VENV)/bin
