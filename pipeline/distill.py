@@ -29,10 +29,10 @@ from pipeline.checkpoint import list_checkpoints, load_checkpoint, save_checkpoi
 from pipeline.command import stage_command
 from pipeline.diffusion import add_noise, target
 from pipeline.errors import UserError
-from pipeline.losses import distillation_losses, total_loss
+from pipeline.losses import FEATURE_LOSSES, distillation_losses, total_loss
 from pipeline.metrics import Metrics
 from pipeline.report import REPORT, write_report
-from pipeline.samples import SAMPLES, draw_samples, load_samples
+from pipeline.samples import SAMPLES, Model, draw_apart, load_samples
 from pipeline.settings import REQUIRED, Settings, option
 from pipeline.students import LEVELS
 from pipeline.taps import Taps, sample_tokens
@@ -55,6 +55,10 @@ class DistillSettings(Settings):
     gradient_accumulation_steps: int = option(1, "Forward passes in one optimiser step.", low=1)
     output_weight: float = option(0.5, "Weight of the loss to the teacher's prediction.", low=0.0)
     feature_weight: float = option(0.5, "Weight of the sum of the taps' losses.", low=0.0)
+    feature_loss: str = option(
+        "mse", "A tap's loss: mean square error, or that as a share of the teacher's mean square.",
+        choices=tuple(FEATURE_LOSSES),
+    )  # fmt: skip
     learning_rate: float = option(1e-5, "Learning rate after warm-up.", above=0.0)
     lr_scheduler: str = option(
         "constant", "Course of the learning rate.",
@@ -204,7 +208,7 @@ def train(settings: DistillSettings, accelerator: Accelerator, training: Trainin
         while training.step < settings.max_train_steps:
             batch = next(stream)
             with accelerator.accumulate(training.model):
-                terms = step_losses(training, pairs_of(settings), batch)
+                terms = step_losses(training, settings, batch)
                 total = total_loss(terms, settings.output_weight, settings.feature_weight)
                 accelerator.backward(total)
                 if accelerator.sync_gradients:
@@ -265,17 +269,18 @@ def save_report(settings: DistillSettings, device: torch.device) -> None:
             "untrained student": settings.cache / "students" / settings.level,
             "student": settings.out / "unet",
         }
+        dtype = models.DTYPES[models.resolve_dtype("auto", device)]
         for name, folder in folders.items():
-            unet = UNet2DConditionModel.from_pretrained(folder).to(memory_format=torch.channels_last)
-            pipe = models.load_base(settings.cache / "base", unet=unet).to(device)
-            rows[name] = draw_samples(pipe, rows["teacher"].prompts, sampler, name)
+            model = Model(settings.cache / "base", folder, device, dtype)
+            rows[name] = draw_apart(model, rows["teacher"].prompts, sampler, name)
     lines = (settings.out / METRICS).read_text(encoding="utf-8").splitlines()
     title = f"{settings.level}, distilled from {settings.cache}"
     write_report(settings.out, title, settings.as_json(), [json.loads(line) for line in lines], rows)
 
 
-def step_losses(training: Training, pairs: tuple[tuple[str, str], ...], batch: Batch) -> dict[str, Tensor]:
+def step_losses(training: Training, settings: DistillSettings, batch: Batch) -> dict[str, Tensor]:
     """The loss terms of one batch: float32 scalars by name (see `losses.distillation_losses`)."""
+    pairs = pairs_of(settings)
     latents, noise, timesteps = batch.latents, batch.noise, batch.timesteps
     noisy = add_noise(latents, noise, timesteps, training.alphas_cumprod)
     with training.taps.recording() as features:
@@ -287,7 +292,7 @@ def step_losses(training: Training, pairs: tuple[tuple[str, str], ...], batch: B
         stored[teacher_tap] = feature.decode()
     prediction_type = training.dataset.shards.manifest.spec["prediction_type"]
     aim = target(latents, noise, timesteps, training.alphas_cumprod, prediction_type)
-    return distillation_losses(prediction, aim, batch.teacher_pred, sampled, stored, pairs)
+    return distillation_losses(prediction, aim, batch.teacher_pred, sampled, stored, pairs, settings.feature_loss)
 
 
 def pairs_of(settings: DistillSettings) -> tuple[tuple[str, str], ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -11,6 +12,18 @@ def mse(a: Tensor, b: Tensor) -> Tensor:
     return F.mse_loss(a.float(), b.float())
 
 
+def relative_mse(a: Tensor, b: Tensor) -> Tensor:
+    """Each entry's mean square error as a share of the mean square of `b`, (B, ...); their mean, a scalar.
+
+    It is 1 when `a` is zero. Entry by entry, so that accumulation over small batches equals a large one.
+    """
+    error, power = ((x.float().square()).flatten(1).mean(1) for x in (a.float() - b.float(), b))
+    return (error / power.clamp(min=torch.finfo(torch.float32).tiny)).mean()
+
+
+FEATURE_LOSSES = {"mse": mse, "relative": relative_mse}
+
+
 def distillation_losses(
     student_pred: Tensor,
     target: Tensor,
@@ -18,17 +31,21 @@ def distillation_losses(
     student_features: dict[str, Tensor],
     teacher_features: dict[str, Tensor],
     pairs: tuple[tuple[str, str], ...],
+    feature_loss: str = "mse",
 ) -> dict[str, Tensor]:
     """The terms by name, each a float32 scalar: `task`, `output`, and `feature/<student tap>` a pair.
 
     student_pred, target, teacher_pred (B, C, H, W); features by module path, equal shapes in a pair.
-    `teacher_pred` None leaves `output` out, and no pairs leave the features out.
+    `teacher_pred` None leaves `output` out, and no pairs leave the features out. `feature_loss` is a key of
+    FEATURE_LOSSES: the papers' `mse`, in which the taps of the largest values rule, or `relative`, in which
+    each tap counts by the share of its power that is missed.
     """
     terms = {"task": mse(student_pred, target)}
     if teacher_pred is not None:
         terms["output"] = mse(student_pred, teacher_pred)
     for student_tap, teacher_tap in pairs:
-        terms[f"feature/{student_tap}"] = mse(student_features[student_tap], teacher_features[teacher_tap])
+        term = FEATURE_LOSSES[feature_loss](student_features[student_tap], teacher_features[teacher_tap])
+        terms[f"feature/{student_tap}"] = term
     return terms
 
 

@@ -52,6 +52,11 @@ def resolve_dtype(dtype: str, device: torch.device) -> str:
     return ("fp16" if device.type == "cuda" else "fp32") if dtype == "auto" else dtype
 
 
+def device_name(device: torch.device) -> str:
+    """What to call it in a report: a GPU by its maker's name, a CPU just so."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def find_teacher(teacher: str, revision: str | None, variant: str | None) -> Path:
     """The local folder of a Stable Diffusion pipeline: `demo`, a folder itself, or a hub's name, downloaded.
 

@@ -90,23 +90,33 @@ def _grid(rows: dict[str, Samples]) -> str:
 
 
 def _comparison(rows: dict[str, Samples]) -> str:
-    """Parameters, size, seconds a picture and, for scenes, the oracle's score, beside the first row's."""
+    """Parameters, size, time, memory and, for scenes, the oracle's score, beside the first row's."""
     first = next(iter(rows.values()))
     scores = {name: oracle_score(samples) for name, samples in rows.items()}
     scored = all(score is not None for score in scores.values())
-    head = ["", "U-Net parameters", "fp16 size, MB", "seconds a picture", *(["facts that hold"] if scored else [])]
+    head = ["", "U-Net parameters", "fp16 size, MB", "seconds a picture", "peak memory, MB", "drawn on"]
+    head += ["facts that hold"] if scored else []
     lines = []
     for name, samples in rows.items():
         cells = [
             f"{samples.parameters:,} ({samples.parameters / first.parameters:.0%})",
             f"{2 * samples.parameters / 1e6:,.1f}",
-            f"{samples.seconds:.3g} ({samples.device})",
+            f"{samples.seconds:.3g} ({samples.seconds / first.seconds:.0%})",
+            _memory(samples, first),
+            html.escape(samples.device),
         ]
         if scored:
             cells.append(f"{scores[name]:.1%} of {len(samples.prompts)} pictures'")
         lines.append(f"<tr><th>{html.escape(name)}</th>{''.join(f'<td class=number>{c}</td>' for c in cells)}</tr>")
     header = "".join(f"<th class=number>{cell}</th>" for cell in head)
-    return f"<div class=wide><table><tr>{header}</tr>{''.join(lines)}</table></div>"
+    note = "Seconds and memory are the whole pipeline's, in batches, in a process of its own; shares are of the first row's."
+    return f"<div class=wide><table><tr>{header}</tr>{''.join(lines)}</table></div><p class=lead>{note}</p>"
+
+
+def _memory(samples: Samples, first: Samples) -> str:
+    if samples.peak_memory is None or not first.peak_memory:
+        return "not measured"
+    return f"{samples.peak_memory / 1e6:,.0f} ({samples.peak_memory / first.peak_memory:.0%})"
 
 
 def _curves(metrics: list[dict[str, Any]]) -> str:

@@ -1,21 +1,25 @@
 """Sample pictures: made from prompts by a whole pipeline, and kept with what making them cost.
 
-samples/samples.json   prompts, seeds, sampler, seconds and parameters
+samples/samples.json   prompts, sampler, seconds, parameters and memory
 samples/0000.png ...   one picture a prompt
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
+import resource
 import time
-from dataclasses import asdict, dataclass
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
+from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, UNet2DConditionModel
 from PIL import Image
 from tqdm import tqdm
 
+from pipeline import models
 from pipeline.demo import oracle
 from shards.files import atomic_directory, write_json
 
@@ -25,13 +29,19 @@ INDEX = "samples.json"
 
 @dataclass(frozen=True)
 class Samples:
-    """Pictures and prompts, in one order; picture i was drawn with seed i. `seconds` is for one picture."""
+    """Pictures and prompts, in one order; picture i was drawn with seed i.
+
+    `seconds` is for one picture; `parameters` are the U-Net's; `device` names what drew them and in which
+    precision; `peak_memory`, in bytes, is the most that weights and activations took together, or None
+    where it was not measured.
+    """
 
     images: list[Image.Image]
     prompts: list[str]
     seconds: float
     parameters: int
     device: str
+    peak_memory: int | None = None
 
 
 @dataclass(frozen=True)
@@ -61,7 +71,50 @@ def draw_samples(pipe: DiffusionPipeline, prompts: list[str], sampler: Sampler, 
             progress.update(len(chunk))
     pipe.scheduler = kept
     seconds = (time.perf_counter() - started) / len(prompts)
-    return Samples(images, prompts, seconds, sum(p.numel() for p in pipe.unet.parameters()), str(pipe.device))
+    parameters = sum(p.numel() for p in pipe.unet.parameters())
+    return Samples(images, prompts, seconds, parameters, f"{models.device_name(pipe.device)}, {_name(pipe.unet.dtype)}")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return next(name for name, known in models.DTYPES.items() if known == dtype)
+
+
+@dataclass(frozen=True)
+class Model:
+    """Where a whole pipeline is: the folder of `base`, a U-Net's folder to put in it, and how to run them."""
+
+    base: Path
+    unet: Path
+    device: torch.device
+    dtype: torch.dtype
+    variant: str | None = None
+
+
+def draw_apart(model: Model, prompts: list[str], sampler: Sampler, description: str) -> Samples:
+    """`draw_samples` in a fresh process, whose peak memory is the drawing's alone."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_draw_here, model, prompts, sampler, description).result()
+
+
+def _draw_here(model: Model, prompts: list[str], sampler: Sampler, description: str) -> Samples:
+    before = peak_memory(model.device)
+    unet = UNet2DConditionModel.from_pretrained(model.unet, variant=model.variant)
+    pipe = models.load_base(model.base, unet=unet).to(model.device, model.dtype)
+    pipe.unet.to(memory_format=torch.channels_last)
+    samples = draw_samples(pipe, prompts, sampler, description)
+    return replace(samples, peak_memory=peak_memory(model.device) - before)
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most memory this process has held so far, in bytes: torch's on a CUDA GPU, else the process's own."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.is_file():
+        # Linux hands the parent's ru_maxrss down to its children; VmHWM begins anew.
+        peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(peak.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def save_samples(samples: Samples, sampler: Sampler, out: Path) -> None:

@@ -23,7 +23,7 @@ from pipeline import draws, models
 from pipeline.command import stage_command
 from pipeline.diffusion import PREDICTION_TYPES, add_noise
 from pipeline.errors import UserError
-from pipeline.samples import SAMPLES, Sampler, draw_samples, save_samples
+from pipeline.samples import SAMPLES, Model, Sampler, draw_apart, save_samples
 from pipeline.settings import REQUIRED, Settings, option
 from pipeline.students import LEVELS, check_teacher, student_config, student_weights, teacher_taps
 from pipeline.taps import Taps, sample_tokens, token_stride
@@ -125,7 +125,9 @@ def run(settings: TeacherCacheSettings) -> None:
     state.wait_for_everyone()
     if state.is_main_process:
         if wants_samples:
-            save_teacher_samples(settings, latents, unet)
+            del teacher, unet
+            model = Model(settings.out / "base", folder / "unet", state.device, dtype, settings.variant)
+            save_teacher_samples(settings, latents, model)
         report(settings.out, manifest, "")
 
 
@@ -136,13 +138,12 @@ def open_latents(settings: TeacherCacheSettings) -> ShardSet:
     return latents
 
 
-def save_teacher_samples(settings: TeacherCacheSettings, latents: ShardSet, unet: UNet2DConditionModel) -> None:
+def save_teacher_samples(settings: TeacherCacheSettings, latents: ShardSet, model: Model) -> None:
     """Pictures of the teacher in the cache, of captions spread over the input: students are shown beside them."""
     chosen = np.linspace(0, len(latents) - 1, min(settings.samples, len(latents))).astype(int)
     prompts = [latents.read(int(i), ()).meta["caption"] for i in chosen]
-    pipe = models.load_base(settings.out / "base", unet=unet).to(unet.device, unet.dtype)
     sampler = Sampler()
-    save_samples(draw_samples(pipe, prompts, sampler, "teacher's samples"), sampler, settings.out / SAMPLES)
+    save_samples(draw_apart(model, prompts, sampler, "teacher's samples"), sampler, settings.out / SAMPLES)
 
 
 def check_encoders(settings: TeacherCacheSettings, latents: ShardSet, base: DiffusionPipeline) -> None:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from diffusers import StableDiffusionPipeline
 from torch import nn
 from tqdm import tqdm
-from transformers import CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from pipeline.command import stage_command
 from pipeline.demo import CHECKSUMS, sha256
@@ -30,7 +30,8 @@ from pipeline.demo.networks import (
     make_tokenizer,
     make_unet,
 )
-from pipeline.demo.scenes import SIDE, make_scene
+from pipeline.demo.scenes import SIDE, make_scene, parse_caption
+from pipeline.demo.text import Reader, answers_of, reading_loss
 from pipeline.demo.trainer import TeacherSettings, Trainer
 from pipeline.errors import UserError
 from shards.files import atomic_file, write_json
@@ -38,10 +39,10 @@ from shards.files import atomic_file, write_json
 SETTINGS = "settings.json"
 # Settings that may change from one run of the command to the next in one work folder. More steps train on.
 FREE = {"out", "work", "steps", "checkpoint_every", "evaluate"}
-# Background and layout are decided at high noise, where the error in the predicted noise is so small that captions
-# hardly count in it. (first step, power of 1 / alpha_bar on the loss, power of the uniform draw of the timestep: below
-# 1 there are more high ones). Both grew as samples showed the need.
-NOISE_EMPHASIS = ((0, 0.0, 1.0), (1250, 0.5, 1.0), (1750, 0.75, 1.0), (2000, 0.75, 2 / 3))
+# Background, layout and relations are decided at high noise, where the error in the predicted noise is so small that
+# captions hardly count in it. So the loss is divided by a power of alpha_bar, and the uniform draw of the timestep is
+# raised to a power below 1, which makes high ones more frequent.
+LOSS_POWER, DRAW_POWER = 0.75, 2 / 3
 GUIDANCES = (3.0, 6.0)
 
 
@@ -140,42 +141,69 @@ def encode_latents(work: Path, autoencoder: nn.Module, settings: TeacherSettings
     return latents, float(1 / np.sqrt(mean.var() + np.square(deviation).mean()))
 
 
-def train_diffusion(work: Path, settings: TeacherSettings) -> StableDiffusionPipeline:
-    """The text encoder and the U-Net, together, on the latents of a trained autoencoder.
+def train_text_encoder(work: Path, settings: TeacherSettings) -> CLIPTextModel:
+    """Captions -> a text encoder from whose states one attention layer reads all that they say."""
+    _, captions = render_scenes(work, settings)
+    tokenizer = make_tokenizer()
+    tokens = tokenize(tokenizer, captions)
+    answers = torch.stack([answers_of(parse_caption(caption)) for caption in captions])
+    torch.manual_seed(settings.seed)
+    networks = nn.ModuleDict({"text_encoder": make_text_encoder(tokenizer), "reader": Reader()})
+    trainer = Trainer(networks, work / "text_encoder.pt", settings.text_steps, settings.text_learning_rate, settings)
+    for _ in trainer.remaining("text encoder"):
+        index = torch.randint(len(captions), (settings.text_batch,))
+        trainer.update(reading_loss(networks["reader"](networks["text_encoder"](tokens[index])[0]), answers[index]))
+    networks.load_state_dict(trainer.average)
+    return networks["text_encoder"].eval().requires_grad_(False)
 
-    Noise prediction with Min-SNR weights (Hang et al. 2023) and `NOISE_EMPHASIS`; some captions are left empty, for
-    classifier-free guidance. Returns the pipeline with averaged weights.
+
+def train_diffusion(work: Path, settings: TeacherSettings) -> StableDiffusionPipeline:
+    """The U-Net, on the latents of a trained autoencoder and the states of a trained text encoder, both frozen.
+
+    Noise prediction with Min-SNR weights (Hang et al. 2023) and more weight on high noise; some captions are left
+    empty, for classifier-free guidance. Returns the pipeline with averaged weights.
     """
-    autoencoder = train_autoencoder(work, settings)
+    autoencoder, unet = begin_with(settings)
+    autoencoder = autoencoder or train_autoencoder(work, settings)
+    text_encoder = train_text_encoder(work, settings)
     latents, scale = encode_latents(work, autoencoder, settings)
     autoencoder.register_to_config(scaling_factor=scale)
     _, captions = render_scenes(work, settings)
     tokenizer, noise_scheduler = make_tokenizer(), make_noise_scheduler()
     tokens = tokenize(tokenizer, [*captions, ""])
     torch.manual_seed(settings.seed)
-    networks = nn.ModuleDict({"text_encoder": make_text_encoder(tokenizer), "unet": make_unet()})
-    networks.to(memory_format=torch.channels_last).train()
+    unet = (unet or make_unet()).to(memory_format=torch.channels_last).train()
     alphas = noise_scheduler.alphas_cumprod
-    trainer = Trainer(networks, work / "diffusion.pt", settings.steps, settings.learning_rate, settings)
-    for _ in trainer.remaining("diffusion"):
+    trainer = Trainer(unet, work / "unet.pt", settings.steps, settings.learning_rate, settings)
+    for _ in trainer.remaining("U-Net"):
         index = torch.randint(len(captions), (settings.batch,))
         posterior = torch.from_numpy(latents[index.numpy()]).float()
         sampled = (
             posterior[:, :4] + posterior[:, 4:] * torch.randn(settings.batch, 4, LATENT_SIDE, LATENT_SIDE)
         ) * scale
-        _, loss_power, draw_power = max(stage for stage in NOISE_EMPHASIS if trainer.step >= stage[0])
         noise = torch.randn_like(sampled)
-        timesteps = (torch.rand(settings.batch) ** draw_power * len(alphas)).long().clamp(max=len(alphas) - 1)
+        timesteps = (torch.rand(settings.batch) ** DRAW_POWER * len(alphas)).long().clamp(max=len(alphas) - 1)
         noisy = noise_scheduler.add_noise(sampled, noise, timesteps).to(memory_format=torch.channels_last)
         captioned = torch.rand(settings.batch) >= settings.caption_dropout
-        prompt_embeds = networks["text_encoder"](tokens[torch.where(captioned, index, len(captions))])[0]
-        predicted = networks["unet"](noisy, timesteps, encoder_hidden_states=prompt_embeds).sample
+        with torch.no_grad():
+            prompt_embeds = text_encoder(tokens[torch.where(captioned, index, len(captions))])[0]
+        predicted = unet(noisy, timesteps, encoder_hidden_states=prompt_embeds).sample
         signal_to_noise = alphas[timesteps] / (1 - alphas[timesteps])
         weight = signal_to_noise.clamp(max=settings.min_snr_gamma) / signal_to_noise
-        weight = weight / alphas[timesteps] ** loss_power
+        weight = weight / alphas[timesteps] ** LOSS_POWER
         trainer.update((weight * (predicted - noise).square().mean(dim=(1, 2, 3))).mean())
-    networks.load_state_dict(trainer.average)
-    return make_pipeline(autoencoder, networks["text_encoder"].eval(), tokenizer, networks["unet"].eval())
+    unet.load_state_dict(trainer.average)
+    return make_pipeline(autoencoder, text_encoder, tokenizer, unet.eval())
+
+
+def begin_with(settings: TeacherSettings) -> tuple[nn.Module | None, nn.Module | None]:
+    """The autoencoder and the U-Net of the pipeline to begin with, float32; None and None without one."""
+    if settings.init_from is None:
+        return None, None
+    begun = StableDiffusionPipeline.from_pretrained(
+        settings.init_from, torch_dtype=torch.float32, local_files_only=True
+    )
+    return begun.vae.to(memory_format=torch.channels_last).eval().requires_grad_(False), begun.unet
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:

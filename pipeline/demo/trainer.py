@@ -25,9 +25,13 @@ class TeacherSettings(Settings):
     autoencoder_batch: int = option(16, "Pictures in one step of the autoencoder.", low=1)
     autoencoder_learning_rate: float = option(2e-3, "Highest learning rate of the autoencoder.", above=0)
     kl_weight: float = option(2e-4, "Weight of the latents' divergence from N(0, 1).", low=0)
-    steps: int = option(4050, "Steps of the text encoder and the U-Net.", low=1)
+    text_steps: int = option(1200, "Steps of the text encoder.", low=1)
+    text_batch: int = option(128, "Captions in one step of the text encoder.", low=1)
+    text_learning_rate: float = option(1e-3, "Highest learning rate of the text encoder.", above=0)
+    init_from: Path | None = option(None, "Pipeline whose autoencoder to keep and whose U-Net to train on.")
+    steps: int = option(8000, "Steps of the U-Net.", low=1)
     batch: int = option(32, "Latents in one step of the U-Net.", low=1)
-    learning_rate: float = option(1.5e-3, "Highest learning rate of the text encoder and the U-Net.", above=0)
+    learning_rate: float = option(1.2e-3, "Highest learning rate of the U-Net.", above=0)
     caption_dropout: float = option(0.1, "Share of captions left empty, for guidance.", low=0, high=1)
     min_snr_gamma: float = option(5.0, "Signal-to-noise ratio above which timesteps weigh less.", above=0)
     ema_decay: float = option(0.998, "Decay of the averaged weights.", low=0, high=1)
@@ -45,7 +49,7 @@ class Trainer:
         self, module: nn.Module, file: Path, steps: int, learning_rate: float, settings: TeacherSettings
     ) -> None:
         self.module, self.file, self.steps, self.settings = module, file, steps, settings
-        self.optimizer = torch.optim.AdamW(module.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+        self.optimizer = torch.optim.AdamW(module.parameters(), lr=learning_rate, betas=(0.9, 0.99), fused=True)
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._learning_rate_factor)
         self.average = {name: value.detach().clone() for name, value in module.state_dict().items()}
         self.step = 0
@@ -77,8 +81,7 @@ class Trainer:
         # A young average forgets faster, so that it does not carry the initial weights along.
         decay = min(self.settings.ema_decay, self.step / (self.step + 10))
         with torch.no_grad():
-            for name, value in self.module.state_dict().items():
-                self.average[name].lerp_(value, 1 - decay) if value.is_floating_point() else None
+            torch._foreach_lerp_(list(self.average.values()), list(self.module.state_dict().values()), 1 - decay)
         if self.step % self.settings.checkpoint_every == 0:
             self._save()
 

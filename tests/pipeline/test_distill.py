@@ -107,7 +107,7 @@ def test_losses_and_gradients_equal_the_online_ones(
     cache = caches(prediction_type, codec)
     settings, training = prepared(cache, tmp_path, level=level, train_batch_size=5)
     batch = training.dataset.collate([training.dataset[i] for i in (0, 4, 9, 17, 25)])
-    terms = step_losses(training, distill.pairs_of(settings), batch)
+    terms = step_losses(training, settings, batch)
     total_loss(terms, 0.5, 0.25).backward()
     gradients = {name: p.grad.clone() for name, p in training.student.named_parameters()}
 
@@ -127,7 +127,7 @@ def test_losses_and_gradients_equal_the_online_ones(
 def test_a_sampled_quantised_cache_gives_the_online_gradient_up_to_noise(caches, cache, teacher, tmp_path):
     settings, training = prepared(cache, tmp_path, level="sd_small", train_batch_size=5)
     batch = training.dataset.collate([training.dataset[i] for i in range(26)])
-    terms = step_losses(training, distill.pairs_of(settings), batch)
+    terms = step_losses(training, settings, batch)
     student = UNet2DConditionModel.from_pretrained(cache / "students" / "sd_small").train()
     expected = online(teacher, student, PAIRS["sd_small"], batch, "epsilon")
     # Quantisation adds its own variance to each MSE; the prediction is exact but for fp16.

@@ -9,7 +9,7 @@ from conftest import tiny_unet
 from diffusers import DDPMScheduler
 
 from pipeline import diffusion, draws
-from pipeline.losses import distillation_losses, mse, total_loss
+from pipeline.losses import distillation_losses, mse, relative_mse, total_loss
 from pipeline.taps import Taps, as_map, sample_tokens, token_stride
 
 T = 1000
@@ -170,6 +170,20 @@ class TestLosses:
             "task": 1, "output": 4, "feature/s": 4, "feature/t": 1,
         }  # fmt: skip
         assert total_loss(terms, 0.5, 0.25).item() == 1 + 0.5 * 4 + 0.25 * 5
+
+    def test_the_relative_loss_is_each_entrys_share_of_the_teachers_power(self):
+        generator = torch.Generator().manual_seed(0)
+        teacher = torch.randn(3, 4, 8, 8, generator=generator) * torch.tensor([1e-3, 1.0, 1e3]).view(3, 1, 1, 1)
+        assert relative_mse(torch.zeros_like(teacher), teacher).item() == pytest.approx(1)
+        assert relative_mse(teacher * 1.5, teacher).item() == pytest.approx(0.25)
+        halves = [relative_mse(teacher[part] * 2, teacher[part]) for part in (slice(0, 1), slice(1, 3))]
+        assert (halves[0] + 2 * halves[1]).item() / 3 == pytest.approx(relative_mse(teacher * 2, teacher).item())
+        assert relative_mse(teacher * 0, teacher * 0).item() == 0
+
+    def test_the_feature_loss_that_is_asked_for_is_taken(self):
+        one, three = torch.full((2, 4, 8, 8), 1.0), torch.full((2, 4, 8, 8), 3.0)
+        terms = distillation_losses(one, one, None, {"s": one}, {"S": three}, (("s", "S"),), "relative")
+        assert terms["feature/s"].item() == pytest.approx(4 / 9)
 
     def test_what_is_left_out_is_not_in_the_terms(self):
         one = torch.ones(1, 4, 2, 2)
