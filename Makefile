@@ -24,6 +24,7 @@ SCENES     ?= 2000
 RESOLUTION ?= 64
 TOKEN_MIN  ?= 16
 SAMPLES    ?= 64
+GUIDANCE   ?= 3
 STEPS      ?= 400
 BATCH      ?= 32
 LR         ?= 1e-3
@@ -34,6 +35,7 @@ DATA       ?=
 RESOLUTION ?= 512
 TOKEN_MIN  ?= 32
 SAMPLES    ?= 8
+GUIDANCE   ?= 7
 STEPS      ?= 15000
 BATCH      ?= 8
 LR         ?= 1e-5
@@ -75,7 +77,7 @@ encode: $(READY) data ## Images and captions (DATA=) to latents, with the VAE an
 teacher-cache: encode ## Latents to the teacher's predictions and features: ROUNDS=, CODEC=, SNR_DB=, STRIDE=.
 	$(LAUNCH) -m pipeline.teacher_cache --teacher '$(TEACHER)' --latents '$(LATENTS)' --out '$(CACHE)' --rounds $(ROUNDS) \
 	  --codec $(CODEC) --snr-db $(SNR_DB) --token-stride $(STRIDE) --token-min $(TOKEN_MIN) --students $(STUDENTS) \
-	  --samples $(SAMPLES) --seed $(SEED) $(CACHE_FLAGS)
+	  --samples $(SAMPLES) --samples-guidance $(GUIDANCE) --seed $(SEED) $(CACHE_FLAGS)
 
 distill: teacher-cache ## Train the student of LEVEL= for STEPS= steps; ends with a diffusers pipeline and a report.
 	$(LAUNCH) -m pipeline.distill --cache '$(CACHE)' --out '$(STUDENT)' --level $(LEVEL) --max-train-steps $(STEPS) \

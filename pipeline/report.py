@@ -109,7 +109,7 @@ def _comparison(rows: dict[str, Samples]) -> str:
             cells.append(f"{scores[name]:.1%} of {len(samples.prompts)} pictures'")
         lines.append(f"<tr><th>{html.escape(name)}</th>{''.join(f'<td class=number>{c}</td>' for c in cells)}</tr>")
     header = "".join(f"<th class=number>{cell}</th>" for cell in head)
-    note = "Seconds and memory are the whole pipeline's, in batches, in a process of its own; shares are of the first row's."
+    note = "Seconds and memory are of the whole pipeline, in a process of its own; shares are of the first row's."
     return f"<div class=wide><table><tr>{header}</tr>{''.join(lines)}</table></div><p class=lead>{note}</p>"
 
 

@@ -58,6 +58,7 @@ class TeacherCacheSettings(Settings):
     token_stride: int = option(2, "Keep one position of each N x N cell of a large tap.", low=1)
     token_min: int = option(32, "Rows from which on a tap counts as large.", low=1)
     samples: int = option(8, "Pictures to draw with the teacher, for the students' reports; 0 draws none.", low=0)
+    samples_guidance: float = option(7.0, "Classifier-free guidance of those pictures.", low=1.0)
     batch_size: int = option(8, "Entries in one forward pass.", low=1)
     seed: int = option(0, "Seed of noise, timesteps, dither and what is drawn beside.", low=0)
     noise_offset: float = option(0.0, "Strength of a noise offset for each channel.", low=0.0)
@@ -142,7 +143,7 @@ def save_teacher_samples(settings: TeacherCacheSettings, latents: ShardSet, mode
     """Pictures of the teacher in the cache, of captions spread over the input: students are shown beside them."""
     chosen = np.linspace(0, len(latents) - 1, min(settings.samples, len(latents))).astype(int)
     prompts = [latents.read(int(i), ()).meta["caption"] for i in chosen]
-    sampler = Sampler()
+    sampler = Sampler(guidance_scale=settings.samples_guidance)
     save_samples(draw_apart(model, prompts, sampler, "teacher's samples"), sampler, settings.out / SAMPLES)
 
 

@@ -18,7 +18,10 @@ from pipeline.errors import UserError
 from pipeline.samples import Sampler, draw_samples
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
-SIZES = {"--scenes": 24, "--autoencoder-steps": 2, "--autoencoder-batch": 4, "--steps": 2, "--batch": 4}
+SIZES = {
+    "--scenes": 24, "--autoencoder-steps": 2, "--autoencoder-batch": 4, "--text-steps": 2, "--text-batch": 4,
+    "--steps": 2, "--batch": 4,
+}  # fmt: skip
 TRAINING = [*(str(word) for pair in SIZES.items() for word in pair), "--evaluate", "0", "--checkpoint-every", "1"]
 # Well under what the README beside the weights reports, for the chance of few captions.
 FLOOR = 0.6
@@ -99,6 +102,18 @@ def test_the_command_makes_a_teacher_that_loads(tmp_path):
     assert made.unet.dtype == torch.float32
 
 
+def test_a_teacher_begun_from_another_keeps_its_autoencoder_and_trains_its_unet(tmp_path):
+    result = train(tmp_path / "teacher", tmp_path / "work", "--init-from", str(TEACHER), "--learning-rate", "1e-6")
+    assert result.exit_code == 0, result.output
+    was, made = (DiffusionPipeline.from_pretrained(folder) for folder in (TEACHER, tmp_path / "teacher"))
+    assert torch.equal(made.vae.decoder.conv_in.weight, was.vae.decoder.conv_in.weight)
+    moved = made.unet.conv_in.weight - was.unet.conv_in.weight
+    assert 0 <= moved.abs().max() < 1e-3
+    assert not torch.equal(
+        made.text_encoder.get_input_embeddings().weight, was.text_encoder.get_input_embeddings().weight
+    )
+
+
 def test_a_work_folder_of_other_settings_is_refused(tmp_path):
     (tmp_path / "settings.json").write_text('{"seed": 7}')
     result = train(tmp_path / "teacher", tmp_path)
@@ -115,7 +130,7 @@ def test_training_that_was_stopped_goes_on_to_the_same_weights(tmp_path, monkeyp
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Trainer, "update", stop_at_the_first)
-    for _ in range(4):
+    for _ in range(6):
         assert train(tmp_path / "resumed", tmp_path / "work 2").exit_code == 130
     assert train(tmp_path / "resumed", tmp_path / "work 2").exit_code == 0
     assert (tmp_path / "resumed" / CHECKSUMS).read_text() == (tmp_path / "whole" / CHECKSUMS).read_text()

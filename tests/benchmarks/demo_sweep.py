@@ -1,0 +1,192 @@
+"""The demo's defaults, one changed at a time: students of equal steps, held against their teacher.
+
+Makes the caches with the Makefile's own commands, then trains each case with `distill-sd distill` and judges it on
+scenes that no student was trained on:
+
+    output MSE   of the student's prediction to the teacher's, at noise and timesteps of an exact cache
+    score        share of the captions' facts that the oracle finds in pictures, as a ratio to the teacher's
+
+Finished cases are kept in WORK/results.json, so that it can be stopped and started again; the table is of all that are
+there. Run it on a quiet machine:
+
+    python tests/benchmarks/demo_sweep.py --work work/sweep
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import click
+import diffusers
+import torch
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+
+from pipeline.demo import teacher_folder
+from pipeline.demo.evaluate import captions_of, judge
+from pipeline.diffusion import add_noise
+from pipeline.losses import mse
+from pipeline.samples import Sampler, draw_samples
+from shards.dataset import CacheDataset
+from shards.files import write_json
+
+GUIDANCE = 3.0
+HELD_OUT_SEED = 77
+HELD_OUT_SCENES = 256
+DEFAULTS = {
+    "level": "sd_small", "train-batch-size": 32, "use-ema": True,
+    "learning-rate": 1e-3, "lr-scheduler": "constant", "lr-warmup-steps": 0,
+    "output-weight": 0.5, "feature-weight": 0.5, "feature-loss": "mse",
+}  # fmt: skip
+"""Options of `distill`; a case replaces some. `cache` names one of CACHES; `steps` multiplies the steps."""
+
+CACHES = {
+    "4 rounds": {"ROUNDS": "4"},
+    "2 rounds": {"ROUNDS": "2"},
+    "8 rounds": {"ROUNDS": "8"},
+    "1 in 10 without a caption": {"ROUNDS": "4", "CACHE_FLAGS": "--uncond-fraction 0.1"},
+    "exact": {"ROUNDS": "4", "CODEC": "fp16", "STRIDE": "1"},
+}
+COSINE = {"lr-scheduler": "cosine", "lr-warmup-steps": 20}
+CASES = {
+    "defaults": {},
+    "learning rate 5e-4": {"learning-rate": 5e-4},
+    "learning rate 2e-3": {"learning-rate": 2e-3},
+    "cosine": COSINE,
+    "cosine, learning rate 2e-3": {**COSINE, "learning-rate": 2e-3},
+    "feature weight 0": {"feature-weight": 0.0},
+    "feature weight 0.1": {"feature-weight": 0.1},
+    "relative features": {"feature-loss": "relative"},
+    "output weight 5": {"output-weight": 5.0},
+    "output weight 5, feature weight 0.1": {"output-weight": 5.0, "feature-weight": 0.1},
+    "no average": {"use-ema": False},
+    "batch 16, steps x 2": {"train-batch-size": 16, "steps": 2},
+    "2 rounds": {"cache": "2 rounds"},
+    "8 rounds": {"cache": "8 rounds"},
+    "1 in 10 without a caption": {"cache": "1 in 10 without a caption"},
+    "exact features": {"cache": "exact"},
+    "steps x 2": {"steps": 2},
+}
+
+
+def make(*variables: str) -> None:
+    """The Makefile's target, quietly; ends the benchmark with its output if it fails."""
+    run(["make", *variables])
+
+
+def run(command: list[str]) -> None:
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}\n{done.stdout[-4000:]}")
+
+
+def cache_of(work: Path, name: str, scenes: int) -> Path:
+    """The cache of that name, made if it is not there; all share their scenes and latents."""
+    variables = {"WORK": work, "CACHE": work / f"cache, {name}", "SCENES": scenes, "SAMPLES": 0, **CACHES[name]}
+    make("teacher-cache", *(f"{key}={value}" for key, value in variables.items()))
+    return variables["CACHE"]
+
+
+def held_out_cache(work: Path) -> Path:
+    """Scenes of another seed, one timestep each, with exact predictions."""
+    variables = {"WORK": work / "held-out", "SEED": HELD_OUT_SEED, "SCENES": HELD_OUT_SCENES, "ROUNDS": 1, "SAMPLES": 0}
+    make("teacher-cache", *(f"{key}={value}" for key, value in variables.items()))
+    return work / "held-out" / "cache"
+
+
+def train(work: Path, name: str, settings: dict, cache: Path) -> tuple[Path, float]:
+    """The student's pipeline, and the seconds that training took with all that comes before and after."""
+    out = work / "student"
+    shutil.rmtree(out, ignore_errors=True)
+    flags = ["--no-report", "--cache", str(cache), "--out", str(out)]
+    for option, value in settings.items():
+        flags += [f"--{option}"] if value is True else [] if value is False else [f"--{option}", str(value)]
+    started = time.monotonic()
+    run([sys.executable, "-m", "pipeline.distill", *flags])
+    return out, time.monotonic() - started
+
+
+@torch.inference_mode()
+def output_mse(unet: UNet2DConditionModel, held_out: Path) -> float:
+    """Mean square error of the U-Net's prediction to the teacher's over the whole held-out cache."""
+    dataset = CacheDataset(held_out, [])
+    spec = dataset.shards.manifest.spec["noise_scheduler"]
+    alphas_cumprod = diffusers.DDPMScheduler.from_config(spec).alphas_cumprod
+    errors = []
+    for start in range(0, len(dataset), 64):
+        batch = dataset.collate([dataset[i] for i in range(start, min(start + 64, len(dataset)))])
+        noisy = add_noise(batch.latents, batch.noise, batch.timesteps, alphas_cumprod)
+        predicted = unet(noisy, batch.timesteps, encoder_hidden_states=batch.prompt_embeds.float()).sample
+        errors.append(mse(predicted, batch.teacher_pred).item() * len(batch.keys))
+    return sum(errors) / len(dataset)
+
+
+def score(folder: Path, captions: int) -> float:
+    pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
+    prompts = captions_of("train", captions)
+    return judge(
+        draw_samples(pipeline, prompts, Sampler(guidance_scale=GUIDANCE, batch_size=32), "score").images, prompts
+    ).score
+
+
+def settings_of(case: dict, steps: int) -> dict:
+    settings = {**DEFAULTS, **case, "max-train-steps": steps * case.get("steps", 1)}
+    return {option: value for option, value in settings.items() if option not in ("cache", "steps")}
+
+
+def table(results: dict[str, dict], teacher_score: float) -> str:
+    lines = [
+        "| changed from the defaults | steps | output MSE | score | of the teacher's | seconds |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, result in results.items():
+        lines.append(
+            f"| {name} | {result['steps']} | {result['mse']:.5f} | {result['score']:.3f} | "
+            f"{result['score'] / teacher_score:.3f} | {result['seconds']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+@click.command()
+@click.option("--work", type=Path, required=True, help="Directory for caches, students and results.")
+@click.option("--steps", default=400, show_default=True, help="Optimiser steps of a case.")
+@click.option("--scenes", default=2000, show_default=True, help="Scenes to train on.")
+@click.option("--captions", default=128, show_default=True, help="Captions to draw and judge.")
+@click.option("--case", "cases", multiple=True, type=click.Choice(list(CASES)), help="Only these; all by default.")
+def main(work: Path, steps: int, scenes: int, captions: int, cases: tuple[str, ...]) -> None:
+    work.mkdir(parents=True, exist_ok=True)
+    file = work / "results.json"
+    results = json.loads(file.read_text()) if file.is_file() else {}
+    held_out = held_out_cache(work)
+    if "teacher" not in results:
+        results["teacher"] = score(teacher_folder(), captions)
+    for name in cases or CASES:
+        if name in results:
+            continue
+        case = CASES[name]
+        settings = settings_of(case, steps)
+        student, seconds = train(work, name, settings, cache_of(work, case.get("cache", "4 rounds"), scenes))
+        results[name] = {
+            "steps": settings["max-train-steps"],
+            "seconds": seconds,
+            "mse": output_mse(UNet2DConditionModel.from_pretrained(student / "unet"), held_out),
+            "score": score(student, captions),
+        }
+        write_json(file, results)
+        click.echo(f"{name}: {results[name]}", err=True)
+
+    done = {name: results[name] for name in CASES if name in results}
+    print(f"{os.cpu_count()} cores, {torch.get_num_threads()} torch threads; Python {platform.python_version()}, "
+          f"torch {torch.__version__}; {scenes} scenes, {captions} captions\n")  # fmt: skip
+    print(f"Teacher's score: {results['teacher']:.3f}\n")
+    print(table(done, results["teacher"]))
+
+
+if __name__ == "__main__":
+    main()
