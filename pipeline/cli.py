@@ -7,6 +7,7 @@ import importlib
 import click
 
 COMMANDS = {
+    "plan": ("pipeline.plan", "What a cache will take, and what fits a budget."),
     "encode": ("pipeline.encode", "Images and captions to latents and prompt embeddings."),
     "teacher-cache": ("pipeline.teacher_cache", "Latents to the teacher's predictions and features."),
     "distill": ("pipeline.distill", "Train a student from a cache."),

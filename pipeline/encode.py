@@ -18,14 +18,22 @@ import torch
 from diffusers import DiffusionPipeline
 from tqdm import tqdm
 
-from pipeline import draws, models
+from pipeline import draws, models, sizes
 from pipeline.command import stage_command
 from pipeline.errors import UserError
 from pipeline.images import Crop, decode, square
 from pipeline.settings import REQUIRED, Settings, option
 from pipeline.sources import Record, Source, inputs_sha256, open_source
 from pipeline.workers import ordered_map
-from pipeline.workspace import claim, existing_manifest, share_unfinished, unfinished_shards, write_settings
+from pipeline.workspace import (
+    claim,
+    existing_manifest,
+    free_bytes,
+    require_space,
+    share_unfinished,
+    unfinished_shards,
+    write_settings,
+)
 from shards.codec import encode_npy
 from shards.files import atomic_file
 from shards.manifest import refuse_other_spec
@@ -84,9 +92,11 @@ def run(settings: EncodeSettings) -> None:
 
     base.to(state.device, models.DTYPES[settings.dtype])
     base.vae.to(memory_format=torch.channels_last)
+    names = manifest.shard_names()
+    pictures = sum(len(records_of(source, settings, names.index(shard))) for shard in unfinished)
+    require_space(settings.out, pictures * sizes.stored_bytes(entry_sizes(spec)), "give a smaller --resolution")
     if state.is_main_process:
         write_settings(settings.out, "encode", settings)
-    names = manifest.shard_names()
     planned = sum(len(records_of(source, settings, names.index(shard))) for shard in mine)
     with tqdm(total=planned, unit="image", desc="encode", disable=not state.is_main_process) as progress:
         for shard in mine:
@@ -234,14 +244,15 @@ def plan(settings: EncodeSettings) -> list[str]:
         refuse_other_spec(settings.out, found.spec, spec)
     shards = shard_names(spec["entries"], spec["entries_per_shard"])
     left = shards if found is None else unfinished_shards(settings.out, found)
-    elements = np.prod(spec["latents_shape"]) + np.prod(spec["prompt_embeds_shape"])
-    per_entry = int(2 * elements)
     return [
         f"entries: {spec['entries']} in {len(shards)} shards, {len(left)} of them still to write",
-        f"bytes per entry: about {per_entry:,} (latents {spec['latents_shape']}, "
-        f"prompt_embeds {spec['prompt_embeds_shape']}, fp16)",
-        f"total: about {per_entry * spec['entries'] / 1e9:.3f} GB",
+        *sizes.lines(entry_sizes(spec), spec["entries"]),
+        f"free where it goes: {sizes.in_words(free_bytes(settings.out))}",
     ]
+
+
+def entry_sizes(spec: dict[str, Any]) -> dict[str, int]:
+    return sizes.latents_entry(spec["latents_shape"], spec["prompt_embeds_shape"])
 
 
 command = stage_command("encode", EncodeSettings, plan, run)

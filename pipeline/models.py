@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ import numpy
 import torch
 import transformers
 from accelerate import PartialState
-from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTokenizer
 
 from pipeline import demo
 from pipeline.errors import UserError
+from pipeline.students import check_teacher
 from pipeline.taps import Taps
 from shards.files import atomic_directory, write_json
 
@@ -164,6 +167,30 @@ def tap_shapes(
         with Taps(unet, taps).recording() as features:
             unet(torch.empty(1, *latents), torch.zeros(1), encoder_hidden_states=torch.empty(1, *prompt_embeds))
     return {tap: tuple(features[tap].shape[1:]) for tap in taps}
+
+
+@dataclass(frozen=True)
+class TeacherShapes:
+    """Latents (C, H, W), prompt embeddings (L, D), and the output (C, H, W) of each tap."""
+
+    latents: tuple[int, int, int]
+    prompt_embeds: tuple[int, int]
+    taps: dict[str, tuple[int, int, int]]
+
+
+def teacher_shapes(folder: Path, resolution: int, taps: list[str]) -> TeacherShapes:
+    """The shapes of a teacher's data at a resolution, from its configs: its weights need not be there."""
+    with torch.device("meta"):
+        vae = AutoencoderKL.from_config(_load(lambda: AutoencoderKL.load_config(folder, subfolder="vae"), folder))
+    text = _load(lambda: CLIPTextConfig.from_pretrained(folder, subfolder="text_encoder"), folder)
+    tokenizer = _load(lambda: CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer"), folder)
+    config = unet_config(folder)
+    try:
+        check_teacher(config)
+    except ValueError as error:
+        raise UserError(f"--teacher {folder}: {error}") from None
+    latents, prompt_embeds = latents_shape(vae, resolution), (tokenizer.model_max_length, text.hidden_size)
+    return TeacherShapes(latents, prompt_embeds, tap_shapes(config, latents, prompt_embeds, taps))
 
 
 def weights_sha256(module: nn.Module) -> str:

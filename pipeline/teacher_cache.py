@@ -6,7 +6,6 @@ What is stored rounded is rounded before the teacher runs, so a student sees exa
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 from tqdm import tqdm
 
-from pipeline import draws, models
+from pipeline import draws, models, sizes
 from pipeline.command import stage_command
 from pipeline.diffusion import PREDICTION_TYPES, add_noise
 from pipeline.errors import UserError
@@ -27,7 +26,7 @@ from pipeline.samples import SAMPLES, Model, Sampler, draw_apart, save_samples
 from pipeline.settings import REQUIRED, Settings, option
 from pipeline.students import LEVELS, check_teacher, student_config, student_weights, teacher_taps
 from pipeline.taps import Taps, sample_tokens, token_stride
-from pipeline.workspace import claim, existing_manifest, share_unfinished, write_settings
+from pipeline.workspace import claim, existing_manifest, free_bytes, require_space, share_unfinished, write_settings
 from shards import device_codec
 from shards.codec import CODECS, EXACT_DTYPES, MAX_SNR_DB, decode_npy, pack_quantised
 from shards.files import atomic_directory
@@ -110,6 +109,9 @@ def run(settings: TeacherCacheSettings) -> None:
             report(settings.out, manifest, "already finished, nothing to do: ")
         return
 
+    entries = sum(len(place_of(manifest, shard)[1]) for shard in unfinished)
+    stored = sizes.stored_bytes(entry_sizes(latents.manifest.spec, spec["taps"], settings))
+    require_space(settings.out, entries * stored, "give fewer --rounds, a lower --snr-db or a larger --token-stride")
     if state.is_main_process:
         write_settings(settings.out, "teacher-cache", settings)
     dtype = models.DTYPES[spec["dtype"]]
@@ -360,45 +362,26 @@ def report(out: Path, manifest: Manifest, prefix: str) -> None:
 
 
 def plan(settings: TeacherCacheSettings) -> list[str]:
-    """What a run would write. The size of quantised taps is estimated by Gaussian entropy."""
+    """What a run would write. The size of quantised taps is that of Gaussian features."""
     latents = open_latents(settings)
     folder = models.find_teacher(settings.teacher, settings.revision, settings.variant)
     found = existing_manifest(settings.out, "cache")
     taps = wanted_taps(tap_specs(settings, latents, models.unet_config(folder)), found)
     if found is not None:
         refuse_other_spec(settings.out, {"taps": found.spec["taps"]}, {"taps": taps})
-    spec = latents.manifest.spec
-    exact = EXACT_DTYPES.get(settings.codec, np.dtype(np.float16)).itemsize
-    latent = math.prod(spec["latents_shape"])
-    sizes = {
-        "latents and noise": 4 * latent,
-        TEACHER_PRED: exact * latent,
-        PROMPT_EMBEDS: 2 * math.prod(spec["prompt_embeds_shape"]),
-        **{tap: tap_bytes(settings, t["shape"], t["stride"]) for tap, t in taps.items()},
-    }
     entries = len(latents) * settings.rounds
-    width = max(map(len, sizes))
     return [
         f"entries: {len(latents)} images x {settings.rounds} rounds = {entries}",
-        "bytes per entry, about:",
-        *(f"  {name:<{width}} {size:>12,}" for name, size in sizes.items()),
-        f"  {'together':<{width}} {sum(sizes.values()):>12,}",
-        f"total: about {entries * sum(sizes.values()) / 1e9:.3f} GB, and the students' initial weights",
+        *sizes.lines(entry_sizes(latents.manifest.spec, taps, settings), entries),
+        f"free where it goes: {sizes.in_words(free_bytes(settings.out))}",
+        "beside them: the teacher's other parts and the students' initial weights",
         f"teacher forward passes: {entries}, in batches of {settings.batch_size}",
     ]
 
 
-def tap_bytes(settings: TeacherCacheSettings, shape: list[int], stride: int) -> int:
-    """About how many bytes one entry's tap takes: exactly for the exact codecs, else by Gaussian entropy.
-
-    The entropy of dithered q is near h(x) - log2(step) = log2(sqrt(2 pi e) sigma / step) bits, never
-    quite zero at low rates; mu adds four bytes a channel.
-    """
-    kept = math.prod(shape) // stride**2
-    if settings.codec in EXACT_DTYPES:
-        return EXACT_DTYPES[settings.codec].itemsize * kept
-    variance = 1 / 12 + 10 ** (settings.snr_db / 10) / 12
-    return int(kept * 0.5 * math.log2(2 * math.pi * math.e * variance) / 8) + 4 * shape[0]
+def entry_sizes(latents_spec: dict[str, Any], taps: dict[str, Any], settings: TeacherCacheSettings) -> dict[str, int]:
+    shapes = latents_spec["latents_shape"], latents_spec["prompt_embeds_shape"]
+    return sizes.cache_entry(*shapes, taps, settings.codec, settings.snr_db)
 
 
 command = stage_command("teacher-cache", TeacherCacheSettings, plan, run)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 
+from pipeline.errors import UserError
 from pipeline.settings import Settings
+from pipeline.sizes import in_words
 from shards.files import write_bytes, write_json
 from shards.manifest import Manifest, read_manifest, refuse_other_spec, write_manifest
 from shards.schema import MANIFEST
@@ -56,3 +59,19 @@ def share_unfinished(out: Path, manifest: Manifest, state: PartialState) -> tupl
     unfinished = unfinished_shards(out, manifest)
     state.wait_for_everyone()
     return unfinished, unfinished[state.process_index :: state.num_processes]
+
+
+def free_bytes(out: Path) -> int:
+    """What is free on the disk where `out` is or will be."""
+    there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    return shutil.disk_usage(there).free
+
+
+def require_space(out: Path, needed: int, remedy: str) -> None:
+    """Raise UserError, before anything is computed, if `needed` bytes more do not fit."""
+    free = free_bytes(out)
+    if needed > free:
+        raise UserError(
+            f"{out} needs about {in_words(needed)} more, and its disk has {in_words(free)} free: "
+            f"make room, choose an --out on another disk, or {remedy}"
+        )

@@ -134,13 +134,17 @@ def test_the_dry_runs_bytes_are_those_of_a_real_entry(road, teacher, tmp_path):
     work, _ = road
     result = invoke("teacher-cache", "--teacher", teacher, "--latents", work / "latents", "--out", tmp_path / "out",
                     "--rounds", 1, "--codec", "fp16", "--dry-run")  # fmt: skip
-    planned = int(re.search(r"together +([\d,]+)", result.output)[1].replace(",", ""))
+    planned = int(re.search(r"on disk +([\d,]+)", result.output)[1].replace(",", ""))
+    named = dict(re.findall(r"^  ([a-z_.0-9]+) +([\d,]+)$", result.output, re.MULTILINE))
     run("teacher-cache", "--teacher", teacher, "--latents", work / "latents", "--out", tmp_path / "out", "--rounds", 1,
         "--codec", "fp16")  # fmt: skip
     sidecar = read_sidecar(tmp_path / "out", "r0000-s00000.tar", read_manifest(tmp_path / "out", "cache").spec_sha256)
-    # Each .npy header takes 128 bytes, which the plan leaves out.
-    written = sum(length - 128 for name, (_, length, _, _) in sidecar.locate(0).items() if name.endswith(".npy"))
-    assert planned == written
+    for name, (_, length, _, _) in sidecar.locate(0).items():
+        if name.endswith(".npy"):
+            assert int(named[name.removesuffix(".npy").removeprefix("tap.")].replace(",", "")) == length
+    files = [tmp_path / "out" / name for name in ("r0000-s00000.tar", "r0000-s00000.json")]
+    written = sum(file.stat().st_size for file in files) / sidecar.count
+    assert planned == pytest.approx(written, rel=0.1)
 
 
 # A later option overrides an earlier one, so each case shows only what is wrong.

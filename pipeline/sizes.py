@@ -1,0 +1,95 @@
+"""How many bytes an entry will take, before any is written. Pure: shapes and settings in, bytes out."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from shards.codec import EXACT_DTYPES, pack_quantised, quantise
+from shards.schema import LATENTS, NOISE, PROMPT_EMBEDS, TEACHER_PRED
+
+BLOCK = 512
+NPY_HEADER = 128
+# About what the .json member says of an image and of each of its taps, and the sidecar's row of each member.
+META_BYTES, META_BYTES_OF_A_TAP, ROW_BYTES = 300, 90, 28
+
+Shape = tuple[int, ...]
+
+
+def latents_entry(latents_shape: Shape, prompt_embeds_shape: Shape) -> dict[str, int]:
+    """Bytes by member of one entry that `encode` writes: latents (C, H, W) and prompt_embeds (L, D), fp16."""
+    return {
+        "json": META_BYTES,
+        LATENTS: npy_bytes(latents_shape, 2),
+        PROMPT_EMBEDS: npy_bytes(prompt_embeds_shape, 2),
+    }
+
+
+def cache_entry(
+    latents_shape: Shape, prompt_embeds_shape: Shape, taps: Mapping[str, Mapping[str, Any]], codec: str, snr_db: float
+) -> dict[str, int]:
+    """Bytes by member of one entry that `teacher-cache` writes.
+
+    `taps` are those of a cache's spec: `shape` (C, H, W) and `stride` of each. Exact codecs come out exactly;
+    the dither codec as it does on Gaussian features.
+    """
+    exact = EXACT_DTYPES.get(codec, np.dtype(np.float16)).itemsize
+    return {
+        "json": META_BYTES + META_BYTES_OF_A_TAP * len(taps),
+        LATENTS: npy_bytes(latents_shape, 2),
+        NOISE: npy_bytes(latents_shape, 2),
+        TEACHER_PRED: npy_bytes(latents_shape, exact),
+        PROMPT_EMBEDS: npy_bytes(prompt_embeds_shape, 2),
+        **{name: tap_bytes(tap["shape"], tap["stride"], codec, snr_db) for name, tap in taps.items()},
+    }
+
+
+def npy_bytes(shape: Iterable[int], itemsize: int) -> int:
+    return NPY_HEADER + itemsize * math.prod(shape)
+
+
+def tap_bytes(shape: Shape, stride: int, codec: str, snr_db: float) -> int:
+    """One entry's tap (C, H, W), of which one position of each stride x stride cell is kept."""
+    kept = shape[0], shape[1] // stride, shape[2] // stride
+    if codec in EXACT_DTYPES:
+        return npy_bytes(kept, EXACT_DTYPES[codec].itemsize)
+    # mu is float32 and hardly compresses.
+    return round(bits_per_value(snr_db) * math.prod(kept) / 8) + 4 * shape[0] + NPY_HEADER
+
+
+@functools.cache
+def bits_per_value(snr_db: float) -> float:
+    """What the dither codec makes of Gaussian features, by coding some."""
+    shape = (64, 64, 64)
+    features = np.random.default_rng(0).standard_normal(shape, np.float32)
+    q, mu, _ = quantise(features, snr_db, 0)
+    data, _ = pack_quantised(q, mu)
+    return 8 * (len(data) - 4 * shape[0]) / features.size
+
+
+def stored_bytes(members: Mapping[str, int]) -> int:
+    """An entry on the disk: members in a tar, each with its header and padded to whole blocks, and sidecar rows."""
+    in_tar = sum(BLOCK + -(-size // BLOCK) * BLOCK for size in members.values())
+    return in_tar + ROW_BYTES * len(members)
+
+
+def lines(members: Mapping[str, int], entries: int) -> list[str]:
+    """The sizes as a plan shows them: bytes by member, and all of it together."""
+    width = max(map(len, members))
+    stored = stored_bytes(members)
+    return [
+        "bytes per entry, about:",
+        *(f"  {name:<{width}} {size:>12,}" for name, size in members.items()),
+        f"  {'on disk':<{width}} {stored:>12,}",
+        f"total: about {in_words(entries * stored)}",
+    ]
+
+
+def in_words(size: float) -> str:
+    """Bytes in decimal units: 1234567 -> '1.23 MB'."""
+    power = min(4, max(0, int(math.log10(max(size, 1)) // 3)))
+    return f"{size / 1000**power:.3g} {('bytes', 'kB', 'MB', 'GB', 'TB')[power]}"

@@ -1,0 +1,111 @@
+"""The plan's bytes against written ones, at the demo's and at SD-1.x's shapes; and the budget's choice."""
+
+import re
+import shutil
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from pipeline import sizes
+from pipeline.errors import UserError
+from pipeline.models import TeacherShapes
+from pipeline.plan import LADDER, PlanSettings, bytes_of, command, cost_of, fit
+from pipeline.students import teacher_taps
+from pipeline.workspace import require_space
+from shards.codec import encode_npy, pack_quantised, quantise
+from shards.writer import Entry, write_shard
+
+# Stable Diffusion 1.x at 512 px: the taps of sd_small in the order of `teacher_taps`.
+SD15_TAPS = ((320, 32, 32), (640, 16, 16), (1280, 8, 8), (1280, 8, 8), (1280, 8, 8), (1280, 16, 16), (1280, 32, 32),
+             (640, 64, 64), (320, 64, 64))  # fmt: skip
+SD15 = TeacherShapes((4, 64, 64), (77, 768), dict(zip(teacher_taps(("sd_small",)), SD15_TAPS, strict=True)))
+
+
+def settings(**changes):
+    return PlanSettings(**{"teacher": "demo", "images": 1000, **changes})
+
+
+def sd15_entry(key, codec, snr_db, stride):
+    """An entry of SD-1.x's shapes with random values, as the teacher stage writes one."""
+    draw = np.random.default_rng(3)
+    meta = {"caption": "a lighthouse at dusk", "source_id": "pictures/0001.jpg", "crop": [0, 0, 512], "round": 0,
+            "timestep": 501, "unconditional": False, "taps": {}}  # fmt: skip
+    entry = Entry(key, meta)
+    for name, shape in (("latents", SD15.latents), ("noise", SD15.latents), ("teacher_pred", SD15.latents),
+                        ("prompt_embeds", SD15.prompt_embeds)):  # fmt: skip
+        entry.add_array(name, draw.standard_normal(shape).astype(np.float16))
+    for name, (channels, height, width) in SD15.taps.items():
+        s = stride if height >= 32 else 1
+        kept = draw.standard_normal((channels, height // s, width // s), np.float32)
+        meta["taps"][name] = {"row": 0, "column": 0}
+        if codec == "fp16":
+            entry.add_array(f"tap.{name}", kept.astype(np.float16))
+        else:
+            q, mu, step = quantise(kept, snr_db, 0)
+            meta["taps"][name].update(step=float(step), dither=12345)
+            entry.add_compressed(f"tap.{name}", *pack_quantised(q, mu))
+    return entry
+
+
+@pytest.mark.parametrize(("codec", "snr_db", "stride"), [("fp16", 15.0, 1), ("dither", 15.0, 2), ("dither", 5.0, 4)])
+def test_the_bytes_of_sd15_are_those_of_a_written_shard(tmp_path, codec, snr_db, stride):
+    entries = [sd15_entry(f"00000000{i}-r0000", codec, snr_db, stride) for i in range(2)]
+    write_shard(tmp_path, "r0000-s00000.tar", "0" * 64, entries, [])
+    written = sum(file.stat().st_size for file in tmp_path.iterdir())
+    planned = cost_of(settings(codec=codec, snr_db=snr_db, token_stride=stride), SD15).entry
+    assert 2 * sizes.stored_bytes(planned) == pytest.approx(written, rel=0.03)
+
+
+def test_an_array_takes_the_bytes_that_are_said():
+    assert sizes.npy_bytes((3, 5, 7), 2) == len(encode_npy(np.zeros((3, 5, 7), np.float16)))
+
+
+def test_a_budget_goes_into_rounds_of_the_most_exact_entries_that_fit():
+    one = cost_of(settings(), SD15).total(1000, 1)
+    chosen = fit(settings(budget=f"{6 * one / 1e9:.3f}GB"), SD15)
+    assert (chosen.snr_db, chosen.token_stride) == LADDER[0]
+    assert chosen.rounds >= 6
+    assert cost_of(chosen, SD15).total(1000, chosen.rounds) <= 6 * one
+    assert cost_of(chosen, SD15).total(1000, chosen.rounds + 1) > 6 * one
+
+
+def test_a_small_budget_takes_less_exact_entries_before_fewer_rounds():
+    one = cost_of(settings(), SD15).total(1000, 1)
+    chosen = fit(settings(budget=f"{3 * one / 1e9:.3f}GB", rounds=4), SD15)
+    assert (chosen.snr_db, chosen.token_stride) != LADDER[0]
+    assert chosen.rounds >= 4
+
+
+def test_a_budget_for_less_than_the_wanted_rounds_gives_those_that_fit():
+    assert fit(settings(budget="700MB", rounds=50), SD15).rounds < 50
+
+
+def test_a_budget_that_holds_nothing_is_refused_with_what_it_takes():
+    with pytest.raises(UserError, match="does not hold one round of 1000 images: it takes .* MB"):
+        fit(settings(budget="1MB"), SD15)
+
+
+@pytest.mark.parametrize("size", ["500", "GB", "-3GB", "5 apples", "1e3GB"])
+def test_what_is_no_size_is_refused(size):
+    with pytest.raises(UserError, match="write it as 500GB"):
+        settings(budget=size)
+
+
+def test_sizes_are_decimal():
+    assert bytes_of("1.5TB") == 1_500_000_000_000
+    assert [sizes.in_words(x) for x in (0, 999, 1234567, 2e12)] == ["0 bytes", "999 bytes", "1.23 MB", "2 TB"]
+
+
+def test_the_command_needs_no_weights(teacher, tmp_path):
+    bare = shutil.copytree(teacher, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
+    result = CliRunner().invoke(
+        command, ["--teacher", str(bare), "--images", "100", "--resolution", "32", "--budget", "50MB"]
+    )
+    assert result.exit_code == 0, result.output
+    assert re.search(r"chosen for 50MB: teacher-cache --rounds \d+ --snr-db 15 --token-stride 2", result.output)
+
+
+def test_a_disk_that_is_too_small_is_said_before_anything_is_computed(tmp_path):
+    with pytest.raises(UserError, match="needs about 1e\\+09 TB more, and its disk has .* free: make room"):
+        require_space(tmp_path / "not" / "yet", 10**21, "give fewer --rounds")
