@@ -85,7 +85,7 @@ distill: teacher-cache ## Train the student of LEVEL= for STEPS= steps; ends wit
 
 data: $(READY)
 ifeq ($(TEACHER),demo)
-	@test -d '$(DATA)' || $(BIN)/distill-sd demo-scenes --out '$(DATA)' --count $(SCENES) --seed $(SEED)
+	$(BIN)/distill-sd demo-scenes --out '$(DATA)' --count $(SCENES) --seed $(SEED)
 else
 	@test -n '$(DATA)' || { echo 'Error: set DATA= to a folder of images with a metadata.jsonl' >&2; exit 2; }
 endif

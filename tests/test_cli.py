@@ -274,7 +274,7 @@ def test_make_passes_its_variables_to_the_stages():
     assert [line.removeprefix("accelerate launch -m pipeline.").strip() for line in lines] == [
         "encode --teacher 'some/sd' --data 'pictures' --out 'w/latents' --resolution 256 --seed 5",
         "teacher_cache --teacher 'some/sd' --latents 'w/latents' --out 'w/cache' --rounds 7 --codec dither --snr-db 10 "
-        "--token-stride 4 --token-min 32 --students sd_tiny --samples 8 --seed 5",
+        "--token-stride 4 --token-min 32 --students sd_tiny --samples 8 --samples-guidance 7 --seed 5",
         "distill --cache 'w/cache' --out 'w/sd_tiny' --level sd_tiny --max-train-steps 99 --train-batch-size 3 "
         "--learning-rate 2e-5 --seed 5",
     ]

@@ -5,9 +5,11 @@ import json
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from PIL import Image, ImageFilter
 
 from pipeline.demo import oracle
+from pipeline.demo.make_scenes import command
 from pipeline.demo.scenes import (
     HELD_OUT,
     SHAPES,
@@ -89,6 +91,22 @@ def test_a_folder_of_scenes_enters_by_a_users_door(tmp_path):
     np.testing.assert_array_equal(np.asarray(Image.open(folder / source.records[5].location)), make_scene(2, 5).picture)
     assert len((folder / "metadata.jsonl").read_text().splitlines()) == 12
     assert json.loads((folder / "metadata.jsonl").read_text().splitlines()[0]).keys() == {"file_name", "text"}
+
+
+def test_the_command_makes_a_folder_once_and_refuses_one_of_other_scenes(tmp_path):
+    def scenes(*more):
+        return CliRunner().invoke(command, ["--out", str(tmp_path / "scenes"), "--count", "5", *more])
+
+    assert scenes().exit_code == 0
+    made = (tmp_path / "scenes" / "metadata.jsonl").stat().st_mtime_ns
+    assert scenes().exit_code == 0
+    assert (tmp_path / "scenes" / "metadata.jsonl").stat().st_mtime_ns == made
+    for other in (["--count", "6"], ["--seed", "1"], ["--split", "heldout"]):
+        refused = scenes(*other)
+        assert refused.exit_code == 2
+        assert "holds other than scenes 0 to" in refused.output
+    (tmp_path / "scenes" / "metadata.jsonl").write_text("not json")
+    assert scenes().exit_code == 2
 
 
 def share(verdicts):
