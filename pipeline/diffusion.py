@@ -29,6 +29,17 @@ def target(latents: Tensor, noise: Tensor, timesteps: Tensor, alphas_cumprod: Te
     raise ValueError(f"prediction type {prediction_type!r} is not one of {', '.join(PREDICTION_TYPES)}")
 
 
+def min_snr_weights(timesteps: Tensor, alphas_cumprod: Tensor, gamma: float, prediction_type: str) -> Tensor:
+    """Min-SNR weights (B,) float32 of a squared error in the network's output (Hang et al. 2023, sec. 3.4).
+
+    With snr = a_t / (1 - a_t): min(snr, gamma) / snr for epsilon, and over snr + 1 for v_prediction, so that either
+    way the error in x_0 counts min(snr, gamma).
+    """
+    alpha = alphas_cumprod.to(timesteps.device)[timesteps]
+    snr = alpha / (1 - alpha)
+    return snr.clamp(max=gamma) / (snr + 1 if prediction_type == "v_prediction" else snr)
+
+
 def _scales(timesteps: Tensor, alphas_cumprod: Tensor) -> tuple[Tensor, Tensor]:
     alpha = alphas_cumprod.to(timesteps.device)[timesteps].view(-1, 1, 1, 1)
     return alpha.sqrt(), (1 - alpha).sqrt()

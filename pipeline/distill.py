@@ -27,8 +27,9 @@ from torch.utils.data import DataLoader
 from pipeline import models
 from pipeline.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from pipeline.command import stage_command
-from pipeline.diffusion import add_noise, target
+from pipeline.diffusion import add_noise, min_snr_weights, target
 from pipeline.errors import UserError
+from pipeline.interrupts import Interrupts
 from pipeline.losses import FEATURE_LOSSES, distillation_losses, total_loss
 from pipeline.metrics import Metrics
 from pipeline.report import REPORT, write_report
@@ -59,6 +60,7 @@ class DistillSettings(Settings):
         "mse", "A tap's loss: mean square error, or that as a share of the teacher's mean square.",
         choices=tuple(FEATURE_LOSSES),
     )  # fmt: skip
+    snr_gamma: float | None = option(None, "Min-SNR weights of task and output; 5.0 is usual.", above=0.0)
     learning_rate: float = option(1e-5, "Learning rate after warm-up.", above=0.0)
     lr_scheduler: str = option(
         "constant", "Course of the learning rate.",
@@ -201,10 +203,13 @@ def prepare(settings: DistillSettings, dataset: CacheDataset, accelerator: Accel
 
 
 def train(settings: DistillSettings, accelerator: Accelerator, training: Training) -> None:
-    """Step until `max_train_steps`, with metrics and checkpoints; the last step leaves a checkpoint."""
+    """Step until `max_train_steps`, with metrics and checkpoints; the last step leaves a checkpoint.
+
+    Ctrl-C leaves one too, and raises KeyboardInterrupt after it.
+    """
     metrics = Metrics(settings.out / METRICS, accelerator, training.step, settings.max_train_steps)
     stream = batches(settings, training.dataset, accelerator, training.position)
-    with closing(metrics):
+    with closing(metrics), Interrupts(accelerator) as interrupts:
         while training.step < settings.max_train_steps:
             batch = next(stream)
             with accelerator.accumulate(training.model):
@@ -215,28 +220,36 @@ def train(settings: DistillSettings, accelerator: Accelerator, training: Trainin
                     norm = accelerator.clip_grad_norm_(training.model.parameters(), settings.max_grad_norm)
                 training.optimizer.step()
                 training.optimizer.zero_grad()
-            metrics.add(terms, total, len(batch.keys))
+            metrics.add(terms, total, batch.keys)
             training.position += len(batch.keys) * accelerator.num_processes
             if accelerator.sync_gradients:
-                after_step(settings, accelerator, training, metrics, norm)
+                stop = interrupts.agreed((training.step + 1) % settings.logging_steps == 0)
+                after_step(settings, accelerator, training, metrics, norm, stop)
+                if stop:
+                    raise KeyboardInterrupt
 
 
 def after_step(
-    settings: DistillSettings, accelerator: Accelerator, training: Training, metrics: Metrics, norm: Tensor
+    settings: DistillSettings, accelerator: Accelerator, training: Training, metrics: Metrics, norm: Tensor, stop: bool
 ) -> None:
-    """What follows an optimiser step: schedule, average, and now and then a line of metrics and a checkpoint."""
+    """What follows an optimiser step: schedule, average, and now and then a line of metrics and a checkpoint.
+
+    `stop` says that this step is the last of the run and shall leave a checkpoint.
+    """
     training.step += 1
     learning_rate = training.lr_scheduler.get_last_lr()[0]
     training.lr_scheduler.step()
     if training.ema:
         training.ema.step(training.student.parameters())
     metrics.advance()
-    checkpointing = training.step == settings.max_train_steps or training.step % settings.checkpointing_steps == 0
+    last = stop or training.step == settings.max_train_steps
+    checkpointing = last or training.step % settings.checkpointing_steps == 0
     if checkpointing or training.step % settings.logging_steps == 0:
         epoch = training.position / len(training.dataset)
+        keys = metrics.first_keys_not_finite()
         line = metrics.log(training.step, learning_rate=learning_rate, epoch=epoch, grad_norm=float(norm))
         # With a gradient scaler an infinite norm is its way to find the scale; that step was skipped.
-        check_finite(line if training.optimizer.scaler is None else {**line, "grad_norm": 0.0}, settings)
+        check_finite(line if training.optimizer.scaler is None else {**line, "grad_norm": 0.0}, keys, settings)
     if checkpointing:
         save_state(settings, accelerator, training)
 
@@ -292,7 +305,12 @@ def step_losses(training: Training, settings: DistillSettings, batch: Batch) -> 
         stored[teacher_tap] = feature.decode()
     prediction_type = training.dataset.shards.manifest.spec["prediction_type"]
     aim = target(latents, noise, timesteps, training.alphas_cumprod, prediction_type)
-    return distillation_losses(prediction, aim, batch.teacher_pred, sampled, stored, pairs, settings.feature_loss)
+    weights = None
+    if settings.snr_gamma is not None:
+        weights = min_snr_weights(timesteps, training.alphas_cumprod, settings.snr_gamma, prediction_type)
+    return distillation_losses(
+        prediction, aim, batch.teacher_pred, sampled, stored, pairs, settings.feature_loss, weights
+    )
 
 
 def pairs_of(settings: DistillSettings) -> tuple[tuple[str, str], ...]:
@@ -348,13 +366,16 @@ def batches(
         yield batch.to(accelerator.device)
 
 
-def check_finite(line: dict[str, float], settings: DistillSettings) -> None:
-    """Raise UserError if anything measured in a line of metrics is NaN or Inf."""
+def check_finite(line: dict[str, float], keys: tuple[str, ...], settings: DistillSettings) -> None:
+    """Raise UserError if anything measured in a line of metrics is NaN or Inf; `keys` are of the first such batch."""
     bad = ", ".join(name for name, value in line.items() if not math.isfinite(value))
     if bad:
+        saved = [folder for _, folder in list_checkpoints(settings.out / CHECKPOINTS)]
         raise UserError(
-            f"the loss is NaN or Inf at step {line['step']} ({bad}); the checkpoints in {settings.out / CHECKPOINTS} "
-            "are from before. Lower --learning-rate, or use --mixed-precision bf16 or no"
+            f"the loss is NaN or Inf by step {line['step']} ({bad})"
+            + (f", first with the entries {', '.join(keys)}" if keys else "")
+            + (f"; the last good checkpoint is {saved[-1]}" if saved else "; there is no checkpoint yet")
+            + ". Lower --learning-rate, or use --mixed-precision bf16 or no"
         )
 
 

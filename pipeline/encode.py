@@ -24,11 +24,13 @@ from pipeline.errors import UserError
 from pipeline.images import Crop, decode, square
 from pipeline.settings import REQUIRED, Settings, option
 from pipeline.sources import Record, Source, inputs_sha256, open_source
-from pipeline.workers import ordered_map
+from pipeline.workers import in_background, ordered_map
 from pipeline.workspace import (
     claim,
     existing_manifest,
     free_bytes,
+    progress_line,
+    range_of,
     require_space,
     share_unfinished,
     unfinished_shards,
@@ -36,7 +38,7 @@ from pipeline.workspace import (
 )
 from shards.codec import encode_npy
 from shards.files import atomic_file
-from shards.manifest import refuse_other_spec
+from shards.manifest import Manifest, refuse_other_spec
 from shards.reader import read_sidecar
 from shards.schema import EMPTY_PROMPT, LATENTS, PROMPT_EMBEDS, image_key, shard_names
 from shards.writer import Entry, write_shard
@@ -60,8 +62,13 @@ class EncodeSettings(Settings):
     device: str = option("auto", "auto takes the GPU if there is one.", choices=models.DEVICES)
     workers: int = option(4, "Threads that decode and resize pictures.", low=1)
     entries_per_shard: int = option(1000, "Pictures in one shard.", low=1)
+    shard_range: str | None = option(None, "Write only these of the planned shards, as 0:50: for jobs side by side.")
     revision: str | None = option(None, "Revision of the teacher on the hub.")
     variant: str | None = option(None, "Variant of the teacher's weight files, such as fp16.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        range_of(self.shard_range)
 
 
 @dataclass(frozen=True)
@@ -84,10 +91,10 @@ def run(settings: EncodeSettings) -> None:
     spec = latents_spec(settings, source, base)
     with state.main_process_first():
         manifest = claim(settings.out, "latents", spec, files={EMPTY_PROMPT: empty_prompt_npy(base)})
-    unfinished, mine = share_unfinished(settings.out, manifest, state)
+    unfinished, mine = share_unfinished(settings.out, manifest, state, settings.shard_range)
     if not unfinished:
         if state.is_main_process:
-            report(settings.out, manifest.shard_names(), manifest.spec_sha256, "already finished, nothing to do: ")
+            report(settings.out, manifest, "already finished, nothing to do: ")
         return
 
     base.to(state.device, models.DTYPES[settings.dtype])
@@ -103,10 +110,11 @@ def run(settings: EncodeSettings) -> None:
             skipped: list[dict[str, str]] = []
             loaded = load_records(source, settings, names.index(shard))
             entries = encode_entries(loaded, settings, base, skipped, progress.update)
+            entries = in_background(entries, 2 * settings.batch_size)
             write_shard(settings.out, shard, manifest.spec_sha256, entries, skipped)
     state.wait_for_everyone()
     if state.is_main_process:
-        report(settings.out, names, manifest.spec_sha256, "")
+        report(settings.out, manifest, "")
 
 
 def latents_spec(settings: EncodeSettings, source: Source, base: DiffusionPipeline) -> dict[str, Any]:
@@ -219,9 +227,14 @@ def empty_prompt_npy(base: DiffusionPipeline) -> bytes:
     return encode_npy(models.encode_prompts(base, [""])[0].half().numpy())
 
 
-def report(out: Path, shards: list[str], spec_sha256: str, prefix: str) -> None:
+def report(out: Path, manifest: Manifest, prefix: str) -> None:
     """Say what the directory holds and list what was skipped. Raises UserError if nothing was encoded."""
-    sidecars = [read_sidecar(out, shard, spec_sha256) for shard in shards]
+    unfinished = progress_line(out, manifest)
+    if unfinished:
+        click.echo(unfinished)
+        return
+    shards = manifest.shard_names()
+    sidecars = [read_sidecar(out, shard, manifest.spec_sha256) for shard in shards]
     skipped = [item for sidecar in sidecars for item in sidecar.skipped]
     encoded = sum(sidecar.count for sidecar in sidecars)
     with atomic_file(out / SKIPPED) as stream:

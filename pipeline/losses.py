@@ -7,9 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def mse(a: Tensor, b: Tensor) -> Tensor:
-    """Mean square error over everything, a scalar. Half precision would overflow over |a - b| of 255."""
-    return F.mse_loss(a.float(), b.float())
+def mse(a: Tensor, b: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Mean square error over everything, a scalar; with `weights` (B,), each entry's counts that many times.
+
+    Half precision would overflow over |a - b| of 255.
+    """
+    if weights is None:
+        return F.mse_loss(a.float(), b.float())
+    return (weights * (a.float() - b.float()).square().flatten(1).mean(1)).mean()
 
 
 def relative_mse(a: Tensor, b: Tensor) -> Tensor:
@@ -32,17 +37,18 @@ def distillation_losses(
     teacher_features: dict[str, Tensor],
     pairs: tuple[tuple[str, str], ...],
     feature_loss: str = "mse",
+    weights: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """The terms by name, each a float32 scalar: `task`, `output`, and `feature/<student tap>` a pair.
 
     student_pred, target, teacher_pred (B, C, H, W); features by module path, equal shapes in a pair.
     `teacher_pred` None leaves `output` out, and no pairs leave the features out. `feature_loss` is a key of
     FEATURE_LOSSES: the papers' `mse`, in which the taps of the largest values rule, or `relative`, in which
-    each tap counts by the share of its power that is missed.
+    each tap counts by the share of its power that is missed. `weights` (B,) are the entries', in `task` and `output`.
     """
-    terms = {"task": mse(student_pred, target)}
+    terms = {"task": mse(student_pred, target, weights)}
     if teacher_pred is not None:
-        terms["output"] = mse(student_pred, teacher_pred)
+        terms["output"] = mse(student_pred, teacher_pred, weights)
     for student_tap, teacher_tap in pairs:
         term = FEATURE_LOSSES[feature_loss](student_features[student_tap], teacher_features[teacher_tap])
         terms[f"feature/{student_tap}"] = term

@@ -24,9 +24,8 @@ class Metrics:
     def __init__(self, path: Path, accelerator: Accelerator, step: int, max_train_steps: int) -> None:
         self._accelerator = accelerator
         self._sums: dict[str, Tensor] = {}
-        self._batches = 0
+        self._batches: list[tuple[tuple[str, ...], Tensor]] = []
         self._since = time.monotonic()
-        self._samples = 0
         main = accelerator.is_main_process
         self._bar = tqdm(total=max_train_steps, initial=step, unit="step", desc="distill", disable=not main)
         self._file = None
@@ -35,26 +34,30 @@ class Metrics:
             write_bytes(path, "".join(kept).encode())
             self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
 
-    def add(self, terms: dict[str, Tensor], total: Tensor, samples: int) -> None:
-        """Take one batch's terms, float32 scalars on the device. No synchronisation."""
+    def add(self, terms: dict[str, Tensor], total: Tensor, keys: tuple[str, ...]) -> None:
+        """Take one batch's terms, float32 scalars on the device, and its entries' keys. No synchronisation."""
         for name, term in {"loss": total, **terms}.items():
             value = term.detach()
             self._sums[name] = self._sums[name] + value if name in self._sums else value
-        self._batches += 1
-        self._samples += samples
+        self._batches.append((keys, total.detach()))
 
     def advance(self) -> None:
         self._bar.update(1)
 
+    def first_keys_not_finite(self) -> tuple[str, ...]:
+        """Keys of the first batch since the last line whose total is NaN or Inf, of this process; () if none is."""
+        return next((keys for keys, total in self._batches if not math.isfinite(total.item())), ())
+
     def log(self, step: int, **values: float) -> dict[str, float]:
         """Mean of the terms over batches since the last call and over processes, and `values`; writes a line."""
         names = list(self._sums)
-        stacked = torch.stack([self._sums[name] for name in names]) / self._batches
+        stacked = torch.stack([self._sums[name] for name in names]) / len(self._batches)
         means = self._accelerator.reduce(stacked, reduction="mean").tolist()
         seconds, self._since = time.monotonic() - self._since, time.monotonic()
         line = {"step": step, **dict(zip(names, means, strict=True)), **values}
-        line["samples_per_second"] = round(self._samples * self._accelerator.num_processes / seconds, 3)
-        self._sums, self._batches, self._samples = {}, 0, 0
+        samples = sum(len(keys) for keys, _ in self._batches)
+        line["samples_per_second"] = round(samples * self._accelerator.num_processes / seconds, 3)
+        self._sums, self._batches = {}, []
         if self._file:
             self._file.write(json.dumps({k: v if math.isfinite(v) else str(v) for k, v in line.items()}) + "\n")
             self._file.flush()

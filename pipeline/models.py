@@ -213,7 +213,7 @@ def save_base(base: DiffusionPipeline, noise_scheduler: DDPMScheduler, out: Path
     The sampling scheduler stays the teacher's, with the prediction type that was settled.
     """
     base.scheduler.register_to_config(prediction_type=noise_scheduler.config.prediction_type)
-    with atomic_directory(out) as folder:
+    with atomic_directory(out, exist_ok=True) as folder:
         base.save_pretrained(folder)
         index = json.loads((folder / MODEL_INDEX).read_text(encoding="utf-8"))
         write_json(folder / MODEL_INDEX, {**index, "unet": ["diffusers", "UNet2DConditionModel"]})

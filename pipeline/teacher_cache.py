@@ -6,7 +6,8 @@ What is stored rounded is rounded before the teacher runs, so a student sees exa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,17 @@ from pipeline.samples import SAMPLES, Model, Sampler, draw_apart, save_samples
 from pipeline.settings import REQUIRED, Settings, option
 from pipeline.students import LEVELS, check_teacher, student_config, student_weights, teacher_taps
 from pipeline.taps import Taps, sample_tokens, token_stride
-from pipeline.workspace import claim, existing_manifest, free_bytes, require_space, share_unfinished, write_settings
+from pipeline.workers import in_background, ordered_map
+from pipeline.workspace import (
+    claim,
+    existing_manifest,
+    free_bytes,
+    progress_line,
+    range_of,
+    require_space,
+    share_unfinished,
+    write_settings,
+)
 from shards import device_codec
 from shards.codec import CODECS, EXACT_DTYPES, MAX_SNR_DB, decode_npy, pack_quantised
 from shards.files import atomic_directory
@@ -43,6 +54,9 @@ from shards.schema import (
     tap_member,
 )
 from shards.writer import Entry, write_shard
+
+# Threads that compress what the teacher said; zstd lets go of the interpreter's lock.
+PACKERS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +84,7 @@ class TeacherCacheSettings(Settings):
     )
     device: str = option("auto", "auto takes the GPU if there is one.", choices=models.DEVICES)
     entries_per_shard: int = option(250, "Entries in one shard.", low=1)
+    shard_range: str | None = option(None, "Write only these of the planned shards, as 0:50: for jobs side by side.")
     revision: str | None = option(None, "Revision of the teacher on the hub.")
     variant: str | None = option(None, "Variant of the teacher's weight files, such as fp16.")
 
@@ -77,6 +92,7 @@ class TeacherCacheSettings(Settings):
         super().__post_init__()
         if not self.students:
             raise UserError(f"--students names no level; choose of {', '.join(LEVELS)}")
+        range_of(self.shard_range)
 
 
 @dataclass(frozen=True)
@@ -102,8 +118,9 @@ def run(settings: TeacherCacheSettings) -> None:
         manifest = claim(settings.out, "cache", spec, rounds=settings.rounds)
         save_what_students_need(settings, base, unet, noise_scheduler)
     del base
-    unfinished, mine = share_unfinished(settings.out, manifest, state)
-    wants_samples = settings.samples > 0 and not (settings.out / SAMPLES).is_dir()
+    unfinished, mine = share_unfinished(settings.out, manifest, state, settings.shard_range)
+    # Of jobs side by side none knows whether it is the last: the pictures are left to a run without a range.
+    wants_samples = settings.samples > 0 and not settings.shard_range and not (settings.out / SAMPLES).is_dir()
     if not unfinished and not wants_samples:
         if state.is_main_process:
             report(settings.out, manifest, "already finished, nothing to do: ")
@@ -122,9 +139,9 @@ def run(settings: TeacherCacheSettings) -> None:
     )  # fmt: skip
     planned = sum(len(place_of(manifest, shard)[1]) for shard in mine)
     with tqdm(total=planned, unit="entry", desc="teacher-cache", disable=not state.is_main_process) as progress:
-        for shard in mine:
-            entries = cache_entries(shard, manifest, latents, teacher, settings, progress.update)
-            write_shard(settings.out, shard, manifest.spec_sha256, entries, [])
+        entries = cache_entries(mine, manifest, latents, teacher, settings)
+        for shard, own in itertools.groupby(entries, key=lambda pair: pair[0]):
+            write_shard(settings.out, shard, manifest.spec_sha256, counted(own, progress.update), [])
     state.wait_for_everyone()
     if state.is_main_process:
         if wants_samples:
@@ -236,7 +253,7 @@ def save_what_students_need(
             student.load_state_dict(student_weights(shapes, teacher_weights, level), strict=True, assign=True)
         except ValueError as error:
             raise UserError(f"--teacher {settings.teacher}: {error}") from None
-        with atomic_directory(folder) as temporary:
+        with atomic_directory(folder, exist_ok=True) as temporary:
             student.save_pretrained(temporary)
 
 
@@ -248,24 +265,50 @@ def place_of(manifest: Manifest, shard: str) -> tuple[int, range]:
 
 
 def cache_entries(
-    shard: str,
-    manifest: Manifest,
-    latents: ShardSet,
-    teacher: Teacher,
-    settings: TeacherCacheSettings,
-    advance: Callable[[int], Any],
-) -> Iterator[Entry]:
-    """The entries of one shard, in batches that end with it."""
-    round_index, indices = place_of(manifest, shard)
-    for first in range(0, len(indices), settings.batch_size):
-        samples = [latents.read(i, (LATENTS, PROMPT_EMBEDS)) for i in indices[first : first + settings.batch_size]]
-        yield from cache_batch(samples, round_index, manifest.spec, teacher)
-        advance(len(samples))
+    shards: list[str], manifest: Manifest, latents: ShardSet, teacher: Teacher, settings: TeacherCacheSettings
+) -> Iterator[tuple[str, Entry]]:
+    """(shard, entry) of the shards in order: while the teacher computes a batch, the ones before it are compressed."""
+
+    def answers() -> Iterator[tuple[str, Answer]]:
+        for shard in shards:
+            round_index, indices = place_of(manifest, shard)
+            for first in range(0, len(indices), settings.batch_size):
+                chosen = indices[first : first + settings.batch_size]
+                samples = [latents.read(i, (LATENTS, PROMPT_EMBEDS)) for i in chosen]
+                yield shard, ask(samples, round_index, manifest.spec, teacher)
+
+    for shard, entries in ordered_map(compress, in_background(answers(), 2), PACKERS, PACKERS + 1):
+        yield from ((shard, entry) for entry in entries)
+
+
+def counted(entries: Iterable[tuple[str, Entry]], advance: Callable[[int], Any]) -> Iterator[Entry]:
+    for _, entry in entries:
+        yield entry
+        advance(1)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the teacher said of a batch: its entries, and what is still to be compressed into them.
+
+    `quantised` holds (entry, tensor name, q (C, H, W) integers, mu (C,) float32).
+    """
+
+    entries: list[Entry]
+    quantised: list[tuple[Entry, str, np.ndarray, np.ndarray]]
+
+
+def compress(answer: tuple[str, Answer]) -> tuple[str, list[Entry]]:
+    """The finished entries of a batch, with the shard that they belong to."""
+    shard, batch = answer
+    for entry, name, q, mu in batch.quantised:
+        entry.add_compressed(name, *pack_quantised(q, mu))
+    return shard, batch.entries
 
 
 @torch.inference_mode()
-def cache_batch(samples: list[Sample], round_index: int, spec: dict[str, Any], teacher: Teacher) -> list[Entry]:
-    """One forward pass of the teacher: B images at one timestep each -> B entries."""
+def ask(samples: list[Sample], round_index: int, spec: dict[str, Any], teacher: Teacher) -> Answer:
+    """One forward pass of the teacher: B images at one timestep each."""
     entries = [new_entry(sample, round_index, spec, teacher) for sample in samples]
     inputs = {
         name: torch.from_numpy(np.stack([decode_npy(entry.members[f"{name}.npy"]) for entry in entries]))
@@ -281,9 +324,10 @@ def cache_batch(samples: list[Sample], round_index: int, spec: dict[str, Any], t
 
     exact = EXACT_DTYPES.get(spec["codec"]["name"], np.dtype(np.float16))
     add_exact(entries, TEACHER_PRED, prediction, exact)
+    answer = Answer(entries, [])
     for tap, tap_spec in spec["taps"].items():
-        add_feature(entries, tap, features[tap], tap_spec["stride"], spec)
-    return entries
+        add_feature(answer, tap, features[tap], tap_spec["stride"], spec)
+    return answer
 
 
 def new_entry(sample: Sample, round_index: int, spec: dict[str, Any], teacher: Teacher) -> Entry:
@@ -319,8 +363,9 @@ def add_exact(entries: list[Entry], name: str, values: Tensor, dtype: np.dtype) 
         entry.add_array(name, array)
 
 
-def add_feature(entries: list[Entry], tap: str, features: Tensor, stride: int, spec: dict[str, Any]) -> None:
-    """Sample (B, C, H, W) `features`, encode them, and add them with what decoding needs to the entries."""
+def add_feature(answer: Answer, tap: str, features: Tensor, stride: int, spec: dict[str, Any]) -> None:
+    """Sample (B, C, H, W) `features`, quantise them, and add them with what decoding needs to the entries."""
+    entries = answer.entries
     draw = [(spec["seed"], entry.meta["source_id"], entry.meta["round"], tap) for entry in entries]
     rows, columns = zip(*(draws.token_offset(*d, stride) for d in draw), strict=True)
     kept = sample_tokens(features, rows, columns, stride)
@@ -331,10 +376,10 @@ def add_feature(entries: list[Entry], tap: str, features: Tensor, stride: int, s
         check_finite(entries, tap_member(tap), kept)
         offsets = [draws.dither_offset(*d) for d in draw]
         q, mu, step = device_codec.quantise(kept, spec["codec"]["snr_db"], offsets)
-        packed = map(pack_quantised, q.cpu().numpy(), mu.cpu().numpy())
-        for entry, record, data, s, offset in zip(entries, records, packed, step.tolist(), offsets, strict=True):
+        q, mu = q.cpu().numpy(), mu.cpu().numpy()
+        for i, (entry, record, s, offset) in enumerate(zip(entries, records, step.tolist(), offsets, strict=True)):
             record.update(step=s, dither=offset)
-            entry.add_compressed(tap_member(tap), *data)
+            answer.quantised.append((entry, tap_member(tap), q[i], mu[i]))
     for entry, record in zip(entries, records, strict=True):
         entry.meta["taps"][tap] = record
 
@@ -351,6 +396,10 @@ def check_finite(entries: list[Entry], name: str, values: Tensor) -> None:
 
 def report(out: Path, manifest: Manifest, prefix: str) -> None:
     """Say what the cache holds."""
+    unfinished = progress_line(out, manifest)
+    if unfinished:
+        click.echo(unfinished)
+        return
     names = manifest.shard_names()
     sidecars = [read_sidecar(out, shard, manifest.spec_sha256) for shard in names]
     count, size = sum(s.count for s in sidecars), sum(s.bytes for s in sidecars)

@@ -1,4 +1,4 @@
-"""A map over threads that keeps the order and never runs far ahead."""
+"""Threads that keep the order and never run far ahead: a map, and a producer."""
 
 from __future__ import annotations
 
@@ -23,3 +23,19 @@ def ordered_map(
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
+
+
+def in_background(items: Iterable[Item], ahead: int) -> Iterator[Item]:
+    """The same items, made in a thread of their own, at most `ahead` of them begun and not yet taken.
+
+    What making one raises is raised where it would have come. To stop taking ends the thread after the item in hand.
+    """
+    iterator, end = iter(items), object()
+    pool = ThreadPoolExecutor(1)
+    try:
+        pending = deque(pool.submit(next, iterator, end) for _ in range(ahead))
+        while (item := pending.popleft().result()) is not end:
+            pending.append(pool.submit(next, iterator, end))
+            yield item
+    finally:
+        pool.shutdown(cancel_futures=True)

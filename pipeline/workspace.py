@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -51,14 +52,38 @@ def unfinished_shards(out: Path, manifest: Manifest) -> list[str]:
     return [shard for shard in manifest.shard_names() if not is_finished(out, shard)]
 
 
-def share_unfinished(out: Path, manifest: Manifest, state: PartialState) -> tuple[list[str], list[str]]:
-    """All unfinished shards, and those of them that fall to this process: every n-th.
+def share_unfinished(
+    out: Path, manifest: Manifest, state: PartialState, shard_range: str | None
+) -> tuple[list[str], list[str]]:
+    """All unfinished shards in the range (see `range_of`), and those of them that fall to this process: every n-th.
 
     No process starts to write before all have looked, or they would share out different lists.
     """
-    unfinished = unfinished_shards(out, manifest)
+    wanted = set(manifest.shard_names()[range_of(shard_range)])
+    unfinished = [shard for shard in unfinished_shards(out, manifest) if shard in wanted]
     state.wait_for_everyone()
     return unfinished, unfinished[state.process_index :: state.num_processes]
+
+
+def range_of(shard_range: str | None) -> slice:
+    """The part of the plan that `A:B` names: shards A to B-1; one end may be left out. None is all of it."""
+    if shard_range is None:
+        return slice(None)
+    matched = re.fullmatch(r"(\d*):(\d*)", shard_range)
+    ends = [int(end) if end else None for end in matched.groups()] if matched else []
+    if not any(end is not None for end in ends) or (None not in ends and ends[0] >= ends[1]):
+        raise UserError(f"--shard-range {shard_range!r} is no range; write it as 0:50 or 50:100, the end left out")
+    return slice(*ends)
+
+
+def progress_line(out: Path, manifest: Manifest) -> str | None:
+    """What is still to be written, when something is; None of a finished directory."""
+    left, planned = unfinished_shards(out, manifest), manifest.shard_names()
+    if not left:
+        return None
+    return (
+        f"{out} holds {len(planned) - len(left)} of {len(planned)} shards so far; the first still to write is {left[0]}"
+    )
 
 
 def free_bytes(out: Path) -> int:

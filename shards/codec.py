@@ -76,13 +76,17 @@ def pack_quantised(q: np.ndarray, mu: np.ndarray) -> tuple[bytes, int]:
     """q (C, H, W) integers and mu (C,) float32 -> the member's bytes, and their size uncompressed.
 
     Two .npy arrays in a row under one zstd frame: mu, then the byte planes of q, (planes, C, H, W)
-    uint8, least significant first (a plane of high bytes is nearly constant and costs little). The
-    frame carries a checksum.
+    uint8, least significant first (a plane of high bytes is nearly constant and costs little). A block
+    ends between the two, so that the bytes of mu do not spoil the code lengths of q. The frame carries a
+    checksum.
     """
     narrow = q.astype(smallest_integer_dtype(int(q.min()), int(q.max())), copy=False)
     planes = np.moveaxis(np.ascontiguousarray(narrow)[..., None].view(np.uint8), -1, 0)
-    raw = encode_npy(mu) + encode_npy(planes)
-    return zstandard.ZstdCompressor(compression_params=ENTROPY_CODER).compress(raw), len(raw)
+    head, body = encode_npy(mu), encode_npy(planes)
+    raw_bytes = len(head) + len(body)
+    frame = zstandard.ZstdCompressor(compression_params=ENTROPY_CODER).compressobj(size=raw_bytes)
+    data = frame.compress(head) + frame.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK) + frame.compress(body) + frame.flush()
+    return data, raw_bytes
 
 
 def unpack_quantised(data: bytes, raw_bytes: int) -> tuple[np.ndarray, np.ndarray]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -28,8 +29,11 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
 
 
 @contextmanager
-def atomic_directory(path: Path) -> Iterator[Path]:
-    """A directory that takes its name only when the block ends well; `path` must not exist yet."""
+def atomic_directory(path: Path, *, exist_ok: bool = False) -> Iterator[Path]:
+    """A directory that takes its name only when the block ends well.
+
+    `path` must not exist by then; with `exist_ok` what another process made there meanwhile stays.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -39,7 +43,11 @@ def atomic_directory(path: Path) -> Iterator[Path]:
             if file.is_file():
                 with open(file, "rb") as stream:
                     os.fsync(stream.fileno())
-        os.replace(temporary, path)
+        try:
+            os.replace(temporary, path)
+        except OSError as error:
+            if not exist_ok or error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
         fsync_directory(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -1,11 +1,15 @@
 """distill: equal to online distillation, from the cache alone; resumable; ends in a pipeline others load."""
 
 import json
+import os
 import shutil
+import signal
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from conftest import tiny_pipeline
 from diffusers import DDPMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, UNet2DConditionModel
 from helpers import (
@@ -20,8 +24,10 @@ from helpers import (
 )
 
 from pipeline import distill
+from pipeline.diffusion import min_snr_weights
 from pipeline.distill import DistillSettings, step_losses
 from pipeline.errors import UserError
+from pipeline.interrupts import Interrupts
 from pipeline.losses import total_loss
 from pipeline.students import LEVELS
 from shards.schema import ShardError
@@ -446,10 +452,67 @@ def test_a_flipped_bit_stops_the_run_with_the_shards_name(cache, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_before_a_checkpoint_of_it(cache, tmp_path):
-    with pytest.raises(UserError, match="loss is NaN or Inf at step.*Lower --learning-rate"):
+    with pytest.raises(UserError, match="loss is NaN or Inf by step.*no checkpoint yet.*Lower --learning-rate"):
         run_distill(cache, tmp_path / "out", learning_rate=1e30, max_train_steps=20)
     for _, path in distill.list_checkpoints(tmp_path / "out" / "checkpoints"):
         assert all(torch.isfinite(t).all() for t in state_dict_of(path / "unet").values())
+
+
+def test_a_loss_that_is_not_finite_names_the_entries_and_the_last_good_checkpoint(cache, tmp_path, monkeypatch):
+    real, seen = distill.step_losses, []
+
+    def poisoned(training, settings, batch):
+        seen.append(batch.keys)
+        terms = real(training, settings, batch)
+        return {**terms, "task": terms["task"] * float("nan")} if len(seen) == 4 else terms
+
+    monkeypatch.setattr(distill, "step_losses", poisoned)
+    with pytest.raises(UserError) as caught:
+        run_distill(cache, tmp_path / "out", max_train_steps=9, checkpointing_steps=2, logging_steps=3)
+    assert f"first with the entries {', '.join(seen[3])};" in str(caught.value)
+    assert "the last good checkpoint is" in str(caught.value)
+    assert "step-0000002" in str(caught.value)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_leaves_a_checkpoint_and_goes_on_bit_for_bit(cache, tmp_path, monkeypatch, number):
+    whole = run_distill(cache, tmp_path / "whole", max_train_steps=5)
+    real, calls = distill.step_losses, []
+
+    def interrupting(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), number)
+        return real(*arguments)
+
+    monkeypatch.setattr(distill, "step_losses", interrupting)
+    with pytest.raises(KeyboardInterrupt):
+        run_distill(cache, tmp_path / "out", max_train_steps=5)
+    assert [step for step, _ in distill.list_checkpoints(tmp_path / "out" / "checkpoints")] == [3]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert_equal_training(run_distill(cache, tmp_path / "out", max_train_steps=5), whole, 5)
+
+
+def test_a_second_interrupt_does_not_wait_for_the_step():
+    with Interrupts(Accelerator(cpu=True)) as interrupts:
+        assert not interrupts.agreed(False)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interrupts.agreed(False)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_min_snr_weights_task_and_output_of_each_entry(cache, tmp_path):
+    settings, training = prepared(cache, tmp_path / "out", level="sd_small", snr_gamma=0.5, train_batch_size=1)
+    plain = replace(settings, snr_gamma=None)
+    for index in range(3):
+        batch = training.dataset.collate([training.dataset[index]])
+        weight = min_snr_weights(batch.timesteps, training.alphas_cumprod, 0.5, "epsilon")
+        with torch.no_grad():
+            weighted, unweighted = (distill.step_losses(training, s, batch) for s in (settings, plain))
+        for name, term in unweighted.items():
+            factor = weight[0] if name in ("task", "output") else 1.0
+            torch.testing.assert_close(weighted[name], factor * term)
 
 
 def test_a_run_that_left_no_checkpoint_may_be_started_with_other_settings(cache, tmp_path):

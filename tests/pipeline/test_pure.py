@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import tiny_unet
 from diffusers import DDPMScheduler
+from diffusers.training_utils import compute_snr
 
 from pipeline import diffusion, draws
 from pipeline.losses import distillation_losses, mse, relative_mse, total_loss
@@ -95,6 +96,14 @@ class TestDiffusion:
         noisy = diffusion.add_noise(latents.half(), noise.half(), timesteps, alphas)
         assert noisy.dtype == torch.float32
         assert torch.equal(noisy, diffusion.add_noise(latents.half().float(), noise.half().float(), timesteps, alphas))
+
+    @pytest.mark.parametrize(("prediction_type", "added"), [("epsilon", 0), ("v_prediction", 1)])
+    def test_min_snr_weights_are_those_of_diffusers_training_scripts(self, prediction_type, added):
+        scheduler = DDPMScheduler()
+        timesteps = torch.tensor([0, 10, 400, 999])
+        snr = compute_snr(scheduler, timesteps)
+        weights = diffusion.min_snr_weights(timesteps, scheduler.alphas_cumprod, 5.0, prediction_type)
+        torch.testing.assert_close(weights, snr.clamp(max=5.0) / (snr + added))
 
     def test_an_unknown_prediction_type_is_an_error(self):
         with pytest.raises(ValueError, match="'sample'"):

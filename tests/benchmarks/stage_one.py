@@ -1,0 +1,156 @@
+"""How close stage one comes to its networks' own speed: each stage's throughput against the bare forward passes.
+
+For encode the bare work is the VAE's encoder and the text encoder on the same batches, for teacher-cache the U-Net
+with its taps caught; both run in this process, right after the stage, from tensors that are ready in memory. A stage is
+timed from its first forward pass to its last shard, so loading weights is in neither. Run it on a quiet machine:
+
+    python tests/benchmarks/stage_one.py --work work/stage-one --arch demo
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import click
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from sd15_road import random_checkpoint, random_images
+
+from pipeline import encode, models, teacher_cache
+from pipeline.demo import teacher_folder
+from pipeline.demo.scenes import write_folder
+from pipeline.encode import EncodeSettings
+from pipeline.teacher_cache import TeacherCacheSettings
+
+RESOLUTIONS = {"demo": 64, "sd15": 512}
+TOKEN_MIN = {"demo": 16, "sd15": 32}
+
+
+@dataclass
+class Clock:
+    """When the first forward pass began and the last shard was written; the arguments of each pass."""
+
+    started: float | None = None
+    ended: float = 0.0
+    calls: list[tuple] | None = None
+
+    def forward(self, function: Callable) -> Callable:
+        def timed(*arguments):
+            if self.started is None:
+                self.started, self.calls = time.perf_counter(), []
+            self.calls.append(arguments)
+            return function(*arguments)
+
+        return timed
+
+    def write(self, function: Callable) -> Callable:
+        def timed(*arguments):
+            function(*arguments)
+            self.ended = time.perf_counter()
+
+        return timed
+
+    @property
+    def seconds(self) -> float:
+        return self.ended - self.started
+
+
+def run_stage(stage, forward: str, settings) -> Clock:
+    """Run a stage in this process with its forward passes and its writing on the clock."""
+    clock = Clock()
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(stage, forward, clock.forward(getattr(stage, forward))))
+        stack.enter_context(mock.patch.object(stage, "write_shard", clock.write(stage.write_shard)))
+        stage.run(settings)
+    AcceleratorState._reset_state(True)
+    PartialState._reset_state()
+    return clock
+
+
+@torch.inference_mode()
+def bare_encode(clock: Clock, settings: EncodeSettings) -> float:
+    """Seconds of the networks alone on the stage's batches."""
+    base = clock.calls[0][2]
+    shape = models.latents_shape(base.vae, settings.resolution)
+    batches = [
+        (torch.stack([torch.from_numpy(item.pixels) for item in batch]), [item.record.caption for item in batch])
+        for batch, _, _ in clock.calls
+    ]
+    started = time.perf_counter()
+    for pixels, captions in batches:
+        models.encode_images(base.vae, pixels, torch.zeros(len(captions), *shape))
+        models.encode_prompts(base, captions)
+    synchronise(base.vae.device)
+    return time.perf_counter() - started
+
+
+@torch.inference_mode()
+def bare_teacher(clock: Clock, latents_shape: tuple[int, ...], prompt_embeds_shape: tuple[int, ...]) -> float:
+    teacher = clock.calls[0][3]
+    device, dtype = teacher.unet.device, teacher.unet.dtype
+    started = time.perf_counter()
+    for samples, *_ in clock.calls:
+        count = len(samples)
+        noisy = torch.zeros(count, *latents_shape, device=device, dtype=dtype)
+        prompt_embeds = torch.zeros(count, *prompt_embeds_shape, device=device, dtype=dtype)
+        with teacher.taps.recording():
+            teacher.unet(noisy, torch.zeros(count, device=device), encoder_hidden_states=prompt_embeds)
+    synchronise(device)
+    return time.perf_counter() - started
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@click.command()
+@click.option("--work", type=Path, required=True, help="Directory for what the stages write; emptied first.")
+@click.option("--arch", type=click.Choice(list(RESOLUTIONS)), default="demo", show_default=True)
+@click.option("--images", default=512, show_default=True, help="Pictures, and so entries of the cache.")
+@click.option("--batch-size", default=16, show_default=True)
+@click.option("--device", default="auto", show_default=True, help="auto or cpu.")
+@click.option("--repeats", default=3, show_default=True, help="Times that each stage and its bare passes are run.")
+def main(work: Path, arch: str, images: int, batch_size: int, device: str, repeats: int) -> None:
+    shutil.rmtree(work, ignore_errors=True)
+    if arch == "demo":
+        teacher, _ = teacher_folder(), write_folder(work / "images", images)
+    else:
+        teacher, _ = work / "teacher", random_images(work / "images", images)
+        random_checkpoint(teacher)
+    common = {"teacher": str(teacher), "batch_size": batch_size, "device": device}
+    rows = []
+    for repeat in range(repeats):
+        latents, cache = work / f"latents-{repeat}", work / f"cache-{repeat}"
+        settings = EncodeSettings(data=work / "images", out=latents, resolution=RESOLUTIONS[arch], **common)
+        clock = run_stage(encode, "encode_batch", settings)
+        rows.append(("encode", clock.seconds, bare_encode(clock, settings)))
+        asked = TeacherCacheSettings(
+            latents=latents, out=cache, rounds=1, samples=0, token_min=TOKEN_MIN[arch], **common
+        )
+        spec = teacher_cache.open_latents(asked).manifest.spec
+        clock = run_stage(teacher_cache, "ask", asked)
+        rows.append(
+            ("teacher-cache", clock.seconds, bare_teacher(clock, spec["latents_shape"], spec["prompt_embeds_shape"]))
+        )
+        shutil.rmtree(cache)
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() and device == "auto" else "no GPU"
+    print(f"{os.cpu_count()} cores, {torch.get_num_threads()} torch threads, {gpu}, Python {platform.python_version()},"
+          f" torch {torch.__version__}; {arch}, {images} pictures in batches of {batch_size}\n")  # fmt: skip
+    print("| stage | entries a second | bare forward, entries a second | ratio |")
+    print("|---|---|---|---|")
+    for stage, seconds, bare in sorted(rows):
+        print(f"| {stage} | {images / seconds:.1f} | {images / bare:.1f} | {bare / seconds:.2f} |")
+
+
+if __name__ == "__main__":
+    main()

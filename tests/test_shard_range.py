@@ -1,0 +1,75 @@
+"""Jobs side by side on parts of the plan: together they write what one job writes, byte for byte."""
+
+import multiprocessing
+
+import pytest
+from helpers import run_encode, run_teacher_cache, shard_files, tree
+
+from pipeline.errors import UserError
+from pipeline.teacher_cache import TeacherCacheSettings
+from pipeline.workspace import range_of
+from shards.files import atomic_directory
+from shards.reader import ShardSet
+from shards.schema import ShardError
+
+
+@pytest.mark.parametrize(
+    ("text", "chosen"), [(None, "abcde"), ("0:2", "ab"), ("2:", "cde"), (":1", "a"), ("4:9", "e"), ("7:9", "")]
+)
+def test_a_range_is_a_slice_of_the_plan(text, chosen):
+    assert "abcde"[range_of(text)] == chosen
+
+
+@pytest.mark.parametrize("text", ["", ":", "3", "3:3", "5:2", "-1:2", "a:b", "0:1:2"])
+def test_what_is_no_range_is_refused(text):
+    with pytest.raises(UserError, match="write it as 0:50"):
+        TeacherCacheSettings(teacher="demo", latents="l", out="o", shard_range=text)
+
+
+def test_jobs_side_by_side_write_what_one_job_writes(teacher, images, tmp_path, capsys):
+    whole_latents = run_encode(teacher, images, tmp_path / "latents")
+    latents = tmp_path / "latents in parts"
+    for part in ("2:", "0:1"):
+        run_encode(teacher, images, latents, shard_range=part)
+        assert "shards so far; the first still to write is s0000" in capsys.readouterr().out
+        with pytest.raises(ShardError, match="is unfinished"):
+            ShardSet(latents, "latents")
+    run_encode(teacher, images, latents, shard_range="1:2")
+    assert "holds 13 images in 3 shards" in capsys.readouterr().out
+    assert shard_files(latents) == shard_files(whole_latents)
+
+    whole = run_teacher_cache(teacher, latents, tmp_path / "cache", samples=1)
+    cache = tmp_path / "cache in parts"
+    for part in ("4:", "0:2", "2:4"):
+        run_teacher_cache(teacher, latents, cache, samples=1, shard_range=part)
+        assert not (cache / "samples").exists()
+    assert shard_files(cache) == shard_files(whole)
+    # What is left over, the pictures, is for a run without a range.
+    run_teacher_cache(teacher, latents, cache, samples=1)
+    assert (cache / "samples" / "samples.json").is_file()
+
+
+def fill(path, barrier):
+    with atomic_directory(path, exist_ok=True) as folder:
+        (folder / "weights").write_text("the same")
+        barrier.wait()
+
+
+def test_two_processes_may_make_the_same_directory_at_once(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    barrier = context.Barrier(2)
+    both = [context.Process(target=fill, args=(tmp_path / "base", barrier)) for _ in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join()
+        assert process.exitcode == 0
+    assert list(tree(tmp_path)) == ["base/weights"]
+
+
+def test_a_directory_that_is_there_is_not_replaced_unasked(tmp_path):
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / "old").write_text("old")
+    with pytest.raises(OSError), atomic_directory(tmp_path / "samples") as folder:  # noqa: PT011
+        (folder / "new").write_text("new")
+    assert list(tree(tmp_path)) == ["samples/old"]
