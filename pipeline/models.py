@@ -19,6 +19,7 @@ from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
 from pipeline import demo
+from pipeline.checksums import write_checksums
 from pipeline.errors import UserError
 from pipeline.taps import Taps
 from shards.files import atomic_directory, write_json
@@ -190,6 +191,7 @@ def save_base(base: DiffusionPipeline, noise_scheduler: DDPMScheduler, out: Path
         base.save_pretrained(folder)
         index = json.loads((folder / MODEL_INDEX).read_text(encoding="utf-8"))
         write_json(folder / MODEL_INDEX, {**index, "unet": ["diffusers", "UNet2DConditionModel"]})
+        write_checksums(folder)
 
 
 def save_pipeline(base: Path, unet: UNet2DConditionModel, out: Path) -> None:

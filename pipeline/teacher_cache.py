@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pipeline import draws, models
+from pipeline.checksums import write_checksums
 from pipeline.command import stage_command
 from pipeline.diffusion import PREDICTION_TYPES, add_noise
 from pipeline.errors import UserError
@@ -235,6 +236,7 @@ def save_what_students_need(
             raise UserError(f"--teacher {settings.teacher}: {error}") from None
         with atomic_directory(folder) as temporary:
             student.save_pretrained(temporary)
+            write_checksums(temporary)
 
 
 def place_of(manifest: Manifest, shard: str) -> tuple[int, range]:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+LEFTOVER = re.compile(r"\..+\.(\d+)\.partial")
 
 
 @contextmanager
@@ -45,6 +48,32 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def remove_leftovers(*directories: Path) -> None:
+    """Delete what killed processes of this machine left half written in `directories`.
+
+    A live process keeps its own. This one has none yet: call it before writing. (In a container the killed process
+    may have had this one's number.)
+    """
+    for path in [path for directory in directories if directory.is_dir() for path in directory.iterdir()]:
+        match = LEFTOVER.fullmatch(path.name)
+        if not match or _is_another_live_process(int(match[1])):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _is_another_live_process(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return pid != os.getpid()
+
+
 def fsync_directory(path: Path) -> None:
     """Make a rename in `path` survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -64,6 +93,15 @@ def write_bytes(path: Path, data: bytes) -> str:
 def write_json(path: Path, value: Any, *, indent: int | None = 1) -> None:
     """Write `value` atomically as JSON; NaN and Inf are refused, being no JSON."""
     write_bytes(path, json.dumps(value, indent=indent, allow_nan=False, ensure_ascii=False).encode() + b"\n")
+
+
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file's bytes, read a megabyte at a time."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 class HashingFile:
