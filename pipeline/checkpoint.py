@@ -6,6 +6,7 @@ checkpoints/step-0001000/state.pt  the rest: optimizer, lr_scheduler, EMA, scale
 
 from __future__ import annotations
 
+import os
 import pickle
 import re
 import shutil
@@ -38,7 +39,7 @@ def save_checkpoint(
 def _remove(path: Path) -> None:
     """Delete a checkpoint under another name, so that a crash leaves no half under its own."""
     if path.is_dir():
-        doomed = path.with_name(f".{path.name}.old")
+        doomed = path.with_name(f".{path.name}.{os.getpid()}.partial")
         shutil.rmtree(doomed, ignore_errors=True)
         path.rename(doomed)
         shutil.rmtree(doomed)

@@ -333,6 +333,8 @@ def start(settings: DistillSettings) -> tuple[UNet2DConditionModel, dict[str, An
         except (OSError, ValueError) as error:
             reason = str(error).strip().split("\n")[0]
             raise UserError(f"{folder} cannot be loaded ({reason}): copy it from a whole cache") from error
+    # diffusers would write down where it was loaded from, which is another place after a stop.
+    student.register_to_config(_name_or_path=settings.level)
     if settings.gradient_checkpointing:
         student.enable_gradient_checkpointing()
     return student, saved
