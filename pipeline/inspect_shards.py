@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from pipeline.settings import REQUIRED, Settings, option
 from shards.expected import expected_tensors
 from shards.files import atomic_directory
 from shards.manifest import Manifest, read_manifest
-from shards.reader import Sample, Sidecar, read_entry, sound_sidecar
+from shards.reader import Sample, read_entry, read_sidecar, sound_sidecar
 from shards.schema import LATENTS
 from shards.writer import is_finished
 
@@ -39,19 +40,61 @@ class InspectSettings(Settings):
 
 def run(settings: InspectSettings) -> None:
     """Show what latents or a cache hold: DIR is what `encode` or `teacher-cache` wrote."""
-    directory = settings.directory
-    manifest = read_manifest(directory)
-    finished = [shard for shard in manifest.shard_names() if is_finished(directory, shard)]
-    sidecars = [sound_sidecar(directory, shard, manifest.spec_sha256) for shard in finished]
-    click.echo("\n".join([*spec_lines(manifest), *count_lines(manifest, sidecars), *member_lines(sidecars)]))
-    if not sum(sidecar.count for sidecar in sidecars):
-        raise UserError(f"{directory} holds no entries yet: run its stage again to write them")
-    if manifest.spec["stage"] == "cache":
-        click.echo("\n".join(histogram(timesteps(directory, sidecars), train_timesteps(manifest))))
-    sample = read_entry(directory, *spread(sidecars, 1)[0], (), {})
+    shards = take_stock(settings.directory)
+    click.echo("\n".join([*spec_lines(shards.manifest), *count_lines(shards), *member_lines(shards)]))
+    if not shards.entries:
+        raise UserError(f"{settings.directory} holds no entries yet: run its stage again to write them")
+    if shards.manifest.spec["stage"] == "cache":
+        timesteps = [sample.meta["timestep"] for sample in shards.spread(TIMESTEPS)]
+        click.echo("\n".join(histogram(timesteps, shards.manifest.spec["noise_scheduler"]["num_train_timesteps"])))
+    (sample,) = shards.spread(1)
     click.echo(f"\nsample {sample.key}\n  caption: {sample.meta['caption']}\n  source: {sample.meta['source_id']}")
     if settings.images:
-        click.echo(f"{decode_images(settings, manifest, sidecars)} pictures in {settings.images}")
+        click.echo(f"{save_images(shards, settings.images)} pictures in {settings.images}")
+
+
+@dataclass
+class Stock:
+    """The finished shards of a directory and their entries; `member_bytes` by member, headers not counted."""
+
+    directory: Path
+    manifest: Manifest
+    shards: list[str] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+    bytes: int = 0
+    skipped: int = 0
+    member_bytes: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def entries(self) -> int:
+        return sum(self.counts)
+
+    def spread(self, count: int, tensors: tuple[str, ...] = ()) -> Iterator[Sample]:
+        """Up to `count` entries with the tensors named, evenly spread over all of them."""
+        expected = expected_tensors(self.manifest.spec)
+        ends = np.cumsum(self.counts)
+        indices = np.unique(np.linspace(0, self.entries - 1, min(count, self.entries)).astype(int))
+        owners = np.searchsorted(ends, indices, side="right")
+        for owner in np.unique(owners):
+            sidecar = read_sidecar(self.directory, self.shards[owner], self.manifest.spec_sha256)
+            for index in indices[owners == owner]:
+                place = int(index - ends[owner]) + self.counts[owner]
+                yield read_entry(self.directory, sidecar, place, tensors, expected)
+
+
+def take_stock(directory: Path) -> Stock:
+    """Raises ShardError for a directory or a finished shard that is damaged; shards that are missing are left out."""
+    stock = Stock(directory, read_manifest(directory))
+    for shard in stock.manifest.shard_names():
+        if is_finished(directory, shard):
+            sidecar = sound_sidecar(directory, shard, stock.manifest.spec_sha256)
+            stock.shards.append(shard)
+            stock.counts.append(sidecar.count)
+            stock.bytes += sidecar.bytes
+            stock.skipped += len(sidecar.skipped)
+            lengths = sidecar.table[:, :, 1].sum(axis=0).tolist()
+            stock.member_bytes.update(dict(zip(sidecar.members, lengths, strict=True)))
+    return stock
 
 
 def spec_lines(manifest: Manifest) -> list[str]:
@@ -67,41 +110,20 @@ def _short(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def count_lines(manifest: Manifest, sidecars: list[Sidecar]) -> list[str]:
-    planned = len(manifest.shard_names())
-    skipped = sum(len(sidecar.skipped) for sidecar in sidecars)
-    lines = [f"rounds: {manifest.rounds}"] if manifest.rounds else []
-    lines += [f"shards: {len(sidecars)} of {planned}{'' if len(sidecars) == planned else ' (unfinished)'}"]
-    return [*lines, f"entries: {sum(s.count for s in sidecars)}{f', {skipped} skipped' if skipped else ''}"]
+def count_lines(stock: Stock) -> list[str]:
+    rounds, planned = stock.manifest.rounds, len(stock.manifest.shard_names())
+    unfinished = "" if len(stock.shards) == planned else " (unfinished)"
+    skipped = f", {stock.skipped} skipped" if stock.skipped else ""
+    lines = [f"shards: {len(stock.shards)} of {planned}{unfinished}", f"entries: {stock.entries}{skipped}"]
+    return [f"rounds: {rounds}", *lines] if rounds else lines
 
 
-def member_lines(sidecars: list[Sidecar]) -> list[str]:
+def member_lines(stock: Stock) -> list[str]:
     """Bytes of each member, mean over the entries and in all; then of the tars, with their headers."""
-    totals: Counter[str] = Counter()
-    for sidecar in sidecars:
-        totals.update(dict(zip(sidecar.members, sidecar.table[:, :, 1].sum(axis=0).tolist(), strict=True)))
-    totals["tars, with headers"] = sum(sidecar.bytes for sidecar in sidecars)
-    entries = max(1, sum(sidecar.count for sidecar in sidecars))
+    totals = {**stock.member_bytes, "tars, with headers": stock.bytes}
     width = max(map(len, totals))
     head = f"\n{'member':<{width}}  {'bytes an entry':>14}  {'bytes in all':>16}"
-    return [head, *(f"{name:<{width}}  {n / entries:>14,.0f}  {n:>16,}" for name, n in totals.items())]
-
-
-def spread(sidecars: list[Sidecar], count: int) -> list[tuple[Sidecar, int]]:
-    """Up to `count` entries, as (sidecar, place), evenly spread over all of them."""
-    ends = np.cumsum([sidecar.count for sidecar in sidecars])
-    chosen = np.unique(np.linspace(0, ends[-1] - 1, min(count, ends[-1])).astype(int))
-    shards = np.searchsorted(ends, chosen, side="right")
-    return [(sidecars[s], int(i - ends[s] + sidecars[s].count)) for i, s in zip(chosen, shards, strict=True)]
-
-
-def timesteps(directory: Path, sidecars: list[Sidecar]) -> list[int]:
-    chosen = spread(sidecars, TIMESTEPS)
-    return [read_entry(directory, sidecar, place, (), {}).meta["timestep"] for sidecar, place in chosen]
-
-
-def train_timesteps(manifest: Manifest) -> int:
-    return manifest.spec["noise_scheduler"]["num_train_timesteps"]
+    return [head, *(f"{name:<{width}}  {n / max(1, stock.entries):>14,.0f}  {n:>16,}" for name, n in totals.items())]
 
 
 def histogram(values: list[int], end: int) -> list[str]:
@@ -114,29 +136,26 @@ def histogram(values: list[int], end: int) -> list[str]:
     return [f"\ntimesteps of {len(values)} entries", *lines]
 
 
-def decode_images(settings: InspectSettings, manifest: Manifest, sidecars: list[Sidecar]) -> int:
+def save_images(stock: Stock, out: Path) -> int:
     """Some entries' latents as PNGs named by their keys. Raises UserError if there is no VAE to decode them with."""
-    directory, out = settings.directory, settings.images
-    if not (directory / "base" / "vae").is_dir():
-        raise UserError(f"--images needs base/vae, which {directory} has not: give a cache that `teacher-cache` wrote")
+    base = stock.directory / "base"
+    if not (base / "vae").is_dir():
+        raise UserError(f"--images needs base/vae, which {stock.directory} has not: give a cache of `teacher-cache`")
     if out.exists():
         raise UserError(f"--images {out} exists already: choose another folder, or remove it")
-    expected = expected_tensors(manifest.spec)
-    chosen = [
-        read_entry(directory, sidecar, place, [LATENTS], expected) for sidecar, place in spread(sidecars, PICTURES)
-    ]
-    base = models.load_base(directory / "base")
+    samples = list(stock.spread(PICTURES, (LATENTS,)))
+    pipe = models.load_base(base)
     with atomic_directory(out) as folder:
-        for sample in chosen:
-            decode_latents(base, sample).save(folder / f"{sample.key}.png")
-    return len(chosen)
+        for sample in samples:
+            decode_latents(pipe, sample).save(folder / f"{sample.key}.png")
+    return len(samples)
 
 
 @torch.inference_mode()
-def decode_latents(base: DiffusionPipeline, sample: Sample) -> Image.Image:
+def decode_latents(pipe: DiffusionPipeline, sample: Sample) -> Image.Image:
     """latents (C, H, W), scaled -> an RGB picture."""
     latents = torch.tensor(sample.tensors[LATENTS].values, dtype=torch.float32)[None]
-    decoded = base.vae.decode(latents / base.vae.config.scaling_factor).sample[0]
+    decoded = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample[0]
     pixels = ((decoded / 2 + 0.5).clamp(0, 1) * 255).round().byte()
     return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 

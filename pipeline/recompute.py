@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,13 +25,15 @@ ARITHMETIC = {"fp32": 1e-3, "fp16": 1e-2, "bf16": 5e-2}
 class Deviation:
     """How far a stored tensor is from what the teacher says now, over some entries.
 
-    `largest` and `mean` are absolute errors; `bound` is what is allowed where the error comes nearest to
-    it, and `share` the error there as a share of it: above 1 the bound is broken.
+    `largest` and `mean` are absolute errors. Where the error comes nearest to what is allowed, `promise` is
+    the codec's bound, `bound` that with the allowance for rounding, and `share` the error as a share of
+    `bound`: above 1 it is broken.
     """
 
     name: str
     largest: float
     mean: float
+    promise: float
     bound: float
     share: float
 
@@ -46,7 +48,7 @@ def deviations(
         for name, now in ask_again(sample, spec, unet, taps, alphas_cumprod).items():
             found.setdefault(name, []).append(deviation(name, sample, now, ARITHMETIC[spec["dtype"]]))
     taps.remove()
-    return [_worst(name, each) for name, each in found.items()]
+    return [_worst(each) for each in found.values()]
 
 
 @torch.inference_mode()
@@ -73,10 +75,10 @@ def deviation(name: str, sample: Sample, now: np.ndarray, arithmetic: float) -> 
     stored, promise = decoded(name, sample, sample.tensors[name])
     error = np.abs(stored - now)
     bound = promise + arithmetic * np.abs(now).max() + np.finfo(np.float32).tiny
-    nearest = np.argmax(error / bound)
-    return Deviation(
-        name, float(error.max()), float(error.mean()), float(bound.flat[nearest]), float((error / bound).max())
-    )
+    shares = np.nan_to_num(error / bound, nan=np.inf)
+    nearest = np.unravel_index(shares.argmax(), shares.shape)
+    limits = float(promise[nearest]), float(bound[nearest])
+    return Deviation(name, float(error.max()), float(error.mean()), *limits, float(shares[nearest]))
 
 
 def decoded(name: str, sample: Sample, tensor: StoredTensor) -> tuple[np.ndarray, np.ndarray]:
@@ -92,19 +94,24 @@ def decoded(name: str, sample: Sample, tensor: StoredTensor) -> tuple[np.ndarray
     return values, np.full(values.shape, record["step"] / 2, np.float32)
 
 
-def _worst(name: str, each: list[Deviation]) -> Deviation:
+def _worst(each: list[Deviation]) -> Deviation:
     nearest = max(each, key=lambda d: d.share)
     mean = sum(d.mean for d in each) / len(each)
-    return Deviation(name, max(d.largest for d in each), mean, nearest.bound, nearest.share)
+    return replace(nearest, largest=max(d.largest for d in each), mean=mean)
+
+
+HEAD = ("tensor", "largest error", "mean error", "codec allows", "with rounding", "error of that")
 
 
 def table(rows: list[Deviation]) -> list[str]:
     """Lines of a table, one tensor a line."""
-    width = max(len(row.name) for row in rows)
-    head = f"{'tensor':<{width}}  {'largest error':>13}  {'mean error':>10}  {'bound':>9}  {'of the bound':>12}"
-    lines = [
-        f"{r.name:<{width}}  {r.largest:>13.3g}  {r.mean:>10.3g}  {r.bound:>9.3g}  {r.share:>11.1%} "
-        f"{'' if r.share <= 1 else ' BROKEN'}".rstrip()
+    cells = [
+        (r.name, f"{r.largest:.3g}", f"{r.mean:.3g}", f"{r.promise:.3g}", f"{r.bound:.3g}",
+         f"{r.share:.1%}{'' if r.share <= 1 else ' BROKEN'}")
         for r in rows
+    ]  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(HEAD, *cells, strict=True)]
+    return [
+        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
+        for line in (HEAD, *cells)
     ]
-    return [head, *lines]

@@ -63,7 +63,7 @@ def run(settings: VerifySettings) -> None:
     if manifest.spec["stage"] == "cache":
         found.problems += missing_parts(directory)
     if settings.full:
-        total = sum(sidecar.bytes for sidecar in found.sidecars.values())
+        total = sum(size.bytes for size in found.sizes.values())
         with tqdm(total=total, unit="B", unit_scale=True, desc="verify") as progress:
             check_contents(directory, manifest, found, progress.update)
         found.problems += changed_parts(directory)
@@ -135,7 +135,7 @@ def ask_the_teacher(settings: VerifySettings) -> list[Problem]:
     rows = deviations(samples, spec, unet, alphas_cumprod)
     click.echo("\n".join(table(rows)))
     remedy = "do not train from it; write it anew with `distill-sd teacher-cache`"
-    broken = [row for row in rows if not row.share <= 1]
+    broken = [row for row in rows if row.share > 1]
     return [
         Problem(f"{settings.directory}: {row.name} is up to {row.largest:.3g} from what the teacher says; {remedy}")
         for row in broken
@@ -146,8 +146,8 @@ def conclude(settings: VerifySettings, manifest: Manifest, found: Survey) -> Non
     """The tally, as the last line; raises UserError unless all is fine."""
     directory, planned = settings.directory, manifest.shard_names()
     bad = set(found.damaged_shards())
-    sound = [sidecar for shard, sidecar in found.sidecars.items() if shard not in bad]
-    entries, size = sum(s.count for s in sound), sum(s.bytes for s in sound)
+    sound = [size for shard, size in found.sizes.items() if shard not in bad]
+    entries, size = sum(s.entries for s in sound), sum(s.bytes for s in sound)
     rounds = f" ({manifest.rounds} rounds)" if manifest.rounds else ""
     held = f"{len(sound)} of {len(planned)} shards whole, {entries} entries{rounds}, {size / 1e6:.1f} MB"
     if found.unfinished:

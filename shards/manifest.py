@@ -67,7 +67,7 @@ def read_manifest(directory: Path, stage: str | None = None) -> Manifest:
         raise ShardError(
             f"{directory} has no {MANIFEST}: it is no {' or '.join(wanted)} directory; make one with {commands}"
         ) from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ShardError(
             f"{path} cannot be read ({error!r}): restore it from a copy, or write the directory anew"
         ) from None
@@ -81,13 +81,10 @@ def read_manifest(directory: Path, stage: str | None = None) -> Manifest:
     found = manifest.spec.get("stage")
     if found not in wanted:
         raise ShardError(f"{path} describes {found}, not {' or '.join(wanted)}: give the directory of {commands}")
-    if not _rounds_fit(found, manifest.rounds):
-        raise ShardError(f"{path} has rounds {manifest.rounds!r}: restore it from a copy, or write the directory anew")
+    rounds = manifest.rounds
+    if not (rounds is None if found == "latents" else type(rounds) is int and rounds >= 1):
+        raise ShardError(f"{path} has rounds {rounds!r}: restore it from a copy, or write the directory anew")
     return manifest
-
-
-def _rounds_fit(stage: str, rounds: Any) -> bool:
-    return rounds is None if stage == "latents" else type(rounds) is int and rounds >= 1
 
 
 def read_file(directory: Path, manifest: Manifest, name: str) -> bytes:

@@ -157,7 +157,7 @@ def read_sidecar(directory: Path, shard: str, spec_sha256: str) -> Sidecar:
         raise
     except ShardError as error:
         raise damaged(path, str(error)) from None
-    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise damaged(path, f"{error!r}") from None
 
 
@@ -165,7 +165,7 @@ def _read_meta(path: Path, descriptor: int, key: str, members: dict[str, list[in
     data = _read_member(path, descriptor, key, "json", members)
     try:
         return json.loads(bytes(data))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise damaged(path, f"member {key}.json is no JSON ({error})") from None
 
 

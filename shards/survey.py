@@ -14,7 +14,7 @@ import numpy as np
 from shards.expected import check_meta, expected_tensors
 from shards.files import file_sha256
 from shards.manifest import STAGE_COMMANDS, Manifest, read_file
-from shards.reader import ForeignShardError, Sidecar, damaged, read_entry, sound_sidecar
+from shards.reader import ForeignShardError, Sidecar, damaged, read_entry, read_sidecar, sound_sidecar
 from shards.schema import BLOCK, MANIFEST, ShardError, round_of, sidecar_name
 
 SHARD_FILE = re.compile(r"(?:r\d{4,}-)?s\d{5,}\.(?:tar|json)")
@@ -32,11 +32,19 @@ class Problem:
         return Problem(" ".join(str(error).split()), shard)
 
 
+@dataclass(frozen=True)
+class Size:
+    """What a shard holds, in entries and bytes."""
+
+    entries: int
+    bytes: int
+
+
 @dataclass
 class Survey:
-    """The `sidecars` of the shards that are there and whole, in the plan's order; what is not yet; what is wrong."""
+    """The shards that are there with a sound sidecar, in the plan's order; those not there yet; what is wrong."""
 
-    sidecars: dict[str, Sidecar] = field(default_factory=dict)
+    sizes: dict[str, Size] = field(default_factory=dict)
     unfinished: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
 
@@ -56,7 +64,8 @@ def survey(directory: Path, manifest: Manifest) -> Survey:
         path = directory / shard
         try:
             if shard in marks:
-                found.sidecars[shard] = sound_sidecar(directory, shard, manifest.spec_sha256)
+                sidecar = sound_sidecar(directory, shard, manifest.spec_sha256)
+                found.sizes[shard] = Size(sidecar.count, sidecar.bytes)
             elif path.is_file():
                 what = f"{path} has no sidecar {sidecar_name(shard)}, and so counts as unfinished"
                 found.problems.append(Problem(f"{what}; {again}: only this shard is rewritten"))
@@ -83,7 +92,7 @@ def stray_files(directory: Path, manifest: Manifest) -> list[Problem]:
     """Files named like shards that are not in the plan."""
     planned = set(manifest.shard_names())
     return [
-        Problem(f"{path} is no shard of {MANIFEST}'s plan; delete it, or restore the manifest it was written with")
+        Problem(f"{path} is no shard of {MANIFEST}'s plan; restore the manifest that it was written with, or delete it")
         for path in sorted(directory.iterdir())
         if SHARD_FILE.fullmatch(path.name) and path.with_suffix(".tar").name not in planned
     ]
@@ -101,13 +110,14 @@ def changed_files(directory: Path, manifest: Manifest) -> list[Problem]:
 
 
 def check_contents(directory: Path, manifest: Manifest, found: Survey, advance: Callable[[int], Any]) -> None:
-    """Read every whole shard of `found` to its last byte; the problems are added to it, a line for each shard.
+    """Read every shard of `found` to its last byte; the problems are added to it, a line for each shard.
 
     `advance` is told of the bytes as they are done.
     """
     last_key = ""
-    for shard, sidecar in found.sidecars.items():
+    for shard, size in found.sizes.items():
         try:
+            sidecar = read_sidecar(directory, shard, manifest.spec_sha256)
             check_shard(directory, sidecar, manifest.spec, last_key)
             last_key = sidecar.keys[-1] if sidecar.keys else last_key
         except ShardError as error:
@@ -115,7 +125,7 @@ def check_contents(directory: Path, manifest: Manifest, found: Survey, advance: 
         except OSError as error:
             unread = damaged(directory / shard, f"it cannot be read ({error.strerror})")
             found.problems.append(Problem.of(unread, shard))
-        advance(sidecar.bytes)
+        advance(size.bytes)
 
 
 def check_shard(directory: Path, sidecar: Sidecar, spec: dict[str, Any], last_key: str) -> None:
