@@ -5,6 +5,7 @@ fast: manifest, sidecars, sizes, numbering -> full: every byte and every member 
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,16 +90,25 @@ def parts(directory: Path) -> list[Path]:
 def missing_parts(directory: Path) -> list[Problem]:
     """What a student needs beside the shards, and is not there."""
     remedy = "copy it from a whole cache, or delete the folder and run the same `distill-sd teacher-cache` again"
-    folders = parts(directory)
+    levels = {*stated_levels(directory), *(folder.name for folder in parts(directory) if folder.name in LEVELS)}
     needed = [directory / "base" / models.MODEL_INDEX]
-    for folder in folders:
-        if folder.name in LEVELS:
-            needed += [folder / "config.json", folder / "diffusion_pytorch_model.safetensors"]
+    for level in sorted(levels):
+        folder = directory / "students" / level
+        needed += [folder / "config.json", folder / "diffusion_pytorch_model.safetensors"]
     problems = [Problem(f"{path} is missing; {remedy}") for path in needed if not path.is_file()]
-    if not any(folder.name in LEVELS for folder in folders):
+    if not levels:
         what = f"{directory / 'students'} holds no student's initial weights"
         problems.append(Problem(f"{what}; run the same `distill-sd teacher-cache` again"))
     return problems
+
+
+def stated_levels(directory: Path) -> list[str]:
+    """The levels that the cache's settings name; none when they are not there or cannot be read."""
+    try:
+        settings = json.loads((directory / "teacher-cache.json").read_text(encoding="utf-8"))
+        return [level for level in settings["students"] if level in LEVELS]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 def changed_parts(directory: Path) -> list[Problem]:

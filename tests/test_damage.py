@@ -232,7 +232,9 @@ def test_a_damaged_base_is_named(copy):
     assert "base: vae/config.json is missing; copy it" in verify(copy, "--full")[1]
     (copy / "base" / "model_index.json").unlink()
     assert "base/model_index.json is missing; copy it" in verify(copy)[1]
-    shutil.rmtree(copy / "students")
+    shutil.rmtree(copy / "students" / "sd_small")
+    assert "students/sd_small/config.json is missing; copy it" in verify(copy)[1]
+    (copy / "teacher-cache.json").unlink()
     assert "students holds no student's initial weights; run the same" in verify(copy)[1]
 
 
