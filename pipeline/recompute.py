@@ -18,6 +18,7 @@ from shards.reader import Sample, StoredTensor
 from shards.schema import LATENTS, NOISE, PROMPT_EMBEDS, TEACHER_PRED, tap_member
 
 # Two runs of one network differ by rounding, with the batch and the device: up to this share of a tensor's peak.
+# In fp32 that leaves room for the TF32 that GPUs convolve in.
 ARITHMETIC = {"fp32": 1e-3, "fp16": 1e-2, "bf16": 5e-2}
 
 

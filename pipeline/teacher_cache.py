@@ -219,7 +219,7 @@ def tap_specs(settings: TeacherCacheSettings, latents: ShardSet, config: dict[st
 def save_what_students_need(
     settings: TeacherCacheSettings, base: DiffusionPipeline, unet: UNet2DConditionModel, noise_scheduler: DDPMScheduler
 ) -> None:
-    """base/ and students/<level>/ in the cache, each written whole or not at all, unless it is there."""
+    """base/ and students/<level>/ in the cache, each whole with its checksums or not at all, unless it is there."""
     if not (settings.out / "base").is_dir():
         models.save_base(base, noise_scheduler, settings.out / "base")
     teacher_weights = unet.state_dict()
