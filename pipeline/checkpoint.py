@@ -16,7 +16,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from pipeline.errors import UserError
-from shards.files import atomic_directory
+from shards.files import atomic_directory, partial_name
 
 NAME = re.compile(r"step-(\d{7,})")
 
@@ -38,7 +38,7 @@ def save_checkpoint(
 def _remove(path: Path) -> None:
     """Delete a checkpoint under another name, so that a crash leaves no half under its own."""
     if path.is_dir():
-        doomed = path.with_name(f".{path.name}.old")
+        doomed = partial_name(path)
         shutil.rmtree(doomed, ignore_errors=True)
         path.rename(doomed)
         shutil.rmtree(doomed)

@@ -23,15 +23,17 @@ INTERRUPTED_STATUS = 130
 
 
 def stage_command(
-    name: str, settings_class: type[Settings], plan: Callable[[Any], list[str]], run: Callable[[Any], None]
+    name: str, settings_class: type[Settings], plan: Callable[[Any], list[str]] | None, run: Callable[[Any], None]
 ) -> click.Command:
     """The command of a stage. `plan(settings)` gives the lines of --dry-run, `run(settings)` does it.
+
+    A command that makes nothing has no plan, and no --dry-run.
 
     What the user can mend ends in one message and status 2; a fault of ours keeps its traceback and
     ends in status 1.
     """
 
-    def callback(dry_run: bool, **values: Any) -> None:
+    def callback(dry_run: bool = False, **values: Any) -> None:
         try:
             settings = settings_class(**values)
             if dry_run:
@@ -54,10 +56,12 @@ def stage_command(
         except KeyboardInterrupt:
             _stop("Interrupted. Run the same command again to go on.", INTERRUPTED_STATUS)
 
-    dry_run = click.Option(["--dry-run"], is_flag=True, help="Print the settings and the plan, write nothing.")
+    params = click_options(settings_class)
+    if plan:
+        params.append(click.Option(["--dry-run"], is_flag=True, help="Print the settings and the plan, write nothing."))
     help = run.__doc__ or ""
     return click.Command(
-        name, callback=callback, params=[*click_options(settings_class), dry_run], help=help,
+        name, callback=callback, params=params, help=help,
         context_settings={"max_content_width": 110},
     )  # fmt: skip
 

@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 
 from pipeline import models
 from pipeline.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from pipeline.checksums import changed_files
 from pipeline.command import stage_command
 from pipeline.diffusion import add_noise, min_snr_weights, target
 from pipeline.errors import UserError
@@ -39,7 +40,7 @@ from pipeline.students import LEVELS
 from pipeline.taps import Taps, sample_tokens
 from pipeline.workspace import write_settings
 from shards.dataset import Batch, CacheDataset, EpochBatches
-from shards.files import write_json
+from shards.files import remove_leftovers, write_json
 from shards.manifest import read_manifest, refuse_other_spec
 
 SPEC, FINISHED, METRICS, CHECKPOINTS = "spec.json", "finished.json", "metrics.jsonl", "checkpoints"
@@ -339,11 +340,19 @@ def start(settings: DistillSettings) -> tuple[UNet2DConditionModel, dict[str, An
         student, saved = load_checkpoint(checkpoints[-1][1])
     else:
         folder = settings.cache / "students" / settings.level
+        changed = changed_files(folder)
+        if changed:
+            raise UserError(
+                f"{folder}: {changed[0]}; copy it from a whole cache, or delete the folder and run "
+                f"`teacher-cache --students {settings.level}` again, with the other settings as they were"
+            )
         try:
             student, saved = UNet2DConditionModel.from_pretrained(folder), None
         except (OSError, ValueError) as error:
             reason = str(error).strip().split("\n")[0]
             raise UserError(f"{folder} cannot be loaded ({reason}): copy it from a whole cache") from error
+    # diffusers would write down where it was loaded from, which is another place after a stop.
+    student.register_to_config(_name_or_path=settings.level)
     if settings.gradient_checkpointing:
         student.enable_gradient_checkpointing()
     return student, saved
@@ -397,8 +406,10 @@ def claim(settings: DistillSettings) -> None:
         if not path.is_file():
             raise UserError(f"{settings.out} holds a training without its {SPEC}: choose another output directory")
         refuse_other_spec(settings.out, json.loads(path.read_text(encoding="utf-8")), spec)
+        remove_leftovers(settings.out, settings.out / CHECKPOINTS)
         return
     settings.out.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(settings.out, settings.out / CHECKPOINTS)
     write_json(path, spec)
     write_settings(settings.out, "distill", settings)
 

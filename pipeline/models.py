@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTokenizer
 
 from pipeline import demo
+from pipeline.checksums import write_checksums
 from pipeline.errors import UserError
 from pipeline.students import check_teacher
 from pipeline.taps import Taps
@@ -217,6 +218,7 @@ def save_base(base: DiffusionPipeline, noise_scheduler: DDPMScheduler, out: Path
         base.save_pretrained(folder)
         index = json.loads((folder / MODEL_INDEX).read_text(encoding="utf-8"))
         write_json(folder / MODEL_INDEX, {**index, "unet": ["diffusers", "UNet2DConditionModel"]})
+        write_checksums(folder)
 
 
 def save_pipeline(base: Path, unet: UNet2DConditionModel, out: Path) -> None:

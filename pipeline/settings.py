@@ -30,9 +30,14 @@ def option(
     high: float | None = None,
     above: float | None = None,
     below: float | None = None,
+    argument: bool = False,
 ) -> Any:
-    """A settings field. `low` and `high` are allowed values, those at `above` and `below` are not."""
+    """A settings field. `low` and `high` are allowed values, those at `above` and `below` are not.
+
+    An `argument` stands on the command line without its name.
+    """
     metadata = {"help": help, "choices": choices, "low": low, "high": high, "above": above, "below": below}
+    metadata["argument"] = argument
     return field(default=default, metadata=metadata)
 
 
@@ -90,14 +95,16 @@ class CommaSeparated(click.ParamType):
         return value if isinstance(value, tuple) else tuple(part.strip() for part in value.split(",") if part.strip())
 
 
-def click_options(settings: type[Settings]) -> list[click.Option]:
-    """One click option for each field, in the order of the class."""
+def click_options(settings: type[Settings]) -> list[click.Parameter]:
+    """One click option (or argument) for each field, in the order of the class."""
     hints = typing.get_type_hints(settings)
     return [_click_option(setting, hints[setting.name]) for setting in fields(settings)]
 
 
-def _click_option(setting: dataclasses.Field, hint: Any) -> click.Option:
+def _click_option(setting: dataclasses.Field, hint: Any) -> click.Parameter:
     kind = _without_none(hint)
+    if setting.metadata["argument"]:
+        return click.Argument([setting.name], type=kind, metavar="DIR")
     name, help = flag(setting.name), setting.metadata["help"]
     if setting.default is REQUIRED:
         return click.Option([name, setting.name], type=_parameter_type(kind, setting), required=True, help=help)

@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 
 from shards.codec import EXACT_DTYPES, pack_quantised, quantise
-from shards.schema import LATENTS, NOISE, PROMPT_EMBEDS, TEACHER_PRED
+from shards.expected import NPY_HEADER
+from shards.schema import BLOCK, LATENTS, NOISE, PROMPT_EMBEDS, TEACHER_PRED
 
-BLOCK = 512
-NPY_HEADER = 128
 # About what the .json member says of an image and of each of its taps, and the sidecar's row of each member.
 META_BYTES, META_BYTES_OF_A_TAP, ROW_BYTES = 300, 90, 28
 

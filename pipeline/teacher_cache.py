@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pipeline import draws, models, sizes
+from pipeline.checksums import write_checksums
 from pipeline.command import stage_command
 from pipeline.diffusion import PREDICTION_TYPES, add_noise
 from pipeline.errors import UserError
@@ -238,7 +239,7 @@ def tap_specs(settings: TeacherCacheSettings, latents: ShardSet, config: dict[st
 def save_what_students_need(
     settings: TeacherCacheSettings, base: DiffusionPipeline, unet: UNet2DConditionModel, noise_scheduler: DDPMScheduler
 ) -> None:
-    """base/ and students/<level>/ in the cache, each written whole or not at all, unless it is there."""
+    """base/ and students/<level>/ in the cache, each whole with its checksums or not at all, unless it is there."""
     if not (settings.out / "base").is_dir():
         models.save_base(base, noise_scheduler, settings.out / "base")
     teacher_weights = unet.state_dict()
@@ -255,6 +256,7 @@ def save_what_students_need(
             raise UserError(f"--teacher {settings.teacher}: {error}") from None
         with atomic_directory(folder, exist_ok=True) as temporary:
             student.save_pretrained(temporary)
+            write_checksums(temporary)
 
 
 def place_of(manifest: Manifest, shard: str) -> tuple[int, range]:

@@ -13,7 +13,7 @@ from accelerate import PartialState
 from pipeline.errors import UserError
 from pipeline.settings import Settings
 from pipeline.sizes import in_words
-from shards.files import write_bytes, write_json
+from shards.files import remove_leftovers, write_bytes, write_json
 from shards.manifest import Manifest, read_manifest, refuse_other_spec, write_manifest
 from shards.schema import MANIFEST
 from shards.writer import is_finished
@@ -28,17 +28,19 @@ def claim(
 ) -> Manifest:
     """The manifest of `out` for `spec`: written now with its `files`, or found there with the same spec.
 
-    More `rounds` than are there extend it; fewer leave it. Raises ShardError with the difference if
-    `out` was made for another spec.
+    More `rounds` than are there extend it; fewer leave it. What killed runs left half written is cleared
+    away. Raises ShardError with the difference if `out` was made for another spec.
     """
     found = existing_manifest(out, stage)
     if found is not None:
         refuse_other_spec(out, found.spec, spec)
+        remove_leftovers(out, out / "students")
         if rounds is None or rounds <= found.rounds:
             return found
         manifest = replace(found, rounds=rounds)
     else:
         out.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(out)
         manifest = Manifest(spec, rounds, {name: write_bytes(out / name, data) for name, data in (files or {}).items()})
     write_manifest(out, manifest)
     return manifest

@@ -89,7 +89,7 @@ def pack_quantised(q: np.ndarray, mu: np.ndarray) -> tuple[bytes, int]:
     return data, raw_bytes
 
 
-def unpack_quantised(data: bytes, raw_bytes: int) -> tuple[np.ndarray, np.ndarray]:
+def unpack_quantised(data: bytes | memoryview, raw_bytes: int) -> tuple[np.ndarray, np.ndarray]:
     """The inverse of `pack_quantised`: q (C, H, W) int8, int16 or int32, and mu (C,) float32.
 
     Raises ShardError when the frame is damaged or states another size than `raw_bytes`, before
@@ -106,7 +106,7 @@ def unpack_quantised(data: bytes, raw_bytes: int) -> tuple[np.ndarray, np.ndarra
     return integers[..., 0], mu
 
 
-def decompress(data: bytes, raw_bytes: int) -> bytes:
+def decompress(data: bytes | memoryview, raw_bytes: int) -> bytes:
     """One whole zstd frame of exactly `raw_bytes` bytes; ShardError for anything else."""
     try:
         stated = zstandard.get_frame_parameters(data).content_size
@@ -123,7 +123,7 @@ def encode_npy(array: np.ndarray) -> bytes:
     return stream.getvalue()
 
 
-def decode_npy(data: bytes) -> np.ndarray:
+def decode_npy(data: bytes | memoryview) -> np.ndarray:
     """A read-only array over `data`, which must be one .npy file and nothing else; else ShardError."""
     array, rest = _take_npy(memoryview(data))
     if rest:

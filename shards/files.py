@@ -6,17 +6,22 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+# A name that no two live processes share, on one disk or on a shared one.
+LEFTOVER = re.compile(r"\..+\.([^.]+)\.(\d+)\.partial")
+
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     """A binary file that takes its name only when the block ends well; otherwise it is removed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    temporary = partial_name(path)
     try:
         with open(temporary, "wb") as stream:
             yield stream
@@ -34,7 +39,7 @@ def atomic_directory(path: Path, *, exist_ok: bool = False) -> Iterator[Path]:
 
     `path` must not exist by then; with `exist_ok` what another process made there meanwhile stays.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    temporary = partial_name(path)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
@@ -51,6 +56,41 @@ def atomic_directory(path: Path, *, exist_ok: bool = False) -> Iterator[Path]:
         fsync_directory(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_leftovers(*directories: Path) -> None:
+    """Delete what killed processes of this machine left half written in `directories`.
+
+    A live process keeps its own, and so does another machine. This process has none yet: call it before writing.
+    (In a container the killed process may have had this one's number.)
+    """
+    for path in [path for directory in directories if directory.is_dir() for path in directory.iterdir()]:
+        match = LEFTOVER.fullmatch(path.name)
+        if not match or match[1] != _host() or _is_another_live_process(int(match[2])):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def partial_name(path: Path) -> Path:
+    """Where this process writes what shall become `path`: a hidden name beside it."""
+    return path.with_name(f".{path.name}.{_host()}.{os.getpid()}.partial")
+
+
+def _host() -> str:
+    return socket.gethostname().replace(".", "-") or "host"
+
+
+def _is_another_live_process(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return pid != os.getpid()
 
 
 def fsync_directory(path: Path) -> None:
@@ -72,6 +112,15 @@ def write_bytes(path: Path, data: bytes) -> str:
 def write_json(path: Path, value: Any, *, indent: int | None = 1) -> None:
     """Write `value` atomically as JSON; NaN and Inf are refused, being no JSON."""
     write_bytes(path, json.dumps(value, indent=indent, allow_nan=False, ensure_ascii=False).encode() + b"\n")
+
+
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file's bytes, read a megabyte at a time."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 class HashingFile:

@@ -11,6 +11,9 @@ from typing import Any
 from shards.files import write_json
 from shards.schema import FORMAT_VERSION, MANIFEST, ShardError, shard_names
 
+# What a directory can hold, and the command that writes it.
+STAGE_COMMANDS = {"latents": "encode", "cache": "teacher-cache"}
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -48,32 +51,39 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
     write_json(directory / MANIFEST, content)
 
 
-def read_manifest(directory: Path, stage: str) -> Manifest:
-    """The manifest of a directory that `stage` (latents or cache) wrote.
+def read_manifest(directory: Path, stage: str | None = None) -> Manifest:
+    """The manifest of a directory of `stage` (latents or cache; None takes either).
 
     Raises ShardError when there is none, when it was edited, or when it is of another kind or version.
     """
     path = directory / MANIFEST
-    command = {"latents": "encode", "cache": "teacher-cache"}[stage]
+    wanted = [stage] if stage else list(STAGE_COMMANDS)
+    commands = " or ".join(f"`distill-sd {STAGE_COMMANDS[s]}`" for s in wanted)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         version, stated = content["format"], content["spec_sha256"]
-        manifest = Manifest(content["spec"], content["rounds"], dict(content["files"]))
-    except FileNotFoundError:
+        manifest = Manifest(dict(content["spec"]), content["rounds"], dict(content["files"]))
+    except (FileNotFoundError, NotADirectoryError):
         raise ShardError(
-            f"{directory} has no {MANIFEST}: it is no {stage} directory; make one with `distill-sd {command}`"
+            f"{directory} has no {MANIFEST}: it is no {' or '.join(wanted)} directory; make one with {commands}"
         ) from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ShardError(
             f"{path} cannot be read ({error!r}): restore it from a copy, or write the directory anew"
         ) from None
     if version != FORMAT_VERSION:
         raise ShardError(f"{path} has format {version}; this version reads format {FORMAT_VERSION}")
     if manifest.spec_sha256 != stated:
-        raise ShardError(f"{path} was changed after it was written: its spec no longer has the hash it states")
+        raise ShardError(
+            f"{path} was changed after it was written: its spec no longer has the hash it states; "
+            "restore it from a copy, or write the directory anew"
+        )
     found = manifest.spec.get("stage")
-    if found != stage:
-        raise ShardError(f"{path} describes {found}, not {stage}: give the directory of `{command}`")
+    if found not in wanted:
+        raise ShardError(f"{path} describes {found}, not {' or '.join(wanted)}: give the directory of {commands}")
+    rounds = manifest.rounds
+    if not (rounds is None if found == "latents" else type(rounds) is int and rounds >= 1):
+        raise ShardError(f"{path} has rounds {rounds!r}: restore it from a copy, or write the directory anew")
     return manifest
 
 

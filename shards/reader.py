@@ -16,8 +16,12 @@ from typing import Any
 import numpy as np
 
 from shards.codec import decode_npy, unpack_quantised
-from shards.manifest import Manifest, read_manifest
-from shards.schema import COLUMNS, FORMAT_VERSION, ShardError, sidecar_name
+from shards.expected import Expected, check_key, expected_tensors
+from shards.manifest import STAGE_COMMANDS, Manifest, read_manifest
+from shards.schema import BLOCK, COLUMNS, FORMAT_VERSION, ShardError, round_of, sidecar_name
+
+# A tar's header begins with the member's name.
+NAME_BYTES = 100
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,10 @@ class Sample:
     tensors: dict[str, StoredTensor]
 
 
+class ForeignShardError(ShardError):
+    """A shard whose sidecar was written for another spec than the manifest's."""
+
+
 class ShardSet:
     """The entries of a finished directory, numbered from 0 in the order of the plan.
 
@@ -71,25 +79,16 @@ class ShardSet:
         self.shards = self.manifest.shard_names()
         missing = [s for s in self.shards if not (self.directory / sidecar_name(s)).is_file()]
         if missing:
-            command = {"latents": "encode", "cache": "teacher-cache"}[stage]
             raise ShardError(
                 f"{self.directory} is unfinished: {len(missing)} of {len(self.shards)} shards are missing, "
-                f"the first {missing[0]}; run the same `distill-sd {command}` again to complete it"
+                f"the first {missing[0]}; run the same `distill-sd {STAGE_COMMANDS[stage]}` again to complete it"
             )
-        self.counts = [self._check(shard) for shard in self.shards]
+        self.expected = expected_tensors(self.manifest.spec)
+        self.counts = [sound_sidecar(self.directory, shard, self.manifest.spec_sha256).count for shard in self.shards]
         self._ends = list(itertools.accumulate(self.counts))
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
-
-    def _check(self, shard: str) -> int:
-        """The count of a shard whose sidecar and size are right."""
-        sidecar = read_sidecar(self.directory, shard, self.manifest.spec_sha256)
-        path = self.directory / shard
-        size = path.stat().st_size if path.is_file() else None
-        if size != sidecar.bytes:
-            raise _damaged(path, "it is missing" if size is None else f"it has {size} bytes, not {sidecar.bytes}")
-        return sidecar.count
 
     def locate(self, index: int) -> tuple[str, int]:
         """The shard that holds entry `index`, and the entry's place in it."""
@@ -99,21 +98,38 @@ class ShardSet:
         return self.shards[shard], index - (self._ends[shard] - self.counts[shard])
 
     def read(self, index: int, tensors: Iterable[str]) -> Sample:
-        """Entry `index` with the tensors named; ShardError if one is not there or is damaged."""
+        """Entry `index` with the tensors named; ShardError if one is not there, is damaged or not as the spec says."""
         shard, place = self.locate(index)
         sidecar = _cached_sidecar(self.directory, shard, self.manifest.spec_sha256)
-        key, members = sidecar.keys[place], sidecar.locate(place)
-        path = self.directory / shard
-        with open(path, "rb", buffering=0) as stream:
-            descriptor = stream.fileno()
-            meta = json.loads(_read_member(path, descriptor, key, "json", members))
-            found = {name: _read_tensor(path, descriptor, key, name, members) for name in tensors}
-        return Sample(key, meta, found)
+        return read_entry(self.directory, sidecar, place, tensors, self.expected)
+
+
+def read_entry(
+    directory: Path, sidecar: Sidecar, place: int, tensors: Iterable[str], expected: dict[str, Expected]
+) -> Sample:
+    """One entry of a shard with the tensors named, each held against what is `expected` of it; else ShardError."""
+    key, members = sidecar.keys[place], sidecar.locate(place)
+    path = directory / sidecar.shard
+    with open(path, "rb", buffering=0) as stream:
+        descriptor = stream.fileno()
+        meta = _read_meta(path, descriptor, key, members)
+        found = {name: _read_tensor(path, descriptor, key, name, members, expected.get(name)) for name in tensors}
+    return Sample(key, meta, found)
 
 
 @functools.lru_cache(maxsize=256)
 def _cached_sidecar(directory: Path, shard: str, spec_sha256: str) -> Sidecar:
     return read_sidecar(directory, shard, spec_sha256)
+
+
+def sound_sidecar(directory: Path, shard: str, spec_sha256: str) -> Sidecar:
+    """The sidecar of a shard whose tar is there with the size that it states; else ShardError."""
+    sidecar = read_sidecar(directory, shard, spec_sha256)
+    path = directory / shard
+    size = path.stat().st_size if path.is_file() else None
+    if size != sidecar.bytes:
+        raise damaged(path, "it is missing" if size is None else f"it has {size} bytes, not {sidecar.bytes}")
+    return sidecar
 
 
 def read_sidecar(directory: Path, shard: str, spec_sha256: str) -> Sidecar:
@@ -122,7 +138,7 @@ def read_sidecar(directory: Path, shard: str, spec_sha256: str) -> Sidecar:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["format"] != FORMAT_VERSION or content["spec_sha256"] != spec_sha256:
-            raise ShardError(
+            raise ForeignShardError(
                 f"{path} belongs to another shard set than {directory}/manifest.json: "
                 "delete it and its tar, and run the stage again"
             )
@@ -131,37 +147,66 @@ def read_sidecar(directory: Path, shard: str, spec_sha256: str) -> Sidecar:
         sidecar = Sidecar(shard, content["bytes"], content["sha256"], content["skipped"], keys, members, table)
         if content["shard"] != shard or content["count"] != len(keys):
             raise ValueError("it does not describe that shard")
-        if (table < 0).any() or (table[..., 0] + table[..., 1] > sidecar.bytes).any():
+        for key in keys:
+            check_key(key, round_of(shard))
+        outside = (table[..., 0] < BLOCK) | (table[..., 0] + table[..., 1] > sidecar.bytes)
+        if (table < 0).any() or outside.any():
             raise ValueError("it places members outside the shard")
         return sidecar
-    except ShardError:
+    except ForeignShardError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
-        raise _damaged(path, f"{error!r}") from None
-
-
-def _read_tensor(path: Path, descriptor: int, key: str, tensor: str, members: dict[str, list[int]]) -> StoredTensor:
-    plain, compressed = f"{tensor}.npy", f"{tensor}.npy.zst"
-    try:
-        if compressed in members:
-            data = _read_member(path, descriptor, key, compressed, members)
-            return StoredTensor(*unpack_quantised(data, members[compressed][2]))
-        return StoredTensor(decode_npy(_read_member(path, descriptor, key, plain, members)))
     except ShardError as error:
-        raise ShardError(f"{path}, entry {key}, {tensor}: {error}") from None
+        raise damaged(path, str(error)) from None
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        raise damaged(path, f"{error!r}") from None
 
 
-def _read_member(path: Path, descriptor: int, key: str, name: str, members: dict[str, list[int]]) -> bytes:
+def _read_meta(path: Path, descriptor: int, key: str, members: dict[str, list[int]]) -> dict[str, Any]:
+    data = _read_member(path, descriptor, key, "json", members)
+    try:
+        return json.loads(bytes(data))
+    except (ValueError, RecursionError) as error:
+        raise damaged(path, f"member {key}.json is no JSON ({error})") from None
+
+
+def _read_tensor(
+    path: Path, descriptor: int, key: str, tensor: str, members: dict[str, list[int]], expected: Expected | None
+) -> StoredTensor:
+    plain, compressed = f"{tensor}.npy", f"{tensor}.npy.zst"
+    name = compressed if compressed in members else plain
+    data = _read_member(path, descriptor, key, name, members)
+    try:
+        if expected and tensor + expected.ending != name:
+            raise ShardError(f"the spec has it as {expected.ending}")
+        if name == compressed:
+            if expected:
+                expected.check_size(members[name][2])
+            stored = StoredTensor(*unpack_quantised(data, members[name][2]))
+        else:
+            stored = StoredTensor(decode_npy(data))
+        if expected:
+            expected.check_values(stored.values)
+        return stored
+    except ShardError as error:
+        raise damaged(path, f"member {key}.{name}: {error}") from None
+
+
+def _read_member(path: Path, descriptor: int, key: str, name: str, members: dict[str, list[int]]) -> memoryview:
+    """The bytes of a member whose checksum is right, and whose name in the tar is the one that was asked for."""
     if name not in members:
         raise ShardError(f"{path} holds no {name} for entry {key}; it has {', '.join(sorted(members))}")
     offset, length, _, crc32 = members[name]
-    data = os.pread(descriptor, length, offset)
+    block = memoryview(os.pread(descriptor, BLOCK + length, offset - BLOCK))
+    header, data = block[:BLOCK], block[BLOCK:]
+    if bytes(header[:NAME_BYTES]).rstrip(b"\0") != f"{key}.{name}".encode():
+        raise damaged(path, f"member {key}.{name} is not where its sidecar says")
     if len(data) != length or zlib.crc32(data) != crc32:
-        raise _damaged(path, f"member {key}.{name} does not have its checksum")
+        raise damaged(path, f"member {key}.{name} does not have its checksum")
     return data
 
 
-def _damaged(path: Path, what: str) -> ShardError:
+def damaged(path: Path, what: str) -> ShardError:
+    """The error that names a shard's file, what is wrong with it, and the remedy."""
     return ShardError(
         f"{path} is damaged: {what}. Delete it and its sidecar, and run the stage again: only this shard is rewritten"
     )

@@ -14,6 +14,8 @@ TEACHER_PRED = "teacher_pred"
 TAP_PREFIX = "tap."
 
 
+# The unit of a tar: a header takes one block, and data whole ones.
+BLOCK = 512
 # The columns of a sidecar's table: where a member's data lies in the tar, and what it must turn out to be.
 COLUMNS = ("offset", "length", "raw_bytes", "crc32")
 
@@ -44,6 +46,11 @@ def shard_names(entries: int, entries_per_shard: int, rounds: int | None = None)
     if rounds is None:
         return [f"s{shard:05d}.tar" for shard in shards]
     return [f"r{round_index:04d}-s{shard:05d}.tar" for round_index in range(rounds) for shard in shards]
+
+
+def round_of(shard: str) -> int | None:
+    """The round of a shard by its name; None for latents."""
+    return int(shard[1:].split("-")[0]) if shard.startswith("r") else None
 
 
 def sidecar_name(shard: str) -> str:

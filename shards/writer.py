@@ -14,9 +14,7 @@ import webdataset
 
 from shards.codec import encode_npy
 from shards.files import HashingFile, atomic_file, write_json
-from shards.schema import COLUMNS, FORMAT_VERSION, sidecar_name
-
-BLOCK = 512
+from shards.schema import BLOCK, COLUMNS, FORMAT_VERSION, sidecar_name
 
 
 @dataclass

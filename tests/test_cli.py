@@ -107,7 +107,7 @@ def test_each_stage_is_a_module_of_its_own(stage):
 def test_the_umbrella_lists_the_stages():
     result = invoke("--help")
     assert result.exit_code == 0
-    for command in (*STAGES, "demo-scenes", "demo-teacher"):
+    for command in (*STAGES, "verify", "inspect", "demo-scenes", "demo-teacher"):
         assert f"  {command} " in result.output
 
 

@@ -42,7 +42,16 @@ def shell(command: str, cwd: Path) -> None:
 
 def test_the_stages_run_as_written(desk):
     stages = [command for command in COMMANDS if command.startswith("distill-sd")]
-    assert [stage.split()[1] for stage in stages] == ["encode", "teacher-cache", "distill", "plan"]
+    assert [stage.split()[1] for stage in stages] == [
+        "encode",
+        "teacher-cache",
+        "distill",
+        "plan",
+        "inspect",
+        "verify",
+        "verify",
+        "verify",
+    ]
     for stage in stages:
         shell(stage, desk)
     assert (desk / "student" / "model_index.json").is_file()

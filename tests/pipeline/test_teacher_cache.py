@@ -152,7 +152,7 @@ def test_initial_students_and_base_are_written(teacher, latents, tmp_path):
         assert torch.equal(student.state_dict()["conv_in.weight"], weights["conv_in.weight"])
     assert len(json.loads((out / "manifest.json").read_text())["spec"]["taps"]) == 10
     assert {path.name for path in (out / "base").iterdir()} == {
-        "model_index.json", "vae", "text_encoder", "tokenizer", "scheduler",
+        "model_index.json", "vae", "text_encoder", "tokenizer", "scheduler", "checksums.json",
     }  # fmt: skip
 
 

@@ -1,0 +1,249 @@
+"""Real damage to a cache, one function a kind, and what comes of it when the cache is opened, read and verified."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import zstandard
+from click.testing import CliRunner
+
+from pipeline.cli import main
+from shards.expected import expected_tensors
+from shards.manifest import read_manifest, sha256_of_json
+from shards.reader import Sample, ShardSet, _cached_sidecar
+from shards.schema import MANIFEST, ShardError, sidecar_name
+
+VICTIM = "r0001-s00001.tar"
+BLOCK = 512
+
+
+@dataclass(frozen=True)
+class Place:
+    """A cache to be damaged, and another one, whole, of the same teacher with another seed."""
+
+    cache: Path
+    other: Path
+
+    @property
+    def tar(self) -> Path:
+        return self.cache / VICTIM
+
+    @property
+    def sidecar(self) -> Path:
+        return self.cache / sidecar_name(VICTIM)
+
+    def located(self, member: str) -> tuple[int, int, int]:
+        """(row of the sidecar's table, offset, length) of a member of the victim's first entry."""
+        content = json.loads(self.sidecar.read_text())
+        column = content["members"].index(member)
+        return column, *content["table"][0][column][:2]
+
+
+def cut(place: Place, length: int) -> None:
+    place.tar.write_bytes(place.tar.read_bytes()[:length])
+
+
+def flip(path: Path, position: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)
+
+
+def forge(place: Place, tar: bytes, change: Callable[[dict], None] = lambda content: None) -> None:
+    """Put `tar` in the victim's place with a sidecar that vouches for it."""
+    content = json.loads(place.sidecar.read_text())
+    content |= {"bytes": len(tar), "sha256": hashlib.sha256(tar).hexdigest()}
+    change(content)
+    place.tar.write_bytes(tar)
+    place.sidecar.write_text(json.dumps(content))
+
+
+def edit_header(place: Place, **changes) -> None:
+    """Write another header over that of the first entry's noise, valid in itself."""
+    _, offset, length = place.located("noise.npy")
+    tar = bytearray(place.tar.read_bytes())
+    info = tarfile.TarInfo.frombuf(bytes(tar[offset - BLOCK : offset]), "utf-8", "surrogateescape")
+    for name, value in changes.items():
+        setattr(info, name, value)
+    tar[offset - BLOCK : offset] = info.tobuf(tarfile.GNU_FORMAT)
+    forge(place, bytes(tar))
+
+
+def append_member(place: Place, name: str) -> None:
+    """One more member behind the last."""
+    tar = io.BytesIO(place.tar.read_bytes())
+    with tarfile.open(fileobj=tar, mode="a") as archive:
+        archive.addfile(tarfile.TarInfo(name))
+    forge(place, tar.getvalue())
+
+
+def replace_tap(place: Place, data: bytes, raw_bytes: int | None) -> None:
+    """Put `data` over the head of a tap, its checksum right, and `raw_bytes` in the sidecar if given."""
+    import zlib
+
+    column, offset, length = place.located("tap.up_blocks.3.npy.zst")
+    assert len(data) <= length
+    tar = bytearray(place.tar.read_bytes())
+    tar[offset : offset + len(data)] = data
+
+    def vouch(content: dict) -> None:
+        row = content["table"][0][column]
+        row[1], row[3] = len(data), zlib.crc32(data)
+        row[2] = raw_bytes or row[2]
+
+    forge(place, bytes(tar), vouch)
+
+
+@functools.cache
+def bomb(size: int = 1 << 30) -> bytes:
+    """A zstd frame of a few kilobytes at most that states `size` bytes, and holds them: zeros."""
+    compressor = zstandard.ZstdCompressor(level=19).compressobj(size=size)
+    zeros = bytes(1 << 20)
+    parts = [compressor.compress(zeros) for _ in range(size >> 20)]
+    return b"".join(parts) + compressor.flush()
+
+
+def swap_members(place: Place) -> None:
+    """Let the sidecar call the noise latents and the latents noise: same shape, same type, right checksums."""
+    content = json.loads(place.sidecar.read_text())
+    a, b = content["members"].index("noise.npy"), content["members"].index("latents.npy")
+    for row in content["table"]:
+        row[a], row[b] = row[b], row[a]
+    place.sidecar.write_text(json.dumps(content))
+
+
+def swap_shards(place: Place) -> None:
+    """Let two shards of the cache change their names."""
+    for name in (str, sidecar_name):
+        a, b = place.cache / name(VICTIM), place.cache / name("r0001-s00000.tar")
+        aside = a.with_suffix(".aside")
+        a.rename(aside)
+        b.rename(a)
+        aside.rename(b)
+
+
+def copy_from_other(place: Place, *names: str) -> None:
+    for name in names:
+        (place.cache / name).write_bytes((place.other / name).read_bytes())
+
+
+def repeat_shard(place: Place) -> None:
+    """The shard of the round before in the victim's place, with a sidecar that says it belongs there."""
+    earlier = VICTIM.replace("r0001", "r0000")
+    content = json.loads((place.cache / sidecar_name(earlier)).read_text())
+    place.tar.write_bytes((place.cache / earlier).read_bytes())
+    place.sidecar.write_text(json.dumps({**content, "shard": VICTIM}))
+
+
+def edit_manifest(place: Place, *, rehash: bool) -> None:
+    path = place.cache / MANIFEST
+    content = json.loads(path.read_text())
+    content["spec"]["prediction_type"] = "v_prediction"
+    if rehash:
+        content["spec_sha256"] = sha256_of_json(content["spec"])
+    path.write_text(json.dumps(content))
+
+
+def other_bytes_of_the_same_size(place: Place) -> None:
+    """The tar of another cache, cut or filled up to the size that the sidecar states."""
+    size = place.tar.stat().st_size
+    place.tar.write_bytes((place.other / VICTIM).read_bytes()[:size].ljust(size, b"\0"))
+
+
+NOISE, TAP = "noise.npy", "tap.up_blocks.3.npy.zst"
+# What is done, and to which file; where it is the manifest, all shards are kept.
+DAMAGES: dict[str, tuple[Callable[[Place], None], str]] = {
+    "tar cut at a member's border": (lambda p: cut(p, p.located(NOISE)[1] - BLOCK), VICTIM),
+    "tar cut in a header": (lambda p: cut(p, p.located(NOISE)[1] - 100), VICTIM),
+    "tar cut in a member's data": (lambda p: cut(p, p.located(NOISE)[1] + 300), VICTIM),
+    "tar emptied": (lambda p: cut(p, 0), VICTIM),
+    "tar gone": (lambda p: p.tar.unlink(), VICTIM),
+    "a bit flipped in a tensor": (lambda p: flip(p.tar, p.located(NOISE)[1] + 400), VICTIM),
+    "a bit flipped in a tap": (lambda p: flip(p.tar, p.located(TAP)[1] + 40), VICTIM),
+    "a bit flipped in a .json": (lambda p: flip(p.tar, p.located("json")[1] + 10), VICTIM),
+    "a bit flipped in a header": (lambda p: flip(p.tar, p.located(NOISE)[1] - BLOCK + 3), VICTIM),
+    "a bit flipped in the padding": (lambda p: flip(p.tar, p.tar.stat().st_size - 1), VICTIM),
+    "shard of another cache": (lambda p: copy_from_other(p, VICTIM, sidecar_name(VICTIM)), VICTIM),
+    "tar of another cache": (other_bytes_of_the_same_size, VICTIM),
+    "shard of another round": (repeat_shard, VICTIM),
+    "two shards swapped": (swap_shards, VICTIM),
+    "sidecar gone": (lambda p: p.sidecar.unlink(), VICTIM),
+    "sidecar cut": (lambda p: p.sidecar.write_text(p.sidecar.read_text()[:200]), VICTIM),
+    "sidecar with two members swapped": (swap_members, VICTIM),
+    "manifest edited": (lambda p: edit_manifest(p, rehash=False), MANIFEST),
+    "manifest edited, with its hash": (lambda p: edit_manifest(p, rehash=True), MANIFEST),
+    "manifest of another cache": (lambda p: copy_from_other(p, MANIFEST), MANIFEST),
+    "tar with a member ../x": (lambda p: edit_header(p, name="../x"), VICTIM),
+    "tar with an absolute member": (lambda p: edit_header(p, name="/tmp/x"), VICTIM),
+    "tar with a link": (lambda p: edit_header(p, type=tarfile.SYMTYPE, linkname="/etc/passwd"), VICTIM),
+    "tar with a member of 8 exbibytes": (lambda p: edit_header(p, size=(1 << 63) - 1), VICTIM),
+    "tar with a member too many": (lambda p: append_member(p, "../../x"), VICTIM),
+    "zstd bomb": (lambda p: replace_tap(p, bomb(8 << 20), None), VICTIM),
+    "zstd bomb that the sidecar vouches for": (lambda p: replace_tap(p, bomb(8 << 20), 8 << 20), VICTIM),
+}
+
+
+@dataclass
+class Outcome:
+    """What each look at a damaged cache said; an empty message where it saw nothing. `wrong` tensors were read."""
+
+    opening: str = ""
+    reading: str = ""
+    fast: str = ""
+    full: str = ""
+    wrong: list[str] = field(default_factory=list)
+
+
+def verify(cache: Path, *options: str) -> tuple[int, str]:
+    """Exit status and output of `distill-sd verify`."""
+    result = CliRunner().invoke(main, ["verify", str(cache), *options])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.output
+
+
+def read_all(cache: Path) -> tuple[dict[str, Sample], list[str]]:
+    """Every entry that can be read, by key, and the messages of those that cannot."""
+    _cached_sidecar.cache_clear()
+    shards = ShardSet(cache, "cache")
+    names = list(expected_tensors(read_manifest(cache, "cache").spec))
+    found, messages = {}, []
+    for index in range(len(shards)):
+        try:
+            sample = shards.read(index, names)
+            assert sample.key not in found, f"{sample.key} was read twice"
+            found[sample.key] = sample
+        except ShardError as error:
+            messages.append(str(error))
+    return found, messages
+
+
+def look(cache: Path, whole: dict[str, Sample]) -> Outcome:
+    """Open, read and verify a damaged cache; `whole` is what it held before."""
+    outcome = Outcome()
+    try:
+        found, messages = read_all(cache)
+        outcome.reading = messages[0] if messages else ""
+        outcome.wrong = [key for key, sample in found.items() if not same(sample, whole[key])]
+    except ShardError as error:
+        outcome.opening = str(error)
+    for name, options in (("fast", ()), ("full", ("--full",))):
+        status, output = verify(cache, *options)
+        setattr(outcome, name, output if status else "")
+    return outcome
+
+
+def same(a: Sample, b: Sample) -> bool:
+    return a.meta == b.meta and all(
+        np.array_equal(tensor.values, b.tensors[name].values) and np.array_equal(tensor.mu, b.tensors[name].mu)
+        if tensor.mu is not None
+        else np.array_equal(tensor.values, b.tensors[name].values)
+        for name, tensor in a.tensors.items()
+    )
