@@ -43,7 +43,7 @@ FREE = {"out", "work", "steps", "checkpoint_every", "evaluate"}
 # captions hardly count in it. So the loss is divided by a power of alpha_bar, and the uniform draw of the timestep is
 # raised to a power below 1, which makes high ones more frequent.
 LOSS_POWER, DRAW_POWER = 0.75, 2 / 3
-GUIDANCES = (3.0, 6.0)
+GUIDANCES = (3.0, 5.0)
 
 
 def run(settings: TeacherSettings) -> None:
@@ -197,13 +197,21 @@ def train_diffusion(work: Path, settings: TeacherSettings) -> StableDiffusionPip
 
 
 def begin_with(settings: TeacherSettings) -> tuple[nn.Module | None, nn.Module | None]:
-    """The autoencoder and the U-Net of the pipeline to begin with, float32; None and None without one."""
+    """The autoencoder and the U-Net of the pipeline to begin with, float32; None and None without one.
+
+    Raises UserError if it cannot be loaded or is of another architecture.
+    """
     if settings.init_from is None:
         return None, None
-    begun = StableDiffusionPipeline.from_pretrained(
-        settings.init_from, torch_dtype=torch.float32, local_files_only=True
-    )
-    return begun.vae.to(memory_format=torch.channels_last).eval().requires_grad_(False), begun.unet
+    autoencoder, unet = make_autoencoder(), make_unet()
+    try:
+        begun = StableDiffusionPipeline.from_pretrained(settings.init_from, local_files_only=True)
+        autoencoder.load_state_dict(begun.vae.state_dict())
+        unet.load_state_dict(begun.unet.state_dict())
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"--init-from {settings.init_from} is no demo teacher to begin with: {reason}") from None
+    return autoencoder.to(memory_format=torch.channels_last).eval().requires_grad_(False), unet
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:

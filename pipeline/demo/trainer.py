@@ -29,7 +29,7 @@ class TeacherSettings(Settings):
     text_batch: int = option(128, "Captions in one step of the text encoder.", low=1)
     text_learning_rate: float = option(1e-3, "Highest learning rate of the text encoder.", above=0)
     init_from: Path | None = option(None, "Pipeline whose autoencoder to keep and whose U-Net to train on.")
-    steps: int = option(8000, "Steps of the U-Net.", low=1)
+    steps: int = option(7300, "Steps of the U-Net.", low=1)
     batch: int = option(32, "Latents in one step of the U-Net.", low=1)
     learning_rate: float = option(1.2e-3, "Highest learning rate of the U-Net.", above=0)
     caption_dropout: float = option(0.1, "Share of captions left empty, for guidance.", low=0, high=1)

@@ -36,7 +36,7 @@ from pipeline.samples import Sampler, draw_samples
 from shards.dataset import CacheDataset
 from shards.files import write_json
 
-GUIDANCE = 3.0
+GUIDANCE = 5.0
 HELD_OUT_SEED = 77
 HELD_OUT_SCENES = 256
 DEFAULTS = {

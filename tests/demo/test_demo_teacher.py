@@ -24,8 +24,8 @@ SIZES = {
 }  # fmt: skip
 TRAINING = [*(str(word) for pair in SIZES.items() for word in pair), "--evaluate", "0", "--checkpoint-every", "1"]
 # Well under what the README beside the weights reports, for the chance of few captions.
-FLOOR = 0.6
-BEST_GUIDANCE = 3.0
+FLOOR = 0.85
+BEST_GUIDANCE = 5.0
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +112,13 @@ def test_a_teacher_begun_from_another_keeps_its_autoencoder_and_trains_its_unet(
     assert not torch.equal(
         made.text_encoder.get_input_embeddings().weight, was.text_encoder.get_input_embeddings().weight
     )
+
+
+def test_what_is_no_demo_teacher_cannot_be_begun_from(tmp_path, copy):
+    (copy / UNET).unlink()
+    result = train(tmp_path / "teacher", tmp_path / "work", "--init-from", str(copy))
+    assert result.exit_code == 2
+    assert f"--init-from {copy} is no demo teacher" in result.output
 
 
 def test_a_work_folder_of_other_settings_is_refused(tmp_path):
