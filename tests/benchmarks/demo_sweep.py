@@ -63,6 +63,7 @@ CASES = {
     "feature weight 0": {"feature-weight": 0.0},
     "feature weight 0.1": {"feature-weight": 0.1},
     "relative features": {"feature-loss": "relative"},
+    "relative features, cosine, learning rate 2e-3": {"feature-loss": "relative", **COSINE, "learning-rate": 2e-3},
     "output weight 5": {"output-weight": 5.0},
     "output weight 5, feature weight 0.1": {"output-weight": 5.0, "feature-weight": 0.1},
     "no average": {"use-ema": False},
