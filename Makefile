@@ -64,7 +64,7 @@ $(READY): pyproject.toml constraints.txt
 test: $(READY) ## Run the tests and the linter.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(READY) ## Run the linter alone.
 	$(BIN)/ruff check .

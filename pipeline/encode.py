@@ -110,7 +110,8 @@ def run(settings: EncodeSettings) -> None:
             skipped: list[dict[str, str]] = []
             loaded = load_records(source, settings, names.index(shard))
             entries = encode_entries(loaded, settings, base, skipped, progress.update)
-            entries = in_background(entries, 2 * settings.batch_size)
+            if models.computes_beside(state.device):
+                entries = in_background(entries, 2 * settings.batch_size)
             write_shard(settings.out, shard, manifest.spec_sha256, entries, skipped)
     state.wait_for_everyone()
     if state.is_main_process:

@@ -61,6 +61,11 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
+def computes_beside(device: torch.device) -> bool:
+    """Whether a device leaves the CPU's cores to other threads while it computes."""
+    return device.type != "cpu"
+
+
 def find_teacher(teacher: str, revision: str | None, variant: str | None) -> Path:
     """The local folder of a Stable Diffusion pipeline: `demo`, a folder itself, or a hub's name, downloaded.
 

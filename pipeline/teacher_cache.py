@@ -269,7 +269,7 @@ def place_of(manifest: Manifest, shard: str) -> tuple[int, range]:
 def cache_entries(
     shards: list[str], manifest: Manifest, latents: ShardSet, teacher: Teacher, settings: TeacherCacheSettings
 ) -> Iterator[tuple[str, Entry]]:
-    """(shard, entry) of the shards in order: while the teacher computes a batch, the ones before it are compressed."""
+    """(shard, entry) of the shards in order. While a GPU computes a batch, the ones before it are compressed."""
 
     def answers() -> Iterator[tuple[str, Answer]]:
         for shard in shards:
@@ -279,7 +279,11 @@ def cache_entries(
                 samples = [latents.read(i, (LATENTS, PROMPT_EMBEDS)) for i in chosen]
                 yield shard, ask(samples, round_index, manifest.spec, teacher)
 
-    for shard, entries in ordered_map(compress, in_background(answers(), 2), PACKERS, PACKERS + 1):
+    if models.computes_beside(teacher.unet.device):
+        compressed = ordered_map(compress, in_background(answers(), 2), PACKERS, PACKERS + 1)
+    else:
+        compressed = map(compress, answers())
+    for shard, entries in compressed:
         yield from ((shard, entry) for entry in entries)
 
 

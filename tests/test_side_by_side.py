@@ -5,6 +5,7 @@ import multiprocessing
 import pytest
 from helpers import run_encode, run_teacher_cache, shard_files, tree
 
+from pipeline import models
 from pipeline.errors import UserError
 from pipeline.teacher_cache import TeacherCacheSettings
 from pipeline.workspace import range_of
@@ -47,6 +48,14 @@ def test_jobs_side_by_side_write_what_one_job_writes(teacher, images, tmp_path, 
     # What is left over, the pictures, is for a run without a range.
     run_teacher_cache(teacher, latents, cache, samples=1)
     assert (cache / "samples" / "samples.json").is_file()
+
+
+def test_what_is_written_while_the_device_computes_is_the_same(teacher, images, tmp_path, monkeypatch):
+    latents = run_encode(teacher, images, tmp_path / "latents")
+    cache = run_teacher_cache(teacher, latents, tmp_path / "cache")
+    monkeypatch.setattr(models, "computes_beside", lambda device: True)
+    assert shard_files(run_encode(teacher, images, tmp_path / "latents beside")) == shard_files(latents)
+    assert shard_files(run_teacher_cache(teacher, latents, tmp_path / "cache beside")) == shard_files(cache)
 
 
 def fill(path, barrier):
