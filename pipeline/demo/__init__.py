@@ -1,10 +1,10 @@
 """The bundled demo: captioned scenes, the oracle that judges them, and a teacher trained on them."""
 
-import hashlib
 import json
 from pathlib import Path
 
 from pipeline.errors import UserError
+from shards.files import file_sha256
 
 TEACHER = Path(__file__).parent / "teacher"
 CHECKSUMS = "checksums.json"
@@ -21,7 +21,7 @@ def teacher_folder(folder: Path = TEACHER) -> Path:
         file = folder / name
         if not file.is_file():
             raise UserError(f"{file} is missing; make it again with `{COMMAND}`, or restore it from the repository")
-        if sha256(file) != expected:
+        if file_sha256(file) != expected:
             raise UserError(
                 f"{file} is damaged: its sha256 is not the one in {CHECKSUMS}; "
                 f"make it again with `{COMMAND}`, or restore it from the repository"
@@ -40,12 +40,3 @@ def _checksums(folder: Path) -> dict[str, str]:
     if not isinstance(checksums, dict) or not checksums:
         raise UserError(f"{file} lists no files; make it again with `{COMMAND}`")
     return checksums
-
-
-def sha256(file: Path) -> str:
-    """The sha256 of a file, in hexadecimal."""
-    with open(file, "rb") as stream:
-        digest = hashlib.sha256()
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

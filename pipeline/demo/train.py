@@ -19,7 +19,7 @@ from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from pipeline.command import stage_command
-from pipeline.demo import CHECKSUMS, sha256
+from pipeline.demo import CHECKSUMS
 from pipeline.demo.evaluate import evaluate, table
 from pipeline.demo.networks import (
     LATENT_SIDE,
@@ -34,7 +34,7 @@ from pipeline.demo.scenes import SIDE, make_scene, parse_caption
 from pipeline.demo.text import Reader, answers_of, reading_loss
 from pipeline.demo.trainer import TeacherSettings, Trainer
 from pipeline.errors import UserError
-from shards.files import atomic_file, write_json
+from shards.files import atomic_file, file_sha256, write_json
 
 SETTINGS = "settings.json"
 # Settings that may change from one run of the command to the next in one work folder. More steps train on.
@@ -231,7 +231,7 @@ def export(teacher: StableDiffusionPipeline, out: Path) -> None:
     teacher.to(torch.float16).save_pretrained(out)
     teacher.to(dtype)
     weights = sorted(out.rglob("*.safetensors"))
-    write_json(out / CHECKSUMS, {file.relative_to(out).as_posix(): sha256(file) for file in weights})
+    write_json(out / CHECKSUMS, {file.relative_to(out).as_posix(): file_sha256(file) for file in weights})
 
 
 command = stage_command("demo-teacher", TeacherSettings, plan, run)
