@@ -28,8 +28,8 @@ from pipeline.workers import in_background, ordered_map
 from pipeline.workspace import (
     claim,
     existing_manifest,
+    finished_sidecars,
     free_bytes,
-    progress_line,
     range_of,
     require_space,
     share_unfinished,
@@ -39,7 +39,6 @@ from pipeline.workspace import (
 from shards.codec import encode_npy
 from shards.files import atomic_file
 from shards.manifest import Manifest, refuse_other_spec
-from shards.reader import read_sidecar
 from shards.schema import EMPTY_PROMPT, LATENTS, PROMPT_EMBEDS, image_key, shard_names
 from shards.writer import Entry, write_shard
 
@@ -230,12 +229,9 @@ def empty_prompt_npy(base: DiffusionPipeline) -> bytes:
 
 def report(out: Path, manifest: Manifest, prefix: str) -> None:
     """Say what the directory holds and list what was skipped. Raises UserError if nothing was encoded."""
-    unfinished = progress_line(out, manifest)
-    if unfinished:
-        click.echo(unfinished)
+    sidecars = finished_sidecars(out, manifest)
+    if sidecars is None:
         return
-    shards = manifest.shard_names()
-    sidecars = [read_sidecar(out, shard, manifest.spec_sha256) for shard in shards]
     skipped = [item for sidecar in sidecars for item in sidecar.skipped]
     encoded = sum(sidecar.count for sidecar in sidecars)
     with atomic_file(out / SKIPPED) as stream:
@@ -244,7 +240,7 @@ def report(out: Path, manifest: Manifest, prefix: str) -> None:
         raise UserError(f"none of the {len(skipped)} images could be read: the reasons are in {out / SKIPPED}")
     listed = f", {len(skipped)} skipped (reasons in {out / SKIPPED})" if skipped else ""
     size = sum(sidecar.bytes for sidecar in sidecars)
-    click.echo(f"{prefix}{out} holds {encoded} images in {len(shards)} shards, {size / 1e6:.1f} MB{listed}")
+    click.echo(f"{prefix}{out} holds {encoded} images in {len(sidecars)} shards, {size / 1e6:.1f} MB{listed}")
 
 
 def plan(settings: EncodeSettings) -> list[str]:

@@ -32,8 +32,8 @@ from pipeline.workers import in_background, ordered_map
 from pipeline.workspace import (
     claim,
     existing_manifest,
+    finished_sidecars,
     free_bytes,
-    progress_line,
     range_of,
     require_space,
     share_unfinished,
@@ -43,7 +43,7 @@ from shards import device_codec
 from shards.codec import CODECS, EXACT_DTYPES, MAX_SNR_DB, decode_npy, pack_quantised
 from shards.files import atomic_directory
 from shards.manifest import Manifest, read_file, refuse_other_spec
-from shards.reader import Sample, ShardSet, read_sidecar
+from shards.reader import Sample, ShardSet
 from shards.schema import (
     EMPTY_PROMPT,
     LATENTS,
@@ -402,16 +402,13 @@ def check_finite(entries: list[Entry], name: str, values: Tensor) -> None:
 
 def report(out: Path, manifest: Manifest, prefix: str) -> None:
     """Say what the cache holds."""
-    unfinished = progress_line(out, manifest)
-    if unfinished:
-        click.echo(unfinished)
+    sidecars = finished_sidecars(out, manifest)
+    if sidecars is None:
         return
-    names = manifest.shard_names()
-    sidecars = [read_sidecar(out, shard, manifest.spec_sha256) for shard in names]
     count, size = sum(s.count for s in sidecars), sum(s.bytes for s in sidecars)
     per_entry = f", {size / count:,.0f} bytes per entry" if count else ""
     click.echo(
-        f"{prefix}{out} holds {count} entries ({manifest.rounds} rounds) in {len(names)} shards, "
+        f"{prefix}{out} holds {count} entries ({manifest.rounds} rounds) in {len(sidecars)} shards, "
         f"{size / 1e6:.1f} MB{per_entry}"
     )
 

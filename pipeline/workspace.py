@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import click
 from accelerate import PartialState
 
 from pipeline.errors import UserError
@@ -15,6 +16,7 @@ from pipeline.settings import Settings
 from pipeline.sizes import in_words
 from shards.files import remove_leftovers, write_bytes, write_json
 from shards.manifest import Manifest, read_manifest, refuse_other_spec, write_manifest
+from shards.reader import Sidecar, read_sidecar
 from shards.schema import MANIFEST
 from shards.writer import is_finished
 
@@ -78,14 +80,14 @@ def range_of(shard_range: str | None) -> slice:
     return slice(*ends)
 
 
-def progress_line(out: Path, manifest: Manifest) -> str | None:
-    """What is still to be written, when something is; None of a finished directory."""
+def finished_sidecars(out: Path, manifest: Manifest) -> list[Sidecar] | None:
+    """The sidecars of a finished directory, in the plan's order; of another None, once it is said what is left."""
     left, planned = unfinished_shards(out, manifest), manifest.shard_names()
-    if not left:
+    if left:
+        done = len(planned) - len(left)
+        click.echo(f"{out} holds {done} of {len(planned)} shards so far; the first still to write is {left[0]}")
         return None
-    return (
-        f"{out} holds {len(planned) - len(left)} of {len(planned)} shards so far; the first still to write is {left[0]}"
-    )
+    return [read_sidecar(out, shard, manifest.spec_sha256) for shard in planned]
 
 
 def free_bytes(out: Path) -> int:
