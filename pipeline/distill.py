@@ -51,6 +51,10 @@ OPEN_ENDED = ("constant", "constant_with_warmup")
 class DistillSettings(Settings):
     cache: Path = option(REQUIRED, "Directory that `teacher-cache` wrote.")
     out: Path = option(REQUIRED, "Directory to write the student's pipeline to.")
+    rounds: int | None = option(
+        None, "Train on the cache's first N rounds alone; later ones may still be being written. By default on all.",
+        low=1,
+    )  # fmt: skip
     level: str = option(REQUIRED, "The student's architecture and tap pairs.", choices=tuple(LEVELS))
     max_train_steps: int = option(15000, "Optimiser steps.", low=1)
     train_batch_size: int = option(8, "Entries in one forward pass, on each process.", low=1)
@@ -322,7 +326,9 @@ def pairs_of(settings: DistillSettings) -> tuple[tuple[str, str], ...]:
 def open_cache(settings: DistillSettings) -> CacheDataset:
     """The entries, of which only what has a weight is read."""
     teacher_taps = [teacher for _, teacher in pairs_of(settings)]
-    dataset = CacheDataset(settings.cache, teacher_taps, with_teacher_pred=settings.output_weight > 0)
+    dataset = CacheDataset(
+        settings.cache, teacher_taps, with_teacher_pred=settings.output_weight > 0, rounds=settings.rounds
+    )
     if not (settings.cache / "students" / settings.level / "config.json").is_file():
         raise UserError(
             f"{settings.cache} has no initial weights of {settings.level}: "
@@ -393,7 +399,8 @@ def training_spec(settings: DistillSettings) -> dict[str, Any]:
     spec = {key: value for key, value in settings.as_json().items() if key not in FREE}
     if settings.lr_scheduler not in OPEN_ENDED:
         spec["max_train_steps"] = settings.max_train_steps
-    return {"cache": read_manifest(settings.cache, "cache").spec_sha256, **spec}
+    manifest = read_manifest(settings.cache, "cache")
+    return {"cache": manifest.spec_sha256, **spec, "rounds": settings.rounds or manifest.rounds}
 
 
 def claim(settings: DistillSettings) -> None:

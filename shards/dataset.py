@@ -80,10 +80,15 @@ class Batch:
 
 
 class CacheDataset(Dataset):
-    """The entries of a cache, with only the taps named. `with_teacher_pred` False leaves that unread."""
+    """The entries of a cache, with only the taps named. `with_teacher_pred` False leaves that unread.
 
-    def __init__(self, cache: Path, taps: Sequence[str], with_teacher_pred: bool = True) -> None:
-        self.shards = ShardSet(cache, "cache")
+    `rounds` N takes the first N rounds alone, which may be all that is finished.
+    """
+
+    def __init__(
+        self, cache: Path, taps: Sequence[str], with_teacher_pred: bool = True, rounds: int | None = None
+    ) -> None:
+        self.shards = ShardSet(cache, "cache", rounds)
         known = self.shards.manifest.spec["taps"]
         absent = [tap for tap in taps if tap not in known]
         if absent:

@@ -9,7 +9,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,19 +69,28 @@ class ForeignShardError(ShardError):
 class ShardSet:
     """The entries of a finished directory, numbered from 0 in the order of the plan.
 
+    With `rounds` N, those of a cache's first N rounds alone, whether or not later ones are finished.
     Opening one reads the manifest and every sidecar once for its count; memory stays flat after that.
     Raises ShardError for a set that is unfinished, mixed from several specs, or cut short.
     """
 
-    def __init__(self, directory: Path, stage: str) -> None:
+    def __init__(self, directory: Path, stage: str, rounds: int | None = None) -> None:
         self.directory = Path(directory)
-        self.manifest: Manifest = read_manifest(self.directory, stage)
+        manifest = read_manifest(self.directory, stage)
+        if rounds is not None and rounds > manifest.rounds:
+            raise ShardError(
+                f"{self.directory} has {manifest.rounds} rounds, not {rounds}: run `teacher-cache --rounds {rounds}`, "
+                "with the other settings as they were, to add them"
+            )
+        self.manifest: Manifest = manifest if rounds is None else replace(manifest, rounds=rounds)
         self.shards = self.manifest.shard_names()
         missing = [s for s in self.shards if not (self.directory / sidecar_name(s)).is_file()]
         if missing:
+            finished = round_of(missing[0])
             raise ShardError(
                 f"{self.directory} is unfinished: {len(missing)} of {len(self.shards)} shards are missing, "
                 f"the first {missing[0]}; run the same `distill-sd {STAGE_COMMANDS[stage]}` again to complete it"
+                + (f", or `distill-sd distill --rounds {finished}` to train on what is finished" if finished else "")
             )
         self.expected = expected_tensors(self.manifest.spec)
         self.counts = [sound_sidecar(self.directory, shard, self.manifest.spec_sha256).count for shard in self.shards]

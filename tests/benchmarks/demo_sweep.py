@@ -4,6 +4,7 @@ Makes the caches with the Makefile's own commands, then trains each case with `d
 scenes that no student was trained on:
 
     output MSE   of the student's prediction to the teacher's, at noise and timesteps of an exact cache
+    guided MSE   the same of their guided predictions, in which errors without the caption count as well
     score        share of the captions' facts that the oracle finds in pictures, as a ratio to the teacher's
 
 Finished cases are kept in WORK/results.json, so that it can be stopped and started again; the table is of all that are
@@ -27,6 +28,7 @@ import click
 import diffusers
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
+from torch import Tensor
 
 from pipeline.demo import teacher_folder
 from pipeline.demo.evaluate import captions_of, judge
@@ -51,8 +53,10 @@ CACHES = {
     "2 rounds": {"ROUNDS": "2"},
     "8 rounds": {"ROUNDS": "8"},
     "1 in 10 without a caption": {"ROUNDS": "4", "CACHE_FLAGS": "--uncond-fraction 0.1"},
+    "1 in 5 without a caption": {"ROUNDS": "4", "CACHE_FLAGS": "--uncond-fraction 0.2"},
     "exact": {"ROUNDS": "4", "CODEC": "fp16", "STRIDE": "1"},
 }
+BALANCED = {"output-weight": 5.0, "feature-weight": 0.1}
 COSINE = {"lr-scheduler": "cosine", "lr-warmup-steps": 20}
 CASES = {
     "defaults": {},
@@ -65,13 +69,33 @@ CASES = {
     "relative features": {"feature-loss": "relative"},
     "relative features, cosine, learning rate 2e-3": {"feature-loss": "relative", **COSINE, "learning-rate": 2e-3},
     "output weight 5": {"output-weight": 5.0},
-    "output weight 5, feature weight 0.1": {"output-weight": 5.0, "feature-weight": 0.1},
+    "output weight 5, feature weight 0.1": BALANCED,
     "no average": {"use-ema": False},
     "batch 16, steps x 2": {"train-batch-size": 16, "steps": 2},
     "2 rounds": {"cache": "2 rounds"},
     "8 rounds": {"cache": "8 rounds"},
     "1 in 10 without a caption": {"cache": "1 in 10 without a caption"},
+    "1 in 10 without a caption, output weight 5, feature weight 0.1": {
+        "cache": "1 in 10 without a caption",
+        **BALANCED,
+    },
+    "1 in 5 without a caption, output weight 5, feature weight 0.1": {
+        "cache": "1 in 5 without a caption",
+        **BALANCED,
+    },
+    "1 in 10 without a caption, output weight 5, feature weight 0.02": {
+        "cache": "1 in 10 without a caption",
+        "output-weight": 5.0,
+        "feature-weight": 0.02,
+    },
+    "1 in 10 without a caption, output weight 5, feature weight 0.1, batch 16, steps x 2": {
+        "cache": "1 in 10 without a caption",
+        **BALANCED,
+        "train-batch-size": 16,
+        "steps": 2,
+    },
     "exact features": {"cache": "exact"},
+    "relative features, output weight 20": {"feature-loss": "relative", "output-weight": 20.0},
     "steps x 2": {"steps": 2},
 }
 
@@ -114,18 +138,31 @@ def train(work: Path, name: str, settings: dict, cache: Path) -> tuple[Path, flo
 
 
 @torch.inference_mode()
-def output_mse(unet: UNet2DConditionModel, held_out: Path) -> float:
-    """Mean square error of the U-Net's prediction to the teacher's over the whole held-out cache."""
+def output_errors(unet: UNet2DConditionModel, teacher: DiffusionPipeline, held_out: Path) -> tuple[float, float]:
+    """Mean square errors of the U-Net's prediction to the teacher's over the whole held-out cache: plain and guided."""
     dataset = CacheDataset(held_out, [])
     spec = dataset.shards.manifest.spec["noise_scheduler"]
     alphas_cumprod = diffusers.DDPMScheduler.from_config(spec).alphas_cumprod
-    errors = []
+    empty = teacher.encode_prompt("", "cpu", 1, False)[0]
+    plain, guided = [], []
     for start in range(0, len(dataset), 64):
         batch = dataset.collate([dataset[i] for i in range(start, min(start + 64, len(dataset)))])
         noisy = add_noise(batch.latents, batch.noise, batch.timesteps, alphas_cumprod)
-        predicted = unet(noisy, batch.timesteps, encoder_hidden_states=batch.prompt_embeds.float()).sample
-        errors.append(mse(predicted, batch.teacher_pred).item() * len(batch.keys))
-    return sum(errors) / len(dataset)
+        prompts = (batch.prompt_embeds.float(), empty.expand_as(batch.prompt_embeds))
+        with_caption, without = (predict(unet, noisy, batch.timesteps, p) for p in prompts)
+        teacher_without = predict(teacher.unet, noisy, batch.timesteps, prompts[1])
+        plain.append(mse(with_caption, batch.teacher_pred).item() * len(batch.keys))
+        student, aim = guide(with_caption, without), guide(batch.teacher_pred.float(), teacher_without)
+        guided.append(mse(student, aim).item() * len(batch.keys))
+    return sum(plain) / len(dataset), sum(guided) / len(dataset)
+
+
+def predict(unet: UNet2DConditionModel, noisy: Tensor, timesteps: Tensor, prompt_embeds: Tensor) -> Tensor:
+    return unet(noisy, timesteps, encoder_hidden_states=prompt_embeds).sample
+
+
+def guide(with_caption: Tensor, without: Tensor) -> Tensor:
+    return without + GUIDANCE * (with_caption - without)
 
 
 def score(folder: Path, captions: int) -> float:
@@ -143,12 +180,12 @@ def settings_of(case: dict, steps: int) -> dict:
 
 def table(results: dict[str, dict], teacher_score: float) -> str:
     lines = [
-        "| changed from the defaults | steps | output MSE | score | of the teacher's | seconds |",
-        "|---|---|---|---|---|---|",
+        "| changed from the defaults | steps | output MSE | guided MSE | score | of the teacher's | seconds |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, result in results.items():
         lines.append(
-            f"| {name} | {result['steps']} | {result['mse']:.5f} | {result['score']:.3f} | "
+            f"| {name} | {result['steps']} | {result['mse']:.5f} | {result['guided']:.4f} | {result['score']:.3f} | "
             f"{result['score'] / teacher_score:.3f} | {result['seconds']:.0f} |"
         )
     return "\n".join(lines)
@@ -165,6 +202,7 @@ def main(work: Path, steps: int, scenes: int, captions: int, cases: tuple[str, .
     file = work / "results.json"
     results = json.loads(file.read_text()) if file.is_file() else {}
     held_out = held_out_cache(work)
+    teacher = DiffusionPipeline.from_pretrained(teacher_folder(), torch_dtype=torch.float32, local_files_only=True)
     if "teacher" not in results:
         results["teacher"] = score(teacher_folder(), captions)
     for name in cases or CASES:
@@ -173,10 +211,12 @@ def main(work: Path, steps: int, scenes: int, captions: int, cases: tuple[str, .
         case = CASES[name]
         settings = settings_of(case, steps)
         student, seconds = train(work, name, settings, cache_of(work, case.get("cache", "4 rounds"), scenes))
+        plain, guided = output_errors(UNet2DConditionModel.from_pretrained(student / "unet"), teacher, held_out)
         results[name] = {
             "steps": settings["max-train-steps"],
             "seconds": seconds,
-            "mse": output_mse(UNet2DConditionModel.from_pretrained(student / "unet"), held_out),
+            "mse": plain,
+            "guided": guided,
             "score": score(student, captions),
         }
         write_json(file, results)

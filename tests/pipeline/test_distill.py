@@ -440,6 +440,24 @@ def test_an_unfinished_cache_is_refused(cache, tmp_path):
         run_distill(partial, tmp_path / "out")
 
 
+def test_training_may_start_on_the_rounds_that_are_finished(cache, tmp_path):
+    growing = tmp_path / "cache"
+    shutil.copytree(cache, growing)
+    (growing / "r0001-s00000.json").unlink()
+    with pytest.raises(ShardError, match=r"or `distill-sd distill --rounds 1` to train on what is finished"):
+        run_distill(growing, tmp_path / "out")
+    run_distill(growing, tmp_path / "out", rounds=1, max_train_steps=2)
+    run_distill(cache, tmp_path / "whole", rounds=1)
+    shutil.copy(cache / "r0001-s00000.json", growing)
+    # The second round is there by now; the run goes on with what it began with.
+    run_distill(growing, tmp_path / "out", rounds=1)
+    assert_equal_training(tmp_path / "out", tmp_path / "whole", 4)
+    with pytest.raises(ShardError, match="rounds: 1 -> 2"):
+        run_distill(growing, tmp_path / "out", max_train_steps=6)
+    with pytest.raises(ShardError, match="has 2 rounds, not 3: run `teacher-cache --rounds 3`"):
+        run_distill(growing, tmp_path / "more", rounds=3)
+
+
 def test_a_flipped_bit_stops_the_run_with_the_shards_name(cache, tmp_path):
     damaged = tmp_path / "damaged"
     shutil.copytree(cache, damaged)

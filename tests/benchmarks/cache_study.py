@@ -1,0 +1,206 @@
+"""What the cache costs the student: codecs, strides and rounds, against training with the teacher in memory.
+
+Every student is trained by `distill`'s own loop for the same number of steps on the same pictures; only the source of
+its batches differs. `online` draws fresh noise and timesteps at every visit and asks the teacher there and then; it is
+the bound, and the spread of its seeds the yardstick. Held-out means scenes that no student was trained on:
+
+    output MSE   of the student's prediction to the teacher's, each seed and their mean; in per cent over online's mean
+    guided MSE   the same of guided predictions, mean of the seeds
+    score        share of the captions' facts that the oracle finds in pictures, mean of the seeds
+
+Finished cases are kept in WORK/results.json, so that it can be stopped and started again; the table is of all that are
+there. Run it on a quiet machine:
+
+    python tests/benchmarks/cache_study.py --work work/cache-study
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import click
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from demo_sweep import held_out_cache, make, output_errors, score, train
+from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+
+from pipeline import distill
+from pipeline.demo import teacher_folder
+from pipeline.diffusion import add_noise
+from pipeline.students import teacher_taps
+from pipeline.taps import Taps
+from shards.dataset import Batch, CacheDataset, EpochBatches, Feature
+from shards.files import write_json
+from shards.reader import ShardSet, read_sidecar
+from shards.schema import COLUMNS, LATENTS, PROMPT_EMBEDS, TAP_PREFIX
+
+LEVEL = "sd_small"
+STUDENT = {
+    "level": LEVEL, "train-batch-size": 16, "learning-rate": 1e-3, "use-ema": True,
+    "output-weight": 5.0, "feature-weight": 0.1,
+}  # fmt: skip
+"""Options of `distill`, those of the Makefile's demo."""
+ONLINE = "online"
+
+
+def exact(rounds: int) -> dict[str, str | int]:
+    return {"ROUNDS": rounds, "CODEC": "fp16", "STRIDE": 1}
+
+
+def dithered(snr_db: float, stride: int, rounds: int = 8) -> dict[str, str | int]:
+    return {"ROUNDS": rounds, "SNR_DB": snr_db, "STRIDE": stride}
+
+
+CASES: dict[str, dict[str, str | int]] = {
+    ONLINE: {},
+    **{f"exact, {rounds} rounds": exact(rounds) for rounds in (16, 8, 4, 2, 1)},
+    **{f"{db} dB, 8 rounds": dithered(db, 1) for db in (20, 10, 5, 0)},
+    **{f"exact, stride {s}, 8 rounds": exact(8) | {"STRIDE": s} for s in (2, 4)},
+    **{f"{db} dB, stride {s}, 8 rounds": dithered(db, s) for db, s in ((15, 2), (10, 2), (5, 2), (10, 4), (0, 4))},
+}
+"""Variables of `make teacher-cache`. The demo's taps of 16 rows are sampled as SD-1.x's of 64 and 32 are."""
+
+
+def cache_of(work: Path, name: str, seed: int, scenes: int) -> Path:
+    """The cache of that case, whose noise, timesteps and dither are drawn from `seed`."""
+    folder = work / f"{name}, seed {seed}"
+    variables = {"WORK": work, "CACHE": folder, "SCENES": scenes, "SAMPLES": 0, "CACHE_FLAGS": f"--seed {seed}"}
+    make("teacher-cache", *(f"{key}={value}" for key, value in {**variables, **CASES[name]}.items()))
+    return folder
+
+
+def bytes_of_taps(cache: Path) -> float:
+    """An entry's bytes in its taps' members, mean of all entries."""
+    shards = ShardSet(cache, "cache")
+    total = 0
+    for shard in shards.shards:
+        sidecar = read_sidecar(cache, shard, shards.manifest.spec_sha256)
+        taps = [place for place, name in enumerate(sidecar.members) if name.startswith(TAP_PREFIX)]
+        total += int(sidecar.table[:, taps, COLUMNS.index("length")].sum())
+    return total / len(shards)
+
+
+def train_online(work: Path, latents: Path, cache: Path, steps: int, seed: int) -> Path:
+    """A student whose every batch comes from the teacher itself; `cache` lends base/ and students/."""
+    out = work / "student"
+    shutil.rmtree(out, ignore_errors=True)
+    settings = {option.replace("-", "_"): value for option, value in STUDENT.items()}
+    chosen = distill.DistillSettings(cache=cache, out=out, max_train_steps=steps, seed=seed, report=False, **settings)
+    teacher = UNet2DConditionModel.from_pretrained(teacher_folder() / "unet", torch_dtype=torch.float32)
+    source = OnlineBatches(ShardSet(latents, "latents"), teacher.to(memory_format=torch.channels_last).eval())
+    with mock.patch.object(distill, "batches", source):
+        distill.run(chosen)
+    for state in (AcceleratorState, PartialState, GradientState):
+        state._reset_state()
+    return out
+
+
+class OnlineBatches:
+    """Stands for `distill.batches`: latents and prompts from the shards, all else drawn and computed at each visit."""
+
+    def __init__(self, latents: ShardSet, teacher: UNet2DConditionModel) -> None:
+        self.latents, self.teacher = latents, teacher
+        self.taps = Taps(teacher, teacher_taps((LEVEL,)))
+
+    @torch.no_grad()
+    def __call__(
+        self, settings: distill.DistillSettings, dataset: CacheDataset, accelerator: Accelerator, position: int
+    ) -> Iterator[Batch]:
+        noise_scheduler = DDPMScheduler.from_config(dataset.shards.manifest.spec["noise_scheduler"])
+        alphas_cumprod = noise_scheduler.alphas_cumprod
+        draw = torch.Generator().manual_seed(settings.seed)
+        for indices in EpochBatches(len(self.latents), settings.train_batch_size, settings.seed, start=position):
+            samples = [self.latents.read(i, (LATENTS, PROMPT_EMBEDS)) for i in indices]
+            latents, prompt_embeds = (
+                torch.stack([torch.from_numpy(sample.tensors[name].values) for sample in samples])
+                for name in (LATENTS, PROMPT_EMBEDS)
+            )
+            noise = torch.randn(latents.shape, generator=draw).half()
+            timesteps = torch.randint(len(alphas_cumprod), (len(indices),), generator=draw)
+            noisy = add_noise(latents, noise, timesteps, alphas_cumprod)
+            with self.taps.recording() as recorded:
+                teacher_pred = self.teacher(noisy, timesteps, encoder_hidden_states=prompt_embeds.float()).sample
+            nowhere = (0,) * len(indices)
+            features = {tap: Feature(values, nowhere, nowhere, 1) for tap, values in recorded.items()}
+            keys = tuple(sample.key for sample in samples)
+            yield Batch(keys, timesteps, latents, noise, prompt_embeds, teacher_pred, features)
+
+
+def table(results: dict[str, dict[str, dict]], fp16_bytes: float) -> str:
+    online = results.get(ONLINE, {})
+    bound = statistics.mean(run["mse"] for run in online.values()) if online else None
+    lines = [
+        "| source of the batches | bytes of taps | fp16 over it | output MSE, each seed | mean | over online "
+        "| guided MSE | score |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name in CASES:
+        runs = [results[name][seed] for seed in sorted(results.get(name, {}))]
+        if not runs:
+            continue
+        errors = [run["mse"] for run in runs]
+        mean, guided, facts = (statistics.mean(run[key] for run in runs) for key in ("mse", "guided", "score"))
+        size = runs[0]["bytes"]
+        cells = [
+            name,
+            f"{size:,.0f}" if size else "",
+            f"{fp16_bytes / size:.1f}" if size else "",
+            " ".join(f"{error:.5f}" for error in errors),
+            f"{mean:.5f}",
+            f"{100 * (mean / bound - 1):+.1f} %" if bound else "",
+            f"{guided:.4f}",
+            f"{facts:.3f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+@click.command()
+@click.option("--work", type=Path, required=True, help="Directory for caches, students and results.")
+@click.option("--steps", default=300, show_default=True, help="Optimiser steps of every student.")
+@click.option("--scenes", default=250, show_default=True, help="Scenes to train on.")
+@click.option("--captions", default=64, show_default=True, help="Captions to draw and judge.")
+@click.option("--seed", "seeds", multiple=True, type=int, default=(0, 1), show_default=True)
+@click.option("--case", "cases", multiple=True, type=click.Choice(list(CASES)), help="Only these; all by default.")
+def main(work: Path, steps: int, scenes: int, captions: int, seeds: tuple[int, ...], cases: tuple[str, ...]) -> None:
+    work.mkdir(parents=True, exist_ok=True)
+    file = work / "results.json"
+    results = json.loads(file.read_text()) if file.is_file() else {}
+    held_out = held_out_cache(work)
+    teacher = DiffusionPipeline.from_pretrained(teacher_folder(), torch_dtype=torch.float32, local_files_only=True)
+    reference = cache_of(work, "exact, 8 rounds", 0, scenes)
+    for seed in seeds:
+        for name in cases or CASES:
+            if str(seed) in results.get(name, {}):
+                continue
+            if name == ONLINE:
+                cache, student = None, train_online(work, work / "latents", reference, steps, seed)
+            else:
+                cache = cache_of(work, name, seed, scenes)
+                student, _ = train(work, name, {**STUDENT, "max-train-steps": steps, "seed": seed}, cache)
+            plain, guided = output_errors(UNet2DConditionModel.from_pretrained(student / "unet"), teacher, held_out)
+            results.setdefault(name, {})[str(seed)] = {
+                "mse": plain,
+                "guided": guided,
+                "score": score(student, captions),
+                "bytes": bytes_of_taps(cache) if cache else None,
+            }
+            write_json(file, results)
+            click.echo(f"{name}, seed {seed}: {results[name][str(seed)]}", err=True)
+
+    machine = f"{os.cpu_count()} cores, {torch.get_num_threads()} torch threads"
+    print(f"{machine}; Python {platform.python_version()}, torch {torch.__version__}; {scenes} scenes, "
+          f"{steps} steps of {STUDENT['train-batch-size']}, {captions} captions\n")  # fmt: skip
+    print(table(results, bytes_of_taps(reference)))
+
+
+if __name__ == "__main__":
+    main()
