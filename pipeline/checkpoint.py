@@ -29,7 +29,8 @@ def save_checkpoint(
     _remove(path)
     with atomic_directory(path) as folder:
         student.save_pretrained(folder / "unet")
-        torch.save(state, folder / "state.pt")
+        with open(folder / "state.pt", "wb") as stream:
+            torch.save(state, stream)
     for _, old in list_checkpoints(checkpoints)[:-total_limit]:
         _remove(old)
     return path

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -44,17 +46,16 @@ def stage_command(
                 run(settings)
         except (UserError, ShardError) as error:
             _stop(f"Error: {error}", USER_STATUS)
-        except RuntimeError as error:
-            if "out of memory" not in str(error):
-                raise
-            _stop(f"Error: {str(error).splitlines()[0]} Try a smaller batch size.", USER_STATUS)
-        except OSError as error:
-            if error.errno not in USER_ERRNOS:
-                raise
-            where = error.filename or "the output directory"
-            _stop(f"Error: {where}: {error.strerror}; mend that and run the same command again", USER_STATUS)
         except KeyboardInterrupt:
             _stop("Interrupted. Run the same command again to go on.", INTERRUPTED_STATUS)
+        except Exception as error:
+            refusal = refusal_of_the_system(error)
+            if refusal is not None:
+                where = refusal.filename or "the output directory"
+                _stop(f"Error: {where}: {refusal.strerror}; mend that and run the same command again", USER_STATUS)
+            if isinstance(error, RuntimeError) and "out of memory" in str(error):
+                _stop(f"Error: {str(error).splitlines()[0]} Try a smaller batch size.", USER_STATUS)
+            raise
 
     params = click_options(settings_class)
     if plan:
@@ -64,6 +65,22 @@ def stage_command(
         name, callback=callback, params=params, help=help,
         context_settings={"max_content_width": 110},
     )  # fmt: skip
+
+
+def refusal_of_the_system(error: BaseException) -> OSError | None:
+    """The refusal to read or write that is behind `error`, if the user can mend it.
+
+    safetensors tells it in words alone, and torch.save meets it and raises an error of its own.
+    """
+    seen = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in USER_ERRNOS:
+            return seen
+        told = re.search(r"\(os error (\d+)\)", str(seen))
+        if told and int(told[1]) in USER_ERRNOS:
+            return OSError(int(told[1]), os.strerror(int(told[1])))
+        seen = seen.__cause__ or seen.__context__
+    return None
 
 
 def _stop(message: str, status: int) -> None:

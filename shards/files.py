@@ -20,7 +20,10 @@ LEFTOVER = re.compile(r"\..+\.([^.]+)\.(\d+)\.partial")
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file that takes its name only when the block ends well; otherwise it is removed."""
+    """A binary file that takes its name only when the block ends well; otherwise it is removed.
+
+    An OSError out of a write names no file of itself; here it gets this one's name.
+    """
     temporary = partial_name(path)
     try:
         with open(temporary, "wb") as stream:
@@ -29,6 +32,9 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
             os.fsync(stream.fileno())
         os.replace(temporary, path)
         fsync_directory(path.parent)
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
