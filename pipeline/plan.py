@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import click
+import torch
 
 from pipeline import models, sizes
 from pipeline.command import stage_command
@@ -14,10 +15,12 @@ from pipeline.errors import UserError
 from pipeline.settings import REQUIRED, Settings, option
 from pipeline.students import LEVELS, teacher_taps
 from pipeline.taps import token_stride
+from pipeline.trial import try_teacher
 from pipeline.workspace import free_bytes
 from shards.codec import CODECS, MAX_SNR_DB
 
 UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12}
+PERIODS = (("days", 86400), ("hours", 3600), ("minutes", 60), ("seconds", 1))
 # (decibels, stride), the more exact first: each next one is tried when the rounds that are asked for do not fit.
 LADDER = ((15.0, 2), (10.0, 2), (5.0, 2), (10.0, 4), (5.0, 4), (0.0, 4))
 
@@ -34,8 +37,13 @@ class PlanSettings(Settings):
     token_stride: int = option(2, "Keep one position of each N x N cell of a large tap.", low=1)
     token_min: int = option(32, "Rows from which on a tap counts as large.", low=1)
     budget: str | None = option(None, "Bytes for latents and cache, as 500GB: chooses decibels, stride and rounds.")
+    trial: bool = option(False, "Run the teacher on some batches here, and estimate the time; takes its weights.")
+    batch_size: int = option(8, "Entries in one forward pass of the trial.", low=1)
+    dtype: str = option("auto", "Precision of the trial, as of teacher-cache.", choices=("auto", *models.DTYPES))
+    device: str = option("auto", "Device of the trial; auto takes the GPU if there is one.", choices=models.DEVICES)
     out: Path = option(Path("."), "Where the cache would go: its free space is shown.")
     revision: str | None = option(None, "Revision of the teacher on the hub.")
+    variant: str | None = option(None, "Variant of the teacher's weight files, such as fp16.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -96,7 +104,7 @@ def fit(settings: PlanSettings, shapes: models.TeacherShapes) -> PlanSettings:
 
 def plan(settings: PlanSettings) -> list[str]:
     """The plan in lines."""
-    folder = models.find_teacher(settings.teacher, settings.revision, None)
+    folder = models.find_teacher(settings.teacher, settings.revision, settings.variant)
     shapes = models.teacher_shapes(folder, settings.resolution, teacher_taps(settings.students))
     chosen = fit(settings, shapes) if settings.budget else settings
     cost = cost_of(chosen, shapes)
@@ -110,7 +118,29 @@ def plan(settings: PlanSettings) -> list[str]:
         f"latents and cache: {sizes.in_words(cost.total(chosen.images, chosen.rounds))}, "
         f"and {sizes.in_words(free_bytes(chosen.out))} are free in {chosen.out}",
         f"teacher forward passes: {entries}",
+        *([time_of(chosen, folder, shapes, entries)] if chosen.trial else []),
     ]
+
+
+def time_of(settings: PlanSettings, folder: Path, shapes: models.TeacherShapes, entries: int) -> str:
+    """What a trial on this machine says of so many entries."""
+    device = models.process_state(settings.device).device
+    dtype = models.DTYPES[models.resolve_dtype(settings.dtype, device)]
+    unet = models.load_unet(folder, settings.variant).to(device, dtype, memory_format=torch.channels_last).eval()
+    trial = try_teacher(
+        unet, shapes, settings.batch_size, settings.codec, settings.snr_db, settings.token_stride, settings.token_min
+    )
+    rate = 1 / trial.seconds(1)
+    return (
+        f"time: about {in_time(trial.seconds(entries))} at {rate:.3g} entries a second, as one process on "
+        f"{models.device_name(device)} tried it in batches of {settings.batch_size}"
+    )
+
+
+def in_time(seconds: float) -> str:
+    """45 -> '45 seconds'; 5000 -> '1.4 hours'."""
+    name, length = next((n, s) for n, s in PERIODS if seconds >= 2 * s or s == 1)
+    return f"{seconds / length:.3g} {name}"
 
 
 def run(settings: PlanSettings) -> None:

@@ -6,12 +6,14 @@ import shutil
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from helpers import reset_accelerate
 
-from pipeline import sizes
+from pipeline import sizes, trial
 from pipeline.errors import UserError
 from pipeline.models import TeacherShapes
-from pipeline.plan import LADDER, PlanSettings, bytes_of, command, cost_of, fit
+from pipeline.plan import LADDER, PERIODS, PlanSettings, bytes_of, command, cost_of, fit, in_time
 from pipeline.students import teacher_taps
+from pipeline.trial import Trial
 from pipeline.workspace import require_space
 from shards.codec import encode_npy, pack_quantised, quantise
 from shards.writer import Entry, write_shard
@@ -109,3 +111,33 @@ def test_the_command_needs_no_weights(teacher, tmp_path):
 def test_a_disk_that_is_too_small_is_said_before_anything_is_computed(tmp_path):
     with pytest.raises(UserError, match="needs about 1e\\+09 TB more, and its disk has .* free: make room"):
         require_space(tmp_path / "not" / "yet", 10**21, "give fewer --rounds")
+
+
+@pytest.mark.parametrize("codec", ["dither", "fp16"])
+def test_a_trial_runs_the_teacher_and_says_how_long_the_rounds_take(teacher, monkeypatch, codec):
+    monkeypatch.setattr(trial, "SECONDS", 0.0)
+    result = CliRunner().invoke(
+        command, ["--teacher", str(teacher), "--images", "100", "--rounds", "3", "--resolution", "32", "--trial",
+                  "--batch-size", "2", "--device", "cpu", "--codec", codec],
+    )  # fmt: skip
+    reset_accelerate()
+    assert result.exit_code == 0, result.output
+    line = result.output.splitlines()[-1]
+    told = re.fullmatch(
+        r"time: about (\S+) (\w+) at (\S+) entries a second, as one process on cpu tried it in batches of 2", line
+    )
+    assert told, line
+    length = dict(PERIODS)[told[2]]
+    assert float(told[1]) * length * float(told[3]) == pytest.approx(300, rel=0.02)
+
+
+def test_where_the_cpu_is_free_the_slower_of_device_and_compression_decides():
+    assert Trial(device=3.0, compressing=1.0, beside=True).seconds(10) == 30
+    assert Trial(device=3.0, compressing=1.0, beside=False).seconds(10) == 40
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(0.5, "0.5 seconds"), (119, "119 seconds"), (300, "5 minutes"), (86400 * 3, "3 days")]
+)
+def test_a_time_in_words(seconds, words):
+    assert in_time(seconds) == words
