@@ -9,11 +9,12 @@ LAUNCH ?= $(BIN)/python
 TEACHER  ?= demo
 LEVEL    ?= sd_small
 STUDENTS ?= $(LEVEL)
-ROUNDS   ?= 4
 CODEC    ?= dither
 SNR_DB   ?= 15
 STRIDE   ?= 2
 SEED     ?= 0
+# Guidance takes the teacher's answer without a caption too: the student has to learn that one as well.
+UNCOND   ?= 0.1
 ENCODE_FLAGS  ?=
 CACHE_FLAGS   ?=
 
@@ -22,17 +23,19 @@ WORK       ?= work/demo
 DATA       ?= $(WORK)/scenes
 SCENES     ?= 2000
 RESOLUTION ?= 64
+ROUNDS     ?= 2
 TOKEN_MIN  ?= 16
 SAMPLES    ?= 64
 GUIDANCE   ?= 5
-STEPS      ?= 400
-BATCH      ?= 32
+STEPS      ?= 900
+BATCH      ?= 16
 LR         ?= 1e-3
-DISTILL_FLAGS ?= --use-ema
+DISTILL_FLAGS ?= --use-ema --output-weight 5 --feature-weight 0.1
 else
 WORK       ?= work
 DATA       ?=
 RESOLUTION ?= 512
+ROUNDS     ?= 4
 TOKEN_MIN  ?= 32
 SAMPLES    ?= 8
 GUIDANCE   ?= 7
@@ -77,7 +80,7 @@ encode: $(READY) data ## Images and captions (DATA=) to latents, with the VAE an
 teacher-cache: encode ## Latents to the teacher's predictions and features: ROUNDS=, CODEC=, SNR_DB=, STRIDE=.
 	$(LAUNCH) -m pipeline.teacher_cache --teacher '$(TEACHER)' --latents '$(LATENTS)' --out '$(CACHE)' --rounds $(ROUNDS) \
 	  --codec $(CODEC) --snr-db $(SNR_DB) --token-stride $(STRIDE) --token-min $(TOKEN_MIN) --students $(STUDENTS) \
-	  --samples $(SAMPLES) --samples-guidance $(GUIDANCE) --seed $(SEED) $(CACHE_FLAGS)
+	  --samples $(SAMPLES) --samples-guidance $(GUIDANCE) --uncond-fraction $(UNCOND) --seed $(SEED) $(CACHE_FLAGS)
 
 distill: teacher-cache ## Train the student of LEVEL= for STEPS= steps; ends with a diffusers pipeline and a report.
 	$(LAUNCH) -m pipeline.distill --cache '$(CACHE)' --out '$(STUDENT)' --level $(LEVEL) --max-train-steps $(STEPS) \

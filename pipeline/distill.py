@@ -186,7 +186,7 @@ def prepare(settings: DistillSettings, dataset: CacheDataset, accelerator: Accel
     student.to(accelerator.device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.AdamW(
         student.parameters(), settings.learning_rate, (settings.adam_beta1, settings.adam_beta2),
-        settings.adam_epsilon, settings.adam_weight_decay,
+        settings.adam_epsilon, settings.adam_weight_decay, fused=True,
     )  # fmt: skip
     # Not prepared: accelerate would step the schedule once for each process.
     lr_scheduler = get_scheduler(

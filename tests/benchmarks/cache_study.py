@@ -21,26 +21,21 @@ import os
 import platform
 import shutil
 import statistics
-from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
 import click
 import torch
-from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from demo_sweep import held_out_cache, make, output_errors, score, train
-from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from online import OnlineBatches, stored_inputs
 
 from pipeline import distill
 from pipeline.demo import teacher_folder
-from pipeline.diffusion import add_noise
-from pipeline.students import teacher_taps
-from pipeline.taps import Taps
-from shards.dataset import Batch, CacheDataset, EpochBatches, Feature
 from shards.files import write_json
 from shards.reader import ShardSet, read_sidecar
-from shards.schema import COLUMNS, LATENTS, PROMPT_EMBEDS, TAP_PREFIX
+from shards.schema import COLUMNS, TAP_PREFIX
 
 LEVEL = "sd_small"
 STUDENT = {
@@ -94,44 +89,13 @@ def train_online(work: Path, latents: Path, cache: Path, steps: int, seed: int) 
     shutil.rmtree(out, ignore_errors=True)
     settings = {option.replace("-", "_"): value for option, value in STUDENT.items()}
     chosen = distill.DistillSettings(cache=cache, out=out, max_train_steps=steps, seed=seed, report=False, **settings)
-    teacher = UNet2DConditionModel.from_pretrained(teacher_folder() / "unet", torch_dtype=torch.float32)
-    source = OnlineBatches(ShardSet(latents, "latents"), teacher.to(memory_format=torch.channels_last).eval())
+    cpu, stored = torch.device("cpu"), ShardSet(latents, "latents")
+    source = OnlineBatches(teacher_folder(), LEVEL, len(stored), stored_inputs(stored, cpu), cpu, torch.float32)
     with mock.patch.object(distill, "batches", source):
         distill.run(chosen)
     for state in (AcceleratorState, PartialState, GradientState):
         state._reset_state()
     return out
-
-
-class OnlineBatches:
-    """Stands for `distill.batches`: latents and prompts from the shards, all else drawn and computed at each visit."""
-
-    def __init__(self, latents: ShardSet, teacher: UNet2DConditionModel) -> None:
-        self.latents, self.teacher = latents, teacher
-        self.taps = Taps(teacher, teacher_taps((LEVEL,)))
-
-    @torch.no_grad()
-    def __call__(
-        self, settings: distill.DistillSettings, dataset: CacheDataset, accelerator: Accelerator, position: int
-    ) -> Iterator[Batch]:
-        noise_scheduler = DDPMScheduler.from_config(dataset.shards.manifest.spec["noise_scheduler"])
-        alphas_cumprod = noise_scheduler.alphas_cumprod
-        draw = torch.Generator().manual_seed(settings.seed)
-        for indices in EpochBatches(len(self.latents), settings.train_batch_size, settings.seed, start=position):
-            samples = [self.latents.read(i, (LATENTS, PROMPT_EMBEDS)) for i in indices]
-            latents, prompt_embeds = (
-                torch.stack([torch.from_numpy(sample.tensors[name].values) for sample in samples])
-                for name in (LATENTS, PROMPT_EMBEDS)
-            )
-            noise = torch.randn(latents.shape, generator=draw).half()
-            timesteps = torch.randint(len(alphas_cumprod), (len(indices),), generator=draw)
-            noisy = add_noise(latents, noise, timesteps, alphas_cumprod)
-            with self.taps.recording() as recorded:
-                teacher_pred = self.teacher(noisy, timesteps, encoder_hidden_states=prompt_embeds.float()).sample
-            nowhere = (0,) * len(indices)
-            features = {tap: Feature(values, nowhere, nowhere, 1) for tap, values in recorded.items()}
-            keys = tuple(sample.key for sample in samples)
-            yield Batch(keys, timesteps, latents, noise, prompt_embeds, teacher_pred, features)
 
 
 def table(results: dict[str, dict[str, dict]], fp16_bytes: float) -> str:

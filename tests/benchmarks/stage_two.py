@@ -1,0 +1,211 @@
+"""Stage two against online training: samples a second and peak memory; one student, batch and precision in all rows.
+
+    cache       `distill` as it is: batches from the shards, through its loader's processes
+    in memory   the same steps on batches that are there already: the bound
+    online      as the seeds train: VAE, text encoder and teacher run at every step, of pixels ready in memory
+    online, latents cached      the same without VAE and text encoder
+
+All rows run `distill`'s own loop; only the source of the batches differs. Each run is a process of its own, so its
+memory is its own, and the rows take turns. Weights are random for `sd15`, the bundled teacher's for `demo`. On a
+quiet machine:
+
+    python tests/benchmarks/stage_two.py --work work/stage-two --arch demo --batch-size 16
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import platform
+import re
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import accelerate
+import click
+import torch
+from online import OnlineBatches, encoded_inputs, stored_inputs
+from sd15_road import random_checkpoint, random_images
+
+from pipeline import distill, encode, models, teacher_cache
+from pipeline.demo import teacher_folder
+from pipeline.demo.scenes import write_folder
+from pipeline.encode import EncodeSettings
+from pipeline.students import LEVELS
+from pipeline.teacher_cache import TeacherCacheSettings
+from shards.dataset import Batch
+from shards.reader import ShardSet
+
+RESOLUTIONS = {"demo": 64, "sd15": 512}
+TOKEN_MIN = {"demo": 16, "sd15": 32}
+ROWS = ("cache", "in memory", "online", "online, latents cached")
+REFERENCE = "online"
+WARM_UP = 2
+
+
+@dataclass(frozen=True)
+class Run:
+    """Seconds of a step, and peak memory in GB: of the process, and of the device (None on a CPU)."""
+
+    seconds: float
+    process: float
+    device: float | None
+
+
+@dataclass(frozen=True)
+class Case:
+    """What all rows share."""
+
+    work: Path
+    arch: str
+    level: str
+    batch_size: int
+    steps: int
+    device: str
+    mixed_precision: str
+    gradient_checkpointing: bool
+    workers: int
+
+    @property
+    def teacher(self) -> Path:
+        return teacher_folder() if self.arch == "demo" else self.work / "teacher"
+
+    def settings(self) -> distill.DistillSettings:
+        return distill.DistillSettings(
+            cache=self.work / "cache", out=self.work / "student", level=self.level, report=False,
+            max_train_steps=WARM_UP + self.steps, train_batch_size=self.batch_size, device=self.device,
+            mixed_precision=self.mixed_precision, gradient_checkpointing=self.gradient_checkpointing,
+            dataloader_num_workers=self.workers,
+        )  # fmt: skip
+
+
+def prepare(case: Case, images: int) -> None:
+    """Teacher, pictures, latents and a cache of one round, for both students."""
+    if case.arch == "demo":
+        write_folder(case.work / "images", images)
+    else:
+        random_images(case.work / "images", images)
+        random_checkpoint(case.teacher)
+    common = {"teacher": str(case.teacher), "batch_size": min(8, images), "device": case.device}
+    encode.run(EncodeSettings(
+        data=case.work / "images", out=case.work / "latents", resolution=RESOLUTIONS[case.arch], **common
+    ))  # fmt: skip
+    teacher_cache.run(TeacherCacheSettings(
+        latents=case.work / "latents", out=case.work / "cache", rounds=1, samples=0,
+        students=("sd_small", "sd_tiny"), token_min=TOKEN_MIN[case.arch], **common,
+    ))  # fmt: skip
+
+
+def source_of(row: str, case: Case, device: torch.device) -> Callable:
+    """What stands for `distill.batches` in that row."""
+    dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[case.mixed_precision]
+    if row == "cache":
+        return distill.batches
+    if row == "in memory":
+        return in_memory
+    latents = ShardSet(case.work / "latents", "latents")
+    if row == "online":
+        captions = [latents.read(i, ()).meta["caption"] for i in range(len(latents))]
+        inputs = encoded_inputs(case.teacher, RESOLUTIONS[case.arch], captions, device, dtype)
+    else:
+        inputs = stored_inputs(latents, device)
+    return OnlineBatches(case.teacher, case.level, len(latents), inputs, device, dtype)
+
+
+def in_memory(settings: distill.DistillSettings, dataset, accelerator, position: int) -> Iterator[Batch]:
+    """Up to four batches of the cache, read beforehand and on the device, over and over."""
+    size, count = settings.train_batch_size, max(1, min(4, len(dataset) // settings.train_batch_size))
+    ready = [
+        dataset.collate([dataset[i % len(dataset)] for i in range(first, first + size)]).to(accelerator.device)
+        for first in range(0, count * size, size)
+    ]
+    return itertools.cycle(ready)
+
+
+def run(row: str, case: Case) -> Run:
+    """A few steps of training; the time is of those after the first ones, each from batch to batch."""
+    shutil.rmtree(case.work / "student", ignore_errors=True)
+    device = torch.device("cpu") if models.use_cpu(case.device) else torch.device("cuda")
+    source, times = source_of(row, case, device), []
+
+    def timed(*arguments) -> Iterator[Batch]:
+        for batch in source(*arguments):
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter())
+            yield batch
+
+    settings = case.settings()
+    # A checkpoint is left at the last step, of any row alike: it is not what is measured.
+    with mock.patch.object(distill, "batches", timed), mock.patch.object(distill, "save_state"):
+        accelerator = accelerate.Accelerator(mixed_precision=case.mixed_precision, cpu=models.use_cpu(case.device))
+        distill.claim(settings)
+        training = distill.prepare(settings, distill.open_cache(settings), accelerator)
+        distill.train(settings, accelerator, training)
+    peak = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1e6
+    on_device = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None
+    return Run((times[-1] - times[WARM_UP]) / (len(times) - 1 - WARM_UP), peak, on_device)
+
+
+def in_process(function: Callable, *arguments):
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
+def table(runs: dict[str, list[Run]], batch_size: int) -> str:
+    """The median of each row's repeats; ratios to online of the same turn, then their median."""
+    lines = [
+        "| source of the batches | samples a second | over online | peak memory: process, GB | device, GB |",
+        "|---|---|---|---|---|",
+    ]
+    for row, each in runs.items():
+        ratios = [online.seconds / run.seconds for online, run in zip(runs[REFERENCE], each, strict=True)]
+        device = "" if each[0].device is None else f"{max(run.device for run in each):.2f}"
+        lines.append(
+            f"| {row} | {batch_size / statistics.median(run.seconds for run in each):.3g} "
+            f"| {statistics.median(ratios):.2f} | {max(run.process for run in each):.2f} | {device} |"
+        )
+    bound = [memory.seconds / cache.seconds for memory, cache in zip(runs["in memory"], runs["cache"], strict=True)]
+    return "\n".join([*lines, "", f"From the cache at {statistics.median(bound):.3f} of the speed in memory."])
+
+
+@click.command()
+@click.option("--work", type=Path, required=True, help="Directory for the teacher, shards and students; emptied first.")
+@click.option("--arch", type=click.Choice(list(RESOLUTIONS)), default="demo", show_default=True)
+@click.option("--levels", default="sd_small,sd_tiny", show_default=True, help="Students, of " + ", ".join(LEVELS) + ".")
+@click.option("--batch-size", "batch_sizes", multiple=True, default=(16,), show_default=True)
+@click.option("--steps", default=20, show_default=True, help=f"Steps that are timed, after {WARM_UP} that are not.")
+@click.option("--repeats", default=3, show_default=True, help="Turns of all rows.")
+@click.option("--images", default=256, show_default=True, help="Pictures, and so entries of the cache.")
+@click.option("--device", default="auto", show_default=True, help="auto or cpu.")
+@click.option("--mixed-precision", default="no", show_default=True, help="no, fp16 or bf16, of teacher and student.")
+@click.option("--gradient-checkpointing/--no-gradient-checkpointing", default=False, show_default=True)
+@click.option("--workers", default=2, show_default=True, help="Processes that read the cache.")
+def main(
+    work: Path, arch: str, levels: str, batch_sizes: tuple[int, ...], steps: int, repeats: int, images: int,
+    device: str, mixed_precision: str, gradient_checkpointing: bool, workers: int,
+) -> None:  # fmt: skip
+    shutil.rmtree(work, ignore_errors=True)
+    common = (steps, device, mixed_precision, gradient_checkpointing, workers)
+    in_process(prepare, Case(work, arch, "sd_small", batch_sizes[0], *common), images)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() and device == "auto" else "no GPU"
+    print(f"{os.cpu_count()} cores, {torch.get_num_threads()} torch threads, {gpu}; Python {platform.python_version()},"
+          f" torch {torch.__version__}; {arch}, precision {mixed_precision}")  # fmt: skip
+    for level, batch_size in itertools.product(levels.split(","), batch_sizes):
+        case = Case(work, arch, level, batch_size, *common)
+        runs: dict[str, list[Run]] = {row: [] for row in ROWS}
+        for turn in range(repeats):
+            for row in ROWS if turn % 2 == 0 else reversed(ROWS):
+                runs[row].append(in_process(run, row, case))
+        checkpointed = ", gradient checkpointing" if gradient_checkpointing else ""
+        print(f"\n{level}, batches of {batch_size}{checkpointed}\n\n{table(runs, batch_size)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
