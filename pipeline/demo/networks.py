@@ -103,14 +103,18 @@ def make_autoencoder() -> AutoencoderKL:
 
 
 def make_unet() -> UNet2DConditionModel:
-    """Noisy latents (B, 4, 16, 16), timesteps (B,), text (B, 24, TEXT_WIDTH) -> noise (B, 4, 16, 16)."""
+    """Noisy latents (B, 4, 16, 16), timesteps (B,), text (B, 24, TEXT_WIDTH) -> noise (B, 4, 16, 16).
+
+    The two innermost widths are equal, as in SD: otherwise no student without the innermost stage could be
+    filled from it.
+    """
     return UNet2DConditionModel(
         sample_size=LATENT_SIDE,
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
         down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
         up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-        block_out_channels=(32, 64, 80, 88),
+        block_out_channels=(32, 64, 80, 80),
         layers_per_block=2,
         cross_attention_dim=TEXT_WIDTH,
         attention_head_dim=4,

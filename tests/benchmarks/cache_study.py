@@ -6,7 +6,7 @@ the bound, and the spread of its seeds the yardstick. Held-out means scenes that
 
     output MSE   of the student's prediction to the teacher's, each seed and their mean; in per cent over online's mean
     guided MSE   the same of guided predictions, mean of the seeds
-    score        share of the captions' facts that the oracle finds in pictures, mean of the seeds
+    score        share of the captions' facts that the oracle finds in pictures, of the first seed's student
 
 Finished cases are kept in WORK/results.json, so that it can be stopped and started again; the table is of all that are
 there. Run it on a quiet machine:
@@ -59,7 +59,7 @@ CASES: dict[str, dict[str, str | int]] = {
     **{f"exact, {rounds} rounds": exact(rounds) for rounds in (16, 8, 4, 2, 1)},
     **{f"{db} dB, 8 rounds": dithered(db, 1) for db in (20, 10, 5, 0)},
     **{f"exact, stride {s}, 8 rounds": exact(8) | {"STRIDE": s} for s in (2, 4)},
-    **{f"{db} dB, stride {s}, 8 rounds": dithered(db, s) for db, s in ((15, 2), (10, 2), (5, 2), (10, 4), (0, 4))},
+    **{f"{db} dB, stride {s}, 8 rounds": dithered(db, s) for db, s in ((15, 2), (10, 2), (15, 4), (10, 4), (0, 4))},
 }
 """Variables of `make teacher-cache`. The demo's taps of 16 rows are sampled as SD-1.x's of 64 and 32 are."""
 
@@ -111,7 +111,8 @@ def table(results: dict[str, dict[str, dict]], fp16_bytes: float) -> str:
         if not runs:
             continue
         errors = [run["mse"] for run in runs]
-        mean, guided, facts = (statistics.mean(run[key] for run in runs) for key in ("mse", "guided", "score"))
+        mean, guided = (statistics.mean(run[key] for run in runs) for key in ("mse", "guided"))
+        facts = [run["score"] for run in runs if run["score"] is not None]
         size = runs[0]["bytes"]
         cells = [
             name,
@@ -121,7 +122,7 @@ def table(results: dict[str, dict[str, dict]], fp16_bytes: float) -> str:
             f"{mean:.5f}",
             f"{100 * (mean / bound - 1):+.1f} %" if bound else "",
             f"{guided:.4f}",
-            f"{facts:.3f}",
+            " ".join(f"{fact:.3f}" for fact in facts),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -129,8 +130,8 @@ def table(results: dict[str, dict[str, dict]], fp16_bytes: float) -> str:
 
 @click.command()
 @click.option("--work", type=Path, required=True, help="Directory for caches, students and results.")
-@click.option("--steps", default=300, show_default=True, help="Optimiser steps of every student.")
-@click.option("--scenes", default=250, show_default=True, help="Scenes to train on.")
+@click.option("--steps", default=200, show_default=True, help="Optimiser steps of every student.")
+@click.option("--scenes", default=125, show_default=True, help="Scenes to train on.")
 @click.option("--captions", default=64, show_default=True, help="Captions to draw and judge.")
 @click.option("--seed", "seeds", multiple=True, type=int, default=(0, 1), show_default=True)
 @click.option("--case", "cases", multiple=True, type=click.Choice(list(CASES)), help="Only these; all by default.")
@@ -154,7 +155,7 @@ def main(work: Path, steps: int, scenes: int, captions: int, seeds: tuple[int, .
             results.setdefault(name, {})[str(seed)] = {
                 "mse": plain,
                 "guided": guided,
-                "score": score(student, captions),
+                "score": score(student, captions) if seed == seeds[0] else None,
                 "bytes": bytes_of_taps(cache) if cache else None,
             }
             write_json(file, results)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 
 from pipeline.demo import CHECKSUMS, TEACHER, teacher_folder
 from pipeline.demo.evaluate import captions_of, evaluate, judge, table
@@ -16,6 +16,8 @@ from pipeline.demo.train import command
 from pipeline.demo.trainer import Trainer
 from pipeline.errors import UserError
 from pipeline.samples import Sampler, draw_samples
+from pipeline.students import LEVELS, student_config, student_weights
+from pipeline.taps import Taps
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 SIZES = {
@@ -50,6 +52,22 @@ def test_the_bundled_teacher_has_the_blocks_of_sd(pipeline):
     assert config.up_block_types == ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3
     assert config.layers_per_block == 2
     assert config.mid_block_type == "UNetMidBlock2DCrossAttn"
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_every_student_can_be_made_of_the_bundled_teacher(pipeline, level):
+    teacher = pipeline.unet
+    student = UNet2DConditionModel.from_config(student_config(dict(teacher.config), level))
+    shapes = {name: tuple(tensor.shape) for name, tensor in student.state_dict().items()}
+    student.load_state_dict(student_weights(shapes, teacher.state_dict(), level), strict=True)
+    inputs = torch.zeros(1, 4, 16, 16), torch.zeros(1), torch.zeros(1, 24, teacher.config.cross_attention_dim)
+    with Taps(student, [name for name, _ in LEVELS[level].taps]).recording() as own, torch.no_grad():
+        student(*inputs)
+    teacher_taps = Taps(teacher, [name for _, name in LEVELS[level].taps])
+    with teacher_taps.recording() as others, torch.no_grad():
+        teacher(*inputs)
+    teacher_taps.remove()
+    assert all(own[name].shape == others[other].shape for name, other in LEVELS[level].taps)
 
 
 def test_the_bundled_teacher_follows_captions(pipeline):
