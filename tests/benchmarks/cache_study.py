@@ -59,7 +59,7 @@ CASES: dict[str, dict[str, str | int]] = {
     **{f"exact, {rounds} rounds": exact(rounds) for rounds in (16, 8, 4, 2, 1)},
     **{f"{db} dB, 8 rounds": dithered(db, 1) for db in (20, 10, 5, 0)},
     **{f"exact, stride {s}, 8 rounds": exact(8) | {"STRIDE": s} for s in (2, 4)},
-    **{f"{db} dB, stride {s}, 8 rounds": dithered(db, s) for db, s in ((15, 2), (10, 2), (15, 4), (10, 4), (0, 4))},
+    **{f"{db} dB, stride {s}, 8 rounds": dithered(db, s) for db, s in ((15, 2), (10, 2), (10, 4))},
 }
 """Variables of `make teacher-cache`. The demo's taps of 16 rows are sampled as SD-1.x's of 64 and 32 are."""
 
@@ -67,7 +67,14 @@ CASES: dict[str, dict[str, str | int]] = {
 def cache_of(work: Path, name: str, seed: int, scenes: int) -> Path:
     """The cache of that case, whose noise, timesteps and dither are drawn from `seed`."""
     folder = work / f"{name}, seed {seed}"
-    variables = {"WORK": work, "CACHE": folder, "SCENES": scenes, "SAMPLES": 0, "CACHE_FLAGS": f"--seed {seed}"}
+    variables = {
+        "WORK": work,
+        "CACHE": folder,
+        "SCENES": scenes,
+        "SAMPLES": 0,
+        "UNCOND": 0,
+        "CACHE_FLAGS": f"--seed {seed}",
+    }
     make("teacher-cache", *(f"{key}={value}" for key, value in {**variables, **CASES[name]}.items()))
     return folder
 
@@ -130,7 +137,7 @@ def table(results: dict[str, dict[str, dict]], fp16_bytes: float) -> str:
 
 @click.command()
 @click.option("--work", type=Path, required=True, help="Directory for caches, students and results.")
-@click.option("--steps", default=200, show_default=True, help="Optimiser steps of every student.")
+@click.option("--steps", default=150, show_default=True, help="Optimiser steps of every student.")
 @click.option("--scenes", default=125, show_default=True, help="Scenes to train on.")
 @click.option("--captions", default=64, show_default=True, help="Captions to draw and judge.")
 @click.option("--seed", "seeds", multiple=True, type=int, default=(0, 1), show_default=True)
@@ -141,7 +148,7 @@ def main(work: Path, steps: int, scenes: int, captions: int, seeds: tuple[int, .
     results = json.loads(file.read_text()) if file.is_file() else {}
     held_out = held_out_cache(work)
     teacher = DiffusionPipeline.from_pretrained(teacher_folder(), torch_dtype=torch.float32, local_files_only=True)
-    reference = cache_of(work, "exact, 8 rounds", 0, scenes)
+    reference = cache_of(work, "exact, 8 rounds", seeds[0], scenes)
     for seed in seeds:
         for name in cases or CASES:
             if str(seed) in results.get(name, {}):

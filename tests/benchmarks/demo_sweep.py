@@ -76,6 +76,8 @@ CASES = {
         **UNCAPTIONED, "output-weight": 5.0, "feature-weight": 0.02,
     },
     "found: 1 in 10 without a caption, output weight 5, feature weight 0.1, batch 16, steps x 2": FOUND,
+    "found, relative features, output weight 20": {**FOUND, "feature-loss": "relative", "output-weight": 20.0},
+    "found, relative features, feature weight 0.1": {**FOUND, "feature-loss": "relative"},
     "found, feature weight 0": {**FOUND, "feature-weight": 0.0},
     "found, learning rate 5e-4": {**FOUND, "learning-rate": 5e-4},
     "found, learning rate 2e-3": {**FOUND, "learning-rate": 2e-3},

@@ -70,7 +70,7 @@ class Case:
     device: str
     mixed_precision: str
     gradient_checkpointing: bool
-    workers: int
+    workers: int | None
 
     @property
     def teacher(self) -> Path:
@@ -186,10 +186,10 @@ def table(runs: dict[str, list[Run]], batch_size: int) -> str:
 @click.option("--device", default="auto", show_default=True, help="auto or cpu.")
 @click.option("--mixed-precision", default="no", show_default=True, help="no, fp16 or bf16, of teacher and student.")
 @click.option("--gradient-checkpointing/--no-gradient-checkpointing", default=False, show_default=True)
-@click.option("--workers", default=2, show_default=True, help="Processes that read the cache.")
+@click.option("--workers", type=int, help="Processes that read the cache; by default as `distill` has it.")
 def main(
     work: Path, arch: str, levels: str, batch_sizes: tuple[int, ...], steps: int, repeats: int, images: int,
-    device: str, mixed_precision: str, gradient_checkpointing: bool, workers: int,
+    device: str, mixed_precision: str, gradient_checkpointing: bool, workers: int | None,
 ) -> None:  # fmt: skip
     shutil.rmtree(work, ignore_errors=True)
     common = (steps, device, mixed_precision, gradient_checkpointing, workers)
