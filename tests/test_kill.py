@@ -70,10 +70,10 @@ def killed_run(function, *args, kill_at=None, after=None, **changes):
 
 
 def moments(seed, events, seconds):
-    """Two events and one time, drawn at random; and the last event, behind which nothing is left to do."""
+    """Twenty, drawn at random: events and times; the last event among them, behind which nothing is left to do."""
     draw = random.Random(seed)
-    at = [{"kill_at": event} for event in (*draw.sample(range(events), 2), events - 1)]
-    return [*at, {"after": draw.uniform(0.2, 0.8) * seconds}]
+    at = [{"kill_at": event} for event in (*draw.sample(range(events), min(events, 14)), events - 1)]
+    return [*at, *({"after": draw.uniform(0.1, 0.9) * seconds} for _ in range(20 - len(at)))]
 
 
 @pytest.fixture(scope="module")
