@@ -268,13 +268,14 @@ def test_make_help_lists_every_target():
 
 def test_make_passes_its_variables_to_the_stages():
     variables = "TEACHER=some/sd DATA=pictures WORK=w LEVEL=sd_tiny ROUNDS=7 STEPS=99 RESOLUTION=256 SNR_DB=10 "
-    variables += "STRIDE=4 BATCH=3 LR=2e-5 SEED=5"
+    variables += "STRIDE=4 BATCH=3 LR=2e-5 SEED=5 UNCOND=0.2"
     shown = make("-n", "distill", *variables.split(), "LAUNCH=accelerate launch").stdout
     lines = [line for line in re.sub(r"\s*\\\n\s*", " ", shown).splitlines() if line.startswith("accelerate launch -m")]
     assert [line.removeprefix("accelerate launch -m pipeline.").strip() for line in lines] == [
         "encode --teacher 'some/sd' --data 'pictures' --out 'w/latents' --resolution 256 --seed 5",
         "teacher_cache --teacher 'some/sd' --latents 'w/latents' --out 'w/cache' --rounds 7 --codec dither --snr-db 10 "
-        "--token-stride 4 --token-min 32 --students sd_tiny --samples 8 --samples-guidance 7 --seed 5",
+        "--token-stride 4 --token-min 32 --students sd_tiny --samples 8 --samples-guidance 7 --uncond-fraction 0.2 "
+        "--seed 5",
         "distill --cache 'w/cache' --out 'w/sd_tiny' --level sd_tiny --max-train-steps 99 --train-batch-size 3 "
         "--learning-rate 2e-5 --seed 5",
     ]
