@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,89 +18,34 @@ import click
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from diffusers import DDPMScheduler, UNet2DConditionModel
-from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from pipeline import models
 from pipeline.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
-from pipeline.checksums import changed_files
 from pipeline.command import stage_command
 from pipeline.diffusion import add_noise, min_snr_weights, target
+from pipeline.distill_settings import DistillSettings, pairs_of, training_spec, with_steps
 from pipeline.errors import UserError
+from pipeline.initial_student import initial_student
 from pipeline.interrupts import Interrupts
-from pipeline.losses import FEATURE_LOSSES, distillation_losses, total_loss
+from pipeline.losses import distillation_losses, total_loss
 from pipeline.metrics import Metrics
+from pipeline.optimizers import make_optimizer
 from pipeline.report import REPORT, write_report
 from pipeline.samples import SAMPLES, Model, draw_apart, load_samples
-from pipeline.settings import REQUIRED, Settings, option
-from pipeline.students import LEVELS
 from pipeline.taps import Taps, sample_tokens
 from pipeline.workspace import write_settings
 from shards.dataset import Batch, CacheDataset, EpochBatches
 from shards.files import remove_leftovers, write_json
-from shards.manifest import read_manifest, refuse_other_spec
+from shards.manifest import refuse_other_spec
 
 SPEC, FINISHED, METRICS, CHECKPOINTS = "spec.json", "finished.json", "metrics.jsonl", "checkpoints"
-OPEN_ENDED = ("constant", "constant_with_warmup")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DistillSettings(Settings):
-    cache: Path = option(REQUIRED, "Directory that `teacher-cache` wrote.")
-    out: Path = option(REQUIRED, "Directory to write the student's pipeline to.")
-    rounds: int | None = option(
-        None, "Train on the cache's first N rounds alone; later ones may still be being written. By default on all.",
-        low=1,
-    )  # fmt: skip
-    level: str = option(REQUIRED, "The student's architecture and tap pairs.", choices=tuple(LEVELS))
-    max_train_steps: int = option(15000, "Optimiser steps.", low=1)
-    train_batch_size: int = option(8, "Entries in one forward pass, on each process.", low=1)
-    gradient_accumulation_steps: int = option(1, "Forward passes in one optimiser step.", low=1)
-    output_weight: float = option(0.5, "Weight of the loss to the teacher's prediction.", low=0.0)
-    feature_weight: float = option(0.5, "Weight of the sum of the taps' losses.", low=0.0)
-    feature_loss: str = option(
-        "mse", "A tap's loss: mean square error, or that as a share of the teacher's mean square.",
-        choices=tuple(FEATURE_LOSSES),
-    )  # fmt: skip
-    snr_gamma: float | None = option(None, "Min-SNR weights of task and output; 5.0 is usual.", above=0.0)
-    learning_rate: float = option(1e-5, "Learning rate after warm-up.", above=0.0)
-    lr_scheduler: str = option(
-        "constant", "Course of the learning rate.",
-        choices=tuple(s.value for s in SchedulerType if s != SchedulerType.PIECEWISE_CONSTANT),
-    )  # fmt: skip
-    lr_warmup_steps: int = option(0, "Optimiser steps of linear warm-up.", low=0)
-    max_grad_norm: float = option(1.0, "Norm that gradients are clipped to.", above=0.0)
-    adam_beta1: float = option(0.9, "AdamW's first decay.", low=0.0, below=1.0)
-    adam_beta2: float = option(0.999, "AdamW's second decay.", low=0.0, below=1.0)
-    adam_weight_decay: float = option(1e-2, "AdamW's weight decay.", low=0.0)
-    adam_epsilon: float = option(1e-8, "AdamW's epsilon.", above=0.0)
-    use_ema: bool = option(False, "Keep a moving average of the weights, and save that as the student.")
-    ema_decay: float = option(0.9999, "Largest decay of the average; it warms up to it.", low=0.0, high=1.0)
-    gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass: less memory, more time.")
-    mixed_precision: str = option("no", "Precision of the student's arithmetic.", choices=("no", "fp16", "bf16"))
-    checkpointing_steps: int = option(500, "Optimiser steps between checkpoints.", low=1)
-    checkpoints_total_limit: int = option(2, "Checkpoints to keep, the newest.", low=1)
-    logging_steps: int = option(10, "Optimiser steps between lines of metrics.jsonl.", low=1)
-    dataloader_num_workers: int | None = option(
-        None, "Processes that read and decompress; 0 reads in the training loop. By default 2, on a CPU 0.", low=0
-    )
-    report: bool = option(True, "End with report.html: loss curves, pictures beside the teacher's, cost.")
-    seed: int = option(0, "Seed of the order of entries.", low=0)
-    device: str = option("auto", "auto takes the GPU if there is one.", choices=models.DEVICES)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.lr_scheduler == "constant" and self.lr_warmup_steps:
-            raise UserError("--lr-scheduler constant has no warm-up: choose constant_with_warmup")
-
-
-# What may differ between two runs that continue one another: none of it changes a step's arithmetic.
-FREE = ("cache", "out", "max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "logging_steps",
-        "dataloader_num_workers", "device", "gradient_checkpointing", "report")  # fmt: skip
+LOGS = "logs"
 
 
 def run(settings: DistillSettings) -> None:
@@ -109,8 +55,11 @@ def run(settings: DistillSettings) -> None:
         mixed_precision=settings.mixed_precision,
         cpu=models.use_cpu(settings.device),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=models.PATIENCE)],
+        log_with=tracker(settings.report_to),
+        project_config=ProjectConfiguration(logging_dir=str(settings.out / LOGS)),
     )
     dataset = open_cache(settings)
+    settings = with_steps(settings, len(dataset), accelerator.num_processes)
     with accelerator.main_process_first():
         claim(settings)
     done = finished_step(settings.out)
@@ -124,9 +73,13 @@ def run(settings: DistillSettings) -> None:
 
     if done < settings.max_train_steps:
         training = prepare(settings, dataset, accelerator)
+        if settings.report_to != "none":
+            accelerator.init_trackers("distill-sd", {k: str(v) for k, v in settings.as_json().items()})
         train(settings, accelerator, training)
         if accelerator.is_main_process:
             save_student(settings, training)
+        for each in accelerator.trackers:
+            each.finish()
         # The report needs the memory that optimiser and gradients took.
         accelerator.free_memory(training.model, training.optimizer)
         del training
@@ -139,6 +92,15 @@ def run(settings: DistillSettings) -> None:
             f"as a diffusers pipeline{seen}"
         )
     accelerator.wait_for_everyone()
+
+
+def tracker(name: str) -> str | None:
+    """The tracker as accelerate calls it. Raises UserError if its package is not there."""
+    if name == "none":
+        return None
+    if find_spec(name) is None:
+        raise UserError(f"--report-to {name} needs the package {name}: pip install {name}")
+    return name
 
 
 @dataclass
@@ -186,9 +148,10 @@ def prepare(settings: DistillSettings, dataset: CacheDataset, accelerator: Accel
     noise_scheduler = DDPMScheduler.from_config(dataset.shards.manifest.spec["noise_scheduler"])
     student, state = start(settings)
     student.to(accelerator.device, memory_format=torch.channels_last).train()
-    optimizer = torch.optim.AdamW(
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = settings.allow_tf32
+    optimizer = make_optimizer(
         student.parameters(), settings.learning_rate, (settings.adam_beta1, settings.adam_beta2),
-        settings.adam_epsilon, settings.adam_weight_decay, fused=True,
+        settings.adam_epsilon, settings.adam_weight_decay, settings.use_8bit_adam,
     )  # fmt: skip
     # Not prepared: accelerate would step the schedule once for each process.
     lr_scheduler = get_scheduler(
@@ -320,11 +283,6 @@ def step_losses(training: Training, settings: DistillSettings, batch: Batch) -> 
     )
 
 
-def pairs_of(settings: DistillSettings) -> tuple[tuple[str, str], ...]:
-    """(student tap, teacher tap) that the loss needs: none when features have no weight."""
-    return LEVELS[settings.level].taps if settings.feature_weight else ()
-
-
 def open_cache(settings: DistillSettings) -> CacheDataset:
     """The entries, of which only what has a weight is read."""
     teacher_taps = [teacher for _, teacher in pairs_of(settings)]
@@ -347,18 +305,7 @@ def start(settings: DistillSettings) -> tuple[UNet2DConditionModel, dict[str, An
     if checkpoints:
         student, saved = load_checkpoint(checkpoints[-1][1])
     else:
-        folder = settings.cache / "students" / settings.level
-        changed = changed_files(folder)
-        if changed:
-            raise UserError(
-                f"{folder}: {changed[0]}; copy it from a whole cache, or delete the folder and run "
-                f"`teacher-cache --students {settings.level}` again, with the other settings as they were"
-            )
-        try:
-            student, saved = UNet2DConditionModel.from_pretrained(folder), None
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().split("\n")[0]
-            raise UserError(f"{folder} cannot be loaded ({reason}): copy it from a whole cache") from error
+        student, saved = initial_student(settings.cache, settings.level, settings.init_from), None
     # diffusers would write down where it was loaded from, which is another place after a stop.
     student.register_to_config(_name_or_path=settings.level)
     if settings.gradient_checkpointing:
@@ -399,15 +346,6 @@ def check_finite(line: dict[str, float], keys: tuple[str, ...], settings: Distil
         )
 
 
-def training_spec(settings: DistillSettings) -> dict[str, Any]:
-    """What decides the weights at a given step. The length counts only where the lr schedule hangs on it."""
-    spec = {key: value for key, value in settings.as_json().items() if key not in FREE}
-    if settings.lr_scheduler not in OPEN_ENDED:
-        spec["max_train_steps"] = settings.max_train_steps
-    manifest = read_manifest(settings.cache, "cache")
-    return {"cache": manifest.spec_sha256, **spec, "rounds": settings.rounds or manifest.rounds}
-
-
 def claim(settings: DistillSettings) -> None:
     """Take the output directory for these settings.
 
@@ -435,6 +373,7 @@ def finished_step(out: Path) -> int:
 def plan(settings: DistillSettings) -> list[str]:
     """What a run would do."""
     dataset = open_cache(settings)
+    settings = with_steps(settings, len(dataset), 1)
     done = max([step for step, _ in list_checkpoints(settings.out / CHECKPOINTS)], default=0)
     batch = settings.train_batch_size * settings.gradient_accumulation_steps
     left = max(0, settings.max_train_steps - done)

@@ -61,6 +61,7 @@ class Metrics:
         if self._file:
             self._file.write(json.dumps({k: v if math.isfinite(v) else str(v) for k, v in line.items()}) + "\n")
             self._file.flush()
+        self._accelerator.log({k: v for k, v in line.items() if k != "step"}, step=step)
         feature = sum(mean for name, mean in line.items() if name.startswith("feature/"))
         shown = {k: line[k] for k in ("loss", "task", "output") if k in line} | {"feature": feature}
         self._bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()})

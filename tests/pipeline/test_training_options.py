@@ -1,0 +1,137 @@
+"""distill's options of optimisation and logging: each does what it says, or says what it lacks."""
+
+import json
+import sys
+import types
+
+import pytest
+import torch
+from helpers import metrics, prepared, run_distill, run_encode, run_teacher_cache, state_dict_of
+
+from pipeline.distill_settings import DistillSettings, with_steps
+from pipeline.errors import UserError
+from shards.schema import ShardError
+
+
+@pytest.fixture(scope="module")
+def cache(teacher, images, tmp_path_factory):
+    work = tmp_path_factory.mktemp("options")
+    latents = run_encode(teacher, images, work / "latents")
+    return run_teacher_cache(teacher, latents, work / "cache", rounds=1, students=("sd_small", "sd_tiny"))
+
+
+@pytest.fixture
+def saved(cache, tmp_path):
+    return run_distill(cache, tmp_path / "saved", max_train_steps=2)
+
+
+@pytest.mark.parametrize("part", [".", "unet"])
+def test_a_saved_student_is_trained_on(cache, saved, tmp_path, part):
+    _, training = prepared(cache, tmp_path / "out", level="sd_small", init_from=saved / part)
+    begun, left = training.student.state_dict(), state_dict_of(saved / "unet")
+    assert all(torch.equal(begun[name], left[name]) for name in left)
+
+
+def test_a_saved_student_can_be_trained_on_without_distillation(cache, saved, tmp_path):
+    out = run_distill(cache, tmp_path / "out", init_from=saved, output_weight=0.0, feature_weight=0.0)
+    assert set(metrics(out)[0]) >= {"task", "loss"}
+    assert not [name for name in metrics(out)[0] if name.startswith(("output", "feature"))]
+
+
+def test_what_a_training_began_with_is_part_of_it(cache, saved, tmp_path):
+    out = run_distill(cache, tmp_path / "out", init_from=saved, max_train_steps=2)
+    moved = saved.rename(tmp_path / "moved")
+    run_distill(cache, out, init_from=moved, max_train_steps=4)
+    other = run_distill(cache, tmp_path / "other", max_train_steps=1)
+    with pytest.raises(ShardError, match="init_from"):
+        run_distill(cache, out, init_from=other, max_train_steps=6)
+
+
+def test_a_student_of_another_level_is_refused(cache, tmp_path):
+    tiny = run_distill(cache, tmp_path / "tiny", level="sd_tiny", max_train_steps=1)
+    with pytest.raises(UserError, match="is no sd_small of this cache's teacher"):
+        run_distill(cache, tmp_path / "out", init_from=tiny)
+
+
+def test_what_is_no_student_is_refused(cache, tmp_path):
+    with pytest.raises(UserError, match="cannot be loaded .* give a saved student"):
+        run_distill(cache, tmp_path / "out", init_from=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "batch", "accumulation", "processes", "steps"),
+    [(1, 4, 1, 1, 4), (2, 4, 1, 1, 7), (1, 13, 1, 1, 1), (3, 2, 2, 2, 5), (None, 4, 1, 1, 15000)],
+)
+def test_epochs_are_steps_that_show_every_entry_so_often(epochs, batch, accumulation, processes, steps):
+    settings = DistillSettings(cache="c", out="o", level="sd_small", num_train_epochs=epochs, train_batch_size=batch,
+                               gradient_accumulation_steps=accumulation)  # fmt: skip
+    assert with_steps(settings, 13, processes).max_train_steps == steps
+
+
+def test_an_epoch_is_trained_and_going_on_takes_more_of_them(cache, tmp_path):
+    out = run_distill(cache, tmp_path / "out", max_train_steps=None, num_train_epochs=1)
+    assert metrics(out)[-1]["step"] == 5
+    run_distill(cache, out, max_train_steps=None, num_train_epochs=2)
+    assert metrics(out)[-1]["step"] == 9
+
+
+def test_steps_and_epochs_together_are_refused():
+    with pytest.raises(UserError, match="both say how long to train"):
+        DistillSettings(cache="c", out="o", level="sd_small", max_train_steps=1, num_train_epochs=1)
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_tf32_is_allowed_when_asked_for(cache, tmp_path, allowed):
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    try:
+        run_distill(cache, tmp_path / "out", max_train_steps=1, allow_tf32=allowed)
+        assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == (allowed, allowed)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def test_8_bit_adam_is_that_of_bitsandbytes(cache, tmp_path, monkeypatch):
+    class AdamW8bit(torch.optim.AdamW):
+        pass
+
+    stand_in = types.SimpleNamespace(optim=types.SimpleNamespace(AdamW8bit=AdamW8bit))
+    monkeypatch.setitem(sys.modules, "bitsandbytes", stand_in)
+    settings = {"level": "sd_small", "use_8bit_adam": True, "adam_weight_decay": 0.25, "adam_beta1": 0.5}
+    _, training = prepared(cache, tmp_path / "out", **settings)
+    optimizer = training.optimizer.optimizer
+    assert type(optimizer) is AdamW8bit
+    assert (optimizer.defaults["weight_decay"], optimizer.defaults["betas"][0]) == (0.25, 0.5)
+
+
+def test_8_bit_adam_without_its_package_is_refused(cache, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(UserError, match="needs the package bitsandbytes: pip install"):
+        run_distill(cache, tmp_path / "out", use_8bit_adam=True)
+
+
+def test_the_tracker_gets_what_the_metrics_hold(cache, tmp_path):
+    """Read back by tensorboard itself."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = run_distill(cache, tmp_path / "out", report_to="tensorboard")
+    (events,) = (out / "logs" / "distill-sd").glob("events.*")
+    read = EventAccumulator(str(events.parent))
+    read.Reload()
+    for line in metrics(out):
+        for name, value in line.items():
+            if name != "step":
+                (logged,) = [event.value for event in read.Scalars(name) if event.step == line["step"]]
+                assert logged == pytest.approx(value, rel=1e-6), name
+
+
+def test_a_tracker_that_is_not_installed_is_refused_before_training(cache, tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.distill.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="--report-to wandb needs the package wandb: pip install wandb"):
+        run_distill(cache, tmp_path / "out", report_to="wandb")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_tracker_may_be_changed_between_two_runs(cache, tmp_path):
+    out = run_distill(cache, tmp_path / "out", max_train_steps=1)
+    run_distill(cache, out, max_train_steps=2, report_to="tensorboard")
+    assert json.loads((out / "finished.json").read_text())["step"] == 2
