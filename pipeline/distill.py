@@ -39,13 +39,14 @@ from pipeline.optimizers import make_optimizer
 from pipeline.report import REPORT, write_report
 from pipeline.samples import SAMPLES, Model, draw_apart, load_samples
 from pipeline.taps import Taps, sample_tokens
+from pipeline.validation import draw_validation, read_prompts
 from pipeline.workspace import write_settings
 from shards.dataset import Batch, CacheDataset, EpochBatches
 from shards.files import remove_leftovers, write_json
 from shards.manifest import refuse_other_spec
 
 SPEC, FINISHED, METRICS, CHECKPOINTS = "spec.json", "finished.json", "metrics.jsonl", "checkpoints"
-LOGS = "logs"
+LOGS, VALIDATION = "logs", "validation"
 
 
 def run(settings: DistillSettings) -> None:
@@ -107,7 +108,8 @@ def tracker(name: str) -> str | None:
 class Training:
     """All that a run steps: `model` is the student as accelerate wraps it, `step` counts optimiser steps.
 
-    `position` is the number of samples taken from the stream of epochs, by all processes together.
+    `position` is the number of samples taken from the stream of epochs, by all processes together; `prompts`
+    are those to draw now and then.
     """
 
     student: UNet2DConditionModel
@@ -118,6 +120,7 @@ class Training:
     ema: EMAModel | None
     dataset: CacheDataset
     alphas_cumprod: Tensor
+    prompts: list[str]
     step: int = 0
     position: int = 0
 
@@ -163,6 +166,7 @@ def prepare(settings: DistillSettings, dataset: CacheDataset, accelerator: Accel
     training = Training(
         student, model, Taps(student, [name for name, _ in pairs_of(settings)]), optimizer, lr_scheduler, ema,
         dataset, noise_scheduler.alphas_cumprod.to(accelerator.device),
+        read_prompts(settings.validation_prompts) if settings.validation_prompts else [],
     )  # fmt: skip
     if state is not None:
         training.load_state(state)
@@ -222,6 +226,19 @@ def after_step(
         check_finite(line if training.optimizer.scaler is None else {**line, "grad_norm": 0.0}, keys, settings)
     if checkpointing:
         save_state(settings, accelerator, training)
+    if training.prompts and training.step % settings.validation_steps == 0:
+        validate(settings, accelerator, training)
+
+
+def validate(settings: DistillSettings, accelerator: Accelerator, training: Training) -> None:
+    """Pictures of the student at this step, drawn by the main process while the others wait."""
+    if accelerator.is_main_process:
+        name = f"step-{training.step:07d}"
+        draw_validation(
+            training.student, training.ema, settings.cache / "base", training.prompts,
+            settings.out / VALIDATION / name, name,
+        )  # fmt: skip
+    accelerator.wait_for_everyone()
 
 
 def save_state(settings: DistillSettings, accelerator: Accelerator, training: Training) -> None:

@@ -65,6 +65,8 @@ class DistillSettings(Settings):
     checkpointing_steps: int = option(500, "Optimiser steps between checkpoints.", low=1)
     checkpoints_total_limit: int = option(2, "Checkpoints to keep, the newest.", low=1)
     logging_steps: int = option(10, "Optimiser steps between lines of metrics.jsonl.", low=1)
+    validation_prompts: Path | None = option(None, "Text file, one prompt a line, to draw while training.")
+    validation_steps: int = option(500, "Optimiser steps from one drawing of the prompts to the next.", low=1)
     report_to: str = option("none", "Also log the metrics to this tracker.", choices=("none", *TRACKERS))
     dataloader_num_workers: int | None = option(
         None, "Processes that read and decompress; 0 reads in the training loop. By default 2, on a CPU 0.", low=0
@@ -84,7 +86,7 @@ class DistillSettings(Settings):
 # What may differ between two runs that continue one another: none of it changes a step's arithmetic.
 FREE = ("cache", "out", "max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "logging_steps",
         "dataloader_num_workers", "device", "gradient_checkpointing", "report", "report_to",
-        "num_train_epochs")  # fmt: skip
+        "num_train_epochs", "validation_prompts", "validation_steps")  # fmt: skip
 
 
 def with_steps(settings: DistillSettings, entries: int, processes: int) -> DistillSettings:

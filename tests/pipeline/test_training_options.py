@@ -4,12 +4,16 @@ import json
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from helpers import metrics, prepared, run_distill, run_encode, run_teacher_cache, state_dict_of
+from PIL import Image
 
 from pipeline.distill_settings import DistillSettings, with_steps
 from pipeline.errors import UserError
+from pipeline.samples import Sampler, draw_samples
 from shards.schema import ShardError
 
 
@@ -135,3 +139,43 @@ def test_the_tracker_may_be_changed_between_two_runs(cache, tmp_path):
     out = run_distill(cache, tmp_path / "out", max_train_steps=1)
     run_distill(cache, out, max_train_steps=2, report_to="tensorboard")
     assert json.loads((out / "finished.json").read_text())["step"] == 2
+
+
+@pytest.mark.parametrize("use_ema", [False, True])
+def test_prompts_are_drawn_while_training_and_change_nothing_of_it(cache, tmp_path, use_ema):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red cat\n\na blue sky\n")
+    plain = run_distill(cache, tmp_path / "plain", use_ema=use_ema)
+    out = run_distill(
+        cache, tmp_path / "out", use_ema=use_ema, validation_prompts=prompts, validation_steps=2, max_train_steps=3
+    )
+    run_distill(cache, out, use_ema=use_ema, validation_prompts=prompts, validation_steps=2)
+    drawn = {path.relative_to(out).as_posix() for path in (out / "validation").rglob("*.png")}
+    assert drawn == {f"validation/step-000000{step}/000{i}.png" for step in (2, 4) for i in (0, 1)}
+    about = json.loads((out / "validation" / "step-0000004" / "samples.json").read_text())
+    assert about["prompts"] == ["a red cat", "a blue sky"]
+    left, right = state_dict_of(plain / "unet"), state_dict_of(out / "unet")
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_the_pictures_are_those_of_the_saved_student(cache, tmp_path):
+    """The last step's are what the finished pipeline draws, its averaged weights and all."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red cat")
+    out = run_distill(cache, tmp_path / "out", use_ema=True, validation_prompts=prompts, validation_steps=4)
+    pipe = DiffusionPipeline.from_pretrained(out)
+    expected = draw_samples(pipe, ["a red cat"], Sampler(), "again").images[0]
+    drawn = Image.open(out / "validation" / "step-0000004" / "0000.png")
+    np.testing.assert_allclose(np.asarray(drawn, float), np.asarray(expected, float), atol=1)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "cannot be read"), (b"\n \n", "holds no prompts"), ("ein Häuschen".encode("latin-1"), "is not UTF-8")],
+)
+def test_prompts_that_cannot_be_read_are_refused(cache, tmp_path, content, message):
+    prompts = tmp_path / "prompts.txt"
+    if content is not None:
+        prompts.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        run_distill(cache, tmp_path / "out", validation_prompts=prompts)
