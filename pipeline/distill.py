@@ -31,6 +31,7 @@ from pipeline.command import stage_command
 from pipeline.diffusion import add_noise, min_snr_weights, target
 from pipeline.distill_settings import DistillSettings, pairs_of, training_spec, with_steps
 from pipeline.errors import UserError
+from pipeline.hub import open_repository, upload
 from pipeline.initial_student import initial_student
 from pipeline.interrupts import Interrupts
 from pipeline.losses import distillation_losses, total_loss
@@ -64,12 +65,18 @@ def run(settings: DistillSettings) -> None:
     with accelerator.main_process_first():
         claim(settings)
     done = finished_step(settings.out)
-    if done >= settings.max_train_steps and (not settings.report or (settings.out / REPORT).is_file()):
+    if (
+        done >= settings.max_train_steps
+        and not settings.push_to_hub
+        and (not settings.report or (settings.out / REPORT).is_file())
+    ):
         accelerator.print(
             f"already finished, nothing to do: {settings.out} holds a student of {done} steps; "
             "raise --max-train-steps to train it further"
         )
         return
+    if settings.push_to_hub and accelerator.is_main_process:
+        open_repository(settings.push_to_hub)
     accelerator.wait_for_everyone()
 
     if done < settings.max_train_steps:
@@ -92,6 +99,8 @@ def run(settings: DistillSettings) -> None:
             f"{settings.out} holds the {settings.level} student of {finished_step(settings.out)} steps, "
             f"as a diffusers pipeline{seen}"
         )
+        if settings.push_to_hub:
+            click.echo(f"uploaded to {upload(settings.out, settings.push_to_hub)}")
     accelerator.wait_for_everyone()
 
 

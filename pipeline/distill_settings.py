@@ -68,6 +68,7 @@ class DistillSettings(Settings):
     validation_prompts: Path | None = option(None, "Text file, one prompt a line, to draw while training.")
     validation_steps: int = option(500, "Optimiser steps from one drawing of the prompts to the next.", low=1)
     report_to: str = option("none", "Also log the metrics to this tracker.", choices=("none", *TRACKERS))
+    push_to_hub: str | None = option(None, "Repository on the model hub, as owner/name, to upload the student to.")
     dataloader_num_workers: int | None = option(
         None, "Processes that read and decompress; 0 reads in the training loop. By default 2, on a CPU 0.", low=0
     )
@@ -86,7 +87,7 @@ class DistillSettings(Settings):
 # What may differ between two runs that continue one another: none of it changes a step's arithmetic.
 FREE = ("cache", "out", "max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "logging_steps",
         "dataloader_num_workers", "device", "gradient_checkpointing", "report", "report_to",
-        "num_train_epochs", "validation_prompts", "validation_steps")  # fmt: skip
+        "num_train_epochs", "validation_prompts", "validation_steps", "push_to_hub")  # fmt: skip
 
 
 def with_steps(settings: DistillSettings, entries: int, processes: int) -> DistillSettings:

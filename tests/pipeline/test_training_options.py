@@ -9,6 +9,8 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from helpers import metrics, prepared, run_distill, run_encode, run_teacher_cache, state_dict_of
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 
 from pipeline.distill_settings import DistillSettings, with_steps
@@ -179,3 +181,52 @@ def test_prompts_that_cannot_be_read_are_refused(cache, tmp_path, content, messa
         prompts.write_bytes(content)
     with pytest.raises(UserError, match=message):
         run_distill(cache, tmp_path / "out", validation_prompts=prompts)
+
+
+class Hub:
+    """Stands in for huggingface_hub's HfApi; notes what it was asked."""
+
+    def __init__(self, calls, refuse=()):
+        self.calls, self.refuse = calls, refuse
+
+    def create_repo(self, name, **options):
+        self.calls.append(("create_repo", name))
+        if "create_repo" in self.refuse:
+            raise HFValidationError(f"no such place: {name}")
+
+    def upload_folder(self, *, repo_id, folder_path, ignore_patterns, **options):
+        files = [path.relative_to(folder_path).as_posix() for path in folder_path.rglob("*") if path.is_file()]
+        self.calls.append(("upload_folder", repo_id, set(filter_repo_objects(files, ignore_patterns=ignore_patterns))))
+        if "upload_folder" in self.refuse:
+            raise OSError("the line is dead")
+        return "https://hub/commit/1"
+
+
+def test_the_student_goes_to_the_hub_without_what_belongs_to_the_training(cache, tmp_path, monkeypatch, capsys):
+    calls = []
+    monkeypatch.setattr("pipeline.hub.HfApi", lambda: Hub(calls))
+    out = run_distill(cache, tmp_path / "out", push_to_hub="me/student", report_to="tensorboard")
+    assert [call[:2] for call in calls] == [("create_repo", "me/student"), ("upload_folder", "me/student")]
+    assert {"model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors"} <= calls[1][2]
+    assert not [file for file in calls[1][2] if file.startswith(("checkpoints", "logs"))]
+    assert "uploaded to https://hub/commit/1" in capsys.readouterr().out
+    assert json.loads((out / "finished.json").read_text())["step"] == 4
+
+
+def test_a_hub_that_refuses_is_met_before_training(cache, tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.hub.HfApi", lambda: Hub([], refuse=["create_repo"]))
+    with pytest.raises(UserError, match="--push-to-hub me/student cannot be written .*log in with"):
+        run_distill(cache, tmp_path / "out", push_to_hub="me/student")
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+def test_an_upload_that_fails_leaves_the_student_and_is_tried_again(cache, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr("pipeline.hub.HfApi", lambda: Hub(calls, refuse=["upload_folder"]))
+    with pytest.raises(UserError, match="is finished, but was not uploaded .*run the same command again"):
+        run_distill(cache, tmp_path / "out", push_to_hub="me/student")
+    weights = (tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors").stat().st_mtime_ns
+    monkeypatch.setattr("pipeline.hub.HfApi", lambda: Hub(calls))
+    run_distill(cache, tmp_path / "out", push_to_hub="me/student")
+    assert calls[-1][0] == "upload_folder"
+    assert (tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors").stat().st_mtime_ns == weights
