@@ -63,7 +63,7 @@ def run(settings: DistillSettings) -> None:
     dataset = open_cache(settings)
     settings = with_steps(settings, len(dataset), accelerator.num_processes)
     with accelerator.main_process_first():
-        claim(settings)
+        claim(settings, accelerator.num_processes)
     done = finished_step(settings.out)
     if (
         done >= settings.max_train_steps
@@ -372,12 +372,12 @@ def check_finite(line: dict[str, float], keys: tuple[str, ...], settings: Distil
         )
 
 
-def claim(settings: DistillSettings) -> None:
+def claim(settings: DistillSettings, processes: int) -> None:
     """Take the output directory for these settings.
 
     Raises ShardError with the difference if it holds a checkpoint or a student of other ones.
     """
-    path, spec = settings.out / SPEC, training_spec(settings)
+    path, spec = settings.out / SPEC, training_spec(settings, processes)
     if list_checkpoints(settings.out / CHECKPOINTS) or finished_step(settings.out):
         if not path.is_file():
             raise UserError(f"{settings.out} holds a training without its {SPEC}: choose another output directory")

@@ -84,19 +84,25 @@ class DistillSettings(Settings):
             raise UserError("--max-train-steps and --num-train-epochs both say how long to train: give one of them")
 
 
-# What may differ between two runs that continue one another: none of it changes a step's arithmetic.
-FREE = ("cache", "out", "max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "logging_steps",
-        "dataloader_num_workers", "device", "gradient_checkpointing", "report", "report_to",
-        "num_train_epochs", "validation_prompts", "validation_steps", "push_to_hub")  # fmt: skip
+# What may differ between two runs that continue one another: none of it changes a step, but by rounding.
+FREE = (
+    "cache", "out", "train_batch_size", "gradient_accumulation_steps", "max_train_steps", "num_train_epochs",
+    "checkpointing_steps", "checkpoints_total_limit", "logging_steps", "dataloader_num_workers", "device",
+    "gradient_checkpointing", "report", "report_to", "validation_prompts", "validation_steps", "push_to_hub",
+)  # fmt: skip
 
 
 def with_steps(settings: DistillSettings, entries: int, processes: int) -> DistillSettings:
     """The settings with `max_train_steps` worked out: an epoch is as many steps as show every entry once."""
     steps = settings.max_train_steps or DEFAULT_STEPS
     if settings.num_train_epochs is not None:
-        batch = settings.train_batch_size * settings.gradient_accumulation_steps * processes
-        steps = math.ceil(settings.num_train_epochs * entries / batch)
+        steps = math.ceil(settings.num_train_epochs * entries / global_batch_size(settings, processes))
     return replace(settings, max_train_steps=steps, num_train_epochs=None)
+
+
+def global_batch_size(settings: DistillSettings, processes: int) -> int:
+    """Entries in one optimiser step."""
+    return settings.train_batch_size * settings.gradient_accumulation_steps * processes
 
 
 def pairs_of(settings: DistillSettings) -> tuple[tuple[str, str], ...]:
@@ -104,9 +110,13 @@ def pairs_of(settings: DistillSettings) -> tuple[tuple[str, str], ...]:
     return LEVELS[settings.level].taps if settings.feature_weight else ()
 
 
-def training_spec(settings: DistillSettings) -> dict[str, Any]:
-    """What decides the weights at a given step. The length counts only where the lr schedule hangs on it."""
+def training_spec(settings: DistillSettings, processes: int) -> dict[str, Any]:
+    """What decides the weights at a given step. The length counts only where the lr schedule hangs on it.
+
+    Of the batch only the whole counts, over processes and accumulation: a step sees the same entries.
+    """
     spec = {key: value for key, value in settings.as_json().items() if key not in FREE}
+    spec["global_batch_size"] = global_batch_size(settings, processes)
     if settings.lr_scheduler not in OPEN_ENDED:
         spec["max_train_steps"] = settings.max_train_steps
     if settings.init_from is not None:

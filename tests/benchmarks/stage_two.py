@@ -145,7 +145,7 @@ def run(row: str, case: Case) -> Run:
     # A checkpoint is left at the last step, of any row alike: it is not what is measured.
     with mock.patch.object(distill, "batches", timed), mock.patch.object(distill, "save_state"):
         accelerator = accelerate.Accelerator(mixed_precision=case.mixed_precision, cpu=models.use_cpu(case.device))
-        distill.claim(settings)
+        distill.claim(settings, 1)
         training = distill.prepare(settings, distill.open_cache(settings), accelerator)
         distill.train(settings, accelerator, training)
     peak = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1e6

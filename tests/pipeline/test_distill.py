@@ -287,6 +287,16 @@ def test_accumulation_equals_the_large_batch(cache, tmp_path):
         assert x["loss"] == approx(y["loss"], rel=1e-4)
 
 
+def test_a_run_may_go_on_in_smaller_batches_that_make_the_same_step(cache, tmp_path):
+    settings = {"max_train_steps": 4, "learning_rate": 1e-4}
+    whole = run_distill(cache, tmp_path / "whole", train_batch_size=6, **settings)
+    out = run_distill(cache, tmp_path / "out", train_batch_size=6, **{**settings, "max_train_steps": 2})
+    run_distill(cache, out, train_batch_size=2, gradient_accumulation_steps=3, **settings)
+    assert state(whole, 4)["position"] == state(out, 4)["position"]
+    for x, y in zip(metrics(whole), metrics(out), strict=True):
+        assert x["loss"] == approx(y["loss"], rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("lr_scheduler", "warmup", "expected"),
     [
@@ -380,6 +390,8 @@ def test_a_finished_student_is_left_alone_and_that_is_said(cache, tmp_path, caps
         ({"learning_rate": 1e-4}, "learning_rate: 0.001 -> 0.0001"),
         ({"level": "sd_tiny"}, 'level: "sd_small" -> "sd_tiny"'),
         ({"feature_weight": 0.0}, "feature_weight: 0.5 -> 0.0"),
+        ({"train_batch_size": 4}, "global_batch_size: 3 -> 4"),
+        ({"gradient_accumulation_steps": 2}, "global_batch_size: 3 -> 6"),
     ],
 )
 def test_other_settings_on_the_same_output_are_refused_with_the_difference(cache, tmp_path, changes, line):
