@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import io
 import math
+import threading
 
 import numpy as np
 import zstandard
@@ -24,6 +25,8 @@ from shards.schema import ShardError
 CODECS = ("fp16", "fp32", "dither")
 EXACT_DTYPES = {"fp16": np.dtype(np.float16), "fp32": np.dtype(np.float32)}
 DITHER_TABLE_SIZE = 1 << 22
+# Bytes of a .npy file before its header: magic, version, and the header's length in the last two.
+NPY_PREAMBLE = 10
 # Up to here |q| stays under 2^24, where float32 holds every integer, for any tensor of 2^22 elements.
 MAX_SNR_DB = 60.0
 # zstd as an entropy coder: with the smallest hash table and the longest minimal match it all but stops looking
@@ -102,6 +105,8 @@ def unpack_quantised(data: bytes | memoryview, raw_bytes: int) -> tuple[np.ndarr
         raise ShardError("the member does not hold one mu and one q")
     if planes.shape[0] not in (1, 2, 4) or planes.shape[1] != mu.shape[0]:
         raise ShardError(f"q has shape {planes.shape}, which does not fit mu of shape {mu.shape}")
+    if planes.shape[0] == 1:
+        return planes[0].view(np.int8), mu
     integers = np.ascontiguousarray(np.moveaxis(planes, 0, -1)).view(f"<i{planes.shape[0]}")
     return integers[..., 0], mu
 
@@ -112,9 +117,15 @@ def decompress(data: bytes | memoryview, raw_bytes: int) -> bytes:
         stated = zstandard.get_frame_parameters(data).content_size
         if stated != raw_bytes:
             raise ShardError(f"a zstd frame states {stated} bytes where the index states {raw_bytes}")
-        return zstandard.ZstdDecompressor().decompress(data, max_output_size=raw_bytes, allow_extra_data=False)
+        return _decompressor(threading.get_ident()).decompress(data, max_output_size=raw_bytes, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise ShardError(f"a zstd frame is damaged ({error})") from None
+
+
+@functools.lru_cache(maxsize=64)
+def _decompressor(thread: int) -> zstandard.ZstdDecompressor:
+    """One for each thread, since none may be shared; making one takes longer than most members do."""
+    return zstandard.ZstdDecompressor()
 
 
 def encode_npy(array: np.ndarray) -> bytes:
@@ -136,7 +147,19 @@ def _take_npy(data: memoryview) -> tuple[np.ndarray, memoryview]:
 
     numpy's own reader allocates what the header claims; here the claim is held against what is there.
     """
-    stream = io.BytesIO(data[:4096])
+    start = NPY_PREAMBLE + int.from_bytes(data[NPY_PREAMBLE - 2 : NPY_PREAMBLE], "little")
+    shape, dtype = _npy_header(bytes(data[:start]))
+    count = math.prod(shape)
+    if len(data) - start < count * dtype.itemsize:
+        raise ShardError(f"an array states shape {shape} of {dtype}, and {len(data) - start} bytes follow")
+    end = start + count * dtype.itemsize
+    return np.frombuffer(data[start:end], dtype).reshape(shape), data[end:]
+
+
+@functools.lru_cache(maxsize=1024)
+def _npy_header(header: bytes) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and type that a .npy header of format 1.0 states. numpy takes longer over it than over most arrays."""
+    stream = io.BytesIO(header)
     try:
         if np.lib.format.read_magic(stream) != (1, 0):
             raise ShardError("an array is not in .npy format 1.0")
@@ -145,8 +168,6 @@ def _take_npy(data: memoryview) -> tuple[np.ndarray, memoryview]:
         raise
     except ValueError as error:
         raise ShardError(f"an array has no valid .npy header ({error})") from None
-    start, count = stream.tell(), math.prod(shape)
-    if fortran_order or dtype.hasobject or dtype.itemsize == 0 or len(data) - start < count * dtype.itemsize:
-        raise ShardError(f"an array states shape {shape} of {dtype}, and {len(data) - start} bytes follow")
-    end = start + count * dtype.itemsize
-    return np.frombuffer(data[start:end], dtype).reshape(shape), data[end:]
+    if fortran_order or dtype.hasobject or dtype.itemsize == 0:
+        raise ShardError(f"an array states {dtype}, fortran_order {fortran_order}: it is none of this format's")
+    return shape, dtype

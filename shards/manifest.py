@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ class Manifest:
     rounds: int | None = None
     files: dict[str, str] = field(default_factory=dict)
 
-    @property
+    @functools.cached_property
     def spec_sha256(self) -> str:
         return sha256_of_json(self.spec)
 
