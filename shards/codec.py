@@ -87,7 +87,7 @@ def pack_quantised(q: np.ndarray, mu: np.ndarray) -> tuple[bytes, int]:
     planes = np.moveaxis(np.ascontiguousarray(narrow)[..., None].view(np.uint8), -1, 0)
     head, body = encode_npy(mu), encode_npy(planes)
     raw_bytes = len(head) + len(body)
-    frame = zstandard.ZstdCompressor(compression_params=ENTROPY_CODER).compressobj(size=raw_bytes)
+    frame = _compressor(threading.get_ident()).compressobj(size=raw_bytes)
     data = frame.compress(head) + frame.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK) + frame.compress(body) + frame.flush()
     return data, raw_bytes
 
@@ -122,15 +122,27 @@ def decompress(data: bytes | memoryview, raw_bytes: int) -> bytes:
         raise ShardError(f"a zstd frame is damaged ({error})") from None
 
 
+# One for each thread, since none may be shared; making one takes longer than most members do.
+@functools.lru_cache(maxsize=64)
+def _compressor(thread: int) -> zstandard.ZstdCompressor:
+    return zstandard.ZstdCompressor(compression_params=ENTROPY_CODER)
+
+
 @functools.lru_cache(maxsize=64)
 def _decompressor(thread: int) -> zstandard.ZstdDecompressor:
-    """One for each thread, since none may be shared; making one takes longer than most members do."""
     return zstandard.ZstdDecompressor()
 
 
 def encode_npy(array: np.ndarray) -> bytes:
+    """The bytes of a .npy file, those that numpy.save writes for an array in C order."""
+    return _npy_head(array.shape, array.dtype) + array.tobytes()
+
+
+@functools.lru_cache(maxsize=1024)
+def _npy_head(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
     stream = io.BytesIO()
-    np.save(stream, array, allow_pickle=False)
+    described = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(stream, described)
     return stream.getvalue()
 
 

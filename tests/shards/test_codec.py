@@ -1,5 +1,6 @@
 """The codec's promises: bounded, unbiased, never clipped, equal in numpy and torch, bounded in memory."""
 
+import io
 import math
 
 import numpy as np
@@ -199,8 +200,6 @@ class TestDamage:
             codec.decode_npy(data)
 
     def test_objects_are_refused(self):
-        import io
-
         stream = io.BytesIO()
         np.save(stream, np.array([{"a": 1}], dtype=object), allow_pickle=True)
         with pytest.raises(ShardError):
@@ -210,6 +209,15 @@ class TestDamage:
     def test_what_is_no_array_is_refused(self, data):
         with pytest.raises(ShardError):
             codec.decode_npy(data)
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (4, 5), (2, 3, 4, 5)])
+@pytest.mark.parametrize("dtype", ["<f2", "<f4", "u1", "<i8"])
+def test_an_array_is_written_as_numpy_writes_it(shape, dtype):
+    array = np.arange(math.prod(shape)).reshape(shape).astype(dtype)
+    stream = io.BytesIO()
+    np.save(stream, array, allow_pickle=False)
+    assert codec.encode_npy(array) == stream.getvalue()
 
 
 def test_exact_arrays_come_back_equal():
