@@ -171,7 +171,7 @@ def prepare(settings: DistillSettings, dataset: CacheDataset, accelerator: Accel
         num_training_steps=settings.max_train_steps,
     )  # fmt: skip
     ema = EMAModel(student.parameters(), decay=settings.ema_decay, foreach=True) if settings.use_ema else None
-    model, optimizer = accelerator.prepare(student, optimizer)
+    model, optimizer = accelerator.prepare(torch.compile(student) if settings.compile else student, optimizer)
     training = Training(
         student, model, Taps(student, [name for name, _ in pairs_of(settings)]), optimizer, lr_scheduler, ema,
         dataset, noise_scheduler.alphas_cumprod.to(accelerator.device),

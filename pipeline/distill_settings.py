@@ -61,6 +61,7 @@ class DistillSettings(Settings):
     ema_decay: float = option(0.9999, "Largest decay of the average; it warms up to it.", low=0.0, high=1.0)
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass: less memory, more time.")
     mixed_precision: str = option("no", "Precision of the student's arithmetic.", choices=("no", "fp16", "bf16"))
+    compile: bool = option(False, "Compile the student with torch.compile: minutes at the start, faster steps.")
     allow_tf32: bool = option(False, "Let an NVIDIA GPU multiply float32 in TF32: faster, 10 bits of mantissa.")
     checkpointing_steps: int = option(500, "Optimiser steps between checkpoints.", low=1)
     checkpoints_total_limit: int = option(2, "Checkpoints to keep, the newest.", low=1)
@@ -88,7 +89,7 @@ class DistillSettings(Settings):
 FREE = (
     "cache", "out", "train_batch_size", "gradient_accumulation_steps", "max_train_steps", "num_train_epochs",
     "checkpointing_steps", "checkpoints_total_limit", "logging_steps", "dataloader_num_workers", "device",
-    "gradient_checkpointing", "report", "report_to", "validation_prompts", "validation_steps", "push_to_hub",
+    "gradient_checkpointing", "compile", "report", "report_to", "validation_prompts", "validation_steps", "push_to_hub",
 )  # fmt: skip
 
 

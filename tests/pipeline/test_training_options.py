@@ -1,5 +1,6 @@
 """distill's options of optimisation and logging: each does what it says, or says what it lacks."""
 
+import functools
 import json
 import sys
 import types
@@ -7,6 +8,7 @@ import types
 import numpy as np
 import pytest
 import torch
+import torch._dynamo
 from diffusers import DiffusionPipeline
 from helpers import metrics, prepared, run_distill, run_encode, run_teacher_cache, state_dict_of
 from huggingface_hub.errors import HFValidationError
@@ -94,6 +96,20 @@ def test_tf32_is_allowed_when_asked_for(cache, tmp_path, allowed):
         assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == (allowed, allowed)
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def test_a_compiled_student_trains_as_one_graph_with_its_taps(cache, tmp_path, monkeypatch):
+    """Traced by dynamo and run eagerly: generating code takes a minute and a C++ compiler, and changes no tap."""
+    plain = run_distill(cache, tmp_path / "plain")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    compiled = run_distill(cache, tmp_path / "compiled", compile=True)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
+    for x, y in zip(metrics(plain), metrics(compiled), strict=True):
+        assert x["loss"] == pytest.approx(y["loss"], rel=1e-4)
+    assert state_dict_of(compiled / "unet").keys() == state_dict_of(plain / "unet").keys()
 
 
 def test_8_bit_adam_is_that_of_bitsandbytes(cache, tmp_path, monkeypatch):
