@@ -11,6 +11,7 @@ COMMANDS = {
     "encode": ("pipeline.encode", "Images and captions to latents and prompt embeddings."),
     "teacher-cache": ("pipeline.teacher_cache", "Latents to the teacher's predictions and features."),
     "distill": ("pipeline.distill", "Train a student from a cache."),
+    "sample": ("pipeline.sample", "Pictures from a model, a teacher or a student."),
     "verify": ("pipeline.verify", "Check latents or a cache for damage."),
     "inspect": ("pipeline.inspect_shards", "Show what latents or a cache hold."),
     "demo-scenes": ("pipeline.demo.make_scenes", "Captioned pictures of shapes, to try the stages on."),

@@ -37,10 +37,11 @@ from pipeline.interrupts import Interrupts
 from pipeline.losses import distillation_losses, total_loss
 from pipeline.metrics import Metrics
 from pipeline.optimizers import make_optimizer
+from pipeline.prompts import read_prompts
 from pipeline.report import REPORT, write_report
 from pipeline.samples import SAMPLES, Model, draw_apart, load_samples
 from pipeline.taps import Taps, sample_tokens
-from pipeline.validation import draw_validation, read_prompts
+from pipeline.validation import draw_validation
 from pipeline.workspace import write_settings
 from shards.dataset import Batch, CacheDataset, EpochBatches
 from shards.files import remove_leftovers, write_json

@@ -85,7 +85,7 @@ def run(settings: EncodeSettings) -> None:
     """Images and captions to latents and prompt embeddings, in shards."""
     state = models.process_state(settings.device)
     source = open_source(settings.data, settings.image_column, settings.caption_column)
-    folder = models.find_teacher(settings.teacher, settings.revision, settings.variant)
+    folder = models.find_pipeline(settings.teacher, settings.revision, settings.variant)
     base = models.load_base(folder, settings.variant)
     spec = latents_spec(settings, source, base)
     with state.main_process_first():
@@ -246,7 +246,7 @@ def report(out: Path, manifest: Manifest, prefix: str) -> None:
 def plan(settings: EncodeSettings) -> list[str]:
     """What a run would write."""
     source = open_source(settings.data, settings.image_column, settings.caption_column)
-    folder = models.find_teacher(settings.teacher, settings.revision, settings.variant)
+    folder = models.find_pipeline(settings.teacher, settings.revision, settings.variant)
     base = models.load_base(folder, settings.variant)
     spec = latents_spec(settings, source, base)
     found = existing_manifest(settings.out, "latents")

@@ -66,33 +66,33 @@ def computes_beside(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-def find_teacher(teacher: str, revision: str | None, variant: str | None) -> Path:
+def find_pipeline(name: str, revision: str | None, variant: str | None, flag: str = "--teacher") -> Path:
     """The local folder of a Stable Diffusion pipeline: `demo`, a folder itself, or a hub's name, downloaded.
 
     Raises UserError if there is none or if it lacks a part that the stages need.
     """
-    folder = demo.teacher_folder() if teacher == "demo" else Path(teacher)
+    folder = demo.teacher_folder() if name == "demo" else Path(name)
     if not folder.is_dir():
-        folder = _download(teacher, revision, variant)
+        folder = _download(name, revision, variant, flag)
     if not (folder / MODEL_INDEX).is_file():
-        raise UserError(f"--teacher {teacher} has no {MODEL_INDEX}: give a checkpoint in diffusers layout")
+        raise UserError(f"{flag} {name} has no {MODEL_INDEX}: give a checkpoint in diffusers layout")
     index = json.loads((folder / MODEL_INDEX).read_text(encoding="utf-8"))
-    lacking = [name for name in NEEDED if not index.get(name) or index[name][0] is None]
+    lacking = [part for part in NEEDED if not index.get(part) or index[part][0] is None]
     if lacking:
-        raise UserError(f"--teacher {teacher} has no {', '.join(lacking)}: give a whole Stable Diffusion pipeline")
+        raise UserError(f"{flag} {name} has no {', '.join(lacking)}: give a whole Stable Diffusion pipeline")
     if "text_encoder_2" in index:
-        raise UserError(f"--teacher {teacher} is a {index['_class_name']}; SD-1.x and SD-2.x are supported so far")
+        raise UserError(f"{flag} {name} is a {index['_class_name']}; SD-1.x and SD-2.x are supported so far")
     return folder
 
 
-def _download(name: str, revision: str | None, variant: str | None) -> Path:
+def _download(name: str, revision: str | None, variant: str | None, flag: str) -> Path:
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise UserError(f"--teacher {name} is no folder")
+        raise UserError(f"{flag} {name} is no folder")
     try:
         return Path(DiffusionPipeline.download(name, revision=revision, variant=variant))
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise UserError(f"--teacher {name} is no folder, and no model hub gave it: {reason}") from None
+        raise UserError(f"{flag} {name} is no folder, and no model hub gave it: {reason}") from None
 
 
 def load_base(folder: Path, variant: str | None = None, unet: UNet2DConditionModel | None = None) -> DiffusionPipeline:

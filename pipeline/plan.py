@@ -104,7 +104,7 @@ def fit(settings: PlanSettings, shapes: models.TeacherShapes) -> PlanSettings:
 
 def plan(settings: PlanSettings) -> list[str]:
     """The plan in lines."""
-    folder = models.find_teacher(settings.teacher, settings.revision, settings.variant)
+    folder = models.find_pipeline(settings.teacher, settings.revision, settings.variant)
     shapes = models.teacher_shapes(folder, settings.resolution, teacher_taps(settings.students))
     chosen = fit(settings, shapes) if settings.budget else settings
     cost = cost_of(chosen, shapes)

@@ -15,7 +15,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, UNet2DConditionModel
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    PNDMScheduler,
+    UNet2DConditionModel,
+    UniPCMultistepScheduler,
+)
 from PIL import Image
 from tqdm import tqdm
 
@@ -29,7 +39,7 @@ INDEX = "samples.json"
 
 @dataclass(frozen=True)
 class Samples:
-    """Pictures and prompts, in one order; picture i was drawn with seed i.
+    """Pictures and prompts, in one order.
 
     `seconds` is for one picture; `parameters` are the U-Net's; `device` names what drew them and in which
     precision; `peak_memory`, in bytes, is the most that weights and activations took together, or None
@@ -46,17 +56,37 @@ class Samples:
 
 @dataclass(frozen=True)
 class Sampler:
-    """How pictures are drawn: DPM-Solver++ (Lu et al. 2022) with classifier-free guidance."""
+    """How pictures are drawn, with classifier-free guidance; `scheduler` is a key of SCHEDULERS.
+
+    `size` (height, width) in pixels; None is the pipeline's own. Picture i is drawn with seed `seed` + i.
+    """
 
     steps: int = 25
     guidance_scale: float = 7.0
     batch_size: int = 16
+    scheduler: str = "dpm"
+    negative_prompt: str | None = None
+    size: tuple[int, int] | None = None
+    seed: int = 0
+
+
+# By their usual short names; dpm is DPM-Solver++ (Lu et al. 2022), pndm what BK-SDM's figures are drawn with.
+SCHEDULERS = {
+    "dpm": DPMSolverMultistepScheduler,
+    "ddim": DDIMScheduler,
+    "euler": EulerDiscreteScheduler,
+    "euler-ancestral": EulerAncestralDiscreteScheduler,
+    "heun": HeunDiscreteScheduler,
+    "pndm": PNDMScheduler,
+    "unipc": UniPCMultistepScheduler,
+}
 
 
 @torch.inference_mode()
 def draw_samples(pipe: DiffusionPipeline, prompts: list[str], sampler: Sampler, description: str) -> Samples:
-    """One picture a prompt, at the pipeline's own size. Each has a seed of its own, whatever the batch."""
-    scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    """One picture a prompt. Each has a seed of its own, whatever the batch."""
+    scheduler = SCHEDULERS[sampler.scheduler].from_config(pipe.scheduler.config)
+    height, width = sampler.size or (None, None)
     kept, pipe.scheduler = pipe.scheduler, scheduler
     pipe.set_progress_bar_config(disable=True)
     images: list[Image.Image] = []
@@ -64,10 +94,12 @@ def draw_samples(pipe: DiffusionPipeline, prompts: list[str], sampler: Sampler, 
     with tqdm(total=len(prompts), unit="picture", desc=description) as progress:
         for first in range(0, len(prompts), sampler.batch_size):
             chunk = prompts[first : first + sampler.batch_size]
-            generators = [torch.Generator().manual_seed(first + i) for i in range(len(chunk))]
+            negative = None if sampler.negative_prompt is None else [sampler.negative_prompt] * len(chunk)
+            generators = [torch.Generator().manual_seed(sampler.seed + first + i) for i in range(len(chunk))]
             images += pipe(
-                chunk, num_inference_steps=sampler.steps, guidance_scale=sampler.guidance_scale, generator=generators
-            ).images
+                chunk, height, width, num_inference_steps=sampler.steps, guidance_scale=sampler.guidance_scale,
+                negative_prompt=negative, generator=generators,
+            ).images  # fmt: skip
             progress.update(len(chunk))
     pipe.scheduler = kept
     seconds = (time.perf_counter() - started) / len(prompts)
@@ -128,7 +160,8 @@ def save_samples(samples: Samples, sampler: Sampler, out: Path) -> None:
 
 def load_samples(folder: Path) -> tuple[Samples, Sampler]:
     about = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    sampler = Sampler(**about.pop("sampler"))
+    how = about.pop("sampler")
+    sampler = Sampler(**{**how, "size": tuple(how["size"]) if how.get("size") else None})
     images = [Image.open(folder / f"{i:04d}.png").convert("RGB") for i in range(len(about["prompts"]))]
     return Samples(images, **about), sampler
 

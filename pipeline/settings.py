@@ -31,13 +31,14 @@ def option(
     above: float | None = None,
     below: float | None = None,
     argument: bool = False,
+    repeated: bool = False,
 ) -> Any:
     """A settings field. `low` and `high` are allowed values, those at `above` and `below` are not.
 
-    An `argument` stands on the command line without its name.
+    An `argument` stands on the command line without its name; what is `repeated` is a tuple, one value each time.
     """
     metadata = {"help": help, "choices": choices, "low": low, "high": high, "above": above, "below": below}
-    metadata["argument"] = argument
+    metadata |= {"argument": argument, "repeated": repeated}
     return field(default=default, metadata=metadata)
 
 
@@ -106,6 +107,8 @@ def _click_option(setting: dataclasses.Field, hint: Any) -> click.Parameter:
     if setting.metadata["argument"]:
         return click.Argument([setting.name], type=kind, metavar="DIR")
     name, help = flag(setting.name), setting.metadata["help"]
+    if setting.metadata["repeated"]:
+        return click.Option([name, setting.name], multiple=True, required=setting.default is REQUIRED, help=help)
     if setting.default is REQUIRED:
         return click.Option([name, setting.name], type=_parameter_type(kind, setting), required=True, help=help)
     default = setting.default

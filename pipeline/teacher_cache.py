@@ -110,7 +110,7 @@ def run(settings: TeacherCacheSettings) -> None:
     """Latents to the teacher's predictions and features, in rounds."""
     state = models.process_state(settings.device)
     latents = open_latents(settings)
-    folder = models.find_teacher(settings.teacher, settings.revision, settings.variant)
+    folder = models.find_pipeline(settings.teacher, settings.revision, settings.variant)
     base, unet = models.load_base(folder, settings.variant), models.load_unet(folder, settings.variant)
     noise_scheduler = models.load_noise_scheduler(folder, settings.prediction_type)
     check_encoders(settings, latents, base)
@@ -416,7 +416,7 @@ def report(out: Path, manifest: Manifest, prefix: str) -> None:
 def plan(settings: TeacherCacheSettings) -> list[str]:
     """What a run would write. The size of quantised taps is that of Gaussian features."""
     latents = open_latents(settings)
-    folder = models.find_teacher(settings.teacher, settings.revision, settings.variant)
+    folder = models.find_pipeline(settings.teacher, settings.revision, settings.variant)
     found = existing_manifest(settings.out, "cache")
     taps = wanted_taps(tap_specs(settings, latents, models.unet_config(folder)), found)
     if found is not None:

@@ -131,7 +131,7 @@ def ask_the_teacher(settings: VerifySettings) -> list[Problem]:
     """Run the teacher again on entries drawn at random; prints the table. A problem for each bound that is broken."""
     shards = ShardSet(settings.directory, "cache")
     spec = shards.manifest.spec
-    folder = models.find_teacher(settings.teacher, settings.revision, settings.variant)
+    folder = models.find_pipeline(settings.teacher, settings.revision, settings.variant)
     unet = models.load_unet(folder, settings.variant)
     if models.weights_sha256(unet) != spec["teacher_sha256"]:
         raise UserError(f"{settings.directory} was made with another U-Net than --teacher {settings.teacher} has")

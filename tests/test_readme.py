@@ -46,6 +46,7 @@ def test_the_stages_run_as_written(desk):
         "encode",
         "teacher-cache",
         "distill",
+        "sample",
         "plan",
         "inspect",
         "verify",

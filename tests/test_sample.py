@@ -1,0 +1,89 @@
+"""distill-sd sample: the pictures that diffusers itself draws, whatever the batch; and what it refuses."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from diffusers import DiffusionPipeline, PNDMScheduler
+from helpers import reset_accelerate
+from PIL import Image
+
+from pipeline.cli import main
+from pipeline.sample import contact_sheet
+
+
+def sample(teacher, out, *options):
+    arguments = ["sample", "--model", str(teacher), "--out", str(out), "--device", "cpu", "--num-inference-steps", "3"]
+    result = CliRunner().invoke(main, [*arguments, *map(str, options)])
+    reset_accelerate()
+    return result
+
+
+def pictures(out):
+    return [np.asarray(Image.open(path), int) for path in sorted(out.glob("0*.png"))]
+
+
+def test_the_pictures_are_those_of_diffusers(teacher, tmp_path):
+    result = sample(
+        teacher, tmp_path / "out", "--prompts", "a red cat, asleep", "--guidance-scale", 4, "--negative-prompt", "dogs",
+        "--scheduler", "pndm", "--seed", 11,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    pipe = DiffusionPipeline.from_pretrained(teacher)
+    pipe.scheduler = PNDMScheduler.from_config(pipe.scheduler.config)
+    expected = pipe(
+        "a red cat, asleep", num_inference_steps=3, guidance_scale=4.0, negative_prompt="dogs",
+        generator=torch.Generator().manual_seed(11),
+    ).images[0]  # fmt: skip
+    (drawn,) = pictures(tmp_path / "out")
+    np.testing.assert_allclose(drawn, np.asarray(expected, int), atol=1)
+
+
+def test_a_picture_depends_on_its_own_seed_and_not_on_the_batch(teacher, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\n\na dog\n")
+    given = ["--prompts", "a bird", "--prompts", prompts]
+    assert sample(teacher, tmp_path / "one", *given, "--batch-size", 1).exit_code == 0
+    assert sample(teacher, tmp_path / "three", *given, "--batch-size", 3).exit_code == 0
+    assert json.loads((tmp_path / "one" / "samples.json").read_text())["prompts"] == ["a bird", "a cat", "a dog"]
+    for one, three in zip(pictures(tmp_path / "one"), pictures(tmp_path / "three"), strict=True):
+        np.testing.assert_allclose(one, three, atol=1)
+    assert len(pictures(tmp_path / "one")) == 3
+    assert (tmp_path / "one" / "sheet.png").is_file()
+
+
+def test_the_size_is_what_was_asked_for(teacher, tmp_path):
+    assert sample(teacher, tmp_path / "out", "--prompts", "a cat", "--height", 16, "--width", 24).exit_code == 0
+    assert pictures(tmp_path / "out")[0].shape == (16, 24, 3)
+
+
+@pytest.mark.parametrize("scheduler", ["dpm", "ddim", "euler", "euler-ancestral", "heun", "unipc"])
+def test_every_scheduler_draws(teacher, tmp_path, scheduler):
+    assert sample(teacher, tmp_path / "out", "--prompts", "a cat", "--scheduler", scheduler).exit_code == 0
+    assert pictures(tmp_path / "out")[0].std() > 0
+
+
+def test_a_contact_sheet_is_about_square():
+    images = [Image.new("RGB", (512, 256), (i, 0, 0)) for i in range(70)]
+    sheet = contact_sheet(images)
+    assert sheet.size == (8 * 256, 8 * 128)
+    assert sheet.getpixel((256, 128))[0] == 9
+    assert contact_sheet(images[:3]).size == (512, 256)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--height", 16], "--height and --width go together"),
+        (["--height", 20, "--width", 16], "--height is 20; it must be a multiple of 8"),
+        (["--model", "nowhere/at/all"], "--model nowhere/at/all is no folder"),
+        (["--out", "."], "is there already: choose another folder"),
+    ],
+)
+def test_bad_input_ends_in_one_message(teacher, tmp_path, options, message):
+    result = sample(teacher, tmp_path / "out", "--prompts", "a cat", *options)
+    assert result.exit_code == 2
+    assert message in result.output
+    assert not (tmp_path / "out").exists()
