@@ -22,7 +22,7 @@ from shards.codec import CODECS, MAX_SNR_DB
 UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12}
 PERIODS = (("days", 86400), ("hours", 3600), ("minutes", 60), ("seconds", 1))
 # (decibels, stride), the more exact first: each next one is tried when the rounds that are asked for do not fit.
-LADDER = ((15.0, 2), (10.0, 2), (5.0, 2), (10.0, 4), (5.0, 4), (0.0, 4))
+LADDER = ((10.0, 4), (5.0, 4), (0.0, 4))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +33,8 @@ class PlanSettings(Settings):
     resolution: int = option(512, "Side of the pictures, in pixels.", low=8)
     students: tuple[str, ...] = option(("sd_small",), "Levels the cache shall serve.", choices=tuple(LEVELS))
     codec: str = option("dither", "How features are stored.", choices=CODECS)
-    snr_db: float = option(15.0, "Signal-to-noise ratio of the dither codec, in decibels.", low=-10.0, high=MAX_SNR_DB)
-    token_stride: int = option(2, "Keep one position of each N x N cell of a large tap.", low=1)
+    snr_db: float = option(10.0, "Signal-to-noise ratio of the dither codec, in decibels.", low=-10.0, high=MAX_SNR_DB)
+    token_stride: int = option(4, "Keep one position of each N x N cell of a large tap.", low=1)
     token_min: int = option(32, "Rows from which on a tap counts as large.", low=1)
     budget: str | None = option(None, "Bytes for latents and cache, as 500GB: chooses decibels, stride and rounds.")
     trial: bool = option(False, "Run the teacher on some batches here, and estimate the time; takes its weights.")

@@ -34,6 +34,7 @@ CODECS = {
     "dither 20 dB": ["--codec", "dither", "--snr-db", "20", "--token-stride", "1"],
     "dither 15 dB, stride 2": ["--codec", "dither", "--snr-db", "15", "--token-stride", "2"],
     "dither 10 dB, stride 2": ["--codec", "dither", "--snr-db", "10", "--token-stride", "2"],
+    "dither 10 dB, stride 4": ["--codec", "dither", "--snr-db", "10", "--token-stride", "4"],
 }
 # The last cache is the one that stage two trains from.
 TRAIN_STEPS = 3

@@ -105,7 +105,7 @@ def test_the_command_needs_no_weights(teacher, tmp_path):
         command, ["--teacher", str(bare), "--images", "100", "--resolution", "32", "--budget", "50MB"]
     )
     assert result.exit_code == 0, result.output
-    assert re.search(r"chosen for 50MB: teacher-cache --rounds \d+ --snr-db 15 --token-stride 2", result.output)
+    assert re.search(r"chosen for 50MB: teacher-cache --rounds \d+ --snr-db 10 --token-stride 4", result.output)
 
 
 def test_a_disk_that_is_too_small_is_said_before_anything_is_computed(tmp_path):
