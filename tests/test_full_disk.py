@@ -51,7 +51,20 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_shard(stage, share, teacher, im
         arguments += ["--data", images, "--resolution", 32, "--entries-per-shard", 2]
     else:
         whole = run_teacher_cache(teacher, latents, tmp_path / "cache")
-        arguments += ["--latents", latents, "--rounds", 2, "--token-min", 8, "--entries-per-shard", 6, "--samples", 0]
+        arguments += [
+            "--latents",
+            latents,
+            "--rounds",
+            2,
+            "--token-stride",
+            2,
+            "--token-min",
+            8,
+            "--entries-per-shard",
+            6,
+            "--samples",
+            0,
+        ]
     # There was room when the stage began; another program took it meanwhile.
     monkeypatch.setattr(f"pipeline.{stage.replace('-', '_')}.require_space", lambda *_: None)
     shards = sum(len(data) for data in shard_files(whole).values())

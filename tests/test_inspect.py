@@ -39,7 +39,7 @@ def test_a_cache_is_shown_and_left_alone(cache):
     before = tree(cache)
     status, output = inspect(cache)
     assert status == 0
-    for line in ("stage: cache", "prediction_type: epsilon", 'codec: {"name": "dither", "snr_db": 15.0}',
+    for line in ("stage: cache", "prediction_type: epsilon", 'codec: {"name": "dither", "snr_db": 10.0}',
                  "resolution: 32", "tap up_blocks.3: [8, 16, 16], stride 2", "rounds: 2", "shards: 4 of 4",
                  "entries: 8"):  # fmt: skip
         assert line in output.splitlines()
