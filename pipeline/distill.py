@@ -161,7 +161,9 @@ def prepare(settings: DistillSettings, dataset: CacheDataset, accelerator: Accel
     noise_scheduler = DDPMScheduler.from_config(dataset.shards.manifest.spec["noise_scheduler"])
     student, state = start(settings)
     student.to(accelerator.device, memory_format=torch.channels_last).train()
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = settings.allow_tf32
+    if settings.allow_tf32:
+        # For matrices; convolutions may use it anyway, as torch has it.
+        torch.backends.cuda.matmul.allow_tf32 = True
     optimizer = make_optimizer(
         student.parameters(), settings.learning_rate, (settings.adam_beta1, settings.adam_beta2),
         settings.adam_epsilon, settings.adam_weight_decay, settings.use_8bit_adam,
