@@ -89,10 +89,14 @@ def test_steps_and_epochs_together_are_refused():
 
 
 @pytest.mark.parametrize("allowed", [True, False])
-def test_tf32_is_allowed_when_asked_for(cache, tmp_path, monkeypatch, allowed):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-    run_distill(cache, tmp_path / "out", max_train_steps=1, allow_tf32=allowed)
-    assert torch.backends.cuda.matmul.allow_tf32 is allowed
+def test_tf32_is_allowed_when_asked_for(cache, tmp_path, allowed):
+    before = torch.backends.cuda.matmul.allow_tf32
+    try:
+        torch.backends.cuda.matmul.allow_tf32 = False
+        run_distill(cache, tmp_path / "out", max_train_steps=1, allow_tf32=allowed)
+        assert torch.backends.cuda.matmul.allow_tf32 is allowed
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def test_a_compiled_student_trains_as_one_graph_with_its_taps(cache, tmp_path, monkeypatch):
