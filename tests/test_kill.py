@@ -10,12 +10,14 @@ import os
 import random
 import signal
 import socket
+import threading
 import time
 
 import pytest
 import torch
 from conftest import write_images
 from helpers import metrics, run_distill, run_encode, run_teacher_cache, samples, shard_files, tree
+from tqdm import tqdm
 
 from shards.files import HashingFile, remove_leftovers
 from shards.schema import ShardError
@@ -29,6 +31,8 @@ def in_child(function, arguments, kill_at, events):
     """Run a stage, and die at its `kill_at`-th write, sync or rename; else put their number in `events`."""
     # A forked child has none of its parent's threads, and would wait for them.
     torch.set_num_threads(1)
+    # tqdm's lock is shared with the parent and its other children: one that dies holding it would stop them all.
+    tqdm.set_lock(threading.RLock())
     counter = itertools.count()
 
     def deadly(real):
