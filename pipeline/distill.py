@@ -66,11 +66,8 @@ def run(settings: DistillSettings) -> None:
     with accelerator.main_process_first():
         claim(settings, accelerator.num_processes)
     done = finished_step(settings.out)
-    if (
-        done >= settings.max_train_steps
-        and not settings.push_to_hub
-        and (not settings.report or (settings.out / REPORT).is_file())
-    ):
+    reported = not settings.report or (settings.out / REPORT).is_file()
+    if done >= settings.max_train_steps and reported and not settings.push_to_hub:
         accelerator.print(
             f"already finished, nothing to do: {settings.out} holds a student of {done} steps; "
             "raise --max-train-steps to train it further"

@@ -25,5 +25,5 @@ def make_optimizer(
     try:
         import bitsandbytes
     except ImportError:
-        raise UserError("--use-8bit-adam needs the package bitsandbytes: pip install 'distill-sd[8bit]'") from None
+        raise UserError("--use-8bit-adam needs the package bitsandbytes: pip install bitsandbytes") from None
     return bitsandbytes.optim.AdamW8bit(parameters, **options)

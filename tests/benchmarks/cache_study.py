@@ -16,7 +16,6 @@ there. Run it on a quiet machine:
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shutil
@@ -27,8 +26,8 @@ from unittest import mock
 import click
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from demo_sweep import held_out_cache, make, output_errors, score, train
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from demo_sweep import begin, make, output_errors, score, train
+from diffusers import UNet2DConditionModel
 from online import OnlineBatches, stored_inputs
 
 from pipeline import distill
@@ -143,11 +142,7 @@ def table(results: dict[str, dict[str, dict]], fp16_bytes: float) -> str:
 @click.option("--seed", "seeds", multiple=True, type=int, default=(0, 1), show_default=True)
 @click.option("--case", "cases", multiple=True, type=click.Choice(list(CASES)), help="Only these; all by default.")
 def main(work: Path, steps: int, scenes: int, captions: int, seeds: tuple[int, ...], cases: tuple[str, ...]) -> None:
-    work.mkdir(parents=True, exist_ok=True)
-    file = work / "results.json"
-    results = json.loads(file.read_text()) if file.is_file() else {}
-    held_out = held_out_cache(work)
-    teacher = DiffusionPipeline.from_pretrained(teacher_folder(), torch_dtype=torch.float32, local_files_only=True)
+    file, results, held_out, teacher = begin(work)
     reference = cache_of(work, "exact, 8 rounds", seeds[0], scenes)
     for seed in seeds:
         for name in cases or CASES:

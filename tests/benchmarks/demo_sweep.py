@@ -165,6 +165,16 @@ def score(folder: Path, captions: int) -> float:
     ).score
 
 
+def begin(work: Path) -> tuple[Path, dict, Path, DiffusionPipeline]:
+    """The file of results, what it holds so far, the held-out cache, and the teacher to hold students against."""
+    work.mkdir(parents=True, exist_ok=True)
+    file = work / "results.json"
+    results = json.loads(file.read_text()) if file.is_file() else {}
+    held_out = held_out_cache(work)
+    teacher = DiffusionPipeline.from_pretrained(teacher_folder(), torch_dtype=torch.float32, local_files_only=True)
+    return file, results, held_out, teacher
+
+
 def settings_of(case: dict, steps: int) -> dict:
     settings = {**START, **case, "max-train-steps": steps * case.get("steps", 1)}
     return {option: value for option, value in settings.items() if option not in ("cache", "steps")}
@@ -190,11 +200,7 @@ def table(results: dict[str, dict], teacher_score: float) -> str:
 @click.option("--captions", default=128, show_default=True, help="Captions to draw and judge.")
 @click.option("--case", "cases", multiple=True, type=click.Choice(list(CASES)), help="Only these; all by default.")
 def main(work: Path, steps: int, scenes: int, captions: int, cases: tuple[str, ...]) -> None:
-    work.mkdir(parents=True, exist_ok=True)
-    file = work / "results.json"
-    results = json.loads(file.read_text()) if file.is_file() else {}
-    held_out = held_out_cache(work)
-    teacher = DiffusionPipeline.from_pretrained(teacher_folder(), torch_dtype=torch.float32, local_files_only=True)
+    file, results, held_out, teacher = begin(work)
     if "teacher" not in results:
         results["teacher"] = score(teacher_folder(), captions)
     for name in cases or CASES:
