@@ -48,6 +48,7 @@ endif
 
 BIN     := $(VENV)/bin
 READY   := $(VENV)/.ready
+TOOLS   ?= $(VENV)/tools
 LATENTS ?= $(WORK)/latents
 CACHE   ?= $(WORK)/cache
 STUDENT ?= $(WORK)/$(LEVEL)
@@ -65,10 +66,15 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-test: $(READY) ## Run the tests and the linter.
+# img2dataset needs an older webdataset than this project, so it has an environment of its own.
+$(TOOLS)/bin/img2dataset:
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip install --quiet 'img2dataset==1.47.0'
+
+test: $(READY) $(TOOLS)/bin/img2dataset ## Run the tests and the linter.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 IMG2DATASET='$(abspath $(TOOLS))/bin/img2dataset' $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(READY) ## Run the linter alone.
 	$(BIN)/ruff check .
@@ -91,7 +97,7 @@ data: $(READY)
 ifeq ($(TEACHER),demo)
 	$(BIN)/distill-sd demo-scenes --out '$(DATA)' --count $(SCENES) --seed $(SEED)
 else
-	@test -n '$(DATA)' || { echo 'Error: set DATA= to a folder of images with a metadata.jsonl' >&2; exit 2; }
+	@test -n '$(DATA)' || { echo 'Error: set DATA= to a folder of images with captions, or what else --data takes' >&2; exit 2; }
 endif
 
 clean: ## Remove what the stages wrote under WORK=, and caches of the tools. Keeps .venv.

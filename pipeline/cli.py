@@ -8,6 +8,7 @@ import click
 
 COMMANDS = {
     "plan": ("pipeline.plan", "What a cache will take, and what fits a budget."),
+    "download": ("pipeline.download", "A list of addresses and captions to tars, through img2dataset."),
     "encode": ("pipeline.encode", "Images and captions to latents and prompt embeddings."),
     "teacher-cache": ("pipeline.teacher_cache", "Latents to the teacher's predictions and features."),
     "distill": ("pipeline.distill", "Train a student from a cache."),

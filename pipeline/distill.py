@@ -29,7 +29,7 @@ from pipeline import models
 from pipeline.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from pipeline.command import stage_command
 from pipeline.diffusion import add_noise, min_snr_weights, target
-from pipeline.distill_settings import DistillSettings, pairs_of, training_spec, with_steps
+from pipeline.distill_settings import DistillSettings, pairs_of, training_spec, worked_out
 from pipeline.errors import UserError
 from pipeline.hub import open_repository, upload
 from pipeline.initial_student import initial_student
@@ -62,7 +62,7 @@ def run(settings: DistillSettings) -> None:
         project_config=ProjectConfiguration(logging_dir=str(settings.out / LOGS)),
     )
     dataset = open_cache(settings)
-    settings = with_steps(settings, len(dataset), accelerator.num_processes)
+    settings = worked_out(settings, len(dataset), accelerator.num_processes)
     with accelerator.main_process_first():
         claim(settings, accelerator.num_processes)
     done = finished_step(settings.out)
@@ -399,7 +399,7 @@ def finished_step(out: Path) -> int:
 def plan(settings: DistillSettings) -> list[str]:
     """What a run would do."""
     dataset = open_cache(settings)
-    settings = with_steps(settings, len(dataset), 1)
+    settings = worked_out(settings, len(dataset), 1)
     done = max([step for step, _ in list_checkpoints(settings.out / CHECKPOINTS)], default=0)
     batch = settings.train_batch_size * settings.gradient_accumulation_steps
     left = max(0, settings.max_train_steps - done)

@@ -46,6 +46,7 @@ class DistillSettings(Settings):
     )  # fmt: skip
     snr_gamma: float | None = option(None, "Min-SNR weights of task and output; 5.0 is usual.", above=0.0)
     learning_rate: float = option(1e-5, "Learning rate after warm-up.", above=0.0)
+    scale_lr: bool = option(False, "Multiply the learning rate by the entries of a step, over all processes.")
     lr_scheduler: str = option(
         "constant", "Course of the learning rate.",
         choices=tuple(s.value for s in SchedulerType if s != SchedulerType.PIECEWISE_CONSTANT),
@@ -93,12 +94,18 @@ FREE = (
 )  # fmt: skip
 
 
-def with_steps(settings: DistillSettings, entries: int, processes: int) -> DistillSettings:
-    """The settings with `max_train_steps` worked out: an epoch is as many steps as show every entry once."""
+def worked_out(settings: DistillSettings, entries: int, processes: int) -> DistillSettings:
+    """The settings with steps and learning rate as they follow from the rest.
+
+    An epoch is as many steps as show every entry once; `scale_lr` multiplies by the entries of a step, as diffusers'
+    scripts do.
+    """
+    batch_size = global_batch_size(settings, processes)
     steps = settings.max_train_steps or DEFAULT_STEPS
     if settings.num_train_epochs is not None:
-        steps = math.ceil(settings.num_train_epochs * entries / global_batch_size(settings, processes))
-    return replace(settings, max_train_steps=steps, num_train_epochs=None)
+        steps = math.ceil(settings.num_train_epochs * entries / batch_size)
+    rate = settings.learning_rate * (batch_size if settings.scale_lr else 1)
+    return replace(settings, max_train_steps=steps, num_train_epochs=None, learning_rate=rate, scale_lr=False)
 
 
 def global_batch_size(settings: DistillSettings, processes: int) -> int:

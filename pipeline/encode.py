@@ -1,13 +1,13 @@
 """Stage one, first half. Images + captions -> latents/: VAE latents and prompt embeddings, in shards.
 
-raw bytes -> RGB -> square uint8 -> VAE posterior -> latents (sampled, scaled, fp16); caption -> prompt_embeds (fp16).
+picture -> RGB -> square uint8 -> VAE posterior -> latents (sampled, scaled, fp16); caption -> prompt_embeds (fp16).
 """
 
 from __future__ import annotations
 
-import functools
+import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,10 @@ from tqdm import tqdm
 from pipeline import draws, models, sizes
 from pipeline.command import stage_command
 from pipeline.errors import UserError
-from pipeline.images import Crop, decode, square
-from pipeline.settings import REQUIRED, Settings, option
-from pipeline.sources import Record, Source, inputs_sha256, open_source
-from pipeline.workers import in_background, ordered_map
+from pipeline.loading import Framing, Loaded, load_records, without_skipped
+from pipeline.settings import REQUIRED, option
+from pipeline.sources import DataSettings, OpenSource, Record, inputs_sha256, open_source
+from pipeline.workers import in_background
 from pipeline.workspace import (
     claim,
     existing_manifest,
@@ -39,28 +39,29 @@ from pipeline.workspace import (
 from shards.codec import encode_npy
 from shards.files import atomic_file
 from shards.manifest import Manifest, refuse_other_spec
-from shards.schema import EMPTY_PROMPT, LATENTS, PROMPT_EMBEDS, image_key, shard_names
-from shards.writer import Entry, write_shard
+from shards.reader import read_sidecar
+from shards.schema import EMPTY_PROMPT, LATENTS, PROMPT_EMBEDS, image_key, shard_names, sidecar_name
+from shards.writer import Entry, is_finished, write_shard
 
 SKIPPED = "skipped.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncodeSettings(Settings):
+class EncodeSettings(DataSettings):
     teacher: str = option(REQUIRED, "Stable Diffusion pipeline: a folder in diffusers layout, a hub's name, or demo.")
-    data: Path = option(REQUIRED, "Image folder with a metadata.jsonl.")
     out: Path = option(REQUIRED, "Directory to write the latents to.")
     resolution: int = option(512, "Side of the square training pictures, in pixels.", low=8)
     center_crop: bool = option(False, "Crop the centre instead of a random place.")
     random_flip: bool = option(False, "Mirror half of the pictures, drawn at random.")
-    image_column: str = option("file_name", "Column of metadata.jsonl with the file name.")
-    caption_column: str = option("text", "Column of metadata.jsonl with the caption.")
     batch_size: int = option(8, "Pictures in one forward pass.", low=1)
-    seed: int = option(0, "Seed of crops, flips and posterior draws.", low=0)
     dtype: str = option("fp32", "Precision of the VAE and the text encoder.", choices=tuple(models.DTYPES))
     device: str = option("auto", "auto takes the GPU if there is one.", choices=models.DEVICES)
     workers: int = option(4, "Threads that decode and resize pictures.", low=1)
     entries_per_shard: int = option(1000, "Pictures in one shard.", low=1)
+    max_skipped: float = option(
+        0.5, "Share of a shard's pictures that may be skipped; more stop the run.", low=0, high=1
+    )
+    retry_skipped: bool = option(False, "Write those shards again that lack a picture which can be read by now.")
     shard_range: str | None = option(None, "Write only these of the planned shards, as 0:50: for jobs side by side.")
     revision: str | None = option(None, "Revision of the teacher on the hub.")
     variant: str | None = option(None, "Variant of the teacher's weight files, such as fp16.")
@@ -68,28 +69,26 @@ class EncodeSettings(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         range_of(self.shard_range)
+        if self.views > 1 and self.center_crop and not self.random_flip:
+            raise UserError(f"--views {self.views} with --center-crop gives the same pixels each time: "
+                            "add --random-flip, or leave one of the two out")  # fmt: skip
 
-
-@dataclass(frozen=True)
-class Loaded:
-    """A record with its square pixels (resolution, resolution, 3) uint8, or with the reason it has none."""
-
-    index: int
-    record: Record
-    pixels: np.ndarray | None = None
-    crop: Crop | None = None
-    problem: str | None = None
+    @property
+    def framing(self) -> Framing:
+        return Framing(self.resolution, self.center_crop, self.random_flip, self.seed)
 
 
 def run(settings: EncodeSettings) -> None:
     """Images and captions to latents and prompt embeddings, in shards."""
     state = models.process_state(settings.device)
-    source = open_source(settings.data, settings.image_column, settings.caption_column)
+    source = open_source(settings)
     folder = models.find_pipeline(settings.teacher, settings.revision, settings.variant)
     base = models.load_base(folder, settings.variant)
     spec = latents_spec(settings, source, base)
     with state.main_process_first():
         manifest = claim(settings.out, "latents", spec, files={EMPTY_PROMPT: empty_prompt_npy(base)})
+        if settings.retry_skipped and state.is_main_process:
+            take_up_skipped(source, settings, manifest)
     unfinished, mine = share_unfinished(settings.out, manifest, state, settings.shard_range)
     if not unfinished:
         if state.is_main_process:
@@ -99,16 +98,16 @@ def run(settings: EncodeSettings) -> None:
     base.to(state.device, models.DTYPES[settings.dtype])
     base.vae.to(memory_format=torch.channels_last)
     names = manifest.shard_names()
-    pictures = sum(len(records_of(source, settings, names.index(shard))) for shard in unfinished)
+    pictures = sum(len(shard_records(source, settings, names.index(shard))) for shard in unfinished)
     require_space(settings.out, pictures * sizes.stored_bytes(entry_sizes(spec)), "give a smaller --resolution")
     if state.is_main_process:
         write_settings(settings.out, "encode", settings)
-    planned = sum(len(records_of(source, settings, names.index(shard))) for shard in mine)
+        say_cut_captions(source, base)
+    planned = sum(len(shard_records(source, settings, names.index(shard))) for shard in mine)
     with tqdm(total=planned, unit="image", desc="encode", disable=not state.is_main_process) as progress:
         for shard in mine:
             skipped: list[dict[str, str]] = []
-            loaded = load_records(source, settings, names.index(shard))
-            entries = encode_entries(loaded, settings, base, skipped, progress.update)
+            entries = shard_entries(source, settings, names.index(shard), base, skipped, progress.update)
             if models.computes_beside(state.device):
                 entries = in_background(entries, 2 * settings.batch_size)
             write_shard(settings.out, shard, manifest.spec_sha256, entries, skipped)
@@ -117,7 +116,15 @@ def run(settings: EncodeSettings) -> None:
         report(settings.out, manifest, "")
 
 
-def latents_spec(settings: EncodeSettings, source: Source, base: DiffusionPipeline) -> dict[str, Any]:
+def say_cut_captions(source: OpenSource, base: DiffusionPipeline) -> None:
+    """Tell how many captions the text encoder does not take in whole."""
+    cut = models.count_cut_prompts(base, [record.caption for record in source.records])
+    if cut:
+        tokens = base.tokenizer.model_max_length
+        click.echo(f"note: {cut} of {len(source.records)} captions are longer than {tokens} tokens, and cut there")
+
+
+def latents_spec(settings: EncodeSettings, source: OpenSource, base: DiffusionPipeline) -> dict[str, Any]:
     """What the latents are, apart from how they are computed."""
     return {
         "stage": "latents",
@@ -138,54 +145,41 @@ def latents_spec(settings: EncodeSettings, source: Source, base: DiffusionPipeli
     }
 
 
-def records_of(source: Source, settings: EncodeSettings, shard: int) -> list[tuple[int, Record]]:
+def shard_records(source: OpenSource, settings: EncodeSettings, shard: int) -> list[tuple[int, Record]]:
     """(place in the whole input, record) of one shard."""
     first = shard * settings.entries_per_shard
     return list(enumerate(source.records[first : first + settings.entries_per_shard], first))
 
 
-def load_records(source: Source, settings: EncodeSettings, shard: int) -> Iterator[Loaded]:
-    """The pictures of one shard, decoded and cropped in threads, in order."""
-    load = functools.partial(load_record, source, settings)
-    ahead = 2 * max(settings.batch_size, settings.workers)
-    return ordered_map(load, records_of(source, settings, shard), settings.workers, ahead)
+def take_up_skipped(source: OpenSource, settings: EncodeSettings, manifest: Manifest) -> None:
+    """Let the finished shards count as unfinished that lack a picture which can be read by now."""
+    names = manifest.shard_names()
+    for shard in names[range_of(settings.shard_range)]:
+        if not is_finished(settings.out, shard):
+            continue
+        lacking = {item["source_id"] for item in read_sidecar(settings.out, shard, manifest.spec_sha256).skipped}
+        records = shard_records(source, settings, names.index(shard))
+        again = [record for record in records if record[1].source_id in lacking]
+        found = [item for item in load_records(source, settings.framing, again, 1, 1) if item.problem is None]
+        if found:
+            click.echo(f"{shard} is written again: {len(found)} of its {len(lacking)} skipped pictures can be read now")
+            (settings.out / sidecar_name(shard)).unlink()
 
 
-def load_record(source: Source, settings: EncodeSettings, indexed: tuple[int, Record]) -> Loaded:
-    index, record = indexed
-    if record.problem:
-        return Loaded(index, record, problem=record.problem)
-    draw = draws.generator(settings.seed, record.source_id, 0, "crop")
-    try:
-        image = decode(source.read(record))
-        pixels, crop = square(
-            image, settings.resolution, center_crop=settings.center_crop, random_flip=settings.random_flip, draw=draw
-        )
-    except (OSError, ValueError) as error:
-        return Loaded(index, record, problem=str(error))
-    return Loaded(index, record, pixels, crop)
-
-
-def encode_entries(
-    loaded: Iterable[Loaded],
+def shard_entries(
+    source: OpenSource,
     settings: EncodeSettings,
+    shard: int,
     base: DiffusionPipeline,
     skipped: list[dict[str, str]],
     advance: Callable[[int], Any],
 ) -> Iterator[Entry]:
     """The entries of one shard; what has no pixels goes to `skipped`. Batches end with the shard."""
-    batch: list[Loaded] = []
-    for item in loaded:
-        if item.problem is None:
-            batch.append(item)
-        else:
-            skipped.append({"source_id": item.record.source_id, "reason": item.problem})
-            advance(1)
-        if len(batch) == settings.batch_size:
-            yield from encode_batch(batch, settings, base)
-            advance(len(batch))
-            batch = []
-    if batch:
+    records = shard_records(source, settings, shard)
+    ahead = 2 * max(settings.batch_size, settings.workers)
+    loaded = load_records(source, settings.framing, records, settings.workers, ahead)
+    readable = without_skipped(loaded, skipped, settings.max_skipped * len(records), advance)
+    while batch := list(itertools.islice(readable, settings.batch_size)):
         yield from encode_batch(batch, settings, base)
         advance(len(batch))
 
@@ -245,7 +239,7 @@ def report(out: Path, manifest: Manifest, prefix: str) -> None:
 
 def plan(settings: EncodeSettings) -> list[str]:
     """What a run would write."""
-    source = open_source(settings.data, settings.image_column, settings.caption_column)
+    source = open_source(settings)
     folder = models.find_pipeline(settings.teacher, settings.revision, settings.variant)
     base = models.load_base(folder, settings.variant)
     spec = latents_spec(settings, source, base)

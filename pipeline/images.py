@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import io
+import os
 import warnings
 from dataclasses import asdict, dataclass
 
@@ -29,6 +31,16 @@ class Crop:
 
     def as_json(self) -> dict:
         return {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}
+
+
+def is_picture(name: str) -> bool:
+    """Whether a file's name ends as that of a picture that Pillow can open."""
+    return os.path.splitext(name)[1].lower() in _endings()
+
+
+@functools.cache
+def _endings() -> frozenset[str]:
+    return frozenset(end for end, format in Image.registered_extensions().items() if format in Image.OPEN)
 
 
 def decode(data: bytes) -> Image.Image:

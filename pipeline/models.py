@@ -145,6 +145,15 @@ def encode_prompts(base: DiffusionPipeline, captions: list[str]) -> Tensor:
     return text_encoder(tokens.input_ids.to(device), attention_mask=mask)[0].float()
 
 
+def count_cut_prompts(base: DiffusionPipeline, captions: list[str]) -> int:
+    """How many captions have more tokens than the text encoder takes, begin and end included."""
+    tokenizer, cut = base.tokenizer, 0
+    for first in range(0, len(captions), 1000):
+        tokens = tokenizer(captions[first : first + 1000], truncation=False, verbose=False).input_ids
+        cut += sum(len(each) > tokenizer.model_max_length for each in tokens)
+    return cut
+
+
 def encode_images(vae: nn.Module, pixels: Tensor, standard_normal: Tensor) -> Tensor:
     """uint8 (B, H, W, 3) -> latents (B, 4, H/f, W/f) float32, sampled and scaled.
 

@@ -22,7 +22,7 @@ def reset_accelerate() -> None:
 
 def run_encode(teacher: Path, data: Path, out: Path, **changes) -> Path:
     settings = {"resolution": 32, "batch_size": 4, "entries_per_shard": 5, "device": "cpu", **changes}
-    encode.run(EncodeSettings(teacher=str(teacher), data=data, out=out, **settings))
+    encode.run(EncodeSettings(teacher=str(teacher), data=str(data), out=out, **settings))
     reset_accelerate()
     return out
 

@@ -1,7 +1,7 @@
 """Does anything grow? Memory and time per entry over 100,000 entries, tenth by tenth, of each stage's long loop.
 
-A tiny random teacher, so that the loop around it is what is measured: `encode` of 25,000 small pictures,
-`teacher-cache` of four rounds over them, and all entries of the cache read in training's order. Each runs in a process
+A tiny random teacher, so that the loop around it is what is measured: `encode` of 100,000 small pictures,
+`teacher-cache` of one round over them, and all entries of the cache read in training's order. Each runs in a process
 of its own. Run it on a quiet machine:
 
     OMP_NUM_THREADS=1 python tests/benchmarks/scale.py --work work/scale
@@ -78,14 +78,14 @@ def watched(stage, settings) -> list[Point]:
 
 def run_encode(work: Path, entries_per_shard: int) -> list[Point]:
     return watched(encode, EncodeSettings(
-        teacher=str(work / "teacher"), data=work / "pictures", out=work / "latents", resolution=32, batch_size=BATCH,
-        entries_per_shard=entries_per_shard, workers=2, device="cpu",
+        teacher=str(work / "teacher"), data=str(work / "pictures"), out=work / "latents", resolution=32,
+        batch_size=BATCH, entries_per_shard=entries_per_shard, workers=2, device="cpu",
     ))  # fmt: skip
 
 
 def run_teacher_cache(work: Path, entries_per_shard: int) -> list[Point]:
     return watched(teacher_cache, TeacherCacheSettings(
-        teacher=str(work / "teacher"), latents=work / "latents", out=work / "cache", rounds=4, token_min=8, samples=0,
+        teacher=str(work / "teacher"), latents=work / "latents", out=work / "cache", rounds=1, token_min=8, samples=0,
         batch_size=BATCH, entries_per_shard=entries_per_shard, device="cpu",
     ))  # fmt: skip
 
@@ -119,7 +119,7 @@ def tenths(points: list[Point]) -> list[tuple[float, float]]:
 
 @click.command()
 @click.option("--work", type=Path, required=True, help="Directory for pictures and shards; emptied first.")
-@click.option("--images", default=25_000, show_default=True, help="Pictures; a quarter of the entries.")
+@click.option("--images", default=100_000, show_default=True, help="Pictures, and so entries.")
 def main(work: Path, images: int) -> None:
     shutil.rmtree(work, ignore_errors=True)
     write_pictures(work / "pictures", images)

@@ -4,7 +4,7 @@ For encode the bare work is the VAE's encoder and the text encoder on the same b
 with its taps caught; both run in this process, right after the stage, from tensors that are ready in memory. A stage is
 timed from its first forward pass to its last shard, so loading weights is in neither. Run it on a quiet machine:
 
-    python tests/benchmarks/stage_one.py --work work/stage-one --arch demo
+    python tests/benchmarks/stage_one.py --work work/stage-one --arch demo --workers 1 --workers 2 --workers 4
 """
 
 from __future__ import annotations
@@ -118,8 +118,11 @@ def synchronise(device: torch.device) -> None:
 @click.option("--images", default=512, show_default=True, help="Pictures, and so entries of the cache.")
 @click.option("--batch-size", default=16, show_default=True)
 @click.option("--device", default="auto", show_default=True, help="auto or cpu.")
+@click.option("--workers", multiple=True, default=(4,), show_default=True, help="Threads that decode pictures.")
 @click.option("--repeats", default=3, show_default=True, help="Times that each stage and its bare passes are run.")
-def main(work: Path, arch: str, images: int, batch_size: int, device: str, repeats: int) -> None:
+def main(
+    work: Path, arch: str, images: int, batch_size: int, device: str, workers: tuple[int, ...], repeats: int
+) -> None:  # fmt: skip
     shutil.rmtree(work, ignore_errors=True)
     if arch == "demo":
         teacher, _ = teacher_folder(), write_folder(work / "images", images)
@@ -129,10 +132,14 @@ def main(work: Path, arch: str, images: int, batch_size: int, device: str, repea
     common = {"teacher": str(teacher), "batch_size": batch_size, "device": device}
     rows = []
     for repeat in range(repeats):
-        latents, cache = work / f"latents-{repeat}", work / f"cache-{repeat}"
-        settings = EncodeSettings(data=work / "images", out=latents, resolution=RESOLUTIONS[arch], **common)
-        clock = run_stage(encode, "encode_batch", settings)
-        rows.append(("encode", clock.seconds, bare_encode(clock, settings)))
+        cache = work / f"cache-{repeat}"
+        for count in workers:
+            latents = work / f"latents-{repeat}-{count}"
+            settings = EncodeSettings(
+                data=str(work / "images"), out=latents, resolution=RESOLUTIONS[arch], workers=count, **common
+            )
+            clock = run_stage(encode, "encode_batch", settings)
+            rows.append((f"encode, {count} workers", clock.seconds, bare_encode(clock, settings)))
         asked = TeacherCacheSettings(
             latents=latents, out=cache, rounds=1, samples=0, token_min=TOKEN_MIN[arch], **common
         )

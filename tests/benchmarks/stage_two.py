@@ -94,7 +94,7 @@ def prepare(case: Case, images: int) -> None:
         random_checkpoint(case.teacher)
     common = {"teacher": str(case.teacher), "batch_size": min(8, images), "device": case.device}
     encode.run(EncodeSettings(
-        data=case.work / "images", out=case.work / "latents", resolution=RESOLUTIONS[case.arch], **common
+        data=str(case.work / "images"), out=case.work / "latents", resolution=RESOLUTIONS[case.arch], **common
     ))  # fmt: skip
     teacher_cache.run(TeacherCacheSettings(
         latents=case.work / "latents", out=case.work / "cache", rounds=1, samples=0,

@@ -19,7 +19,7 @@ from pipeline.demo.scenes import (
     shape_mask,
     write_folder,
 )
-from pipeline.sources import open_source
+from pipeline.sources import DataSettings, open_source
 
 COUNT = 300
 
@@ -86,7 +86,7 @@ def test_masks_are_antialiased_and_cover_the_shapes_area():
 
 def test_a_folder_of_scenes_enters_by_a_users_door(tmp_path):
     folder = write_folder(tmp_path / "scenes", 12, seed=2)
-    source = open_source(folder, "file_name", "text")
+    source = open_source(DataSettings(data=str(folder)))
     assert [record.caption for record in source.records] == [make_scene(2, i).caption for i in range(12)]
     np.testing.assert_array_equal(np.asarray(Image.open(folder / source.records[5].location)), make_scene(2, 5).picture)
     assert len((folder / "metadata.jsonl").read_text().splitlines()) == 12

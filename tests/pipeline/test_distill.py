@@ -297,6 +297,16 @@ def test_a_run_may_go_on_in_smaller_batches_that_make_the_same_step(cache, tmp_p
         assert x["loss"] == approx(y["loss"], rel=1e-4)
 
 
+def test_the_learning_rate_can_be_scaled_by_the_entries_of_a_step(cache, tmp_path):
+    settings = {"gradient_accumulation_steps": 3, "train_batch_size": 2, "max_train_steps": 2}
+    scaled = run_distill(cache, tmp_path / "scaled", learning_rate=1e-4, scale_lr=True, **settings)
+    assert [line["learning_rate"] for line in metrics(scaled)] == approx([6e-4] * 2)
+    plain = run_distill(cache, tmp_path / "plain", learning_rate=6e-4, **settings)
+    assert state_dict_of(scaled / "unet").keys() == state_dict_of(plain / "unet").keys()
+    for name, value in state_dict_of(plain / "unet").items():
+        torch.testing.assert_close(state_dict_of(scaled / "unet")[name], value)
+
+
 @pytest.mark.parametrize(
     ("lr_scheduler", "warmup", "expected"),
     [

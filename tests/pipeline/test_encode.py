@@ -1,13 +1,16 @@
 """encode: what lands in the latents, against diffusers' own networks; skipping; resuming; repeating."""
 
 import json
+import shutil
+import tarfile
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from conftest import tiny_pipeline, write_images
 from diffusers import StableDiffusionPipeline
-from helpers import run_encode, samples, shard_files, tree
+from helpers import reset_accelerate, run_encode, samples, shard_files, tree
 
 from pipeline import draws
 from pipeline.errors import UserError
@@ -92,7 +95,7 @@ def test_bad_images_are_skipped_listed_and_counted(teacher, tmp_path, capsys):
     (data / "005.png").write_bytes((data / "005.png").read_bytes()[:500])
     with open(data / "metadata.jsonl", "a") as stream:
         stream.write(json.dumps({"file_name": "006.png", "text": None}) + "\n")
-    out = run_encode(teacher, data, tmp_path / "out")
+    out = run_encode(teacher, data, tmp_path / "out", max_skipped=0.7)
     skipped = [json.loads(line) for line in (out / "skipped.jsonl").read_text().splitlines()]
     assert [item["source_id"] for item in skipped] == ["001.png", "004.png", "005.png", "006.png#2"]
     assert "not decodable" in skipped[0]["reason"]
@@ -108,7 +111,103 @@ def test_no_readable_image_is_an_error_that_says_where_the_reasons_are(teacher, 
         path.write_bytes(b"")
     for _ in range(2):
         with pytest.raises(UserError, match=r"none of the 2 images could be read.*skipped.jsonl"):
-            run_encode(teacher, data, tmp_path / "out")
+            run_encode(teacher, data, tmp_path / "out", max_skipped=1.0)
+
+
+def test_a_run_that_loses_most_of_its_input_stops_and_keeps_what_it_has(teacher, tmp_path):
+    data = write_images(tmp_path / "data", 10)
+    for number in (6, 7, 9):
+        (data / f"{number:03d}.png").write_bytes(b"")
+    with pytest.raises(
+        UserError, match=r"(?s)3 of the first 5 pictures .* more than --max-skipped.*\n  006.png: not dec"
+    ):
+        run_encode(teacher, data, tmp_path / "out", max_skipped=0.5)
+    reset_accelerate()
+    assert sorted(path.name for path in (tmp_path / "out").glob("s0*")) == ["s00000.json", "s00000.tar"]
+    out = run_encode(teacher, data, tmp_path / "out", max_skipped=0.6)
+    assert len(samples(out, "latents", [])) == 7
+
+
+def test_skipped_pictures_that_can_be_read_by_now_are_taken_up(teacher, images, tmp_path, capsys):
+    data = write_images(tmp_path / "data", 13)
+    good = {name: (data / name).read_bytes() for name in ("003.png", "004.png", "008.png")}
+    (data / "003.png").unlink()
+    (data / "004.png").write_bytes(b"")
+    (data / "008.png").write_bytes(b"")
+    out = run_encode(teacher, data, tmp_path / "out")
+    before = shard_files(out)
+    (data / "003.png").write_bytes(good["003.png"])
+    run_encode(teacher, data, out)
+    assert shard_files(out) == before
+    run_encode(teacher, data, out, retry_skipped=True)
+    assert "s00000.tar is written again: 1 of its 2 skipped pictures" in capsys.readouterr().out
+    after = shard_files(out)
+    assert {name for name in after if after[name] != before[name]} == {"s00000.tar", "s00000.json"}
+    assert [json.loads(line)["source_id"] for line in (out / "skipped.jsonl").read_text().splitlines()] == [
+        "004.png", "008.png",
+    ]  # fmt: skip
+    for name, data_of in good.items():
+        (data / name).write_bytes(data_of)
+    assert shard_files(run_encode(teacher, data, out, retry_skipped=True)) == shard_files(
+        run_encode(teacher, images, tmp_path / "undisturbed")
+    )
+
+
+def test_views_are_other_crops_of_the_same_picture(teacher, images, tmp_path):
+    plain = samples(run_encode(teacher, images, tmp_path / "1"), "latents", ["latents"])
+    out = run_encode(teacher, images, tmp_path / "3", views=3, random_flip=False)
+    three = samples(out, "latents", ["latents"])
+    assert [s.meta["source_id"] for s in three[:4]] == ["000.png", "000.png@2", "000.png@3", "001.png"]
+    for one, first in zip(plain, three[::3], strict=True):
+        assert one.meta == first.meta
+        np.testing.assert_allclose(one.tensors["latents"].values, first.tensors["latents"].values, atol=2e-3)
+    wide = [s.meta["crop"] for s in three if s.meta["crop"]["resized"] != [32, 32]]
+    assert len({(crop["left"], crop["top"]) for crop in wide}) > 3
+    with pytest.raises(UserError, match="--views 2 with --center-crop gives the same pixels"):
+        run_encode(teacher, images, tmp_path / "2", views=2, center_crop=True)
+
+
+def test_captions_that_are_cut_are_counted(teacher, images, tmp_path, capsys):
+    data = write_images(tmp_path / "data", 4)
+    rows = [
+        {"file_name": f"{i:03d}.png", "text": text} for i, text in enumerate(("abcdef", "abcdefg", "a " * 5000, "é"))
+    ]
+    (data / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run_encode(teacher, data, tmp_path / "out")
+    # The tokenizer gives a letter a token, and takes eight with begin and end.
+    assert "note: 2 of 4 captions are longer than 8 tokens, and cut there" in capsys.readouterr().out
+
+
+def test_every_source_gives_the_same_tensors_for_the_same_pictures(teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "library")
+    folder = write_images(tmp_path / "folder", 50)
+    rows = sorted(
+        map(json.loads, (folder / "metadata.jsonl").read_text().splitlines()), key=lambda row: row["file_name"]
+    )
+    beside = tmp_path / "beside"
+    beside.mkdir()
+    (tmp_path / "tars").mkdir()
+    for first in range(0, 50, 20):
+        with tarfile.open(tmp_path / "tars" / f"{first // 20:05d}.tar", "w") as tar:
+            for row in rows[first : first + 20]:
+                shutil.copy(folder / row["file_name"], beside)
+                caption = (beside / row["file_name"]).with_suffix(".txt")
+                caption.write_text(row["text"])
+                tar.add(folder / row["file_name"], row["file_name"])
+                tar.add(caption, caption.name)
+    features = datasets.Features(image=datasets.Image(), text=datasets.Value("string"))
+    columns = {"image": [str(folder / row["file_name"]) for row in rows], "text": [row["text"] for row in rows]}
+    dataset = datasets.Dataset.from_dict(columns, features=features)
+    dataset.save_to_disk(tmp_path / "saved")
+    datasets.load_from_disk(tmp_path / "saved").to_parquet(tmp_path / "data.parquet")
+    sources = [folder, beside, tmp_path / "tars", tmp_path / "tars" / "{00000..00002}.tar", tmp_path / "saved",
+               tmp_path / "data.parquet"]  # fmt: skip
+    written = [
+        shard_files(run_encode(teacher, data, tmp_path / f"out{i}", random_flip=True, entries_per_shard=20))
+        for i, data in enumerate(sources)
+    ]
+    for data, shards in zip(sources, written, strict=True):
+        assert shards == written[0], data
 
 
 def test_a_finished_output_is_left_alone_and_that_is_said(teacher, images, tmp_path, capsys):

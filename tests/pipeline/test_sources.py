@@ -1,11 +1,13 @@
 """Image folders: what is listed, in which order, and how a bad one is refused."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.sources import inputs_sha256, open_source
+from pipeline.sources import DataSettings, inputs_sha256, open_source
 
 
 def folder(tmp_path, *lines):
@@ -19,8 +21,8 @@ def row(name, text="a caption", **more):
     return {"file_name": name, "text": text, **more}
 
 
-def open_folder(path, image_column="file_name", caption_column="text"):
-    return open_source(path, image_column, caption_column)
+def open_folder(path, image_column=None, caption_column=None, **chosen):
+    return open_source(DataSettings(data=str(path), image_column=image_column, caption_column=caption_column, **chosen))
 
 
 def test_records_are_sorted_and_blank_lines_left_out(tmp_path):
@@ -35,15 +37,89 @@ def test_a_file_listed_again_is_a_record_of_its_own(tmp_path):
     ]  # fmt: skip
 
 
+def test_of_several_captions_the_first_all_or_one_at_random(tmp_path):
+    lines = [row(f"{i}.png", ["", "one", "two", "three"]) for i in range(30)]
+    data = folder(tmp_path, *lines)
+    assert {record.caption for record in open_folder(data).records} == {"one"}
+    everything = open_folder(data, captions="all").records
+    assert [(r.source_id, r.caption) for r in everything[:4]] == [
+        ("0.png", "one"), ("0.png#2", "two"), ("0.png#3", "three"), ("1.png", "one"),
+    ]  # fmt: skip
+    drawn = [record.caption for record in open_folder(data, captions="random").records]
+    assert len(drawn) == 30
+    assert set(drawn) == {"one", "two", "three"}
+    assert drawn == [record.caption for record in open_folder(data, captions="random").records]
+    assert drawn != [record.caption for record in open_folder(data, captions="random", seed=1).records]
+
+
+def test_a_sample_is_drawn_by_the_seed_and_keeps_the_order(tmp_path):
+    data = folder(tmp_path, *(row(f"{i:02d}.png") for i in range(30)))
+    few = [record.source_id for record in open_folder(data, max_samples=7).records]
+    assert len(few) == 7
+    assert few == sorted(few)
+    assert few != [f"{i:02d}.png" for i in range(7)]
+    assert few == [record.source_id for record in open_folder(data, max_samples=7).records]
+    assert few != [record.source_id for record in open_folder(data, max_samples=7, seed=1).records]
+    assert len(open_folder(data, max_samples=31).records) == 30
+
+
+def test_captions_beside_the_pictures(tmp_path):
+    (tmp_path / "deep").mkdir()
+    for name in ("b.jpg", "deep/a.PNG", "deep/b.webp", "c.png", "notes.pdf", "d.gif"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "b.txt").write_text("one\n", encoding="utf-8-sig")
+    (tmp_path / "deep" / "a.txt").write_text("zwei")
+    (tmp_path / "deep" / "b.txt").write_bytes(b"\xff")
+    (tmp_path / "d.txt").write_text("\n")
+    (tmp_path / "alone.txt").write_text("no picture")
+    source = open_folder(tmp_path)
+    assert [(record.source_id, record.caption, record.problem) for record in source.records] == [
+        ("b.jpg", "one", None),
+        ("c.png", "", "there is no caption: c.txt is not there"),
+        ("d.gif", "", "the caption is empty"),
+        ("deep/a.PNG", "zwei", None),
+        ("deep/b.webp", "", "the caption in deep/b.txt is not UTF-8 (byte 0)"),
+    ]
+    assert source.read(source.records[3]) == b"x"
+    with pytest.raises(UserError, match="no columns to choose from"):
+        open_folder(tmp_path, caption_column="text")
+
+
+def test_a_caption_outside_the_folder_is_not_read(tmp_path):
+    (tmp_path / "secret.txt").write_text("secret")
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    for name in ("a.png", "b.png"):
+        (inside / name).write_bytes(b"x")
+    (inside / "a.txt").symlink_to(tmp_path / "secret.txt")
+    (inside / "b.txt").write_text("fine")
+    assert "lies outside" in open_folder(inside).records[0].problem
+
+
+@pytest.mark.skipif(os.name == "nt", reason="file names are text there")
+def test_file_names_that_are_no_text(tmp_path):
+    for name in (b"\xff.png", "größe 大.png".encode(), b"new\nline.png"):
+        Path(os.fsdecode(os.path.join(os.fsencode(tmp_path), name))).write_bytes(name)
+        Path(os.fsdecode(os.path.join(os.fsencode(tmp_path), name))).with_suffix(".txt").write_text("a caption")
+    source = open_folder(tmp_path)
+    assert [record.source_id for record in source.records] == ["?.png", "größe 大.png", "new\nline.png"]
+    assert [source.read(record) for record in source.records][0] == b"\xff.png"
+
+
 def test_other_columns(tmp_path):
     source = open_folder(folder(tmp_path, {"image": "a.png", "label": "x"}), "image", "label")
     assert source.records[0].caption == "x"
 
 
-@pytest.mark.parametrize("caption", [None, 3, ["a", "b"]])
-def test_a_caption_that_is_no_text_is_a_problem_of_that_record(tmp_path, caption):
+@pytest.mark.parametrize(
+    ("caption", "problem"),
+    [(None, "there is no caption"), (3, "the caption is 3, not text"), (["a", 4], "the caption is 4, not text"),
+     ("", "the caption is empty"), (" \n", "the caption is empty"), ([], "the caption is empty"),
+     ({"en": "a"}, "the caption is {'en': 'a'}, not text")],
+)  # fmt: skip
+def test_a_caption_that_is_no_text_is_a_problem_of_that_record(tmp_path, caption, problem):
     source = open_folder(folder(tmp_path, row("a.png", caption), row("b.png")))
-    assert source.records[0].problem.startswith("the caption is")
+    assert source.records[0].problem == problem
     assert source.records[1].problem is None
 
 
@@ -76,9 +152,9 @@ def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path):
 
 
 def test_a_folder_that_is_not_there_or_has_no_list(tmp_path):
-    with pytest.raises(UserError, match="--data .*nowhere does not exist"):
+    with pytest.raises(UserError, match="--data .*nowhere"):
         open_folder(tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"has no metadata.jsonl: put one beside the images.*\"file_name\""):
+    with pytest.raises(UserError, match=r"has no metadata.jsonl, and no picture with a .txt beside it.*\"file_name\""):
         open_folder(tmp_path)
 
 

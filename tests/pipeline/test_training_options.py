@@ -15,7 +15,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 
-from pipeline.distill_settings import DistillSettings, with_steps
+from pipeline.distill_settings import DistillSettings, worked_out
 from pipeline.errors import UserError
 from pipeline.samples import Sampler, draw_samples
 from shards.schema import ShardError
@@ -73,7 +73,7 @@ def test_what_is_no_student_is_refused(cache, tmp_path):
 def test_epochs_are_steps_that_show_every_entry_so_often(epochs, batch, accumulation, processes, steps):
     settings = DistillSettings(cache="c", out="o", level="sd_small", num_train_epochs=epochs, train_batch_size=batch,
                                gradient_accumulation_steps=accumulation)  # fmt: skip
-    assert with_steps(settings, 13, processes).max_train_steps == steps
+    assert worked_out(settings, 13, processes).max_train_steps == steps
 
 
 def test_an_epoch_is_trained_and_going_on_takes_more_of_them(cache, tmp_path):

@@ -1,0 +1,142 @@
+"""Parquet, arrow and saved datasets as a source; columns, splits and names; what is refused."""
+
+import builtins
+
+import pytest
+from datasets import Dataset, DatasetDict, Features, Image, Value
+
+from pipeline.errors import UserError
+from pipeline.sources import DataSettings, open_source
+
+
+@pytest.fixture(autouse=True)
+def cache_of_the_library(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "library")
+
+
+def open_table(data, **chosen):
+    return open_source(DataSettings(data=str(data), **chosen))
+
+
+def rows(**columns):
+    return Dataset.from_dict({"image": [b"zero", b"one"], "text": ["nought", "uno"], **columns})
+
+
+def listed(source):
+    return [(record.source_id, record.caption, source.read(record)) for record in source.records]
+
+
+PLAIN = [("000000000", "nought", b"zero"), ("000000001", "uno", b"one")]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "parquets", "arrow", "saved", "split"])
+def test_bytes_in_every_kind_of_table(tmp_path, kind):
+    data = tmp_path / "data"
+    if kind == "parquet":
+        data = tmp_path / "data.parquet"
+        rows().to_parquet(data)
+    elif kind == "parquets":
+        data.mkdir()
+        for i in range(2):
+            rows().select([i]).to_parquet(data / f"{i}.parquet")
+    elif kind == "arrow":
+        rows().save_to_disk(tmp_path / "saved")
+        data = tmp_path / "data.arrow"
+        next((tmp_path / "saved").glob("*.arrow")).rename(data)
+    elif kind == "saved":
+        rows().save_to_disk(data)
+    else:
+        DatasetDict(train=rows(), test=rows().select([1])).save_to_disk(data)
+    assert listed(open_table(data)) == PLAIN
+    if kind == "split":
+        assert listed(open_table(data, split="test")) == [("000000000", "uno", b"one")]
+        with pytest.raises(UserError, match="has no split 'all'; it has 'train', 'test': choose one with --split"):
+            open_table(data, split="all")
+
+
+def test_the_librarys_own_images_keep_their_names(tmp_path):
+    for name, data in (("a.png", b"zero"), ("b.png", b"one")):
+        (tmp_path / name).write_bytes(data)
+    files = [str(tmp_path / "a.png"), str(tmp_path / "b.png")]
+    features = Features(image=Image(), text=Value("string"))
+    dataset = Dataset.from_dict({"image": files, "text": ["nought", "uno"]}, features=features)
+    dataset.save_to_disk(tmp_path / "saved")
+    (tmp_path / "a.png").unlink()
+    expected = [("a.png", "nought", b"zero"), ("b.png", "uno", b"one")]
+    assert listed(open_table(tmp_path / "saved")) == expected
+
+
+@pytest.mark.parametrize("column", ["file_name", "key"])
+def test_a_column_may_hold_the_names(tmp_path, column):
+    rows(**{column: ["x.png", "y.png"]}).to_parquet(tmp_path / "data.parquet")
+    assert [record.source_id for record in open_table(tmp_path / "data.parquet").records] == ["x.png", "y.png"]
+
+
+def test_other_columns_and_several_captions(tmp_path):
+    table = rows(jpg=[b"a", b"b"], generated_caption=[["one", "two"], []])
+    table.to_parquet(tmp_path / "data.parquet")
+    source = open_table(
+        tmp_path / "data.parquet", image_column="jpg", caption_column="generated_caption", captions="all"
+    )
+    found = [(record.source_id, record.caption or record.problem) for record in source.records]
+    assert found == [("000000000", "one"), ("000000000#2", "two"), ("000000001", "the caption is empty")]
+    assert [source.read(record) for record in source.records] == [b"a", b"a", b"b"]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [({"image_column": "jpg"}, "has no column 'jpg'; it has 'image', 'text': choose one with --image-column"),
+     ({"caption_column": "label"}, "has no column 'label'.*--caption-column"),
+     ({"image_column": "text"}, "column 'text' holds .*, no images: choose another with --image-column")],
+)  # fmt: skip
+def test_columns_that_cannot_be_used(tmp_path, chosen, message):
+    rows().to_parquet(tmp_path / "data.parquet")
+    with pytest.raises(UserError, match=message):
+        open_table(tmp_path / "data.parquet", **chosen)
+
+
+def test_a_file_of_a_stranger_does_not_name_files_of_ours(tmp_path):
+    (tmp_path / "secret.png").write_bytes(b"secret")
+    images = [{"bytes": None, "path": str(tmp_path / "secret.png")}, {"bytes": None, "path": None}]
+    Dataset.from_dict({"image": images, "text": ["a", "b"]}).to_parquet(tmp_path / "data.parquet")
+    source = open_table(tmp_path / "data.parquet")
+    for record, message in zip(source.records, ("holds a path .*, not the image's bytes", "no image"), strict=True):
+        with pytest.raises(OSError, match=message):
+            source.read(record)
+
+
+def test_a_damaged_file_and_an_unknown_name_are_refused(tmp_path, monkeypatch):
+    (tmp_path / "data.parquet").write_bytes(b"PAR1 but not for long")
+    with pytest.raises(UserError, match="data.parquet cannot be read as a dataset: "):
+        open_table(tmp_path / "data.parquet")
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="--data no/such-dataset-anywhere does not exist here, and no hub gave it"):
+        open_table("no/such-dataset-anywhere")
+
+
+def test_a_name_on_the_hub_is_loaded_with_what_was_chosen(tmp_path, monkeypatch):
+    asked = []
+
+    def load_dataset(*names, **chosen):
+        asked.append((*names, chosen))
+        return rows()
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    monkeypatch.chdir(tmp_path)
+    source = open_table("owner/name", dataset_config_name="small", split="test[:10]", dataset_revision="abc")
+    assert listed(source) == PLAIN
+    assert asked == [("owner/name", "small", {"split": "test[:10]", "revision": "abc"})]
+
+
+def test_without_the_library_it_is_said_how_to_get_it(tmp_path, monkeypatch):
+    rows().to_parquet(tmp_path / "data.parquet")
+    real = builtins.__import__
+
+    def without(name, *arguments, **more):
+        if name == "datasets":
+            raise ImportError(name)
+        return real(name, *arguments, **more)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(UserError, match=r"pip install 'distill-sd\[datasets\]'"):
+        open_table(tmp_path / "data.parquet")
