@@ -9,6 +9,7 @@ from __future__ import annotations
 import pickle
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,13 @@ NAME = re.compile(r"step-(\d{7,})")
 
 
 def save_checkpoint(
-    checkpoints: Path, step: int, student: UNet2DConditionModel, state: dict[str, Any], total_limit: int
+    checkpoints: Path, step: int, save_weights: Callable[[Path], Any], state: dict[str, Any], total_limit: int
 ) -> Path:
-    """Write one checkpoint, then delete the oldest ones beyond `total_limit`."""
+    """Write one checkpoint, then delete the oldest ones beyond `total_limit`. `save_weights` fills its unet/."""
     path = checkpoints / f"step-{step:07d}"
     _remove(path)
     with atomic_directory(path) as folder:
-        student.save_pretrained(folder / "unet")
+        save_weights(folder / "unet")
         with open(folder / "state.pt", "wb") as stream:
             torch.save(state, stream)
     for _, old in list_checkpoints(checkpoints)[:-total_limit]:
@@ -51,11 +52,16 @@ def list_checkpoints(checkpoints: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), path) for path in found if (match := NAME.fullmatch(path.name)))
 
 
-def load_checkpoint(path: Path) -> tuple[UNet2DConditionModel, dict[str, Any]]:
-    """The student and the rest of the state, on the CPU. Raises UserError for one that cannot be read."""
+def load_checkpoint(
+    path: Path, load_weights: Callable[[Path], Any] = UNet2DConditionModel.from_pretrained
+) -> tuple[Any, dict[str, Any]]:
+    """What `load_weights` makes of unet/, by default the student, and the rest of the state, on the CPU.
+
+    Raises UserError for a checkpoint that cannot be read.
+    """
     try:
         state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
-        return UNet2DConditionModel.from_pretrained(path / "unet"), state
+        return load_weights(path / "unet"), state
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"checkpoint {path} cannot be read ({reason}): delete it, and an older one is used") from error

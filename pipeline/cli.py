@@ -12,6 +12,7 @@ COMMANDS = {
     "encode": ("pipeline.encode", "Images and captions to latents and prompt embeddings."),
     "teacher-cache": ("pipeline.teacher_cache", "Latents to the teacher's predictions and features."),
     "distill": ("pipeline.distill", "Train a student from a cache."),
+    "finetune": ("pipeline.finetune", "Train a pipeline's U-Net on latents, whole or with LoRA."),
     "sample": ("pipeline.sample", "Pictures from a model, a teacher or a student."),
     "verify": ("pipeline.verify", "Check latents or a cache for damage."),
     "inspect": ("pipeline.inspect_shards", "Show what latents or a cache hold."),

@@ -27,7 +27,7 @@ class Metrics:
         self._batches: list[tuple[tuple[str, ...], Tensor]] = []
         self._since = time.monotonic()
         main = accelerator.is_main_process
-        self._bar = tqdm(total=max_train_steps, initial=step, unit="step", desc="distill", disable=not main)
+        self._bar = tqdm(total=max_train_steps, initial=step, unit="step", desc="train", disable=not main)
         self._file = None
         if main:
             kept = _lines_up_to(path, step)

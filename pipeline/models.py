@@ -238,10 +238,11 @@ def save_base(base: DiffusionPipeline, noise_scheduler: DDPMScheduler, out: Path
 def save_pipeline(base: Path, unet: UNet2DConditionModel, out: Path) -> None:
     """A whole pipeline in `out`: the files of `base` and the U-Net. model_index.json goes first and comes last."""
     (out / MODEL_INDEX).unlink(missing_ok=True)
-    for part in sorted(path for path in base.iterdir() if path.is_dir()):
+    index = json.loads((base / MODEL_INDEX).read_text(encoding="utf-8"))
+    for part in sorted(base / name for name in index if name != "unet" and (base / name).is_dir()):
         _replace_directory(out / part.name, lambda folder, part=part: shutil.copytree(part, folder, dirs_exist_ok=True))
     _replace_directory(out / "unet", unet.save_pretrained)
-    write_json(out / MODEL_INDEX, json.loads((base / MODEL_INDEX).read_text(encoding="utf-8")), indent=2)
+    write_json(out / MODEL_INDEX, index, indent=2)
 
 
 def _replace_directory(path: Path, fill) -> None:

@@ -97,9 +97,10 @@ class CommaSeparated(click.ParamType):
 
 
 def click_options(settings: type[Settings]) -> list[click.Parameter]:
-    """One click option (or argument) for each field, in the order of the class."""
+    """One click option (or argument) for each field, in the order of the class but for what is required: that first."""
     hints = typing.get_type_hints(settings)
-    return [_click_option(setting, hints[setting.name]) for setting in fields(settings)]
+    required_first = sorted(fields(settings), key=lambda setting: setting.default is not REQUIRED)
+    return [_click_option(setting, hints[setting.name]) for setting in required_first]
 
 
 def _click_option(setting: dataclasses.Field, hint: Any) -> click.Parameter:

@@ -24,6 +24,7 @@ from pipeline.checksums import write_checksums
 from pipeline.command import stage_command
 from pipeline.diffusion import PREDICTION_TYPES, add_noise
 from pipeline.errors import UserError
+from pipeline.latents import check_encoders, open_latents
 from pipeline.samples import SAMPLES, Model, Sampler, draw_apart, save_samples
 from pipeline.settings import REQUIRED, Settings, option
 from pipeline.students import LEVELS, check_teacher, student_config, student_weights, teacher_taps
@@ -109,11 +110,11 @@ class Teacher:
 def run(settings: TeacherCacheSettings) -> None:
     """Latents to the teacher's predictions and features, in rounds."""
     state = models.process_state(settings.device)
-    latents = open_latents(settings)
+    latents = open_latents(settings.latents)
     folder = models.find_pipeline(settings.teacher, settings.revision, settings.variant)
     base, unet = models.load_base(folder, settings.variant), models.load_unet(folder, settings.variant)
     noise_scheduler = models.load_noise_scheduler(folder, settings.prediction_type)
-    check_encoders(settings, latents, base)
+    check_encoders(latents, base, f"--teacher {settings.teacher}")
     spec = cache_spec(settings, latents, unet, noise_scheduler, state.device)
     with state.main_process_first():
         manifest = claim(settings.out, "cache", spec, rounds=settings.rounds)
@@ -152,31 +153,12 @@ def run(settings: TeacherCacheSettings) -> None:
         report(settings.out, manifest, "")
 
 
-def open_latents(settings: TeacherCacheSettings) -> ShardSet:
-    latents = ShardSet(settings.latents, "latents")
-    if not len(latents):
-        raise UserError(f"{settings.latents} holds no images: all were skipped, see its skipped.jsonl")
-    return latents
-
-
 def save_teacher_samples(settings: TeacherCacheSettings, latents: ShardSet, model: Model) -> None:
     """Pictures of the teacher in the cache, of captions spread over the input: students are shown beside them."""
     chosen = np.linspace(0, len(latents) - 1, min(settings.samples, len(latents))).astype(int)
     prompts = [latents.read(int(i), ()).meta["caption"] for i in chosen]
     sampler = Sampler(guidance_scale=settings.samples_guidance)
     save_samples(draw_apart(model, prompts, sampler, "teacher's samples"), sampler, settings.out / SAMPLES)
-
-
-def check_encoders(settings: TeacherCacheSettings, latents: ShardSet, base: DiffusionPipeline) -> None:
-    """Raise UserError if the latents come from another VAE or text encoder than this teacher has."""
-    spec = latents.manifest.spec
-    for name, module in (("VAE", base.vae), ("text encoder", base.text_encoder)):
-        stated = spec[f"{name.lower().replace(' ', '_')}_sha256"]
-        if models.weights_sha256(module) != stated:
-            raise UserError(
-                f"{settings.latents} was encoded with another {name} than --teacher {settings.teacher} has: "
-                "give the teacher that encode had, or encode again"
-            )
 
 
 def cache_spec(
@@ -415,7 +397,7 @@ def report(out: Path, manifest: Manifest, prefix: str) -> None:
 
 def plan(settings: TeacherCacheSettings) -> list[str]:
     """What a run would write. The size of quantised taps is that of Gaussian features."""
-    latents = open_latents(settings)
+    latents = open_latents(settings.latents)
     folder = models.find_pipeline(settings.teacher, settings.revision, settings.variant)
     found = existing_manifest(settings.out, "cache")
     taps = wanted_taps(tap_specs(settings, latents, models.unet_config(folder)), found)

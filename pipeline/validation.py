@@ -7,27 +7,34 @@ from pathlib import Path
 
 from diffusers import UNet2DConditionModel
 from diffusers.training_utils import EMAModel
+from torch import nn
 
 from pipeline import models
 from pipeline.samples import Sampler, draw_samples, save_samples
 
 
 def draw_validation(
-    student: UNet2DConditionModel, ema: EMAModel | None, base: Path, prompts: list[str], folder: Path, name: str
+    student: UNet2DConditionModel,
+    trained: list[nn.Parameter],
+    ema: EMAModel | None,
+    base: Path,
+    prompts: list[str],
+    folder: Path,
+    name: str,
 ) -> None:
-    """Draw the prompts with the student, or with its average if there is one, into `folder`; nothing of it changes.
+    """Draw the prompts with the student, or with the average of what is `trained` if there is one; nothing changes.
 
-    The other parts of the pipeline are loaded from `base` for the time of the drawing.
+    The pictures go into `folder`. The other parts of the pipeline are loaded from `base` for the time of the drawing.
     """
     if ema:
-        ema.store(student.parameters())
-        ema.copy_to(student.parameters())
+        ema.store(trained)
+        ema.copy_to(trained)
     student.eval()
     pipe = models.load_base(base, unet=student).to(student.device)
     sampler = Sampler()
     samples = draw_samples(pipe, prompts, sampler, name)
     student.train()
     if ema:
-        ema.restore(student.parameters())
+        ema.restore(trained)
     shutil.rmtree(folder, ignore_errors=True)
     save_samples(samples, sampler, folder)

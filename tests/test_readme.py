@@ -20,6 +20,7 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 SMALL = {
     "--resolution 512": "--resolution 32",
     "--max-train-steps 15000": "--max-train-steps 2",
+    "--max-train-steps 2000": "--max-train-steps 2",
     "STEPS=15000": "STEPS=2",
 }
 
@@ -80,6 +81,7 @@ def test_the_stages_run_as_written(desk):
         "encode",
         "teacher-cache",
         "distill",
+        "finetune",
         "sample",
         "plan",
         "inspect",

@@ -143,7 +143,7 @@ def main(
         asked = TeacherCacheSettings(
             latents=latents, out=cache, rounds=1, samples=0, token_min=TOKEN_MIN[arch], **common
         )
-        spec = teacher_cache.open_latents(asked).manifest.spec
+        spec = teacher_cache.open_latents(latents).manifest.spec
         clock = run_stage(teacher_cache, "ask", asked)
         rows.append(
             ("teacher-cache", clock.seconds, bare_teacher(clock, spec["latents_shape"], spec["prompt_embeds_shape"]))

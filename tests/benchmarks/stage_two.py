@@ -27,13 +27,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
-import accelerate
 import click
 import torch
 from online import OnlineBatches, encoded_inputs, stored_inputs
 from sd15_road import random_checkpoint, random_images
 
-from pipeline import distill, encode, models, teacher_cache
+from pipeline import distill, encode, models, teacher_cache, trainer
 from pipeline.demo import teacher_folder
 from pipeline.demo.scenes import write_folder
 from pipeline.encode import EncodeSettings
@@ -143,11 +142,11 @@ def run(row: str, case: Case) -> Run:
 
     settings = case.settings()
     # A checkpoint is left at the last step, of any row alike: it is not what is measured.
-    with mock.patch.object(distill, "batches", timed), mock.patch.object(distill, "save_state"):
-        accelerator = accelerate.Accelerator(mixed_precision=case.mixed_precision, cpu=models.use_cpu(case.device))
-        distill.claim(settings, 1)
-        training = distill.prepare(settings, distill.open_cache(settings), accelerator)
-        distill.train(settings, accelerator, training)
+    with mock.patch.object(trainer, "save_state"):
+        accelerator, dataset = trainer.make_accelerator(settings), distill.open_cache(settings)
+        settings.out.mkdir(parents=True)
+        training = distill.prepare(settings, dataset, accelerator)
+        trainer.train(settings, accelerator, training, timed(settings, dataset, accelerator, 0))
     peak = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1e6
     on_device = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None
     return Run((times[-1] - times[WARM_UP]) / (len(times) - 1 - WARM_UP), peak, on_device)

@@ -23,13 +23,14 @@ from helpers import (
     tree,
 )
 
-from pipeline import distill
+from pipeline import distill, trainer
 from pipeline.diffusion import min_snr_weights
-from pipeline.distill import DistillSettings, step_losses
+from pipeline.distill import DistillSettings
 from pipeline.errors import UserError
 from pipeline.interrupts import Interrupts
 from pipeline.losses import total_loss
 from pipeline.students import LEVELS
+from pipeline.trainer import step_losses
 from shards.schema import ShardError
 
 approx = pytest.approx
@@ -253,7 +254,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(cache, tmp_path, monkeypatch, stop_at
     settings = {"max_train_steps": 8, "checkpointing_steps": 2, "use_ema": True, "lr_scheduler": lr_scheduler,
                 "gradient_accumulation_steps": 2, "checkpoints_total_limit": 9}  # fmt: skip
     whole = run_distill(cache, tmp_path / "whole", **settings)
-    real = distill.total_loss
+    real = trainer.total_loss
     calls = []
 
     def stopping(*arguments):
@@ -262,10 +263,10 @@ def test_a_stopped_run_goes_on_bit_for_bit(cache, tmp_path, monkeypatch, stop_at
             raise Stopped
         return real(*arguments)
 
-    monkeypatch.setattr(distill, "total_loss", stopping)
+    monkeypatch.setattr(trainer, "total_loss", stopping)
     with pytest.raises(Stopped):
         run_distill(cache, tmp_path / "stopped", **settings)
-    monkeypatch.setattr(distill, "total_loss", real)
+    monkeypatch.setattr(trainer, "total_loss", real)
     assert_equal_training(run_distill(cache, tmp_path / "stopped", **settings), whole, 8)
 
 
@@ -499,14 +500,14 @@ def test_a_loss_that_is_not_finite_stops_before_a_checkpoint_of_it(cache, tmp_pa
 
 
 def test_a_loss_that_is_not_finite_names_the_entries_and_the_last_good_checkpoint(cache, tmp_path, monkeypatch):
-    real, seen = distill.step_losses, []
+    real, seen = trainer.step_losses, []
 
     def poisoned(training, settings, batch):
         seen.append(batch.keys)
         terms = real(training, settings, batch)
         return {**terms, "task": terms["task"] * float("nan")} if len(seen) == 4 else terms
 
-    monkeypatch.setattr(distill, "step_losses", poisoned)
+    monkeypatch.setattr(trainer, "step_losses", poisoned)
     with pytest.raises(UserError) as caught:
         run_distill(cache, tmp_path / "out", max_train_steps=9, checkpointing_steps=2, logging_steps=3)
     assert f"first with the entries {', '.join(seen[3])};" in str(caught.value)
@@ -517,7 +518,7 @@ def test_a_loss_that_is_not_finite_names_the_entries_and_the_last_good_checkpoin
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_leaves_a_checkpoint_and_goes_on_bit_for_bit(cache, tmp_path, monkeypatch, number):
     whole = run_distill(cache, tmp_path / "whole", max_train_steps=5)
-    real, calls = distill.step_losses, []
+    real, calls = trainer.step_losses, []
 
     def interrupting(*arguments):
         calls.append(1)
@@ -525,7 +526,7 @@ def test_an_interrupted_run_leaves_a_checkpoint_and_goes_on_bit_for_bit(cache, t
             os.kill(os.getpid(), number)
         return real(*arguments)
 
-    monkeypatch.setattr(distill, "step_losses", interrupting)
+    monkeypatch.setattr(trainer, "step_losses", interrupting)
     with pytest.raises(KeyboardInterrupt):
         run_distill(cache, tmp_path / "out", max_train_steps=5)
     assert [step for step, _ in distill.list_checkpoints(tmp_path / "out" / "checkpoints")] == [3]
@@ -549,7 +550,7 @@ def test_min_snr_weights_task_and_output_of_each_entry(cache, tmp_path):
         batch = training.dataset.collate([training.dataset[index]])
         weight = min_snr_weights(batch.timesteps, training.alphas_cumprod, 0.5, "epsilon")
         with torch.no_grad():
-            weighted, unweighted = (distill.step_losses(training, s, batch) for s in (settings, plain))
+            weighted, unweighted = (trainer.step_losses(training, s, batch) for s in (settings, plain))
         for name, term in unweighted.items():
             factor = weight[0] if name in ("task", "output") else 1.0
             torch.testing.assert_close(weighted[name], factor * term)

@@ -15,9 +15,10 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 
-from pipeline.distill_settings import DistillSettings, worked_out
+from pipeline.distill_settings import DistillSettings
 from pipeline.errors import UserError
 from pipeline.samples import Sampler, draw_samples
+from pipeline.training_settings import worked_out
 from shards.schema import ShardError
 
 
@@ -148,7 +149,7 @@ def test_the_tracker_gets_what_the_metrics_hold(cache, tmp_path):
 
 
 def test_a_tracker_that_is_not_installed_is_refused_before_training(cache, tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.distill.find_spec", lambda name: None)
+    monkeypatch.setattr("pipeline.trainer.find_spec", lambda name: None)
     with pytest.raises(UserError, match="--report-to wandb needs the package wandb: pip install wandb"):
         run_distill(cache, tmp_path / "out", report_to="wandb")
     assert not (tmp_path / "out").exists()

@@ -1,0 +1,192 @@
+"""Training a pipeline's U-Net on latents, without a teacher: a student's last polish, or a style of one's own.
+
+A step: latents and prompt embeddings -> fresh noise and timestep -> U-Net -> task loss -> backward -> AdamW.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers import UNet2DConditionModel
+from torch.utils.data import Dataset
+
+from pipeline import draws, models, trainer
+from pipeline.adapters import add_lora, load_adapter, save_adapter, save_lora
+from pipeline.checkpoint import list_checkpoints, load_checkpoint
+from pipeline.command import stage_command
+from pipeline.hub import open_repository, upload
+from pipeline.latents import check_encoders, open_latents
+from pipeline.settings import REQUIRED, option
+from pipeline.training_settings import TrainingSettings, what_decides, worked_out
+from shards.codec import decode_npy
+from shards.dataset import Batch
+from shards.manifest import read_file
+from shards.reader import Sample
+from shards.schema import EMPTY_PROMPT, LATENTS, PROMPT_EMBEDS
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneSettings(TrainingSettings):
+    model: str = option(REQUIRED, "Pipeline whose U-Net is trained: a student's folder, a hub's name, or demo.")
+    latents: Path = option(REQUIRED, "Directory that `encode` wrote, with the model's own VAE and text encoder.")
+    lora_rank: int | None = option(None, "Train LoRA adapters of this rank instead of the whole U-Net.", low=1)
+    noise_offset: float = option(0.0, "Standard deviation of a shift of each channel's noise.", low=0.0)
+    uncond_fraction: float = option(0.1, "Share of the entries that get the empty prompt.", low=0.0, high=1.0)
+    prediction_type: str | None = option(None, "What the U-Net predicts, where its scheduler says it wrongly.",
+                                         choices=("epsilon", "v_prediction"))  # fmt: skip
+    variant: str | None = option(None, "Variant of the model's weight files, such as fp16.")
+    revision: str | None = option(None, "Revision of the model on the hub.")
+
+    # The loss is the task's alone.
+    output_weight, feature_weight, feature_loss = 0.0, 0.0, "mse"
+
+
+class LatentsDataset(Dataset):
+    """Latents and prompt embeddings of every picture, in order."""
+
+    def __init__(self, directory: Path) -> None:
+        self.shards = open_latents(directory)
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.shards.read(index, [LATENTS, PROMPT_EMBEDS])
+
+    def collate(self, samples: list[Sample]) -> list[Sample]:
+        return samples
+
+
+def run(settings: FinetuneSettings) -> None:
+    """Train a pipeline's U-Net on latents; ends with a whole pipeline, or with LoRA weights."""
+    accelerator = trainer.make_accelerator(settings)
+    dataset = LatentsDataset(settings.latents)
+    settings = worked_out(settings, len(dataset), accelerator.num_processes)
+    folder = models.find_pipeline(settings.model, settings.revision, settings.variant, "--model")
+    with accelerator.main_process_first():
+        trainer.claim(settings, finetune_spec(settings, folder, dataset, accelerator.num_processes), "finetune")
+    done = trainer.finished_step(settings.out)
+    if done >= settings.max_train_steps and not settings.push_to_hub:
+        accelerator.print(
+            f"already finished, nothing to do: {settings.out} holds a model of {done} steps; "
+            "raise --max-train-steps to train it further"
+        )
+        return
+    if settings.push_to_hub and accelerator.is_main_process:
+        open_repository(settings.push_to_hub)
+    accelerator.wait_for_everyone()
+
+    if done < settings.max_train_steps:
+        training = prepare(settings, folder, dataset, accelerator)
+        stream = batches(settings, dataset, accelerator, training.position)
+        trainer.run_training(settings, accelerator, training, stream, lambda: save(settings, folder, training.student))
+    if accelerator.is_main_process:
+        what = "LoRA weights" if settings.lora_rank else "a diffusers pipeline"
+        click.echo(f"{settings.out} holds {what} of {trainer.finished_step(settings.out)} steps")
+        if settings.push_to_hub:
+            click.echo(f"uploaded to {upload(settings.out, settings.push_to_hub)}")
+    accelerator.wait_for_everyone()
+
+
+def finetune_spec(
+    settings: FinetuneSettings, folder: Path, dataset: LatentsDataset, processes: int
+) -> dict[str, Any]:  # fmt: skip
+    """What the training is, for whoever would go on with it."""
+    spec = what_decides(settings, processes, free=("model", "latents", "revision", "variant"))
+    unet = models.load_unet(folder, settings.variant)
+    return {"latents": dataset.shards.manifest.spec_sha256, "model": models.weights_sha256(unet), **spec}
+
+
+def prepare(
+    settings: FinetuneSettings, folder: Path, dataset: LatentsDataset, accelerator: Accelerator
+) -> trainer.Training:
+    """The U-Net, as saved or of the newest checkpoint, and what trains it, on the device."""
+    check_encoders(dataset.shards, models.load_base(folder, settings.variant), f"--model {settings.model}")
+    unet = models.load_unet(folder, settings.variant)
+    checkpoints = list_checkpoints(settings.out / trainer.CHECKPOINTS)
+    state, save_weights = None, None
+    if settings.lora_rank:
+        torch.manual_seed(settings.seed)
+        add_lora(unet, settings.lora_rank)
+        if checkpoints:
+            _, state = load_checkpoint(checkpoints[-1][1], functools.partial(load_adapter, unet))
+        save_weights = functools.partial(save_adapter, unet)
+    elif checkpoints:
+        unet, state = load_checkpoint(checkpoints[-1][1])
+    noise_scheduler = models.load_noise_scheduler(folder, settings.prediction_type)
+    return trainer.prepare_training(
+        settings, accelerator, unet, state, dataset, noise_scheduler, folder, save_weights=save_weights
+    )
+
+
+def batches(
+    settings: FinetuneSettings, dataset: LatentsDataset, accelerator: Accelerator, position: int
+) -> Iterator[Batch]:
+    """Batches of this process, without end, from sample `position` on.
+
+    Noise and timestep belong to a picture and its visit, so they hang neither on the batch nor on the processes.
+    """
+    noise_scheduler = models.load_noise_scheduler(
+        models.find_pipeline(settings.model, settings.revision, settings.variant), settings.prediction_type
+    )
+    empty = decode_npy(read_file(settings.latents, dataset.shards.manifest, EMPTY_PROMPT))
+    steps, size = noise_scheduler.config.num_train_timesteps, settings.train_batch_size
+    first = position + accelerator.process_index * size
+    for samples in trainer.loaded(settings, dataset, accelerator, position):
+        visits = [(first + place) // len(dataset) for place in range(size)]
+        drawn = [draw(settings, sample, visit, steps, empty) for sample, visit in zip(samples, visits, strict=True)]
+        keys = tuple(sample.key for sample in samples)
+        latents = torch.from_numpy(np.stack([sample.tensors[LATENTS].values for sample in samples]))
+        timesteps, noise, prompt_embeds = (torch.from_numpy(np.stack(each)) for each in zip(*drawn, strict=True))
+        yield Batch(keys, timesteps, latents, noise, prompt_embeds, None, {}).to(accelerator.device)
+        first += size * accelerator.num_processes
+
+
+def draw(
+    settings: FinetuneSettings, sample: Sample, visit: int, steps: int, empty: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The timestep int64, noise (C, H, W) float32 and prompt embedding (L, D) of one visit to a picture."""
+    seed, source_id = settings.seed, sample.meta["source_id"]
+    timestep = draws.generator(seed, source_id, visit, "timestep").integers(steps)
+    noise = draws.noise(seed, source_id, visit, sample.tensors[LATENTS].values.shape, settings.noise_offset)
+    unconditional = draws.is_unconditional(seed, source_id, visit, settings.uncond_fraction)
+    return np.asarray(timestep), noise, empty if unconditional else sample.tensors[PROMPT_EMBEDS].values
+
+
+def save(settings: FinetuneSettings, folder: Path, unet: UNet2DConditionModel) -> None:
+    if settings.lora_rank:
+        save_lora(unet, settings.out)
+    else:
+        unet.register_to_config(_name_or_path=settings.model)
+        models.save_pipeline(folder, unet, settings.out)
+
+
+def plan(settings: FinetuneSettings) -> list[str]:
+    """What a run would do."""
+    dataset = LatentsDataset(settings.latents)
+    folder = models.find_pipeline(settings.model, settings.revision, settings.variant, "--model")
+    settings = worked_out(settings, len(dataset), 1)
+    unet = models.load_unet(folder, settings.variant)
+    if settings.lora_rank:
+        add_lora(unet, settings.lora_rank)
+    done = max([step for step, _ in list_checkpoints(settings.out / trainer.CHECKPOINTS)], default=0)
+    trained = sum(p.numel() for p in unet.parameters() if p.requires_grad)
+    return [
+        f"pictures: {len(dataset)}",
+        f"parameters: {trained:,} trained of {sum(p.numel() for p in unet.parameters()):,}",
+        f"steps: {settings.max_train_steps}, {done} of them done",
+    ]
+
+
+command = stage_command("finetune", FinetuneSettings, plan, run)
+
+if __name__ == "__main__":
+    command()

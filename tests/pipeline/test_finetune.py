@@ -1,0 +1,188 @@
+"""finetune: the plain diffusion loss on latents, of a student or a teacher, whole or by LoRA; exact when stopped."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from helpers import first, metrics, reset_accelerate, run_distill, run_encode, run_teacher_cache, state_dict_of, tree
+from safetensors.torch import load_file
+
+from pipeline import finetune, trainer
+from pipeline.errors import UserError
+from pipeline.finetune import FinetuneSettings, LatentsDataset
+from pipeline.losses import mse
+from shards.schema import ShardError
+
+
+@pytest.fixture(scope="module")
+def latents(teacher, images, tmp_path_factory):
+    return run_encode(teacher, images, tmp_path_factory.mktemp("finetune") / "latents")
+
+
+@pytest.fixture(scope="module")
+def student(teacher, latents, tmp_path_factory):
+    place = tmp_path_factory.mktemp("student")
+    cache = run_teacher_cache(teacher, latents, place / "cache", rounds=1, students=("sd_tiny",))
+    return run_distill(cache, place / "student", level="sd_tiny", max_train_steps=1)
+
+
+def settings_of(model, latents, out, **changes):
+    quick = {"max_train_steps": 4, "train_batch_size": 3, "learning_rate": 1e-3, "logging_steps": 1, "device": "cpu"}
+    return FinetuneSettings(model=str(model), latents=latents, out=out, **{**quick, **changes})
+
+
+def run(model, latents, out, **changes):
+    finetune.run(settings_of(model, latents, out, **changes))
+    reset_accelerate()
+    return out
+
+
+def stopped(model, latents, out, after, monkeypatch, **changes):
+    """A run that ends with an error in the step after `after`."""
+    real, calls = trainer.step_losses, []
+
+    def failing(*arguments):
+        calls.append(1)
+        if len(calls) > after:
+            raise RuntimeError("power cut")
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "step_losses", failing)
+        with pytest.raises(RuntimeError, match="power cut"):
+            run(model, latents, out, checkpointing_steps=2, **changes)
+    reset_accelerate()
+    return run(model, latents, out, checkpointing_steps=2, **changes)
+
+
+def test_the_loss_is_diffusers_own_of_each_draw(student, latents, tmp_path):
+    """Against the scheduler's add_noise and the U-Net called by hand."""
+    settings = settings_of(student, latents, tmp_path / "out")
+    dataset = LatentsDataset(latents)
+    accelerator = Accelerator(cpu=True)
+    training = finetune.prepare(settings, student, dataset, accelerator)
+    batch = first(finetune.batches(settings, dataset, accelerator, 0), 1)[0]
+    scheduler = DDPMScheduler.from_pretrained(student, subfolder="scheduler")
+    unet = UNet2DConditionModel.from_pretrained(student / "unet")
+    with torch.no_grad():
+        noisy = scheduler.add_noise(batch.latents.float(), batch.noise, batch.timesteps)
+        predicted = unet(noisy, batch.timesteps, encoder_hidden_states=batch.prompt_embeds.float()).sample
+        terms = trainer.step_losses(training, settings, batch)
+    assert list(terms) == ["task"]
+    torch.testing.assert_close(terms["task"], F.mse_loss(predicted, batch.noise))
+    reset_accelerate()
+
+
+def test_each_visit_draws_anew_and_draws_hang_on_picture_and_visit_alone(student, latents, tmp_path):
+    dataset, accelerator = LatentsDataset(latents), Accelerator(cpu=True)
+
+    def drawn(size, count):
+        settings = settings_of(student, latents, tmp_path / "out", train_batch_size=size, uncond_fraction=0.3)
+        seen = {}
+        for batch in first(finetune.batches(settings, dataset, accelerator, 0), count):
+            for i, key in enumerate(batch.keys):
+                values = batch.noise[i], batch.timesteps[i], batch.prompt_embeds[i], batch.latents[i]
+                seen.setdefault(key, []).append(values)
+        return seen
+
+    small, large = drawn(2, 26), drawn(13, 4)
+    assert {key: len(visits) for key, visits in small.items()} == {f"{i:09d}": 4 for i in range(13)}
+    for key, visits in small.items():
+        for one, other in zip(visits, large[key], strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+        assert not torch.equal(visits[0][0], visits[1][0])
+    empty = torch.from_numpy(np.load(latents / "empty_prompt_embeds.npy"))
+    unconditional = sum(torch.equal(visit[2], empty) for visits in small.values() for visit in visits)
+    assert 5 < unconditional < 28
+    reset_accelerate()
+
+
+def test_a_student_is_trained_and_comes_out_as_a_pipeline(student, latents, tmp_path):
+    out = run(student, latents, tmp_path / "out", max_train_steps=40, train_batch_size=8, learning_rate=3e-3)
+    losses = [line["task"] for line in metrics(out)]
+    assert np.mean(losses[-8:]) < np.mean(losses[:8])
+    pipe = StableDiffusionPipeline.from_pretrained(out)
+    assert pipe.unet.config.layers_per_block == UNet2DConditionModel.load_config(student / "unet")["layers_per_block"]
+    assert not (out / "checkpoints" / "checkpoints").exists()
+    before, after = state_dict_of(student / "unet"), state_dict_of(out / "unet")
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    for part in ("vae", "text_encoder"):
+        assert tree(out / part) == tree(student / part)
+
+
+@pytest.mark.parametrize("changes", [{}, {"lora_rank": 2, "use_ema": True}], ids=["whole", "lora"])
+def test_a_stopped_run_goes_on_bit_for_bit(student, latents, tmp_path, monkeypatch, changes):
+    whole = run(student, latents, tmp_path / "whole", **changes)
+    out = stopped(student, latents, tmp_path / "out", 3, monkeypatch, **changes)
+    name = "pytorch_lora_weights.safetensors" if changes else "unet/diffusion_pytorch_model.safetensors"
+    expected, found = load_file(whole / name), load_file(out / name)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
+    assert [line["task"] for line in metrics(out)] == [line["task"] for line in metrics(whole)]
+
+
+def test_lora_trains_the_adapter_alone_and_is_loaded_by_the_pipeline(student, latents, tmp_path):
+    settings = settings_of(student, latents, tmp_path / "out", lora_rank=2, max_train_steps=3)
+    dataset, accelerator = LatentsDataset(latents), Accelerator(cpu=True)
+    settings.out.mkdir()
+    training = finetune.prepare(settings, student, dataset, accelerator)
+    before = {name: value.clone() for name, value in training.student.state_dict().items()}
+    trainer.train(settings, accelerator, training, finetune.batches(settings, dataset, accelerator, 0))
+    changed = {name for name, value in training.student.state_dict().items() if not torch.equal(before[name], value)}
+    assert changed
+    assert all("lora_" in name for name in changed)
+    finetune.save(settings, student, training.student)
+
+    pipe = StableDiffusionPipeline.from_pretrained(student, safety_checker=None)
+    pipe.load_lora_weights(settings.out)
+    batch = first(finetune.batches(settings, dataset, accelerator, 0), 1)[0]
+    inputs = batch.latents.float(), batch.timesteps
+    embeds = {"encoder_hidden_states": batch.prompt_embeds.float()}
+    with torch.no_grad():
+        expected = training.student.eval()(*inputs, **embeds).sample
+        torch.testing.assert_close(pipe.unet.eval()(*inputs, **embeds).sample, expected)
+        pipe.fuse_lora()
+        torch.testing.assert_close(pipe.unet(*inputs, **embeds).sample, expected, rtol=1e-4, atol=1e-5)
+        pipe.unload_lora_weights()
+        plain = UNet2DConditionModel.from_pretrained(student / "unet")(*inputs, **embeds).sample
+    assert mse(plain, expected) > 0
+    reset_accelerate()
+
+
+def test_a_teacher_can_be_trained_too(teacher, latents, tmp_path):
+    out = run(teacher, latents, tmp_path / "out", max_train_steps=1)
+    StableDiffusionPipeline.from_pretrained(out, safety_checker=None)
+    assert json.loads((out / "finetune.json").read_text())["model"] == str(teacher)
+
+
+def test_another_training_in_the_same_place_is_refused(student, latents, tmp_path):
+    out = run(student, latents, tmp_path / "out", max_train_steps=1)
+    with pytest.raises(ShardError, match="noise_offset: 0.0 -> 0.1"):
+        run(student, latents, out, max_train_steps=2, noise_offset=0.1)
+    reset_accelerate()
+
+
+def test_latents_of_another_model_are_refused(student, v_teacher, images, tmp_path):
+    from conftest import tiny_pipeline
+
+    torch.manual_seed(5)
+    other = tiny_pipeline()
+    with torch.no_grad():
+        for parameter in other.vae.parameters():
+            parameter.add_(0.01)
+    other.save_pretrained(tmp_path / "other")
+    latents = run_encode(tmp_path / "other", images, tmp_path / "latents")
+    with pytest.raises(UserError, match="was encoded with another VAE than --model"):
+        run(student, latents, tmp_path / "out")
+    reset_accelerate()
+
+
+def test_a_folder_that_is_no_pipeline(latents, tmp_path):
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(UserError, match="--model .*nothing has no model_index.json"):
+        run(tmp_path / "nothing", latents, tmp_path / "out")
+    reset_accelerate()
