@@ -36,7 +36,9 @@ from pipeline.initial_student import initial_student
 from pipeline.interrupts import Interrupts
 from pipeline.losses import distillation_losses, total_loss
 from pipeline.metrics import Metrics
+from pipeline.model_card import write_model_card
 from pipeline.optimizers import make_optimizer
+from pipeline.origin import CARD
 from pipeline.prompts import read_prompts
 from pipeline.report import REPORT, write_report
 from pipeline.samples import SAMPLES, Model, draw_apart, load_samples
@@ -98,6 +100,9 @@ def run(settings: DistillSettings) -> None:
             f"as a diffusers pipeline{seen}"
         )
         if settings.push_to_hub:
+            if not (settings.out / CARD).is_file():
+                # A student of an earlier version.
+                write_model_card(settings.out, settings.as_json())
             click.echo(f"uploaded to {upload(settings.out, settings.push_to_hub)}")
     accelerator.wait_for_everyone()
 
@@ -261,11 +266,12 @@ def save_state(settings: DistillSettings, accelerator: Accelerator, training: Tr
 
 
 def save_student(settings: DistillSettings, training: Training) -> None:
-    """The finished pipeline in the output directory: the averaged weights when there is an average."""
+    """The finished pipeline and its model card: the averaged weights when there is an average."""
     if training.ema:
         training.ema.copy_to(training.student.parameters())
     (settings.out / REPORT).unlink(missing_ok=True)
     models.save_pipeline(settings.cache / "base", training.student, settings.out)
+    write_model_card(settings.out, settings.as_json())
     write_json(settings.out / FINISHED, {"step": training.step})
 
 
