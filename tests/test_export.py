@@ -3,6 +3,7 @@
 import errno
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -229,7 +230,7 @@ def test_a_disk_without_room_is_met_before_anything_is_written(teacher, tmp_path
 
 def test_a_file_that_cannot_be_finished_is_not_left(teacher, tmp_path, monkeypatch):
     def full(weights, path, metadata):
-        open(path, "wb").write(b"half")
+        Path(path).write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(export, "save_file", full)
