@@ -81,6 +81,7 @@ def test_the_stages_run_as_written(desk):
         "teacher-cache",
         "distill",
         "sample",
+        "export",
         "plan",
         "inspect",
         "verify",
