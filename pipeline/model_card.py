@@ -27,9 +27,8 @@ SOURCE = "https://github.com/segmind/distill-sd"
 PAPER = "https://arxiv.org/abs/2305.15798"
 # What of the settings says how a student was trained; the rest is where it was done.
 TRAINING = (
-    "max_train_steps", "train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler",
-    "lr_warmup_steps", "output_weight", "feature_weight", "feature_loss", "snr_gamma", "use_ema", "mixed_precision",
-    "init_from", "seed",
+    "max_train_steps", "global_batch_size", "learning_rate", "lr_scheduler", "lr_warmup_steps", "output_weight",
+    "feature_weight", "feature_loss", "snr_gamma", "use_ema", "mixed_precision", "init_from", "seed",
 )  # fmt: skip
 
 
@@ -37,9 +36,9 @@ TRAINING = (
 class Known:
     """All that a card is made from.
 
-    `settings` are distill's, `cache` the cache's spec, `rounds` how many of it were trained on, `parameters` the
-    student's U-Net's, `origin` what `origin.json` says, `metrics` the last line of metrics.jsonl, and `evaluation`
-    what evaluation.json says, each as far as there is one.
+    `settings` are distill's with the `global_batch_size` of its spec, `cache` the cache's spec, `rounds` how many of
+    it were trained on, `parameters` the student's U-Net's, `origin` what `origin.json` says, `metrics` the last line
+    of metrics.jsonl, and `evaluation` what evaluation.json says, each as far as there is one.
     """
 
     settings: dict[str, Any]
@@ -57,6 +56,8 @@ def write_model_card(out: Path, settings: dict[str, Any]) -> None:
     manifest = read_manifest(cache, "cache")
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(out, subfolder="unet"))
+    spec = json.loads((out / "spec.json").read_text(encoding="utf-8"))
+    settings = {**settings, "global_batch_size": spec["global_batch_size"]}
     lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     evaluation = out / EVALUATION
     known = Known(

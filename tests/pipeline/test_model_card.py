@@ -66,7 +66,7 @@ def test_a_distilled_student_has_a_card_of_what_was_done(student):
     assert rows["data"] == images.name
     assert rows["pictures"] == f"13 of {RESOLUTION} px"
     assert rows["entries"] == "26 in 2 rounds"
-    assert rows["max train steps"] == "4"
+    assert (rows["max train steps"], rows["global batch size"]) == ("4", "3")
     last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
     assert float(rows["task"]) == pytest.approx(last["task"], rel=1e-3)
     assert str(out.parent) not in card
