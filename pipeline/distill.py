@@ -21,6 +21,8 @@ from pipeline.distill_settings import DistillSettings, pairs_of, training_spec
 from pipeline.errors import UserError
 from pipeline.hub import open_repository, upload
 from pipeline.initial_student import initial_student
+from pipeline.model_card import write_model_card
+from pipeline.origin import CARD
 from pipeline.report import REPORT, write_report
 from pipeline.samples import SAMPLES, Model, draw_apart, load_samples
 from pipeline.trainer import (
@@ -72,6 +74,9 @@ def run(settings: DistillSettings) -> None:
             f"as a diffusers pipeline{seen}"
         )
         if settings.push_to_hub:
+            if not (settings.out / CARD).is_file():
+                # A student of an earlier version.
+                write_model_card(settings.out, settings.as_json())
             click.echo(f"uploaded to {upload(settings.out, settings.push_to_hub)}")
     accelerator.wait_for_everyone()
 
@@ -86,9 +91,10 @@ def prepare(settings: DistillSettings, dataset: CacheDataset, accelerator: Accel
 
 
 def save_student(settings: DistillSettings, student: UNet2DConditionModel) -> None:
-    """The finished pipeline in the output directory."""
+    """The finished pipeline and its model card."""
     (settings.out / REPORT).unlink(missing_ok=True)
     models.save_pipeline(settings.cache / "base", student, settings.out)
+    write_model_card(settings.out, settings.as_json())
 
 
 def save_report(settings: DistillSettings, device: torch.device) -> None:

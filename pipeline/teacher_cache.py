@@ -25,6 +25,7 @@ from pipeline.command import stage_command
 from pipeline.diffusion import PREDICTION_TYPES, add_noise
 from pipeline.errors import UserError
 from pipeline.latents import check_encoders, open_latents
+from pipeline.origin import write_origin
 from pipeline.samples import SAMPLES, Model, Sampler, draw_apart, save_samples
 from pipeline.settings import REQUIRED, Settings, option
 from pipeline.students import LEVELS, check_teacher, student_config, student_weights, teacher_taps
@@ -119,6 +120,7 @@ def run(settings: TeacherCacheSettings) -> None:
     with state.main_process_first():
         manifest = claim(settings.out, "cache", spec, rounds=settings.rounds)
         save_what_students_need(settings, base, unet, noise_scheduler)
+        write_origin(settings.out, settings.teacher, folder, settings.revision, settings.latents)
     del base
     unfinished, mine = share_unfinished(settings.out, manifest, state, settings.shard_range)
     # Of jobs side by side none knows whether it is the last: the pictures are left to a run without a range.

@@ -7,10 +7,13 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
+from conftest import tiny_pipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from pipeline import distill, encode, teacher_cache
 from pipeline.distill import DistillSettings
 from pipeline.encode import EncodeSettings
+from pipeline.students import student_config, student_weights
 from pipeline.teacher_cache import TeacherCacheSettings
 from shards.reader import ShardSet, _cached_sidecar
 
@@ -41,6 +44,16 @@ def run_distill(cache: Path, out: Path, **changes) -> Path:
     distill.run(DistillSettings(cache=cache, out=out, **settings))
     reset_accelerate()
     return out
+
+
+def pruned_pipeline(level: str, **unet_changes) -> StableDiffusionPipeline:
+    """The tiny teacher with the untrained student of a level in its U-Net's place."""
+    pipe = tiny_pipeline(**unet_changes)
+    student = UNet2DConditionModel.from_config(student_config(dict(pipe.unet.config), level))
+    shapes = {name: tuple(tensor.shape) for name, tensor in student.state_dict().items()}
+    student.load_state_dict(student_weights(shapes, pipe.unet.state_dict(), level))
+    pipe.register_modules(unet=student.eval())
+    return pipe
 
 
 def prepared(cache: Path, out: Path, **changes) -> tuple[DistillSettings, distill.Training]:

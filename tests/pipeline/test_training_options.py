@@ -225,7 +225,9 @@ def test_the_student_goes_to_the_hub_without_what_belongs_to_the_training(cache,
     monkeypatch.setattr("pipeline.hub.HfApi", lambda: Hub(calls))
     out = run_distill(cache, tmp_path / "out", push_to_hub="me/student", report_to="tensorboard")
     assert [call[:2] for call in calls] == [("create_repo", "me/student"), ("upload_folder", "me/student")]
-    assert {"model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors"} <= calls[1][2]
+    assert {"README.md", "model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors"} <= calls[
+        1
+    ][2]
     assert not [file for file in calls[1][2] if file.startswith(("checkpoints", "logs"))]
     assert "uploaded to https://hub/commit/1" in capsys.readouterr().out
     assert json.loads((out / "finished.json").read_text())["step"] == 4

@@ -1,0 +1,158 @@
+"""What a student costs beside its teacher: the U-Net's parameters, multiplications, seconds and memory.
+
+distill-sd claims up to 100 % more speed and 30 % less memory for its students. Here SD-1.x, sd_small and sd_tiny run at
+512 px with random weights; `--arch demo` takes the bundled teacher's shape, to try the benchmark itself. Each run is a
+process of its own, so its memory is its own: the most that weights and activations took together on a GPU, and on a CPU
+the process's peak beyond what it held before the U-Net (with torch.compile that counts the compiler too). The rows take
+turns; ratios are to the teacher of the same turn. Prints one markdown table. On a quiet machine:
+
+    python tests/benchmarks/students.py --batch-size 1 --batch-size 4
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import multiprocessing
+import os
+import platform
+import statistics
+import time
+from dataclasses import dataclass
+
+import click
+import torch
+from diffusers import UNet2DConditionModel
+from sd15_road import SD15_UNET
+from torch.utils.flop_counter import FlopCounterMode
+
+from pipeline import models
+from pipeline.demo import teacher_folder
+from pipeline.samples import peak_memory
+from pipeline.students import student_config
+
+ROWS = ("teacher", "sd_small", "sd_tiny")
+REFERENCE = "teacher"
+TOKENS = {"sd15": 77, "demo": 24}
+WARM_UP, TIMED = 2, 3
+
+
+@dataclass(frozen=True)
+class Case:
+    """What the rows of one group share."""
+
+    arch: str
+    device: str
+    dtype: str
+    batch_size: int
+    compiled: bool
+
+
+@dataclass(frozen=True)
+class Run:
+    """Seconds of a forward pass of the whole batch, and peak memory in bytes."""
+
+    seconds: float
+    memory: int
+
+
+def unet_on_meta(arch: str, row: str) -> UNet2DConditionModel:
+    """The U-Net of a row without weights."""
+    with torch.device("meta"):
+        teacher = UNet2DConditionModel(**(SD15_UNET if arch == "sd15" else models.unet_config(teacher_folder())))
+        if row == REFERENCE:
+            return teacher.eval()
+        return UNet2DConditionModel.from_config(student_config(dict(teacher.config), row)).eval()
+
+
+def inputs_of(unet: UNet2DConditionModel, arch: str, batch_size: int, device: torch.device, dtype: torch.dtype):
+    size = unet.config.sample_size
+    latents = torch.randn(batch_size, unet.config.in_channels, size, size, device=device, dtype=dtype)
+    prompts = torch.randn(batch_size, TOKENS[arch], unet.config.cross_attention_dim, device=device, dtype=dtype)
+    return latents, torch.full((batch_size,), 500, device=device), prompts
+
+
+@functools.cache
+def size_of(arch: str, row: str) -> tuple[int, int]:
+    """Parameters, and multiply-accumulates of one picture's forward pass."""
+    unet = unet_on_meta(arch, row)
+    with FlopCounterMode(display=False) as counter:
+        unet(*inputs_of(unet, arch, 1, torch.device("meta"), torch.float32))
+    return unet.num_parameters(), counter.get_total_flops() // 2
+
+
+@torch.inference_mode()
+def run(row: str, case: Case) -> Run:
+    """The median of a few forward passes, after some that are not timed."""
+    device, dtype = torch.device(case.device), models.DTYPES[case.dtype]
+    torch.manual_seed(0)
+    before = peak_memory(device)
+    unet = unet_on_meta(case.arch, row).to(dtype).to_empty(device=device).to(memory_format=torch.channels_last)
+    for parameter in unet.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    forward = torch.compile(unet) if case.compiled else unet
+    inputs = inputs_of(unet, case.arch, case.batch_size, device, dtype)
+    times = []
+    for _ in range(WARM_UP + TIMED):
+        started = time.perf_counter()
+        forward(*inputs)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return Run(statistics.median(times[WARM_UP:]), peak_memory(device) - before)
+
+
+def in_process(row: str, case: Case) -> Run:
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(run, (row, case))
+
+
+def turns(case: Case, repeats: int) -> dict[str, list[Run]]:
+    """Every row once a turn, forwards and backwards by turns."""
+    runs: dict[str, list[Run]] = {row: [] for row in ROWS}
+    for turn in range(repeats):
+        for row in ROWS if turn % 2 == 0 else reversed(ROWS):
+            runs[row].append(in_process(row, case))
+    return runs
+
+
+def lines(runs: dict[str, list[Run]], case: Case) -> list[str]:
+    rows = []
+    for row, each in runs.items():
+        parameters, macs = size_of(case.arch, row)
+        faster = [teacher.seconds / run.seconds for teacher, run in zip(runs[REFERENCE], each, strict=True)]
+        smaller = [run.memory / teacher.memory for teacher, run in zip(runs[REFERENCE], each, strict=True)]
+        rows.append(
+            f"| {row} | {parameters / 1e6:,.1f} | {macs / 1e9:,.1f} | {case.batch_size} "
+            f"| {'yes' if case.compiled else 'no'} | {statistics.median(run.seconds for run in each):.3g} "
+            f"| {statistics.median(faster):.2f} | {statistics.median(run.memory for run in each) / 1e9:.2f} "
+            f"| {statistics.median(smaller):.2f} |"
+        )
+    return rows
+
+
+@click.command()
+@click.option("--arch", type=click.Choice(list(TOKENS)), default="sd15", show_default=True)
+@click.option("--device", type=click.Choice(models.DEVICES), default="auto", show_default=True)
+@click.option("--dtype", type=click.Choice(["auto", *models.DTYPES]), default="auto", show_default=True,
+              help="auto is fp16 on a GPU, else fp32.")  # fmt: skip
+@click.option("--batch-size", "batch_sizes", multiple=True, default=(1, 4), show_default=True)
+@click.option("--compile/--no-compile", "also_compiled", default=True, show_default=True, help="torch.compile as well.")
+@click.option("--repeats", default=3, show_default=True, help="Turns of all rows.")
+def main(
+    arch: str, device: str, dtype: str, batch_sizes: tuple[int, ...], also_compiled: bool, repeats: int
+) -> None:  # fmt: skip
+    place = torch.device("cpu" if models.use_cpu(device) else "cuda")
+    dtype = models.resolve_dtype(dtype, place)
+    print(f"{os.cpu_count()} cores, {torch.get_num_threads()} torch threads, {models.device_name(place)}, {dtype}; "
+          f"Python {platform.python_version()}, torch {torch.__version__}; {arch}, random weights, "
+          f"{repeats} turns\n")  # fmt: skip
+    print("| U-Net | parameters, M | GMAC a picture | batch | compiled | seconds a forward | times as fast "
+          "| peak memory, GB | of the teacher's |\n|---|---|---|---|---|---|---|---|---|")  # fmt: skip
+    for compiled, batch_size in itertools.product((False, True) if also_compiled else (False,), batch_sizes):
+        case = Case(arch, place.type, dtype, batch_size, compiled)
+        print("\n".join(lines(turns(case, repeats), case)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""The model card says what is known, in the form that the hub reads, and gives away nobody's folders."""
+
+import json
+import re
+import shutil
+from dataclasses import replace
+
+import pytest
+import yaml
+from conftest import RESOLUTION
+from helpers import run_distill, run_encode, run_teacher_cache
+
+from pipeline.model_card import Known, flattened, model_card
+from pipeline.origin import licence, read_origin, teacher_origin, write_origin
+
+TEACHER_CARD = """---
+license: other
+license_name: tiny-license
+license_link: https://example.org/licence
+tags: [stable-diffusion]
+---
+# A tiny teacher
+"""
+CACHE = {
+    "entries": 1300,
+    "teacher_sha256": "ab12",
+    "prediction_type": "epsilon",
+    "codec": {"name": "dither", "snr_db": 10.0},
+    "uncond_fraction": 0.1,
+    "libraries": {"torch": "2.0"},
+    "latents": {"resolution": 512},
+}
+SETTINGS = {"level": "sd_tiny", "cache": "/home/me/cache", "out": "/home/me/out", "max_train_steps": 15000,
+            "use_ema": True, "snr_gamma": None, "init_from": "/home/me/earlier"}  # fmt: skip
+KNOWN = Known(SETTINGS, CACHE, 4, 323384964)
+
+
+def head_of(card):
+    return yaml.safe_load(re.match(r"---\n(.*?)\n---\n", card, re.DOTALL)[1])
+
+
+def rows_of(card):
+    return dict(re.findall(r"^\| ([^|]+) \| (.*) \|$", card, re.MULTILINE))
+
+
+@pytest.fixture(scope="module")
+def student(teacher, images, tmp_path_factory):
+    """A student whose teacher has a card, beside its cache."""
+    place = tmp_path_factory.mktemp("card")
+    folder = shutil.copytree(teacher, place / "my-teacher")
+    (folder / "README.md").write_text(TEACHER_CARD)
+    latents = run_encode(folder, images, place / "latents")
+    cache = run_teacher_cache(folder, latents, place / "cache")
+    return run_distill(cache, place / "student"), cache, images
+
+
+def test_a_distilled_student_has_a_card_of_what_was_done(student):
+    out, _, images = student
+    card = (out / "README.md").read_text()
+    assert head_of(card)["license"] == "other"
+    assert head_of(card)["license_name"] == "tiny-license"
+    assert head_of(card)["library_name"] == "diffusers"
+    assert card.count("# sd_small, distilled from my-teacher\n") == 1
+    assert "The teacher's licence is [tiny-license](https://example.org/licence)" in card
+    rows = rows_of(card)
+    assert rows["data"] == images.name
+    assert rows["pictures"] == f"13 of {RESOLUTION} px"
+    assert rows["entries"] == "26 in 2 rounds"
+    assert (rows["max train steps"], rows["global batch size"]) == ("4", "3")
+    last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+    assert float(rows["task"]) == pytest.approx(last["task"], rel=1e-3)
+    assert str(out.parent) not in card
+
+
+def test_the_snippet_of_the_card_draws(student, tmp_path, monkeypatch):
+    out, _, _ = student
+    (snippet,) = re.findall(r"```python\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    small = snippet.replace("path/to/this/folder", str(out)).replace("num_inference_steps=25", "num_inference_steps=1")
+    exec(compile(small, "README.md", "exec"), {})
+    assert (tmp_path / "image.png").is_file()
+
+
+def test_a_cache_of_an_earlier_version_still_gives_a_student(student, tmp_path):
+    _, cache, _ = student
+    old = shutil.copytree(cache, tmp_path / "cache")
+    (old / "origin.json").unlink()
+    card = (run_distill(old, tmp_path / "out", max_train_steps=1) / "README.md").read_text()
+    assert "a teacher without a name" in card
+    assert "license" not in head_of(card)
+
+
+def test_what_is_not_known_is_not_said():
+    card = model_card(KNOWN)
+    assert not {"license", "base_model", "datasets"} & head_of(card).keys()
+    assert "Which licence the teacher has is not known here" in card
+    assert "None were measured." in card
+    assert "no mid block and no innermost stage" in card
+    assert "323,384,964" in card
+    assert "/home/me" not in card
+    assert "snr gamma" not in rows_of(card)
+
+
+def test_names_on_the_hub_are_in_the_head():
+    origin = {
+        "teacher": {"name": "some/teacher", "hub": True, "license": "creativeml-openrail-m"},
+        "data": {"name": "some/pictures", "hub": True},
+    }
+    card = model_card(replace(KNOWN, origin=origin, settings={**SETTINGS, "push_to_hub": "me/student"}))
+    head = head_of(card)
+    assert (head["base_model"], head["datasets"]) == ("some/teacher", ["some/pictures"])
+    assert head["license"] == "creativeml-openrail-m"
+    assert 'from_pretrained("me/student")' in card
+
+
+def test_an_evaluation_becomes_a_table():
+    evaluation = {"prompts": 30000, "student": {"FID": 17.0481, "CLIP": 0.268}, "steps": [1, 2], "note": "a|b"}
+    assert list(flattened(evaluation)) == [
+        ("prompts", 30000), ("student, FID", 17.0481), ("student, CLIP", 0.268), ("note", "a|b"),
+    ]  # fmt: skip
+    card = model_card(replace(KNOWN, evaluation=evaluation, metrics={"step": 10, "loss": 0.5, "feature/a": 1.0,
+                                                                     "feature/b": 2.0}))  # fmt: skip
+    rows = rows_of(card)
+    assert (rows["prompts"], rows["student, FID"]) == ("30,000", "17.05")
+    assert rows["features, summed"] == "3"
+    assert "| note | a\\|b |" in card
+
+
+@pytest.mark.parametrize(
+    "card", ["", "no head", "---\nlicense: [unclosed\n---\n", "---\n- a list\n---\n", "---\nlicense: 3\n---\n"]
+)
+def test_a_card_that_cannot_be_read_has_no_licence(card):
+    assert licence(card) == {}
+
+
+def test_the_origin_is_noted_once_and_names_no_folder_of_anyone(teacher, tmp_path):
+    (tmp_path / "latents").mkdir()
+    (tmp_path / "latents" / "encode.json").write_text(json.dumps({"data": "/home/me/holiday"}))
+    write_origin(tmp_path, str(teacher), teacher, None, tmp_path / "latents")
+    assert read_origin(tmp_path) == {
+        "teacher": {"name": teacher.name, "hub": False},
+        "data": {"name": "holiday", "hub": False},
+    }
+    write_origin(tmp_path, "demo", teacher, None, tmp_path / "latents")
+    assert read_origin(tmp_path)["teacher"]["name"] == teacher.name
+
+
+def test_the_card_of_a_teacher_on_the_hub_is_asked_for(teacher, tmp_path, monkeypatch):
+    (tmp_path / "README.md").write_text("---\nlicense: openrail++\n---\n")
+    asked = []
+
+    def download(name, file, revision):
+        asked.append((name, file, revision))
+        return str(tmp_path / file)
+
+    monkeypatch.setattr("pipeline.origin.hf_hub_download", download)
+    found = teacher_origin("some/teacher", teacher, "fp16")
+    assert asked == [("some/teacher", "README.md", "fp16")]
+    assert found == {"name": "some/teacher", "hub": True, "revision": "fp16", "license": "openrail++"}

@@ -1,0 +1,240 @@
+"""distill-sd export: what other programs read back is the model that was exported; and what it refuses."""
+
+import errno
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from conftest import tiny_pipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from helpers import pruned_pipeline, reset_accelerate
+from safetensors import safe_open
+from transformers import CLIPTextModelWithProjection
+
+from pipeline import export, onnx_unet
+from pipeline.cli import main
+from pipeline.students import LEVELS
+
+PARTS = ("unet", "vae", "text_encoder")
+
+
+def run(model, format, out, *options):
+    arguments = ["export", "--model", str(model), "--format", format, "--out", str(out), *map(str, options)]
+    result = CliRunner().invoke(main, arguments)
+    reset_accelerate()
+    return result
+
+
+def exported(model, format, out, *options):
+    result = run(model, format, out, *options)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def save(pipe, folder):
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def read_back(file, folder):
+    return StableDiffusionPipeline.from_single_file(str(file), config=str(folder), local_files_only=True)
+
+
+def keys(file):
+    with safe_open(file, "pt") as opened:
+        return set(opened.keys())
+
+
+def assert_same_weights(left, right):
+    for name in PARTS:
+        ours, theirs = getattr(left, name).state_dict(), getattr(right, name).state_dict()
+        assert ours.keys() == theirs.keys()
+        for key in ours:
+            assert torch.equal(ours[key], theirs[key]), f"{name}.{key}"
+
+
+@pytest.mark.parametrize("level", [None, *LEVELS])
+def test_a_single_file_of_every_level_is_read_back_to_the_bit(tmp_path, level):
+    pipe = pruned_pipeline(level) if level else tiny_pipeline()
+    folder = save(pipe, tmp_path / "student")
+    exported(folder, "single-file", tmp_path / "student.safetensors")
+    assert_same_weights(pipe, read_back(tmp_path / "student.safetensors", folder))
+
+
+def test_a_single_file_draws_the_same_picture(tmp_path):
+    folder = save(pruned_pipeline("sd_tiny"), tmp_path / "student")
+    exported(folder, "single-file", tmp_path / "out" / "student.safetensors")
+    pipes = [DiffusionPipeline.from_pretrained(folder), read_back(tmp_path / "out" / "student.safetensors", folder)]
+    pictures = [
+        pipe("a cat", num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np").images
+        for pipe in pipes
+    ]
+    np.testing.assert_array_equal(*pictures)
+
+
+def test_the_names_are_those_of_the_original_checkpoints(tmp_path):
+    """Of a whole U-Net, by the names that programs look for to tell what a file is."""
+    folder = save(tiny_pipeline(), tmp_path / "teacher")
+    exported(folder, "single-file", tmp_path / "teacher.safetensors")
+    assert keys(tmp_path / "teacher.safetensors") >= {
+        "model.diffusion_model.input_blocks.0.0.weight",
+        "model.diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight",
+        "model.diffusion_model.input_blocks.3.0.op.weight",
+        "model.diffusion_model.middle_block.2.out_layers.3.weight",
+        "model.diffusion_model.output_blocks.2.1.conv.weight",
+        "model.diffusion_model.output_blocks.5.2.conv.weight",
+        "model.diffusion_model.output_blocks.11.0.skip_connection.weight",
+        "model.diffusion_model.out.2.weight",
+        "first_stage_model.decoder.up.0.block.1.conv1.weight",
+        "first_stage_model.encoder.mid.attn_1.proj_out.weight",
+        "cond_stage_model.transformer.text_model.embeddings.position_embedding.weight",
+    }
+
+
+@pytest.mark.parametrize("level", ["sd_small", "bk_tiny"])
+def test_sd2_goes_with_its_own_text_encoder_layout(tmp_path, level):
+    pipe = pruned_pipeline(level, use_linear_projection=True, attention_head_dim=[1, 2, 2, 2])
+    pipe.text_encoder.config.hidden_act = "gelu"
+    folder = save(pipe, tmp_path / "student")
+    exported(folder, "single-file", tmp_path / "student.safetensors")
+    assert "cond_stage_model.model.transformer.resblocks.0.attn.in_proj_weight" in keys(
+        tmp_path / "student.safetensors"
+    )
+    assert_same_weights(pipe, read_back(tmp_path / "student.safetensors", folder))
+
+
+def test_half_precision_is_half_the_size(tmp_path):
+    pipe = pruned_pipeline("sd_tiny")
+    folder = save(pipe, tmp_path / "student")
+    exported(folder, "single-file", tmp_path / "fp16.safetensors", "--dtype", "fp16")
+    assert_same_weights(pipe.to(torch.float16), read_back(tmp_path / "fp16.safetensors", folder).to(torch.float16))
+    with safe_open(tmp_path / "fp16.safetensors", "pt") as opened:
+        assert {opened.get_tensor(key).dtype for key in opened.keys()} == {torch.float16}  # noqa: SIM118
+
+
+def test_onnx_says_what_torch_says_at_any_size(tmp_path):
+    """A U-Net of two stages, for the exporter's time grows with the blocks."""
+    import onnxruntime
+
+    pipe = tiny_pipeline(
+        block_out_channels=(8, 12), down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), layers_per_block=1, mid_block_type=None,
+    )  # fmt: skip
+    folder = save(pipe, tmp_path / "student")
+    said = exported(folder, "onnx", tmp_path / "onnx")
+    assert "largest difference from torch" in said
+    session = onnxruntime.InferenceSession(tmp_path / "onnx" / "model.onnx")
+    unet = pipe.unet.eval()
+    for batch, size, tokens in ((1, (16, 16), 8), (3, (10, 24), 5)):
+        inputs = onnx_unet.example_inputs(unet, batch, size, tokens, seed=batch)
+        (answer,) = session.run(None, {n: x.numpy() for n, x in zip(onnx_unet.INPUTS, inputs, strict=True)})
+        with torch.no_grad():
+            expected = unet(*inputs).sample.numpy()
+        np.testing.assert_allclose(answer, expected, atol=1e-5)
+    assert UNet2DConditionModel.load_config(tmp_path / "onnx")["layers_per_block"] == 1
+
+
+def test_int8_is_a_pipeline_again_and_its_error_is_told(tmp_path):
+    folder = save(pruned_pipeline("sd_small"), tmp_path / "student")
+    said = exported(folder, "int8", tmp_path / "int8")
+    plain = DiffusionPipeline.from_pretrained(folder)
+    small = DiffusionPipeline.from_pretrained(tmp_path / "int8", torch_dtype=torch.float32)
+    linear = [name for name, module in small.unet.named_modules() if isinstance(module, torch.nn.Linear)]
+    assert linear
+    for name in linear:
+        weight = small.unet.get_submodule(name).weight
+        assert weight.qdata.dtype == torch.int8, name
+        # Symmetric, 255 steps a row: half a step is the most that rounding takes.
+        exact = plain.unet.get_submodule(name).weight
+        bound = exact.abs().amax(dim=1, keepdim=True) / 127
+        assert ((weight.dequantize() - exact).abs() <= bound * 0.51).all(), name
+    latents, timesteps, prompts = export.guided_step(plain, 4, 16)
+    with torch.no_grad():
+        expected, answer = (pipe.unet(latents, timesteps, prompts).sample for pipe in (plain, small))
+    error = ((expected - answer).square().mean() / expected.square().mean()).item()
+    assert 0 < error < 1e-3
+    row = next(line for line in said.splitlines() if line.startswith("| fp32, int8"))
+    assert float(row.split("|")[3]) == pytest.approx(error, rel=0.05)
+    assert small("a cat", num_inference_steps=1, output_type="np").images.shape == (1, 32, 32, 3)
+
+
+def test_what_is_there_is_left_alone(teacher, tmp_path):
+    (tmp_path / "x.safetensors").write_text("mine")
+    result = run(teacher, "single-file", tmp_path / "x.safetensors")
+    assert result.exit_code == 2
+    assert "is there already: choose another name" in result.output
+    assert (tmp_path / "x.safetensors").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("model", "format", "out", "options", "message"),
+    [
+        ("nowhere/at/all", "onnx", "out", [], "--model nowhere/at/all is no folder"),
+        (".", "int8", "out", [], "has no model_index.json: give a checkpoint in diffusers layout"),
+        ("teacher", "single-file", "out.ckpt", [], "does not end in .safetensors"),
+        ("teacher", "onnx", "out", ["--dtype", "fp16"], "--dtype fp16 does not go with --format onnx"),
+        ("xl", "single-file", "out.safetensors", [], "is a StableDiffusionXLPipeline; SD-1.x and SD-2.x are supported"),
+        ("projecting", "single-file", "out.safetensors", [], "has a CLIPTextModelWithProjection as its text encoder"),
+        ("deep", "single-file", "out.safetensors", [], "text encoder of 24 layers, of which 23 would be read back"),
+        ("embedding", "single-file", "out.safetensors", [], "no place for the U-Net's class_embedding"),
+    ],
+)
+def test_bad_input_ends_in_one_sentence(models, tmp_path, model, format, out, options, message):
+    result = run(models.get(model, tmp_path if model == "." else model), format, tmp_path / out, *options)
+    assert result.exit_code == 2, result.output
+    assert message in result.output
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def models(teacher, tmp_path_factory):
+    """Pipelines that cannot be exported in every form, by what they have too much of."""
+    place = tmp_path_factory.mktemp("models")
+    xl = shutil.copytree(teacher, place / "xl")
+    index = json.loads((xl / "model_index.json").read_text())
+    names = {"_class_name": "StableDiffusionXLPipeline", "text_encoder_2": index["text_encoder"]}
+    (xl / "model_index.json").write_text(json.dumps({**index, **names}))
+    projecting = tiny_pipeline()
+    projecting.register_modules(text_encoder=CLIPTextModelWithProjection(projecting.text_encoder.config))
+    deep = tiny_pipeline()
+    deep.text_encoder.config.update({"hidden_act": "gelu", "num_hidden_layers": 24})
+    deep.register_modules(text_encoder=type(deep.text_encoder)(deep.text_encoder.config))
+    return {
+        "teacher": teacher,
+        "xl": xl,
+        "projecting": save(projecting, place / "projecting"),
+        "deep": save(deep, place / "deep"),
+        "embedding": save(tiny_pipeline(num_class_embeds=3), place / "embedding"),
+    }
+
+
+@pytest.mark.parametrize(("format", "package"), [("onnx", "onnx and onnxscript"), ("int8", "torchao")])
+def test_a_missing_package_is_named_with_its_extra(teacher, tmp_path, monkeypatch, format, package):
+    monkeypatch.setattr(export, "find_spec", lambda name: None)
+    result = run(teacher, format, tmp_path / "out")
+    assert result.exit_code == 2
+    assert f"--format {format} needs {package}: pip install 'distill-sd[{format}]'" in result.output
+
+
+def test_a_disk_without_room_is_met_before_anything_is_written(teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.workspace.free_bytes", lambda out: 1000)
+    result = run(teacher, "single-file", tmp_path / "x.safetensors")
+    assert result.exit_code == 2
+    assert "its disk has 1 kB free: make room, choose an --out on another disk, or give --dtype fp16" in result.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_cannot_be_finished_is_not_left(teacher, tmp_path, monkeypatch):
+    def full(weights, path, metadata):
+        Path(path).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(export, "save_file", full)
+    result = run(teacher, "single-file", tmp_path / "x.safetensors")
+    assert result.exit_code == 2
+    assert "No space left on device; mend that" in result.output
+    assert not list(tmp_path.iterdir())
