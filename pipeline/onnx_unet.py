@@ -5,7 +5,7 @@
     encoder_hidden_states   (B, L, D) float32
     noise_pred              as sample: what the U-Net says, whatever its prediction type
 
-B, h, w and L are free.
+h, w and L are free, and so is B up to 63.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ def write_onnx(unet: UNet2DConditionModel, tokens: int, folder: Path) -> None:
     `tokens` is the length of the prompts it is traced with.
     """
     factor, size = downscaling(unet), latents_size(unet)
-    batch, height, width, length = (Dim(name) for name in ("batch", "height", "width", "tokens"))
+    height, width, length = (Dim(name) for name in ("height", "width", "tokens"))
+    # From 64 on diffusers' upsamplers take another way, and a graph has one way only.
+    batch = Dim("batch", max=63)
     shapes = (
         {0: batch, 2: factor * height, 3: factor * width},
         {0: batch},
