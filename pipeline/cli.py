@@ -13,6 +13,7 @@ COMMANDS = {
     "teacher-cache": ("pipeline.teacher_cache", "Latents to the teacher's predictions and features."),
     "distill": ("pipeline.distill", "Train a student from a cache."),
     "sample": ("pipeline.sample", "Pictures from a model, a teacher or a student."),
+    "evaluate": ("pipeline.evaluate", "A student beside its teacher: cost, fidelity, quality."),
     "verify": ("pipeline.verify", "Check latents or a cache for damage."),
     "inspect": ("pipeline.inspect_shards", "Show what latents or a cache hold."),
     "demo-scenes": ("pipeline.demo.make_scenes", "Captioned pictures of shapes, to try the stages on."),

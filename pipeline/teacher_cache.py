@@ -113,7 +113,7 @@ def run(settings: TeacherCacheSettings) -> None:
     folder = models.find_pipeline(settings.teacher, settings.revision, settings.variant)
     base, unet = models.load_base(folder, settings.variant), models.load_unet(folder, settings.variant)
     noise_scheduler = models.load_noise_scheduler(folder, settings.prediction_type)
-    check_encoders(settings, latents, base)
+    models.check_encoders(base, settings.teacher, settings.latents, latents.manifest.spec)
     spec = cache_spec(settings, latents, unet, noise_scheduler, state.device)
     with state.main_process_first():
         manifest = claim(settings.out, "cache", spec, rounds=settings.rounds)
@@ -165,18 +165,6 @@ def save_teacher_samples(settings: TeacherCacheSettings, latents: ShardSet, mode
     prompts = [latents.read(int(i), ()).meta["caption"] for i in chosen]
     sampler = Sampler(guidance_scale=settings.samples_guidance)
     save_samples(draw_apart(model, prompts, sampler, "teacher's samples"), sampler, settings.out / SAMPLES)
-
-
-def check_encoders(settings: TeacherCacheSettings, latents: ShardSet, base: DiffusionPipeline) -> None:
-    """Raise UserError if the latents come from another VAE or text encoder than this teacher has."""
-    spec = latents.manifest.spec
-    for name, module in (("VAE", base.vae), ("text encoder", base.text_encoder)):
-        stated = spec[f"{name.lower().replace(' ', '_')}_sha256"]
-        if models.weights_sha256(module) != stated:
-            raise UserError(
-                f"{settings.latents} was encoded with another {name} than --teacher {settings.teacher} has: "
-                "give the teacher that encode had, or encode again"
-            )
 
 
 def cache_spec(

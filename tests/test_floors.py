@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-STAGES = {"encode", "teacher_cache", "distill", "sample", "verify", "inspect_shards"}
+STAGES = {"encode", "teacher_cache", "distill", "sample", "evaluate", "verify", "inspect_shards"}
 PURE = {"diffusion", "losses", "taps", "students"}
 IO_MODULES = {"os", "pathlib", "io", "json", "shutil", "click", "diffusers", "transformers", "accelerate"}
 
