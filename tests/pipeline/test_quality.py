@@ -25,6 +25,7 @@ from pipeline.quality import (
     open_clip,
     open_inception,
     open_reference,
+    open_torchmetrics,
     read_batches,
     square,
 )
@@ -151,6 +152,8 @@ def test_what_lacks_is_said_with_how_to_get_it(monkeypatch):
     assert open_clip(None, CPU).reason.startswith("needs --clip FOLDER, a CLIP as transformers saves it")
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
     monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
+    monkeypatch.setitem(sys.modules, "torchmetrics", None)
+    assert open_torchmetrics() == Missing("needs torchmetrics; pip install 'distill-sd[evaluate]'")
     assert open_inception(None, CPU) == Missing(
         "needs torch-fidelity and torchvision; pip install 'distill-sd[evaluate]'"
     )
