@@ -36,6 +36,7 @@ from pipeline.pictures import draw_pictures, missing_pictures
 from pipeline.prompts import read_prompts
 from pipeline.quality import (
     FILTERS,
+    INCEPTION_SCORE_SPLITS,
     Clip,
     Inception,
     Missing,
@@ -368,16 +369,20 @@ def inception_scores(
     """FID and Inception score."""
     if isinstance(inception, Missing):
         return dict.fromkeys(("fid", "inception_score"), {"missing": inception.reason})
-    seen = {n: inception_features(batches(settings, own), inception, len(own), n) for n, own in files.items()}
-    scores = {"inception_score": {name: inception_score(logits) for name, (_, logits) in seen.items()}}
-    reference = task.reference
-    if reference is None:
-        return {"fid": {"missing": "needs --reference, a folder of pictures or a file of their statistics"}, **scores}
-    if len(task.prompts) < 2:
-        return {"fid": {"missing": "needs at least two pictures; give more prompts"}, **scores}
-    if isinstance(reference, list):
+    count, reference = len(task.prompts), task.reference
+    seen = {n: inception_features(batches(settings, own), inception, count, n) for n, own in files.items()}
+    if isinstance(reference, list) and count >= 2:
         reference, _ = inception_features(batches(settings, reference), inception, len(reference), "reference")
-    return {"fid": {name: frechet_distance(reference, features) for name, (features, _) in seen.items()}, **scores}
+    if reference is None:
+        fid = {"missing": "needs --reference, a folder of pictures or a file of their statistics"}
+    elif count < 2:
+        fid = {"missing": "needs at least two pictures; give more prompts"}
+    else:
+        fid = {name: frechet_distance(reference, features) for name, (features, _) in seen.items()}
+    fewest = 2 * INCEPTION_SCORE_SPLITS
+    if count < fewest:
+        return {"fid": fid, "inception_score": {"missing": f"needs at least {fewest} pictures; give more prompts"}}
+    return {"fid": fid, "inception_score": {name: inception_score(logits) for name, (_, logits) in seen.items()}}
 
 
 def clip_scores(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import pickle
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -255,7 +256,10 @@ def inception_score(logits: Tensor) -> float:
     """The mean over ten splits (Salimans et al. 2016) of logits (N, K), dealt out at random but always alike."""
     from torchmetrics.image.inception import InceptionScore
 
-    metric = InceptionScore(nn.Identity(), splits=INCEPTION_SCORE_SPLITS)
+    with warnings.catch_warnings():
+        # That it keeps the logits of all pictures: they are kept here already.
+        warnings.simplefilter("ignore")
+        metric = InceptionScore(nn.Identity(), splits=INCEPTION_SCORE_SPLITS)
     metric.update(logits)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -218,12 +218,32 @@ def test_fid_inception_and_clip_score_stand_in_the_table(done, copied, place, tm
     scores = figures(copied)["quality"]["scores"]
     assert scores["fid"]["teacher"] == pytest.approx(0, abs=1e-4)
     assert scores["fid"]["student"] > 1e-3
-    assert 1 <= scores["inception_score"]["student"] <= 4
-    assert cells(result.output, "Inception score")[2] == f"{scores['inception_score']['student']:.2f}"
+    assert cells(result.output, "FID")[2] == f"{scores['fid']['student']:.2f}"
+    assert cells(result.output, "Inception score")[4] == "not measured: needs at least 20 pictures; give more prompts"
     red = [np.asarray(Image.open(f).resize((16, 16), Image.Resampling.BICUBIC), float)[..., 0].sum()
            for f in sorted((copied / "pictures" / "student").glob("*.png"))]  # fmt: skip
     assert scores["clip_score"]["student"] == pytest.approx(sum(red))
     assert "2 PNDM steps, guidance 7.5, measured at 16 px (bicubic)" in result.output
+
+
+def test_the_inception_score_of_enough_pictures_is_measured(place, copied, tmp_path, monkeypatch):
+    """Pictures of an earlier run, of two sorts that the network is sure of."""
+    for name in ("teacher", "student"):
+        for i in range(20):
+            Image.new("RGB", (8, 8), "red" if i % 2 and name == "teacher" else "blue").save(
+                copied / "pictures" / name / f"{i:06d}.png"
+            )
+            (copied / "pictures" / name / "pictures.json").unlink(missing_ok=True)
+    (tmp_path / "many.txt").write_text("a picture\n" * 20)
+    sure = lambda batch: (batch.float().flatten(1), batch[:, [0, 2], 0, 0].float())  # noqa: E731
+    monkeypatch.setattr(evaluate, "open_inception", lambda *_: sure)
+    result = whole(place, copied, "--prompts", tmp_path / "many.txt", "--picture-size", 8)
+    assert result.exit_code == 0, result.output
+    scores = figures(copied)["quality"]["scores"]["inception_score"]
+    assert scores["student"] == pytest.approx(1)
+    assert 1.3 < scores["teacher"] < 2
+    assert cells(result.output, "Inception score")[1] == f"{scores['teacher']:.2f}"
+    assert "needs --reference, a folder of pictures" in cells(result.output, "FID")[4]
 
 
 def test_scenes_are_judged_by_the_oracle(done, copied, place, tmp_path):

@@ -133,7 +133,9 @@ def test_the_clip_score_is_that_of_transformers(clip_folder, tmp_path):
     files, prompts = pictures(tmp_path, 3, (48, 48)), ["a cat", "dogs", "many long words indeed"]
     model, processor = CLIPModel.from_pretrained(clip_folder), CLIPProcessor.from_pretrained(clip_folder)
     images = [Image.open(file) for file in files]
-    inputs = processor(prompts, images, return_tensors="pt", padding=True, truncation=True, max_length=8)
+    inputs = processor(
+        text=prompts, images=images, return_tensors="pt", padding=True, truncation=True, max_length=8
+    )  # fmt: skip
     with torch.no_grad():
         outputs = model(**inputs)
     cosines = (outputs.image_embeds * outputs.text_embeds).sum(dim=1)
