@@ -260,7 +260,8 @@ def inception_score(logits: Tensor) -> float:
         # That it keeps the logits of all pictures: they are kept here already.
         warnings.simplefilter("ignore")
         metric = InceptionScore(nn.Identity(), splits=INCEPTION_SCORE_SPLITS)
-    metric.update(logits)
+    # In float32 the share of a class that a picture surely is not of would be 0, and its logarithm infinite.
+    metric.update(logits.double())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         # It also gives the deviation over the splits, which takes two of them; the mean does not.

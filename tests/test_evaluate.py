@@ -168,8 +168,11 @@ def test_the_same_command_again_measures_and_draws_nothing(done, copied, place, 
         monkeypatch.setattr(evaluate, name, lambda *_: pytest.fail("this was done already"))
     result = whole(place, copied)
     assert result.exit_code == 0, result.output
-    table = [line for line in result.output.splitlines() if line.startswith("|")]
-    assert table == [line for line in done[1].splitlines() if line.startswith("|")]
+    before, after = figures(done[0]), figures(copied)
+    assert [after[part] for part in ("cost", "fidelity", "quality")] == [
+        before[part] for part in ("cost", "fidelity", "quality")
+    ]
+    assert cells(result.output, "seconds of a picture") == cells(done[1], "seconds of a picture")
 
 
 @pytest.mark.parametrize(
@@ -241,7 +244,7 @@ def test_the_inception_score_of_enough_pictures_is_measured(place, copied, tmp_p
     assert result.exit_code == 0, result.output
     scores = figures(copied)["quality"]["scores"]["inception_score"]
     assert scores["student"] == pytest.approx(1)
-    assert 1.3 < scores["teacher"] < 2
+    assert 1.1 < scores["teacher"] < 2
     assert cells(result.output, "Inception score")[1] == f"{scores['teacher']:.2f}"
     assert "needs --reference, a folder of pictures" in cells(result.output, "FID")[4]
 

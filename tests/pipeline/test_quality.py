@@ -67,7 +67,7 @@ def test_statistics_of_other_features_are_refused():
 
 def test_the_inception_score_is_one_without_classes_and_their_number_with_sure_ones():
     assert inception_score(torch.zeros(100, 7)) == pytest.approx(1.0)
-    assert inception_score(50 * torch.eye(4).repeat(500, 1)) == pytest.approx(4.0, rel=0.02)
+    assert inception_score(500 * torch.eye(4).repeat(500, 1)) == pytest.approx(4.0, rel=0.02)
 
 
 def test_the_inception_score_is_drawn_alike_and_leaves_the_draws_of_others():
