@@ -111,7 +111,7 @@ def open_inception(weights: Path | None, device: torch.device) -> Inception | Mi
     except OSError as error:
         return Missing(f"needs Inception's weights, which cannot be downloaded here ({error}); get the file "
                        f"{INCEPTION_WEIGHTS} and give it with --inception-weights")  # fmt: skip
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, AttributeError) as error:
         reason = str(error).split("\n")[0]
         raise UserError(f"--inception-weights {weights} is not {INCEPTION_WEIGHTS} ({reason}): give that") from None
     network.to(device)

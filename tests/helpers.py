@@ -1,11 +1,8 @@
 """Running the stages in this process, and reading what they wrote."""
 
-import importlib.metadata
-import importlib.util
 import itertools
 import json
 from pathlib import Path
-from unittest import mock
 
 import torch
 from accelerate import Accelerator
@@ -82,16 +79,3 @@ def state_dict_of(folder: Path) -> dict[str, torch.Tensor]:
 
 def first(iterable, count: int) -> list:
     return list(itertools.islice(iterable, count))
-
-
-def import_torchmetrics():
-    """torchmetrics, also beside a torch-fidelity that lacks its torchvision, which would stop the import."""
-    from lightning_utilities.core import imports
-
-    def version(name: str) -> str:
-        if name == "torch_fidelity" and importlib.util.find_spec("torchvision") is None:
-            raise importlib.metadata.PackageNotFoundError(name)
-        return importlib.metadata.version(name)
-
-    with mock.patch.object(imports, "_version", version):
-        return importlib.import_module("torchmetrics")

@@ -10,7 +10,7 @@ import torch
 from click.testing import CliRunner
 from conftest import tiny_pipeline
 from diffusers import DiffusionPipeline, UNet2DConditionModel
-from helpers import import_torchmetrics, reset_accelerate, run_encode, tree
+from helpers import reset_accelerate, run_encode, tree
 from PIL import Image
 
 from pipeline import evaluate, pictures
@@ -22,7 +22,6 @@ from pipeline.samples import Sampler, draw_samples, score_scenes
 from pipeline.students import student_config, student_weights
 
 PROMPTS = ["a red cat", "a dog", "three birds", "a house", "the sea"]
-import_torchmetrics()
 
 
 @pytest.fixture(scope="module")

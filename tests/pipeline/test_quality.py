@@ -3,12 +3,12 @@
 import math
 import pickle
 import sys
+import types
 
 import numpy as np
 import pytest
 import torch
 from conftest import tiny_pipeline
-from helpers import import_torchmetrics
 from PIL import Image
 from safetensors.torch import save_file
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor
@@ -31,7 +31,6 @@ from pipeline.quality import (
 )
 
 CPU = torch.device("cpu")
-import_torchmetrics()
 
 
 def gaussian(count, width, seed=0):
@@ -161,6 +160,48 @@ def test_what_lacks_is_said_with_how_to_get_it(monkeypatch):
     )
 
 
+def fidelity_module(monkeypatch, failure=None):
+    """A module in torch-fidelity's place, with its extractor's arguments; returns what it is given."""
+    given = []
+
+    class FeatureExtractorInceptionV3(torch.nn.Module):
+        def __init__(self, name, features_list, feature_extractor_weights_path=None):
+            super().__init__()
+            given.append((name, features_list, feature_extractor_weights_path))
+            if failure:
+                raise failure
+
+        def forward(self, pictures):
+            return pictures.float().mean(dim=(2, 3)), pictures[:, :, 0, 0].float()
+
+    name = "torch_fidelity.feature_extractor_inceptionv3"
+    module = types.ModuleType(name)
+    module.FeatureExtractorInceptionV3 = FeatureExtractorInceptionV3
+    monkeypatch.setitem(sys.modules, "torch_fidelity", types.ModuleType("torch_fidelity"))
+    monkeypatch.setitem(sys.modules, name, module)
+    return given
+
+
+def test_inception_takes_its_weights_from_a_file(monkeypatch, tmp_path):
+    torch.save({"weights": torch.ones(3)}, tmp_path / "inception.pth")
+    given = fidelity_module(monkeypatch)
+    features, logits = open_inception(tmp_path / "inception.pth", CPU)(torch.full((2, 3, 8, 8), 9, dtype=torch.uint8))
+    assert given == [("inception-v3-compat", ["2048", "logits_unbiased"], str(tmp_path / "inception.pth"))]
+    assert torch.equal(features, torch.full((2, 3), 9.0))
+    assert logits.shape == (2, 3)
+
+
+def test_weights_that_cannot_be_had_are_missing_and_others_are_refused(monkeypatch, tmp_path):
+    fidelity_module(monkeypatch, OSError("no network"))
+    assert "and give it with --inception-weights" in open_inception(None, CPU).reason
+    torch.save({"weights": torch.ones(3)}, tmp_path / "other.pth")
+    fidelity_module(monkeypatch, RuntimeError("Missing keys: Conv2d_1a_3x3"))
+    with pytest.raises(
+        UserError, match=r"other.pth is not weights-inception.* \(Missing keys: Conv2d_1a_3x3\): give that"
+    ):
+        open_inception(tmp_path / "other.pth", CPU)
+
+
 def test_a_folder_without_a_clip_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"--clip .* cannot be loaded .*: give a folder with a CLIP and its processor"):
         open_clip(tmp_path, CPU)
@@ -171,7 +212,7 @@ def test_weights_that_would_run_code_are_refused(tmp_path):
         def __reduce__(self):
             return (Image.new, ("RGB", (1, 1)))
 
-    (tmp_path / "evil.pth").write_bytes(pickle.dumps(Evil()))
+    (tmp_path / "evil.pth").write_bytes(pickle.dumps(Evil(), protocol=2))
     torch.save({"weights": Evil()}, tmp_path / "worse.pth")
     torch.save({"weights": torch.ones(3)}, tmp_path / "fine.pth")
     check_tensors_only(tmp_path / "fine.pth")
@@ -217,7 +258,7 @@ def bad_references(folder):
         ("notes.txt", "cannot be read"),
         ("names.npz", "cannot be read"),
         ("shapes.npz", r"has mu \(3,\) and sigma \(4, 4\): give finite ones of shapes"),
-        ("nan.npz", "give finite ones"),
+        ("nan.npz", "has mu .*: give finite ones"),
         ("objects.npz", "cannot be read"),
         ("plain.npy", "cannot be read"),
         ("cut.safetensors", "cannot be read"),
