@@ -14,6 +14,7 @@ COMMANDS = {
     "distill": ("pipeline.distill", "Train a student from a cache."),
     "finetune": ("pipeline.finetune", "Train a pipeline's U-Net on latents, whole or with LoRA."),
     "sample": ("pipeline.sample", "Pictures from a model, a teacher or a student."),
+    "evaluate": ("pipeline.evaluate", "A student beside its teacher: cost, fidelity, quality."),
     "export": ("pipeline.export", "A model as a single file, as ONNX, or with int8 weights."),
     "verify": ("pipeline.verify", "Check latents or a cache for damage."),
     "inspect": ("pipeline.inspect_shards", "Show what latents or a cache hold."),

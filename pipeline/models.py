@@ -76,13 +76,20 @@ def find_pipeline(name: str, revision: str | None, variant: str | None, flag: st
         folder = _download(name, revision, variant, flag)
     if not (folder / MODEL_INDEX).is_file():
         raise UserError(f"{flag} {name} has no {MODEL_INDEX}: give a checkpoint in diffusers layout")
-    index = json.loads((folder / MODEL_INDEX).read_text(encoding="utf-8"))
+    index = _read_index(folder / MODEL_INDEX)
     lacking = [part for part in NEEDED if not index.get(part) or index[part][0] is None]
     if lacking:
         raise UserError(f"{flag} {name} has no {', '.join(lacking)}: give a whole Stable Diffusion pipeline")
     if "text_encoder_2" in index:
         raise UserError(f"{flag} {name} is a {index['_class_name']}; SD-1.x and SD-2.x are supported so far")
     return folder
+
+
+def _read_index(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}): copy or download the pipeline again") from None
 
 
 def _download(name: str, revision: str | None, variant: str | None, flag: str) -> Path:

@@ -53,17 +53,24 @@ def write_report(
     `metrics` are the lines of metrics.jsonl; `rows` maps the name of a model to its samples, the
     teacher's first, all of the same prompts. No rows leave the pictures out.
     """
+    pictures = {name: samples.images for name, samples in rows.items()}
+    prompts = next(iter(rows.values())).prompts if rows else []
     sections = [
-        f"<h1>{html.escape(title)}</h1>",
         f"<p class=lead>{html.escape(_lead(metrics))}</p>",
-        *(("<h2>Pictures</h2>", _grid(rows), "<h2>Cost and score</h2>", _comparison(rows)) if rows else ()),
-        "<h2>Loss</h2>", _curves(metrics),
-        "<details><summary>Settings</summary>", _settings(settings), "</details>",
+        *(("<h2>Pictures</h2>", grid(prompts, pictures), "<h2>Cost and score</h2>", _comparison(rows)) if rows else ()),
+        "<h2>Loss</h2>", _losses(metrics),
+        folded_settings(settings),
     ]  # fmt: skip
+    write_page(out, title, sections)
+
+
+def write_page(out: Path, title: str, sections: list[str]) -> None:
+    """Write out/report.html: a title, and sections of HTML below it."""
     page = (
         "<!doctype html><html lang=en><head><meta charset=utf-8>"
         "<meta name=viewport content='width=device-width, initial-scale=1'><link rel=icon href='data:,'>"
-        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>{''.join(sections)}</body></html>\n"
+        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body><h1>{html.escape(title)}</h1>"
+        f"{''.join(sections)}</body></html>\n"
     )
     write_bytes(out / REPORT, page.encode())
 
@@ -73,18 +80,18 @@ def _lead(metrics: list[dict[str, Any]]) -> str:
     return f"{last['step']:,} steps, {last['epoch']:.1f} epochs over the cache; last loss {last['loss']:.4g}."
 
 
-def _grid(rows: dict[str, Samples]) -> str:
-    """One row a model, one column a prompt."""
-    prompts = next(iter(rows.values())).prompts[:GRID_PICTURES]
+def grid(prompts: list[str], rows: dict[str, list[Image.Image]]) -> str:
+    """One row a model, one column a prompt: the first GRID_PICTURES of them."""
+    prompts = prompts[:GRID_PICTURES]
     head = "".join(f"<td>{html.escape(prompt)}</td>" for prompt in prompts)
     lines = [
         f"<tr><th>{html.escape(name)}</th>"
         + "".join(
             f'<td><img alt="{html.escape(name)}: {html.escape(prompt)}" src="{_data_uri(image)}"></td>'
-            for image, prompt in zip(samples.images, prompts, strict=False)
+            for image, prompt in zip(images, prompts, strict=False)
         )
         + "</tr>"
-        for name, samples in rows.items()
+        for name, images in rows.items()
     ]
     return f"<div class=wide><table class=grid>{''.join(lines)}<tr><th></th>{head}</tr></table></div>"
 
@@ -119,20 +126,30 @@ def _memory(samples: Samples, first: Samples) -> str:
     return f"{samples.peak_memory / 1e6:,.0f} ({samples.peak_memory / first.peak_memory:.0%})"
 
 
-def _curves(metrics: list[dict[str, Any]]) -> str:
-    """Two plots over steps, on log scales: the loss and its terms, and the features' terms."""
+def _losses(metrics: list[dict[str, Any]]) -> str:
+    """Two plots over steps: the loss and its terms, and the features' terms."""
     features = [name for name in metrics[-1] if name.startswith("feature/")]
     groups = {
         "loss and its terms": [name for name in ("loss", "task", "output") if name in metrics[-1]],
         "features, by the student's block": features,
     }
-    shown = {title: names for title, names in groups.items() if names}
-    figure, axes = pyplot.subplots(1, len(shown), figsize=(6 * len(shown), 4.4), squeeze=False, layout="constrained")
-    for axis, (title, names) in zip(axes[0], shown.items(), strict=True):
-        for name in names:
-            steps = [line["step"] for line in metrics]
-            axis.plot(steps, [line[name] for line in metrics], label=name.removeprefix("feature/"), linewidth=1.3)
-        axis.set(title=title, xlabel="step", yscale="log")
+    steps = [line["step"] for line in metrics]
+    plots = {
+        title: {name.removeprefix("feature/"): (steps, [line[name] for line in metrics]) for name in names}
+        for title, names in groups.items()
+        if names
+    }
+    return curves(plots, "step", "loss curves")
+
+
+def curves(plots: dict[str, dict[str, tuple[list[float], list[float]]]], xlabel: str, alt: str) -> str:
+    """Plots side by side, {title: {label: (x, y)}}; y on a log scale where all of it is above 0."""
+    figure, axes = pyplot.subplots(1, len(plots), figsize=(6 * len(plots), 4.4), squeeze=False, layout="constrained")
+    for axis, (title, lines) in zip(axes[0], plots.items(), strict=True):
+        for label, (x, y) in lines.items():
+            axis.plot(x, y, label=label, linewidth=1.3)
+        positive = all(value > 0 for _, y in lines.values() for value in y)
+        axis.set(title=title, xlabel=xlabel, yscale="log" if positive else "linear")
         axis.legend(fontsize=7, frameon=False, labelcolor=INK, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16))
         axis.tick_params(colors=INK, which="both")
         axis.title.set_color(INK)
@@ -145,15 +162,15 @@ def _curves(metrics: list[dict[str, Any]]) -> str:
     figure.savefig(stream, format="svg", transparent=True)
     pyplot.close(figure)
     encoded = base64.b64encode(stream.getvalue()).decode()
-    return f'<img alt="loss curves" src="data:image/svg+xml;base64,{encoded}">'
+    return f'<img alt="{html.escape(alt)}" src="data:image/svg+xml;base64,{encoded}">'
 
 
-def _settings(settings: dict[str, Any]) -> str:
+def folded_settings(settings: dict[str, Any]) -> str:
     lines = (
         f"<tr><td>{html.escape(str(name))}</td><td><code>{html.escape(json.dumps(value))}</code></td></tr>"
         for name, value in settings.items()
     )
-    return f"<table>{''.join(lines)}</table>"
+    return f"<details><summary>Settings</summary><table>{''.join(lines)}</table></details>"
 
 
 def _data_uri(image: Image.Image) -> str:

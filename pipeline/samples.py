@@ -6,11 +6,14 @@ samples/0000.png ...   one picture a prompt
 
 from __future__ import annotations
 
+import functools
 import json
 import multiprocessing
 import resource
 import time
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -83,15 +86,15 @@ SCHEDULERS = {
 
 
 @torch.inference_mode()
-def draw_samples(pipe: DiffusionPipeline, prompts: list[str], sampler: Sampler, description: str) -> Samples:
-    """One picture a prompt. Each has a seed of its own, whatever the batch."""
+def draw_samples(pipe: DiffusionPipeline, prompts: list[str], sampler: Sampler, description: str | None) -> Samples:
+    """One picture a prompt. Each has a seed of its own, whatever the batch. No description, no progress bar."""
     scheduler = SCHEDULERS[sampler.scheduler].from_config(pipe.scheduler.config)
     height, width = sampler.size or (None, None)
     kept, pipe.scheduler = pipe.scheduler, scheduler
     pipe.set_progress_bar_config(disable=True)
     images: list[Image.Image] = []
     started = time.perf_counter()
-    with tqdm(total=len(prompts), unit="picture", desc=description) as progress:
+    with tqdm(total=len(prompts), unit="picture", desc=description, disable=description is None) as progress:
         for first in range(0, len(prompts), sampler.batch_size):
             chunk = prompts[first : first + sampler.batch_size]
             negative = None if sampler.negative_prompt is None else [sampler.negative_prompt] * len(chunk)
@@ -113,28 +116,50 @@ def _name(dtype: torch.dtype) -> str:
 
 @dataclass(frozen=True)
 class Model:
-    """Where a whole pipeline is: the folder of `base`, a U-Net's folder to put in it, and how to run them."""
+    """Where a whole pipeline is: the folder of `base`, a U-Net's folder to put in it, and how to run them.
+
+    `variant` names the U-Net's weight files, `base_variant` those of the other parts.
+    """
 
     base: Path
     unet: Path
     device: torch.device
     dtype: torch.dtype
     variant: str | None = None
+    base_variant: str | None = None
 
 
 def draw_apart(model: Model, prompts: list[str], sampler: Sampler, description: str) -> Samples:
     """`draw_samples` in a fresh process, whose peak memory is the drawing's alone."""
+    with drawing_apart(model) as draw:
+        return draw(prompts, sampler, description)
+
+
+@contextmanager
+def drawing_apart(model: Model) -> Iterator[Callable[[list[str], Sampler, str | None], Samples]]:
+    """`draw_samples` with a pipeline that is loaded once, in a process that lives as long as the block."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_draw_here, model, prompts, sampler, description).result()
+        yield lambda *request: pool.submit(_draw_here, model, *request).result()
 
 
-def _draw_here(model: Model, prompts: list[str], sampler: Sampler, description: str) -> Samples:
-    before = peak_memory(model.device)
-    unet = UNet2DConditionModel.from_pretrained(model.unet, variant=model.variant)
-    pipe = models.load_base(model.base, unet=unet).to(model.device, model.dtype)
-    pipe.unet.to(memory_format=torch.channels_last)
+def _draw_here(model: Model, prompts: list[str], sampler: Sampler, description: str | None) -> Samples:
+    pipe, before = _loaded(model)
     samples = draw_samples(pipe, prompts, sampler, description)
     return replace(samples, peak_memory=peak_memory(model.device) - before)
+
+
+@functools.cache
+def _loaded(model: Model) -> tuple[DiffusionPipeline, int]:
+    """The pipeline, and the memory in bytes that the process had held before it."""
+    before = peak_memory(model.device)
+    return load_pipeline(model), before
+
+
+def load_pipeline(model: Model) -> DiffusionPipeline:
+    unet = UNet2DConditionModel.from_pretrained(model.unet, variant=model.variant)
+    pipe = models.load_base(model.base, model.base_variant, unet).to(model.device, model.dtype)
+    pipe.unet.to(memory_format=torch.channels_last)
+    return pipe
 
 
 def peak_memory(device: torch.device) -> int:
@@ -168,8 +193,13 @@ def load_samples(folder: Path) -> tuple[Samples, Sampler]:
 
 def oracle_score(samples: Samples) -> float | None:
     """The share of the prompts' facts that hold in the pictures, 0 to 1; None unless all are the demo's scenes."""
+    return score_scenes(samples.images, samples.prompts)
+
+
+def score_scenes(images: Iterable[Image.Image], prompts: list[str]) -> float | None:
+    """`oracle_score` of pictures that are looked at one by one."""
     try:
-        verdicts = [oracle.score(i, p) for i, p in zip(samples.images, samples.prompts, strict=True)]
+        verdicts = [oracle.score(i, p) for i, p in zip(images, prompts, strict=True)]
     except ValueError:
         return None
     return sum(verdict.score for verdict in verdicts) / len(verdicts)

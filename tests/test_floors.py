@@ -6,7 +6,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-STAGES = {"encode", "teacher_cache", "distill", "finetune", "download", "sample", "export", "verify", "inspect_shards"}
+STAGES = {
+    "encode",
+    "teacher_cache",
+    "distill",
+    "finetune",
+    "download",
+    "sample",
+    "evaluate",
+    "export",
+    "verify",
+    "inspect_shards",
+}
 PURE = {"diffusion", "losses", "taps", "students", "single_file"}
 IO_MODULES = {"os", "pathlib", "io", "json", "shutil", "click", "diffusers", "transformers", "accelerate"}
 

@@ -83,6 +83,7 @@ def test_the_stages_run_as_written(desk):
         "distill",
         "finetune",
         "sample",
+        "evaluate",
         "export",
         "plan",
         "inspect",

@@ -1,0 +1,354 @@
+"""distill-sd evaluate: one table of cost, fidelity and quality; taken up again where it stopped; what it refuses."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from conftest import tiny_pipeline
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from helpers import reset_accelerate, run_encode, tree
+from PIL import Image
+
+from pipeline import evaluate, pictures
+from pipeline.cli import main
+from pipeline.demo.evaluate import judge
+from pipeline.demo.scenes import make_scene
+from pipeline.evaluation_table import HEAD, Row, as_html, markdown
+from pipeline.samples import Sampler, draw_samples, score_scenes
+from pipeline.students import student_config, student_weights
+
+PROMPTS = ["a red cat", "a dog", "three birds", "a house", "the sea"]
+
+
+@pytest.fixture(scope="module")
+def place(teacher, images, tmp_path_factory):
+    """A student, held-out latents and prompts, under short names."""
+    work = tmp_path_factory.mktemp("evaluate")
+    pipe = tiny_pipeline()
+    student = UNet2DConditionModel.from_config(student_config(dict(pipe.unet.config), "sd_small"))
+    shapes = {name: tensor.shape for name, tensor in student.state_dict().items()}
+    student.load_state_dict(student_weights(shapes, pipe.unet.state_dict(), "sd_small"))
+    pipe.unet = student
+    pipe.save_pretrained(work / "student")
+    (work / "teacher").symlink_to(teacher)
+    (work / "prompts.txt").write_text("\n".join(PROMPTS))
+    run_encode(teacher, images, work / "latents")
+    return work
+
+
+def invoke(place, out, *options):
+    arguments = ["evaluate", "--student", place / "student", "--teacher", place / "teacher", "--out", out]
+    arguments += ["--device", "cpu", "--num-inference-steps", 2, "--batch-size", 2, "--repeats", 1]
+    result = CliRunner().invoke(main, [str(argument) for argument in (*arguments, *options)])
+    reset_accelerate()
+    return result
+
+
+def whole(place, out, *options):
+    given = ["--latents", place / "latents", "--entries", 4, "--bins", 5, "--prompts", place / "prompts.txt"]
+    return invoke(place, out, *given, *options)
+
+
+@pytest.fixture(scope="module")
+def done(place):
+    """A run with all but Inception and CLIP."""
+    result = whole(place, place / "out")
+    assert result.exit_code == 0, result.output
+    return place / "out", result.output
+
+
+@pytest.fixture
+def copied(done, tmp_path):
+    """A finished run, to go on from."""
+    return shutil.copytree(done[0], tmp_path / "out")
+
+
+def figures(out):
+    return json.loads((out / "evaluation.json").read_text())
+
+
+def cells(output, name):
+    """The cells of a table's line."""
+    (line,) = [line for line in output.splitlines() if line.startswith(f"| {name} ")]
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_the_table_sets_the_students_cost_beside_the_teachers(done, place):
+    out, output = done
+    counts = {
+        name: sum(t.numel() for t in DiffusionPipeline.from_pretrained(place / name).unet.state_dict().values())
+        for name in ("teacher", "student")
+    }
+    ratio = f"{counts['student'] / counts['teacher']:.3f}"
+    assert cells(output, "U-Net parameters")[1:4] == [f"{counts['teacher']:,}", f"{counts['student']:,}", ratio]
+    cost = figures(out)["cost"]
+    for name in ("teacher", "student"):
+        assert cost[name]["unet_parameters"] == counts[name]
+        assert 0 < cost[name]["forward_seconds"] < cost[name]["picture_seconds"]
+        assert 1e6 < cost[name]["peak_memory"] < 2e9
+        weights = place / name / "unet" / "diffusion_pytorch_model.safetensors"
+        assert weights.stat().st_size < cost[name]["unet_bytes"] < cost[name]["pipeline_bytes"]
+    for key in ("unet_parameters", "pipeline_parameters", "macs", "unet_bytes", "pipeline_bytes"):
+        assert cost["student"][key] < cost["teacher"][key], key
+
+
+def test_the_table_has_the_errors_over_timesteps_and_of_each_tap(done):
+    out, output = done
+    found = figures(out)
+    assert found["student"]["level"] == "sd_small"
+    assert [part["first"] for part in found["fidelity"]["bins"]] == [0, 200, 400, 600, 800]
+    for part in found["fidelity"]["bins"]:
+        mse = part["output"]["mse"]
+        assert mse > 0
+        assert cells(output, f"output, timesteps {part['first']} to {part['last']}")[2] == f"{mse:.4g}"
+    error = found["fidelity"]["all"]["taps"]["mid_block"]
+    expected = [f"{error['mse']:.4g}", "", f"{error['relative']:.2%} of the teacher's mean square"]
+    assert cells(output, "mid_block, all timesteps")[2:] == expected
+
+
+def test_what_is_not_there_is_said_with_how_to_get_it_and_the_rest_runs(done, place, tmp_path):
+    assert "--clip FOLDER" in cells(done[1], "CLIP score, 100 cos")[4]
+    shutil.copytree(done[0], tmp_path / "out", ignore=shutil.ignore_patterns("pictures", "fidelity.json"))
+    result = invoke(place, tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert cells(result.output, "output and taps")[4].startswith("not measured: needs --latents DIR")
+    assert cells(result.output, "FID, IS, CLIP score")[4].startswith("not measured: needs --prompts FILE")
+    assert cells(result.output, "U-Net parameters") == cells(done[1], "U-Net parameters")
+    assert not (tmp_path / "out" / "pictures").exists()
+
+
+def test_the_report_holds_the_table_the_curves_and_the_pictures(done):
+    page = (done[0] / "report.html").read_text()
+    assert page.count("<img") == 1 + 2 * len(PROMPTS)
+    assert 'alt="errors over timesteps"' in page
+    for name in ("U-Net parameters", "mid_block, all timesteps", "CLIP score, 100 cos", "num_inference_steps"):
+        assert name in page
+    assert set(re.findall(r"""(?:src|href)=["']?(.{5})""", page)) == {"data:"}
+
+
+def test_the_pictures_are_those_of_the_pipelines(done, place):
+    sampler = Sampler(steps=2, guidance_scale=7.5, batch_size=2, scheduler="pndm")
+    for name in ("teacher", "student"):
+        drawn = draw_samples(DiffusionPipeline.from_pretrained(place / name), PROMPTS, sampler, None).images
+        for i, image in enumerate(drawn):
+            stored = Image.open(done[0] / "pictures" / name / f"{i:06d}.png")
+            np.testing.assert_allclose(np.asarray(stored, int), np.asarray(image, int), atol=1)
+
+
+def test_a_stopped_run_keeps_its_pictures_and_ends_in_the_same_bytes(done, copied, place, monkeypatch):
+    shutil.rmtree(copied / "pictures")
+    save, saved = pictures.save_picture, []
+
+    def stop_at_the_seventh(image, file):
+        if len(saved) == 6:
+            raise KeyboardInterrupt
+        save(image, file)
+        saved.append(file)
+
+    monkeypatch.setattr(pictures, "save_picture", stop_at_the_seventh)
+    assert whole(place, copied).exit_code == 130
+    assert sorted(copied.glob("pictures/*/*.png")) == sorted(saved)
+    # One in the middle of a batch is lost as well.
+    saved[2].unlink()
+    times = {file: file.stat().st_mtime_ns for file in saved if file.exists()}
+    monkeypatch.setattr(pictures, "save_picture", save)
+    assert whole(place, copied).exit_code == 0
+    assert {file: file.stat().st_mtime_ns for file in times} == times
+    assert tree(copied / "pictures") == tree(done[0] / "pictures")
+    assert figures(copied)["quality"] == figures(done[0])["quality"]
+
+
+def test_the_same_command_again_measures_and_draws_nothing(done, copied, place, monkeypatch):
+    for name in ("measure_cost", "measure_fidelity", "load_pipeline"):
+        monkeypatch.setattr(evaluate, name, lambda *_: pytest.fail("this was done already"))
+    result = whole(place, copied)
+    assert result.exit_code == 0, result.output
+    before, after = figures(done[0]), figures(copied)
+    assert [after[part] for part in ("cost", "fidelity", "quality")] == [
+        before[part] for part in ("cost", "fidelity", "quality")
+    ]
+    assert cells(result.output, "seconds of a picture") == cells(done[1], "seconds of a picture")
+
+
+@pytest.mark.parametrize(
+    ("option", "file", "difference"),
+    [
+        (["--guidance-scale", 3], "cost.json", "sampler.guidance_scale: 7.5 -> 3.0"),
+        (["--bins", 4], "fidelity.json", "bins: 5 -> 4"),
+        (["--batch-size", 3], "pictures/teacher/pictures.json", "sampler.batch_size: 2 -> 3"),
+        (["--level", "bk_base"], "fidelity.json", 'level: "sd_small" -> "bk_base"'),
+    ],
+)
+def test_other_settings_on_the_same_output_are_refused(copied, place, option, file, difference):
+    before = tree(copied)
+    result = whole(place, copied, *option)
+    assert result.exit_code == 2
+    assert f"{copied / file} was made with other settings" in result.output
+    assert difference in result.output
+    assert tree(copied) == before
+
+
+def test_other_prompts_or_another_student_are_refused(copied, place, tmp_path):
+    (tmp_path / "other.txt").write_text("a cat\n" * len(PROMPTS))
+    result = whole(place, copied, "--prompts", tmp_path / "other.txt")
+    assert result.exit_code == 2
+    assert "prompts_sha256" in result.output
+    result = whole(place, copied, "--student", place / "teacher")
+    assert result.exit_code == 2
+    assert "student.unet" in result.output
+
+
+def test_fid_inception_and_clip_score_stand_in_the_table(done, copied, place, tmp_path, monkeypatch):
+    """With a random network for Inception, and a CLIP that says how red a picture is."""
+    weights = torch.randn(3 * 16, 6, generator=torch.Generator().manual_seed(0))
+
+    def inception(batch):
+        features = torch.nn.functional.adaptive_avg_pool2d(batch.float() / 255, 4).flatten(1) @ weights
+        return features, features[:, :4]
+
+    monkeypatch.setattr(evaluate, "open_inception", lambda *_: inception)
+    monkeypatch.setattr(evaluate, "clip_score", lambda batches, *_: sum(b[:, 0].float().sum() for b in batches).item())
+    monkeypatch.setattr(evaluate, "open_clip", lambda *_: "a CLIP")
+    shutil.copytree(copied / "pictures" / "teacher", tmp_path / "real")
+    options = ["--reference", tmp_path / "real", "--clip", place, "--picture-size", 16]
+    result = whole(place, copied, *options)
+    assert result.exit_code == 0, result.output
+    scores = figures(copied)["quality"]["scores"]
+    assert scores["fid"]["teacher"] == pytest.approx(0, abs=1e-4)
+    assert scores["fid"]["student"] > 1e-3
+    assert cells(result.output, "FID")[2] == f"{scores['fid']['student']:.2f}"
+    assert cells(result.output, "Inception score")[4] == "not measured: needs at least 20 pictures; give more prompts"
+    red = [np.asarray(Image.open(f).resize((16, 16), Image.Resampling.BICUBIC), float)[..., 0].sum()
+           for f in sorted((copied / "pictures" / "student").glob("*.png"))]  # fmt: skip
+    assert scores["clip_score"]["student"] == pytest.approx(sum(red))
+    assert "2 PNDM steps, guidance 7.5, measured at 16 px (bicubic)" in result.output
+
+
+def test_the_inception_score_of_enough_pictures_is_measured(place, copied, tmp_path, monkeypatch):
+    """Pictures of an earlier run, of two sorts that the network is sure of."""
+    for name in ("teacher", "student"):
+        for i in range(20):
+            Image.new("RGB", (8, 8), "red" if i % 2 and name == "teacher" else "blue").save(
+                copied / "pictures" / name / f"{i:06d}.png"
+            )
+            (copied / "pictures" / name / "pictures.json").unlink(missing_ok=True)
+    (tmp_path / "many.txt").write_text("a picture\n" * 20)
+    sure = lambda batch: (batch.float().flatten(1), batch[:, [0, 2], 0, 0].float())  # noqa: E731
+    monkeypatch.setattr(evaluate, "open_inception", lambda *_: sure)
+    result = whole(place, copied, "--prompts", tmp_path / "many.txt", "--picture-size", 8)
+    assert result.exit_code == 0, result.output
+    scores = figures(copied)["quality"]["scores"]["inception_score"]
+    assert scores["student"] == pytest.approx(1)
+    assert 1.1 < scores["teacher"] < 2
+    assert cells(result.output, "Inception score")[1] == f"{scores['teacher']:.2f}"
+    assert "needs --reference, a folder of pictures" in cells(result.output, "FID")[4]
+
+
+def test_scenes_are_judged_by_the_oracle(done, copied, place, tmp_path):
+    """Pictures of an earlier run, here scenes whose captions were mixed up for the student."""
+    scenes = [make_scene(5, i) for i in range(6)]
+    captions = [scene.caption for scene in scenes]
+    (tmp_path / "captions.txt").write_text("\n".join(captions))
+    shutil.rmtree(copied / "pictures")
+    drawn = {"teacher": scenes, "student": scenes[1:] + scenes[:1]}
+    for name, own in drawn.items():
+        (copied / "pictures" / name).mkdir(parents=True)
+        for i, scene in enumerate(own):
+            Image.fromarray(scene.picture).save(copied / "pictures" / name / f"{i:06d}.png")
+    result = whole(place, copied, "--prompts", tmp_path / "captions.txt")
+    assert result.exit_code == 0, result.output
+    expected = {n: judge([Image.fromarray(s.picture) for s in own], captions).score for n, own in drawn.items()}
+    assert figures(copied)["quality"]["scores"]["facts"] == pytest.approx(expected)
+    assert expected["student"] < expected["teacher"] == 1
+    assert cells(result.output, "the captions' facts that hold")[1] == "100.0%"
+    assert score_scenes([Image.fromarray(scenes[0].picture)], ["a photo"]) is None
+    assert "facts" not in figures(done[0])["quality"]["scores"]
+
+
+def test_a_dry_run_says_what_is_left_and_writes_nothing(copied, place, tmp_path):
+    result = whole(place, tmp_path / "new", "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert "fidelity: 40 U-Net forwards" in result.output
+    assert "pictures: 10, 10 of them still to draw" in result.output
+    assert not (tmp_path / "new").exists()
+    (copied / "pictures" / "student" / "000001.png").unlink()
+    before = tree(copied)
+    result = whole(place, copied, "--dry-run")
+    assert "pictures: 10, 1 of them still to draw" in result.output
+    assert "cost: measured already" in result.output
+    assert tree(copied) == before
+
+
+@pytest.fixture
+def bad(place, tmp_path):
+    """Inputs that cannot be used, in a folder of their own."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "empty.txt").write_text("\n \n")
+    (tmp_path / "latin.txt").write_bytes("Märchen".encode("latin-1"))
+    pipe = tiny_pipeline(block_out_channels=(8, 8, 16, 16))
+    pipe.save_pretrained(tmp_path / "stranger")
+    tiny_pipeline(prediction_type="v_prediction").save_pretrained(tmp_path / "v")
+    shutil.copytree(place / "student", tmp_path / "cut")
+    (tmp_path / "cut" / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"cut")
+    shutil.copytree(place / "student", tmp_path / "torn")
+    (tmp_path / "torn" / "model_index.json").write_text("{")
+    return tmp_path
+
+
+def test_bad_input_ends_in_one_message(bad, place):
+    cases = {
+        "--student {bad}/nowhere": "--student {bad}/nowhere is no folder",
+        "--student {bad}/folder": "has no model_index.json: give a checkpoint in diffusers layout",
+        "--student {bad}/stranger": "is no student of --teacher",
+        "--student {bad}/v": "predicts v_prediction, and --teacher",
+        "--student {bad}/cut": "{bad}/cut cannot be loaded",
+        "--student {bad}/torn": "{bad}/torn/model_index.json is damaged",
+        "--level sd_tiny": "--level sd_tiny is not that of --student",
+        "--prompts {bad}/empty.txt": "{bad}/empty.txt holds no prompts: write one a line",
+        "--prompts {bad}/latin.txt": "{bad}/latin.txt is not UTF-8",
+        "--prompts {bad}/none.txt": "{bad}/none.txt cannot be read",
+        "--latents {bad}/folder": "{bad}/folder has no manifest.json",
+        "--clip {bad}/folder": "--clip measures pictures, and there are none without --prompts",
+        "--prompts {place}/prompts.txt --reference {bad}/no.npz": "--reference {bad}/no.npz does not exist",
+        "--prompts {place}/prompts.txt --reference {bad}/folder": "--reference {bad}/folder holds 0 pictures",
+        "--prompts {place}/prompts.txt --clip {bad}/folder": "--clip {bad}/folder cannot be loaded",
+    }
+    for options, message in cases.items():
+        result = invoke(place, bad / "out", *options.format(bad=bad, place=place).split())
+        assert result.exit_code == 2, (options, result.output)
+        assert message.format(bad=bad) in result.output, options
+        assert "Traceback" not in result.output
+        assert not (bad / "out").exists()
+
+
+def test_a_disk_without_room_for_the_pictures_is_said_before_they_are_drawn(copied, place, monkeypatch):
+    shutil.rmtree(copied / "pictures")
+    monkeypatch.setattr("pipeline.workspace.free_bytes", lambda _: 10)
+    result = whole(place, copied)
+    assert result.exit_code == 2
+    assert (
+        "its disk has 10 bytes free: make room, choose an --out on another disk, or give fewer prompts" in result.output
+    )
+    assert not list(copied.glob("pictures/*/*.png"))
+
+
+def test_a_part_that_is_damaged_is_named(copied, place):
+    (copied / "cost.json").write_text("{")
+    result = whole(place, copied)
+    assert result.exit_code == 2
+    assert f"{copied / 'cost.json'} is damaged" in result.output
+    assert "delete it, and it is made again" in result.output
+
+
+def test_a_table_has_its_columns_in_line_and_no_markup_of_others():
+    rows = [Row("a heading"), Row("a|b <i>", "1", "2", "2.000", "note")]
+    lines = markdown(rows).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert lines[0].split("|")[2].strip() == HEAD[1]
+    assert "**a heading**" in lines[2]
+    assert "a\\|b <i>" in lines[3]
+    assert "<i>" not in as_html(rows)
