@@ -1,7 +1,7 @@
-r"""The README's gallery: one row a model, one column a prompt, all columns with the same seeds.
+"""The README's gallery: one row a model, one column a prompt, all columns with the same seeds.
 
-make distill && make distill LEVEL=sd_tiny STUDENTS=sd_small,sd_tiny
-python tests/benchmarks/gallery.py --model demo --model work/demo/sd_small --model work/demo/sd_tiny --out gallery.png
+python tests/benchmarks/gallery.py --out gallery.png --model demo --model work/demo/sd_small --model work/demo/sd_tiny
+
 """
 
 from __future__ import annotations
