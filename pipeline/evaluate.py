@@ -33,6 +33,8 @@ from pipeline.evaluation_report import write_evaluation
 from pipeline.evaluation_table import markdown, rows_of
 from pipeline.fidelity import fidelity, levels_of, pairs_of, read_held_out
 from pipeline.latents import check_encoders, open_latents
+from pipeline.model_card import add_evaluation
+from pipeline.origin import CARD
 from pipeline.pictures import draw_pictures, missing_pictures
 from pipeline.prompts import read_prompts
 from pipeline.quality import (
@@ -171,7 +173,9 @@ def run(settings: EvaluateSettings) -> None:
     write_json(settings.out / EVALUATION, evaluation)
     write_evaluation(settings.out, evaluation, task.prompts, {n: settings.out / PICTURES / n for n in task.both})
     click.echo(markdown(rows_of(evaluation)))
-    click.echo(f"{settings.out} holds this in {EVALUATION} and report.html")
+    card = add_evaluation(task.student.folder, evaluation)
+    click.echo(f"{settings.out} holds this in {EVALUATION} and report.html"
+               + (f"; the figures are on the card, {task.student.folder / CARD}" if card else ""))  # fmt: skip
 
 
 def open_task(settings: EvaluateSettings) -> Task:

@@ -7,7 +7,6 @@ told is gathered by `write_model_card`, from the student's folder and from the c
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,12 @@ import torch
 import yaml
 from diffusers import UNet2DConditionModel
 
+from pipeline.evaluation_table import markdown, rows_of
 from pipeline.origin import CARD, read_origin
 from pipeline.students import LEVELS
-from shards.files import write_bytes
+from shards.files import write_bytes, write_json
 from shards.manifest import read_manifest
+from shards.schema import MANIFEST
 
 EVALUATION = "evaluation.json"
 TAGS = ["stable-diffusion", "stable-diffusion-diffusers", "text-to-image", "distillation", "distill-sd"]
@@ -66,6 +67,21 @@ def write_model_card(out: Path, settings: dict[str, Any]) -> None:
         json.loads(evaluation.read_text(encoding="utf-8")) if evaluation.is_file() else {},
     )  # fmt: skip
     write_bytes(out / CARD, model_card(known).encode())
+
+
+def add_evaluation(out: Path, evaluation: dict[str, Any]) -> bool:
+    """Put figures on the card of the student that `distill` left in `out`; whether there is such a card.
+
+    What is kept beside it names no folders. The card is made anew from the cache; without that there is none.
+    """
+    path = out / "distill.json"
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not settings or not (Path(settings["cache"]) / MANIFEST).is_file():
+        return False
+    figures = {part: evaluation[part] for part in ("cost", "fidelity", "quality")}
+    write_json(out / EVALUATION, {"student": {"level": evaluation["student"]["level"]}, **figures})
+    write_model_card(out, settings)
+    return True
 
 
 def model_card(known: Known) -> str:
@@ -162,7 +178,7 @@ def _figures(known: Known) -> str:
     feature = sum(value for name, value in known.metrics.items() if name.startswith("feature/"))
     parts = []
     if known.evaluation:
-        parts.append(_table(dict(flattened(known.evaluation))))
+        parts.append(markdown(rows_of(known.evaluation)))
     if losses:
         parts.append(
             f"Losses at step {known.metrics['step']:,}, of the pictures that were trained on (mean squares; `task` to "
@@ -170,16 +186,6 @@ def _figures(known: Known) -> str:
         )
         parts.append(_table({**losses, **({"features, summed": feature} if feature else {})}))
     return "\n\n".join(parts) or "None were measured."
-
-
-def flattened(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(name, value) of the numbers, words and truth values in nested dicts, the names joined by `, `. Lists are left
-    out."""
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from flattened(value, f"{prefix}{name}, ")
-        elif isinstance(value, str | int | float):
-            yield f"{prefix}{name}", value
 
 
 def _licence(known: Known) -> str:

@@ -10,14 +10,14 @@ import torch
 from click.testing import CliRunner
 from conftest import tiny_pipeline
 from diffusers import DiffusionPipeline, UNet2DConditionModel
-from helpers import reset_accelerate, run_encode, tree
+from helpers import reset_accelerate, run_distill, run_encode, run_teacher_cache, tree
 from PIL import Image
 
 from pipeline import evaluate, pictures
 from pipeline.cli import main
 from pipeline.demo.evaluate import judge
 from pipeline.demo.scenes import make_scene
-from pipeline.evaluation_table import HEAD, Row, as_html, markdown
+from pipeline.evaluation_table import HEAD, Row, as_html, markdown, rows_of
 from pipeline.samples import Sampler, draw_samples, score_scenes
 from pipeline.students import student_config, student_weights
 
@@ -352,3 +352,16 @@ def test_a_table_has_its_columns_in_line_and_no_markup_of_others():
     assert "**a heading**" in lines[2]
     assert "a\\|b <i>" in lines[3]
     assert "<i>" not in as_html(rows)
+
+
+def test_the_figures_come_onto_the_card_of_a_distilled_student(place, teacher, tmp_path):
+    cache = run_teacher_cache(teacher, place / "latents", tmp_path / "cache", rounds=1)
+    student = run_distill(cache, tmp_path / "student", max_train_steps=1)
+    result = invoke(place, tmp_path / "out", "--student", student)
+    assert result.exit_code == 0, result.output
+    assert f"the figures are on the card, {student / 'README.md'}" in result.output
+    evaluation = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    card = (student / "README.md").read_text()
+    assert markdown(rows_of(evaluation)) in card
+    assert str(tmp_path) not in card
+    assert str(place) not in card + (student / "evaluation.json").read_text()
