@@ -138,7 +138,10 @@ def draw_apart(model: Model, prompts: list[str], sampler: Sampler, description: 
 @contextmanager
 def drawing_apart(model: Model) -> Iterator[Callable[[list[str], Sampler, str | None], Samples]]:
     """`draw_samples` with a pipeline that is loaded once, in a process that lives as long as the block."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("forkserver")
+    # The imports take longer than many a drawing; the server has them ready for the next one.
+    context.set_forkserver_preload([__name__])
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
         yield lambda *request: pool.submit(_draw_here, model, *request).result()
 
 
