@@ -178,6 +178,23 @@ def test_captions_that_are_cut_are_counted(teacher, images, tmp_path, capsys):
     assert "note: 2 of 4 captions are longer than 8 tokens, and cut there" in capsys.readouterr().out
 
 
+def test_odd_captions_come_through_as_they_are(teacher, tmp_path):
+    odd = [
+        "\u202eright to left",
+        "e\u0301 combined",
+        "nul\x00 inside",
+        "two\nlines\ttab",
+        "🏳️‍🌈 flag",
+        "\ufeffmark",
+        "x" * 10_000,
+    ]
+    data = write_images(tmp_path / "data", len(odd))
+    rows = [{"file_name": f"{i:03d}.png", "text": caption} for i, caption in enumerate(odd)]
+    (data / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = run_encode(teacher, data, tmp_path / "out")
+    assert [sample.meta["caption"] for sample in samples(out, "latents", ["prompt_embeds"])] == odd
+
+
 def test_every_source_gives_the_same_tensors_for_the_same_pictures(teacher, tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "library")
     folder = write_images(tmp_path / "folder", 50)
