@@ -38,8 +38,9 @@ def open_source(settings: DataSettings) -> OpenSource:
 
 def _source(settings: DataSettings) -> Source:
     data = Path(settings.data)
-    tars = tars_named(settings.data)
-    if tars:
+    if (data / METADATA).is_file():
+        return ImageFolder(data, settings.image_column, settings.caption_column)
+    if tars := tars_named(settings.data):
         return Tars(tars, settings.image_column, settings.caption_column)
     if not data.exists():
         return Table.of_hub(settings)

@@ -151,6 +151,12 @@ def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path):
     assert len(open_folder(tmp_path).records) == 1
 
 
+def test_a_list_says_that_the_folder_is_meant_whatever_else_lies_there(tmp_path):
+    for name in ("a.tar", "b.parquet", "state.json"):
+        (tmp_path / name).write_bytes(b"something else")
+    assert [record.source_id for record in open_folder(folder(tmp_path, row("a.png"))).records] == ["a.png"]
+
+
 def test_a_folder_that_is_not_there_or_has_no_list(tmp_path):
     with pytest.raises(UserError, match="--data .*nowhere"):
         open_folder(tmp_path / "nowhere")
