@@ -74,7 +74,7 @@ $(TOOLS)/bin/img2dataset:
 test: $(READY) $(TOOLS)/bin/img2dataset ## Run the tests and the linter.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	OMP_NUM_THREADS=1 IMG2DATASET='$(abspath $(TOOLS))/bin/img2dataset' $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 IMG2DATASET='$(abspath $(TOOLS))/bin/img2dataset' $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(READY) ## Run the linter alone.
 	$(BIN)/ruff check .

@@ -46,7 +46,7 @@ def run(settings: DistillSettings) -> None:
     dataset = open_cache(settings)
     settings = worked_out(settings, len(dataset), accelerator.num_processes)
     with accelerator.main_process_first():
-        claim(settings, training_spec(settings, accelerator.num_processes), "distill")
+        claim(settings, training_spec(settings, accelerator.num_processes))
     done = finished_step(settings.out)
     reported = not settings.report or (settings.out / REPORT).is_file()
     if done >= settings.max_train_steps and reported and not settings.push_to_hub:

@@ -33,6 +33,8 @@ class DistillSettings(TrainingSettings):
     )  # fmt: skip
     report: bool = option(True, "End with report.html: loss curves, pictures beside the teacher's, cost.")
 
+    command = "distill"
+
 
 def pairs_of(settings: DistillSettings) -> tuple[tuple[str, str], ...]:
     """(student tap, teacher tap) that the loss needs: none when features have no weight."""

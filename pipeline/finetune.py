@@ -45,6 +45,7 @@ class FinetuneSettings(TrainingSettings):
     variant: str | None = option(None, "Variant of the model's weight files, such as fp16.")
     revision: str | None = option(None, "Revision of the model on the hub.")
 
+    command = "finetune"
     # The loss is the task's alone.
     output_weight, feature_weight, feature_loss = 0.0, 0.0, "mse"
 
@@ -72,7 +73,7 @@ def run(settings: FinetuneSettings) -> None:
     settings = worked_out(settings, len(dataset), accelerator.num_processes)
     folder = models.find_pipeline(settings.model, settings.revision, settings.variant, "--model")
     with accelerator.main_process_first():
-        trainer.claim(settings, finetune_spec(settings, folder, dataset, accelerator.num_processes), "finetune")
+        trainer.claim(settings, finetune_spec(settings, folder, dataset, accelerator.num_processes))
     done = trainer.finished_step(settings.out)
     if done >= settings.max_train_steps and not settings.push_to_hub:
         accelerator.print(

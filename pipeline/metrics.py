@@ -21,13 +21,13 @@ class Metrics:
     A resumed run drops the lines of steps it is about to do again.
     """
 
-    def __init__(self, path: Path, accelerator: Accelerator, step: int, max_train_steps: int) -> None:
+    def __init__(self, path: Path, accelerator: Accelerator, name: str, step: int, max_train_steps: int) -> None:
         self._accelerator = accelerator
         self._sums: dict[str, Tensor] = {}
         self._batches: list[tuple[tuple[str, ...], Tensor]] = []
         self._since = time.monotonic()
         main = accelerator.is_main_process
-        self._bar = tqdm(total=max_train_steps, initial=step, unit="step", desc="train", disable=not main)
+        self._bar = tqdm(total=max_train_steps, initial=step, unit="step", desc=name, disable=not main)
         self._file = None
         if main:
             kept = _lines_up_to(path, step)

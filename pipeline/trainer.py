@@ -188,7 +188,7 @@ def train(
 
     Ctrl-C leaves one too, and raises KeyboardInterrupt after it.
     """
-    metrics = Metrics(settings.out / METRICS, accelerator, training.step, settings.max_train_steps)
+    metrics = Metrics(settings.out / METRICS, accelerator, settings.command, training.step, settings.max_train_steps)
     with closing(metrics), Interrupts(accelerator) as interrupts:
         while training.step < settings.max_train_steps:
             batch = next(stream)
@@ -314,8 +314,8 @@ def check_finite(line: dict[str, float], keys: tuple[str, ...], settings: Traini
         )
 
 
-def claim(settings: TrainingSettings, spec: dict[str, Any], name: str) -> None:
-    """Take the output directory for the training that `spec` describes; `name` is the command's.
+def claim(settings: TrainingSettings, spec: dict[str, Any]) -> None:
+    """Take the output directory for the training that `spec` describes.
 
     Raises ShardError with the difference if it holds a checkpoint or a student of another one.
     """
@@ -329,7 +329,7 @@ def claim(settings: TrainingSettings, spec: dict[str, Any], name: str) -> None:
     settings.out.mkdir(parents=True, exist_ok=True)
     remove_leftovers(settings.out, settings.out / CHECKPOINTS)
     write_json(path, spec)
-    write_settings(settings.out, name, settings)
+    write_settings(settings.out, settings.command, settings)
 
 
 def finished_step(out: Path) -> int:

@@ -24,6 +24,7 @@ SD15 = {
     "cross_attention_dim": 768,
     "attention_head_dim": 8,
 }
+LONGEST = ("test_readme.py", "test_kill.py", "test_cli.py", "test_distill.py", "test_training_options.py")
 SD21 = {**SD15, "cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True}
 # Stages narrower towards the outside, as in SD, so that a wrong key map shows in the shapes.
 TINY = {
@@ -94,6 +95,11 @@ def tiny_pipeline(seed: int = 0, prediction_type: str = "epsilon", **unet_change
     return StableDiffusionPipeline(
         vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
     )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files go first, so that with two processes none of them is left alone at the end."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(scope="session")

@@ -72,7 +72,7 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_shard(stage, share, teacher, im
 
     result = invoke(stage, *arguments, "--out", out)
     assert result.exit_code == 2, result.output
-    assert re.search(r"\.tar: No space left on device; mend that and run the same command again", result.output)
+    assert re.search(r"\.(tar|json): No space left on device; mend that and run the same command again", result.output)
     assert not list(out.rglob(".*.partial"))
     kept = {name: (out / name).stat().st_mtime_ns for name in shard_files(out)}
     assert 0 < len(kept) < len(shard_files(whole))
