@@ -55,7 +55,7 @@ def test_what_can_be_had_comes_and_the_rest_is_counted_by_cause(server, tmp_path
     ]
     rows = [(f"{server}/{kind}/{number}.jpg", f"{kind} {number}") for number, kind in enumerate(kinds)]
     urls, out = write_list(tmp_path / "list.parquet", rows), tmp_path / "tars"
-    words = ("--urls", urls, "--out", out, "--entries-per-tar", 9, "--timeout", 1, "--retries", 0)
+    words = ("--urls", urls, "--out", out, "--entries-per-tar", 9, "--timeout", 4, "--retries", 0)
     result = download(*words)
     assert result.exit_code == 0, result.output
     source = open_source(DataSettings(data=str(out)))

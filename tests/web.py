@@ -13,7 +13,7 @@ import pyarrow.parquet
 from PIL import Image
 
 IMG2DATASET = shutil.which(os.environ.get("IMG2DATASET", "img2dataset"))
-SLOW = 4
+SLOW = 8
 
 
 def picture(number, size=(700, 600), format="JPEG", **options):
