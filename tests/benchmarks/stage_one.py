@@ -2,8 +2,8 @@
 
 For encode the bare work is the VAE's encoder and the text encoder on the same batches, for teacher-cache the U-Net
 with its taps caught; both run in this process, right after the stage, from tensors that are ready in memory. A stage is
-timed from its second forward pass to its last shard: neither loading weights nor the first pass, which warms up, counts. Run it on
-a quiet machine:
+timed from its second forward pass to its last shard: neither loading weights nor the first pass, which warms
+up, counts. Run it on a quiet machine:
 
     python tests/benchmarks/stage_one.py --work work/stage-one --arch demo --workers 1 --workers 2 --workers 4
 """
