@@ -86,7 +86,7 @@ def find_program(name: str) -> str:
 def prepare(settings: DownloadSettings) -> int:
     """Write the list, shuffled, beside the tars, unless it is there; returns its length.
 
-    Raises UserError if the tars that are there come from another list, or from other settings.
+    Raises UserError if the tars that are there come from another list, from other settings or from elsewhere.
     """
     if not settings.urls.is_file():
         raise UserError(f"--urls {settings.urls} is no file; give a parquet file of addresses and captions")
@@ -101,6 +101,8 @@ def prepare(settings: DownloadSettings) -> int:
             told = ", ".join(f"{name} {found.get(name)!r}, now {spec[name]!r}" for name in differing)
             raise UserError(f"{settings.out} was begun with other settings ({told}): choose another --out")
         return found["count"]
+    if any(settings.out.glob("*.tar")):
+        raise UserError(f"{settings.out} holds tars of which this command knows nothing: choose another --out")
     table = shuffled(settings)
     folder.mkdir(parents=True, exist_ok=True)
     _parquet().write_table(table, folder / "urls.parquet")

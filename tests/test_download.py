@@ -125,6 +125,16 @@ def test_a_list_that_cannot_be_used(tmp_path):
     assert not (tmp_path / "tars").exists()
 
 
+def test_tars_from_elsewhere_are_left_alone(tmp_path):
+    urls = write_list(tmp_path / "list.parquet", [("http://127.0.0.1/a.jpg", "x")])
+    (tmp_path / "tars").mkdir()
+    (tmp_path / "tars" / "00000.tar").write_bytes(b"mine")
+    words = ["download", "--urls", str(urls), "--out", str(tmp_path / "tars"), "--img2dataset", "true"]
+    result = CliRunner().invoke(main, [*words, "--caption-column", "generated_caption"])
+    assert (result.exit_code, "of which this command knows nothing" in result.output) == (2, True)
+    assert [path.name for path in (tmp_path / "tars").iterdir()] == ["00000.tar"]
+
+
 def test_the_order_is_the_seeds_and_a_sample_is_drawn(tmp_path):
     rows = [(f"http://127.0.0.1/{number:02d}.jpg", str(number)) for number in range(40)]
     urls = write_list(tmp_path / "list.parquet", rows)
