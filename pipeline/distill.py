@@ -19,7 +19,7 @@ from pipeline.checkpoint import list_checkpoints, load_checkpoint
 from pipeline.command import stage_command
 from pipeline.distill_settings import DistillSettings, pairs_of, training_spec
 from pipeline.errors import UserError
-from pipeline.hub import open_repository, upload
+from pipeline.hub import upload
 from pipeline.initial_student import initial_student
 from pipeline.model_card import write_model_card
 from pipeline.origin import CARD
@@ -33,6 +33,7 @@ from pipeline.trainer import (
     claim,
     finished_step,
     make_accelerator,
+    nothing_left,
     prepare_training,
     run_training,
 )
@@ -49,15 +50,8 @@ def run(settings: DistillSettings) -> None:
         claim(settings, training_spec(settings, accelerator.num_processes))
     done = finished_step(settings.out)
     reported = not settings.report or (settings.out / REPORT).is_file()
-    if done >= settings.max_train_steps and reported and not settings.push_to_hub:
-        accelerator.print(
-            f"already finished, nothing to do: {settings.out} holds a student of {done} steps; "
-            "raise --max-train-steps to train it further"
-        )
+    if nothing_left(settings, accelerator, "student", reported):
         return
-    if settings.push_to_hub and accelerator.is_main_process:
-        open_repository(settings.push_to_hub)
-    accelerator.wait_for_everyone()
 
     if done < settings.max_train_steps:
         training = prepare(settings, dataset, accelerator)

@@ -22,7 +22,7 @@ from pipeline import draws, models, trainer
 from pipeline.adapters import add_lora, load_adapter, save_adapter, save_lora
 from pipeline.checkpoint import list_checkpoints, load_checkpoint
 from pipeline.command import stage_command
-from pipeline.hub import open_repository, upload
+from pipeline.hub import upload
 from pipeline.latents import check_encoders, open_latents
 from pipeline.settings import REQUIRED, option
 from pipeline.training_settings import TrainingSettings, what_decides, worked_out
@@ -75,15 +75,8 @@ def run(settings: FinetuneSettings) -> None:
     with accelerator.main_process_first():
         trainer.claim(settings, finetune_spec(settings, folder, dataset, accelerator.num_processes))
     done = trainer.finished_step(settings.out)
-    if done >= settings.max_train_steps and not settings.push_to_hub:
-        accelerator.print(
-            f"already finished, nothing to do: {settings.out} holds a model of {done} steps; "
-            "raise --max-train-steps to train it further"
-        )
+    if trainer.nothing_left(settings, accelerator, "model"):
         return
-    if settings.push_to_hub and accelerator.is_main_process:
-        open_repository(settings.push_to_hub)
-    accelerator.wait_for_everyone()
 
     if done < settings.max_train_steps:
         training = prepare(settings, folder, dataset, accelerator)

@@ -28,6 +28,7 @@ from pipeline import models
 from pipeline.checkpoint import list_checkpoints, save_checkpoint
 from pipeline.diffusion import add_noise, min_snr_weights, target
 from pipeline.errors import UserError
+from pipeline.hub import open_repository
 from pipeline.interrupts import Interrupts
 from pipeline.losses import distillation_losses, total_loss
 from pipeline.metrics import Metrics
@@ -330,6 +331,24 @@ def claim(settings: TrainingSettings, spec: dict[str, Any]) -> None:
     remove_leftovers(settings.out, settings.out / CHECKPOINTS)
     write_json(path, spec)
     write_settings(settings.out, settings.command, settings)
+
+
+def nothing_left(settings: TrainingSettings, accelerator: Accelerator, what: str, complete: bool = True) -> bool:
+    """Whether `out` holds a finished `what`, `complete` with all that belongs to it, and nothing is to be uploaded.
+
+    Says so; else makes sure that the hub's repository can be written, before anything is trained.
+    """
+    done = finished_step(settings.out)
+    if done >= settings.max_train_steps and complete and not settings.push_to_hub:
+        accelerator.print(
+            f"already finished, nothing to do: {settings.out} holds a {what} of {done} steps; "
+            "raise --max-train-steps to train it further"
+        )
+        return True
+    if settings.push_to_hub and accelerator.is_main_process:
+        open_repository(settings.push_to_hub)
+    accelerator.wait_for_everyone()
+    return False
 
 
 def finished_step(out: Path) -> int:

@@ -24,9 +24,9 @@ import click
 import torch
 from diffusers import UNet2DConditionModel
 from sd15_road import SD15_UNET
-from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline import models
+from pipeline.cost import count_macs, unet_inputs
 from pipeline.demo import teacher_folder
 from pipeline.samples import peak_memory
 from pipeline.students import student_config
@@ -65,20 +65,11 @@ def unet_on_meta(arch: str, row: str) -> UNet2DConditionModel:
         return UNet2DConditionModel.from_config(student_config(dict(teacher.config), row)).eval()
 
 
-def inputs_of(unet: UNet2DConditionModel, arch: str, batch_size: int, device: torch.device, dtype: torch.dtype):
-    size = unet.config.sample_size
-    latents = torch.randn(batch_size, unet.config.in_channels, size, size, device=device, dtype=dtype)
-    prompts = torch.randn(batch_size, TOKENS[arch], unet.config.cross_attention_dim, device=device, dtype=dtype)
-    return latents, torch.full((batch_size,), 500, device=device), prompts
-
-
 @functools.cache
 def size_of(arch: str, row: str) -> tuple[int, int]:
     """Parameters, and multiply-accumulates of one picture's forward pass."""
     unet = unet_on_meta(arch, row)
-    with FlopCounterMode(display=False) as counter:
-        unet(*inputs_of(unet, arch, 1, torch.device("meta"), torch.float32))
-    return unet.num_parameters(), counter.get_total_flops() // 2
+    return unet.num_parameters(), count_macs(unet, *unet_inputs(unet, 1, TOKENS[arch]))
 
 
 @torch.inference_mode()
@@ -91,7 +82,7 @@ def run(row: str, case: Case) -> Run:
     for parameter in unet.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     forward = torch.compile(unet) if case.compiled else unet
-    inputs = inputs_of(unet, case.arch, case.batch_size, device, dtype)
+    inputs = unet_inputs(unet, case.batch_size, TOKENS[case.arch])
     times = []
     for _ in range(WARM_UP + TIMED):
         started = time.perf_counter()
