@@ -128,17 +128,21 @@ def in_memory(settings: distill.DistillSettings, dataset, accelerator, position:
 
 
 def run(row: str, case: Case) -> Run:
-    """A few steps of training; the time is of those after the first ones, each from batch to batch."""
+    """A few steps of training; timed are those after the first ones, each from asking for its batch."""
     shutil.rmtree(case.work / "student", ignore_errors=True)
     device = torch.device("cpu") if models.use_cpu(case.device) else torch.device("cuda")
     source, times = source_of(row, case, device), []
 
+    def tick() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter())
+
     def timed(*arguments) -> Iterator[Batch]:
+        tick()
         for batch in source(*arguments):
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            times.append(time.perf_counter())
             yield batch
+            tick()
 
     settings = case.settings()
     # A checkpoint is left at the last step, of any row alike: it is not what is measured.
@@ -147,9 +151,10 @@ def run(row: str, case: Case) -> Run:
         settings.out.mkdir(parents=True)
         training = distill.prepare(settings, dataset, accelerator)
         trainer.train(settings, accelerator, training, timed(settings, dataset, accelerator, 0))
+        tick()
     peak = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1e6
     on_device = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None
-    return Run((times[-1] - times[WARM_UP]) / (len(times) - 1 - WARM_UP), peak, on_device)
+    return Run((times[-1] - times[WARM_UP]) / case.steps, peak, on_device)
 
 
 def in_process(function: Callable, *arguments):
