@@ -72,15 +72,18 @@ def run(settings: FinetuneSettings) -> None:
     dataset = LatentsDataset(settings.latents)
     settings = worked_out(settings, len(dataset), accelerator.num_processes)
     folder = models.find_pipeline(settings.model, settings.revision, settings.variant, "--model")
+    unet = models.load_unet(folder, settings.variant)
     with accelerator.main_process_first():
-        trainer.claim(settings, finetune_spec(settings, folder, dataset, accelerator.num_processes))
+        trainer.claim(settings, finetune_spec(settings, unet, dataset, accelerator.num_processes))
     done = trainer.finished_step(settings.out)
     if trainer.nothing_left(settings, accelerator, "model"):
         return
 
     if done < settings.max_train_steps:
-        training = prepare(settings, folder, dataset, accelerator)
-        stream = batches(settings, dataset, accelerator, training.position)
+        training = prepare(settings, folder, unet, dataset, accelerator)
+        # After a stop it is the checkpoint's that trains.
+        del unet
+        stream = batches(settings, dataset, accelerator, training.position, len(training.alphas_cumprod))
         trainer.run_training(settings, accelerator, training, stream, lambda: save(settings, folder, training.student))
     if accelerator.is_main_process:
         what = "LoRA weights" if settings.lora_rank else "a diffusers pipeline"
@@ -91,20 +94,19 @@ def run(settings: FinetuneSettings) -> None:
 
 
 def finetune_spec(
-    settings: FinetuneSettings, folder: Path, dataset: LatentsDataset, processes: int
+    settings: FinetuneSettings, unet: UNet2DConditionModel, dataset: LatentsDataset, processes: int
 ) -> dict[str, Any]:  # fmt: skip
     """What the training is, for whoever would go on with it."""
     spec = what_decides(settings, processes, free=("model", "latents", "revision", "variant"))
-    unet = models.load_unet(folder, settings.variant)
     return {"latents": dataset.shards.manifest.spec_sha256, "model": models.weights_sha256(unet), **spec}
 
 
 def prepare(
-    settings: FinetuneSettings, folder: Path, dataset: LatentsDataset, accelerator: Accelerator
-) -> trainer.Training:
-    """The U-Net, as saved or of the newest checkpoint, and what trains it, on the device."""
+    settings: FinetuneSettings, folder: Path, unet: UNet2DConditionModel, dataset: LatentsDataset,
+    accelerator: Accelerator,
+) -> trainer.Training:  # fmt: skip
+    """The U-Net, as given or of the newest checkpoint, and what trains it, on the device."""
     check_encoders(dataset.shards, models.load_base(folder, settings.variant), f"--model {settings.model}")
-    unet = models.load_unet(folder, settings.variant)
     checkpoints = list_checkpoints(settings.out / trainer.CHECKPOINTS)
     state, save_weights = None, None
     if settings.lora_rank:
@@ -122,21 +124,20 @@ def prepare(
 
 
 def batches(
-    settings: FinetuneSettings, dataset: LatentsDataset, accelerator: Accelerator, position: int
+    settings: FinetuneSettings, dataset: LatentsDataset, accelerator: Accelerator, position: int, train_timesteps: int
 ) -> Iterator[Batch]:
-    """Batches of this process, without end, from sample `position` on.
+    """Batches of this process, without end, from sample `position` on; timesteps are of [0, `train_timesteps`).
 
     Noise and timestep belong to a picture and its visit, so they hang neither on the batch nor on the processes.
     """
-    noise_scheduler = models.load_noise_scheduler(
-        models.find_pipeline(settings.model, settings.revision, settings.variant), settings.prediction_type
-    )
     empty = decode_npy(read_file(settings.latents, dataset.shards.manifest, EMPTY_PROMPT))
-    steps, size = noise_scheduler.config.num_train_timesteps, settings.train_batch_size
+    size = settings.train_batch_size
     first = position + accelerator.process_index * size
     for samples in trainer.loaded(settings, dataset, accelerator, position):
         visits = [(first + place) // len(dataset) for place in range(size)]
-        drawn = [draw(settings, sample, visit, steps, empty) for sample, visit in zip(samples, visits, strict=True)]
+        drawn = [
+            draw(settings, sample, visit, train_timesteps, empty) for sample, visit in zip(samples, visits, strict=True)
+        ]
         keys = tuple(sample.key for sample in samples)
         latents = torch.from_numpy(np.stack([sample.tensors[LATENTS].values for sample in samples]))
         timesteps, noise, prompt_embeds = (torch.from_numpy(np.stack(each)) for each in zip(*drawn, strict=True))
@@ -145,11 +146,11 @@ def batches(
 
 
 def draw(
-    settings: FinetuneSettings, sample: Sample, visit: int, steps: int, empty: np.ndarray
+    settings: FinetuneSettings, sample: Sample, visit: int, train_timesteps: int, empty: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The timestep int64, noise (C, H, W) float32 and prompt embedding (L, D) of one visit to a picture."""
     seed, source_id = settings.seed, sample.meta["source_id"]
-    timestep = draws.generator(seed, source_id, visit, "timestep").integers(steps)
+    timestep = draws.generator(seed, source_id, visit, "timestep").integers(train_timesteps)
     noise = draws.noise(seed, source_id, visit, sample.tensors[LATENTS].values.shape, settings.noise_offset)
     unconditional = draws.is_unconditional(seed, source_id, visit, settings.uncond_fraction)
     return np.asarray(timestep), noise, empty if unconditional else sample.tensors[PROMPT_EMBEDS].values

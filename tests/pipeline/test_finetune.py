@@ -11,7 +11,7 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionMod
 from helpers import first, metrics, reset_accelerate, run_distill, run_encode, run_teacher_cache, state_dict_of, tree
 from safetensors.torch import load_file
 
-from pipeline import finetune, trainer
+from pipeline import finetune, models, trainer
 from pipeline.errors import UserError
 from pipeline.finetune import FinetuneSettings, LatentsDataset
 from pipeline.losses import mse
@@ -41,6 +41,10 @@ def run(model, latents, out, **changes):
     return out
 
 
+def prepare(settings, folder, dataset, accelerator):
+    return finetune.prepare(settings, folder, models.load_unet(folder), dataset, accelerator)
+
+
 def stopped(model, latents, out, after, monkeypatch, **changes):
     """A run that ends with an error in the step after `after`."""
     real, calls = trainer.step_losses, []
@@ -64,8 +68,8 @@ def test_the_loss_is_diffusers_own_of_each_draw(student, latents, tmp_path):
     settings = settings_of(student, latents, tmp_path / "out")
     dataset = LatentsDataset(latents)
     accelerator = Accelerator(cpu=True)
-    training = finetune.prepare(settings, student, dataset, accelerator)
-    batch = first(finetune.batches(settings, dataset, accelerator, 0), 1)[0]
+    training = prepare(settings, student, dataset, accelerator)
+    batch = first(finetune.batches(settings, dataset, accelerator, 0, 1000), 1)[0]
     scheduler = DDPMScheduler.from_pretrained(student, subfolder="scheduler")
     unet = UNet2DConditionModel.from_pretrained(student / "unet")
     with torch.no_grad():
@@ -83,7 +87,7 @@ def test_each_visit_draws_anew_and_draws_hang_on_picture_and_visit_alone(student
     def drawn(size, count):
         settings = settings_of(student, latents, tmp_path / "out", train_batch_size=size, uncond_fraction=0.3)
         seen = {}
-        for batch in first(finetune.batches(settings, dataset, accelerator, 0), count):
+        for batch in first(finetune.batches(settings, dataset, accelerator, 0, 1000), count):
             for i, key in enumerate(batch.keys):
                 values = batch.noise[i], batch.timesteps[i], batch.prompt_embeds[i], batch.latents[i]
                 seen.setdefault(key, []).append(values)
@@ -129,9 +133,9 @@ def test_lora_trains_the_adapter_alone_and_is_loaded_by_the_pipeline(student, la
     settings = settings_of(student, latents, tmp_path / "out", lora_rank=2, max_train_steps=3)
     dataset, accelerator = LatentsDataset(latents), Accelerator(cpu=True)
     settings.out.mkdir()
-    training = finetune.prepare(settings, student, dataset, accelerator)
+    training = prepare(settings, student, dataset, accelerator)
     before = {name: value.clone() for name, value in training.student.state_dict().items()}
-    trainer.train(settings, accelerator, training, finetune.batches(settings, dataset, accelerator, 0))
+    trainer.train(settings, accelerator, training, finetune.batches(settings, dataset, accelerator, 0, 1000))
     changed = {name for name, value in training.student.state_dict().items() if not torch.equal(before[name], value)}
     assert changed
     assert all("lora_" in name for name in changed)
@@ -139,7 +143,7 @@ def test_lora_trains_the_adapter_alone_and_is_loaded_by_the_pipeline(student, la
 
     pipe = StableDiffusionPipeline.from_pretrained(student, safety_checker=None)
     pipe.load_lora_weights(settings.out)
-    batch = first(finetune.batches(settings, dataset, accelerator, 0), 1)[0]
+    batch = first(finetune.batches(settings, dataset, accelerator, 0, 1000), 1)[0]
     inputs = batch.latents.float(), batch.timesteps
     embeds = {"encoder_hidden_states": batch.prompt_embeds.float()}
     with torch.no_grad():
