@@ -60,6 +60,16 @@ def noise(seed: int, source_id: str, round_index: int, shape: tuple[int, ...], n
     return drawn
 
 
+def perturbed(seed: int, source_id: str, round_index: int, noise: np.ndarray, perturbation: float) -> np.ndarray:
+    """`noise` (C, H, W) and `perturbation` times as much again, float32: what is added to the latents.
+
+    What is to be predicted stays `noise` (Ning et al. 2023, "Input Perturbation Reduces Exposure Bias in Diffusion
+    Models", as in diffusers).
+    """
+    more = standard_normal(seed, source_id, round_index, "perturbation", noise.shape)
+    return noise.astype(np.float32) + np.float32(perturbation) * more
+
+
 def is_unconditional(seed: int, source_id: str, round_index: int, fraction: float) -> bool:
     """Whether the entry gets the empty prompt."""
     return bool(generator(seed, source_id, round_index, "uncond").random() < fraction)

@@ -14,7 +14,6 @@ from typing import Any
 
 import click
 import torch
-from diffusers import DiffusionPipeline
 from PIL import Image
 
 from pipeline import models, sizes
@@ -31,10 +30,11 @@ from pipeline.cost import (
 from pipeline.errors import UserError
 from pipeline.evaluation_report import write_evaluation
 from pipeline.evaluation_table import markdown, rows_of
-from pipeline.fidelity import fidelity, levels_of, pairs_of, read_held_out
+from pipeline.fidelity import fidelity, pairs_of, read_held_out
 from pipeline.latents import check_encoders, open_latents
 from pipeline.model_card import add_evaluation
 from pipeline.origin import CARD
+from pipeline.pair import Opened, level_of, open_model, ready
 from pipeline.pictures import draw_pictures, missing_pictures
 from pipeline.prompts import read_prompts
 from pipeline.quality import (
@@ -54,9 +54,9 @@ from pipeline.quality import (
     open_torchmetrics,
     read_batches,
 )
-from pipeline.samples import SCHEDULERS, Model, Sampler, load_pipeline, score_scenes
+from pipeline.samples import SCHEDULERS, Sampler, load_pipeline, score_scenes
 from pipeline.settings import REQUIRED, Settings, option
-from pipeline.students import LEVELS, check_teacher
+from pipeline.students import LEVELS
 from pipeline.workspace import free_bytes, require_space, write_settings
 from shards.files import remove_leftovers, write_json
 from shards.manifest import refuse_other_spec, sha256_of_json
@@ -115,23 +115,6 @@ class EvaluateSettings(Settings):
 
 
 @dataclass(frozen=True)
-class Opened:
-    """A pipeline of the two: `pipe` in float32 on the CPU, and `model` to load it again as it is to run."""
-
-    name: str
-    folder: Path
-    pipe: DiffusionPipeline
-    model: Model
-
-    @property
-    def spec(self) -> dict[str, Any]:
-        """What decides its pictures, whatever its folder is called."""
-        parts = {part: models.weights_sha256(getattr(self.pipe, part)) for part in ("unet", "vae", "text_encoder")}
-        config = {key: value for key, value in self.pipe.scheduler.config.items() if not key.startswith("_")}
-        return {**parts, "scheduler": config}
-
-
-@dataclass(frozen=True)
 class Task:
     """All that a run was given, opened and checked before anything is computed."""
 
@@ -187,7 +170,7 @@ def open_task(settings: EvaluateSettings) -> Task:
     dtype = models.DTYPES[models.resolve_dtype(settings.dtype, device)]
     teacher = open_model(settings.teacher, "--teacher", settings.revision, settings.variant, device, dtype)
     student = open_model(settings.student, "--student", None, None, device, dtype)
-    level = level_of(settings, teacher, student)
+    level = level_of(teacher, student, settings.level)
     if latents is not None:
         check_encoders(latents, teacher.pipe, f"--teacher {settings.teacher}")
     task = Task(teacher, student, level, latents, prompts, reference)
@@ -196,40 +179,6 @@ def open_task(settings: EvaluateSettings) -> Task:
         if name in task.specs and path.is_file():
             refuse_other_spec(path, read_store(path)["spec"], task.specs[name])
     return task
-
-
-def open_model(
-    name: str, flag: str, revision: str | None, variant: str | None, device: torch.device, dtype: torch.dtype
-) -> Opened:
-    folder = models.find_pipeline(name, revision, variant, flag)
-    pipe = models.load_base(folder, variant, models.load_unet(folder, variant))
-    return Opened(name, folder, pipe, Model(folder, folder / "unet", device, dtype, variant, variant))
-
-
-def level_of(settings: EvaluateSettings, teacher: Opened, student: Opened) -> str:
-    """The student's level. Raises UserError if it is no student of the teacher's, or is not of --level."""
-    try:
-        check_teacher(teacher.pipe.unet.config)
-    except ValueError as error:
-        raise UserError(f"--teacher {teacher.name}: {error}; give a teacher of that family") from None
-    found = levels_of(student.pipe.unet, teacher.pipe.unet)
-    if not found:
-        raise UserError(
-            f"--student {student.name} is no student of --teacher {teacher.name}: its layers are those of none of "
-            f"{', '.join(LEVELS)}; give the teacher that it was distilled from"
-        )
-    if settings.level and settings.level not in found:
-        raise UserError(
-            f"--level {settings.level} is not that of --student {student.name}, whose layers are {' or '.join(found)}: "
-            "give that, or leave --level out"
-        )
-    theirs, its = (each.pipe.scheduler.config.prediction_type for each in (teacher, student))
-    if theirs != its:
-        raise UserError(
-            f"--student {student.name} predicts {its}, and --teacher {teacher.name} {theirs}: "
-            "give the teacher that it was distilled from"
-        )
-    return settings.level or found[0]
 
 
 def specs_of(settings: EvaluateSettings, task: Task) -> dict[str, dict[str, Any]]:
@@ -306,13 +255,6 @@ def measure_cost(settings: EvaluateSettings, task: Task) -> dict[str, Any]:
             "pipeline_bytes": pipeline_bytes(opened.folder),
         }
     return cost
-
-
-def ready(opened: Opened) -> DiffusionPipeline:
-    """Its U-Net moved to where and in which precision it is to run."""
-    unet = opened.pipe.unet.to(opened.model.device, opened.model.dtype, memory_format=torch.channels_last)
-    unet.eval().requires_grad_(False)
-    return opened.pipe
 
 
 def measure_fidelity(settings: EvaluateSettings, task: Task) -> dict[str, Any]:

@@ -39,6 +39,7 @@ class FinetuneSettings(TrainingSettings):
     latents: Path = option(REQUIRED, "Directory that `encode` wrote, with the model's own VAE and text encoder.")
     lora_rank: int | None = option(None, "Train LoRA adapters of this rank instead of the whole U-Net.", low=1)
     noise_offset: float = option(0.0, "Standard deviation of a shift of each channel's noise.", low=0.0)
+    input_perturbation: float = option(0.0, "Strength of noise in the input that is not to be predicted.", low=0.0)
     uncond_fraction: float = option(0.1, "Share of the entries that get the empty prompt.", low=0.0, high=1.0)
     prediction_type: str | None = option(None, "What the U-Net predicts, where its scheduler says it wrongly.",
                                          choices=("epsilon", "v_prediction"))  # fmt: skip
@@ -140,20 +141,23 @@ def batches(
         ]
         keys = tuple(sample.key for sample in samples)
         latents = torch.from_numpy(np.stack([sample.tensors[LATENTS].values for sample in samples]))
-        timesteps, noise, prompt_embeds = (torch.from_numpy(np.stack(each)) for each in zip(*drawn, strict=True))
-        yield Batch(keys, timesteps, latents, noise, prompt_embeds, None, {}).to(accelerator.device)
+        timesteps, noise, added, embeds = (torch.from_numpy(np.stack(each)) for each in zip(*drawn, strict=True))
+        yield Batch(keys, timesteps, latents, noise, embeds, None, {}, added).to(accelerator.device)
         first += size * accelerator.num_processes
 
 
 def draw(
     settings: FinetuneSettings, sample: Sample, visit: int, train_timesteps: int, empty: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The timestep int64, noise (C, H, W) float32 and prompt embedding (L, D) of one visit to a picture."""
+) -> tuple[np.ndarray, ...]:
+    """Of one visit to a picture: timestep int64, noise (C, H, W), noise added to it and prompt embedding (L, D)."""
     seed, source_id = settings.seed, sample.meta["source_id"]
     timestep = draws.generator(seed, source_id, visit, "timestep").integers(train_timesteps)
     noise = draws.noise(seed, source_id, visit, sample.tensors[LATENTS].values.shape, settings.noise_offset)
     unconditional = draws.is_unconditional(seed, source_id, visit, settings.uncond_fraction)
-    return np.asarray(timestep), noise, empty if unconditional else sample.tensors[PROMPT_EMBEDS].values
+    added = noise
+    if settings.input_perturbation:
+        added = draws.perturbed(seed, source_id, visit, noise, settings.input_perturbation)
+    return np.asarray(timestep), noise, added, empty if unconditional else sample.tensors[PROMPT_EMBEDS].values
 
 
 def save(settings: FinetuneSettings, folder: Path, unet: UNet2DConditionModel) -> None:

@@ -9,6 +9,7 @@ from diffusers import UNet2DConditionModel
 
 from pipeline.checksums import changed_files
 from pipeline.errors import UserError
+from pipeline.models import refuse_quantised
 from shards.files import file_sha256
 
 
@@ -24,6 +25,7 @@ def initial_student(cache: Path, level: str, init_from: Path | None) -> UNet2DCo
     if init_from is None:
         return load_student(folder, "copy it from a whole cache")
     student = load_student(unet_folder(init_from), "give a saved student, or its pipeline, to --init-from")
+    refuse_quantised(student, init_from)
     with torch.device("meta"):
         wanted = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder))
     if shapes_of(student) != shapes_of(wanted):

@@ -29,7 +29,17 @@ from shards.writer import is_finished
 # Entries whose timesteps make the histogram, and pictures that --images decodes: spread evenly over the set.
 TIMESTEPS, PICTURES = 2000, 8
 BINS, BAR = 10, 40
-SHOWN = ("seed", "resolution", "dtype", "prediction_type", "codec", "noise_offset", "uncond_fraction", "strata")
+SHOWN = (
+    "seed",
+    "resolution",
+    "dtype",
+    "prediction_type",
+    "codec",
+    "noise_offset",
+    "input_perturbation",
+    "uncond_fraction",
+    "strata",
+)
 
 
 @dataclass(frozen=True, kw_only=True)

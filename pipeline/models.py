@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -113,8 +115,21 @@ def load_base(folder: Path, variant: str | None = None, unet: UNet2DConditionMod
 
 
 def load_unet(folder: Path, variant: str | None) -> UNet2DConditionModel:
-    """The teacher's U-Net, float32, on the CPU."""
-    return _load(lambda: UNet2DConditionModel.from_pretrained(folder, subfolder="unet", variant=variant), folder)
+    """A pipeline's U-Net, float32, on the CPU. Raises UserError for one with quantised weights."""
+    unet = open_unet(folder / "unet", variant, torch.float32)
+    refuse_quantised(unet, folder)
+    return unet
+
+
+def open_unet(folder: Path, variant: str | None, dtype: torch.dtype) -> UNet2DConditionModel:
+    """The U-Net in a folder of its own, on the CPU. Quantised weights take the precision of the rest only here."""
+    return _load(lambda: UNet2DConditionModel.from_pretrained(folder, variant=variant, torch_dtype=dtype), folder)
+
+
+def refuse_quantised(unet: UNet2DConditionModel, folder: Path) -> None:
+    """Raise UserError for a U-Net with quantised weights, which only draws and is only evaluated."""
+    if unet.config.get("quantization_config"):
+        raise UserError(f"{folder} has quantised weights: give the pipeline that it was exported from")
 
 
 def unet_config(folder: Path) -> dict[str, Any]:
@@ -127,7 +142,7 @@ def unet_config(folder: Path) -> dict[str, Any]:
 def _load(load, folder: Path):
     try:
         return load()
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{folder} cannot be loaded: {reason}; is the download complete?") from error
 
@@ -218,10 +233,20 @@ def teacher_shapes(folder: Path, resolution: int, taps: list[str]) -> TeacherSha
 def weights_sha256(module: nn.Module) -> str:
     """A hash of a network's tensors with their names: equal for equal weights, whatever the files."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
+    tensors = itertools.chain.from_iterable(plain_tensors(*item) for item in sorted(module.state_dict().items()))
+    for name, tensor in tensors:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
     return digest.hexdigest()
+
+
+def plain_tensors(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """A tensor by its name; of a quantised one those that it is kept in, such as integers and scales."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        yield name, tensor
+        return
+    for part in tensor.__tensor_flatten__()[0]:
+        yield from plain_tensors(f"{name}.{part}", getattr(tensor, part))
 
 
 def library_versions() -> dict[str, str]:

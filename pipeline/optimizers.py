@@ -27,3 +27,16 @@ def make_optimizer(
     except ImportError:
         raise UserError("--use-8bit-adam needs the package bitsandbytes: pip install bitsandbytes") from None
     return bitsandbytes.optim.AdamW8bit(parameters, **options)
+
+
+def lay_out_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Give moments that were loaded the memory format of their parameters.
+
+    A checkpoint of another device may have another, and fused steps take it for the same: on a CPU they are silently
+    wrong where it is not.
+    """
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            moment = isinstance(value, torch.Tensor) and value.is_floating_point() and value.shape == parameter.shape
+            if moment and value.stride() != parameter.stride():
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

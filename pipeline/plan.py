@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -72,11 +73,16 @@ def bytes_of(size: str) -> int:
     return int(float(matched[1]) * UNITS[matched[2].upper()])
 
 
-def cost_of(settings: PlanSettings, shapes: models.TeacherShapes) -> Cost:
-    taps = {
+def tap_specs(settings: PlanSettings, shapes: models.TeacherShapes) -> dict[str, dict[str, Any]]:
+    """As in the cache's spec: `shape` (C, H, W) of each tap and the `stride` of its token sampling."""
+    return {
         name: {"shape": shape, "stride": token_stride(*shape[1:], settings.token_stride, settings.token_min)}
         for name, shape in shapes.taps.items()
     }
+
+
+def cost_of(settings: PlanSettings, shapes: models.TeacherShapes) -> Cost:
+    taps = tap_specs(settings, shapes)
     entry = sizes.cache_entry(shapes.latents, shapes.prompt_embeds, taps, settings.codec, settings.snr_db)
     return Cost(sizes.stored_bytes(sizes.latents_entry(shapes.latents, shapes.prompt_embeds)), entry)
 
@@ -127,9 +133,8 @@ def time_of(settings: PlanSettings, folder: Path, shapes: models.TeacherShapes, 
     device = models.process_state(settings.device).device
     dtype = models.DTYPES[models.resolve_dtype(settings.dtype, device)]
     unet = models.load_unet(folder, settings.variant).to(device, dtype, memory_format=torch.channels_last).eval()
-    trial = try_teacher(
-        unet, shapes, settings.batch_size, settings.codec, settings.snr_db, settings.token_stride, settings.token_min
-    )
+    taps = tap_specs(settings, shapes)
+    trial = try_teacher(unet, shapes, taps, settings.codec, settings.snr_db, settings.batch_size)
     rate = 1 / trial.seconds(1)
     return (
         f"time: about {in_time(trial.seconds(entries))} at {rate:.3g} entries a second, as one process on "

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import click
-import torch
 from PIL import Image
 
 from pipeline import models
 from pipeline.command import stage_command
 from pipeline.errors import UserError
 from pipeline.prompts import gather_prompts
-from pipeline.samples import SCHEDULERS, Sampler, draw_samples, save_samples
+from pipeline.samples import SCHEDULERS, Model, Sampler, draw_samples, load_pipeline, save_samples
 from pipeline.settings import REQUIRED, Settings, option
 
 SHEET = "sheet.png"
@@ -58,8 +57,7 @@ def run(settings: SampleSettings) -> None:
     folder = models.find_pipeline(settings.model, settings.revision, settings.variant, "--model")
     device = models.process_state(settings.device).device
     dtype = models.DTYPES[models.resolve_dtype(settings.dtype, device)]
-    unet = models.load_unet(folder, settings.variant).to(memory_format=torch.channels_last)
-    pipe = models.load_base(folder, settings.variant, unet).to(device, dtype)
+    pipe = load_pipeline(Model(folder, folder / "unet", device, dtype, settings.variant, settings.variant))
     sampler = Sampler(
         settings.num_inference_steps, settings.guidance_scale, settings.batch_size, settings.scheduler,
         settings.negative_prompt, (settings.height, settings.width) if settings.height else None, settings.seed,

@@ -26,10 +26,10 @@ from diffusers import (
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
     PNDMScheduler,
-    UNet2DConditionModel,
     UniPCMultistepScheduler,
 )
 from PIL import Image
+from torch import nn
 from tqdm import tqdm
 
 from pipeline import models
@@ -159,9 +159,13 @@ def _loaded(model: Model) -> tuple[DiffusionPipeline, int]:
 
 
 def load_pipeline(model: Model) -> DiffusionPipeline:
-    unet = UNet2DConditionModel.from_pretrained(model.unet, variant=model.variant)
-    pipe = models.load_base(model.base, model.base_variant, unet).to(model.device, model.dtype)
-    pipe.unet.to(memory_format=torch.channels_last)
+    """The pipeline, ready to draw."""
+    unet = models.open_unet(model.unet, model.variant, model.dtype)
+    pipe = models.load_base(model.base, model.base_variant, unet)
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module):
+            part.to(model.device) if part is unet else part.to(model.device, model.dtype)
+    unet.to(memory_format=torch.channels_last)
     return pipe
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from shards.codec import EXACT_DTYPES, pack_quantised, quantise
 from shards.expected import NPY_HEADER
-from shards.schema import BLOCK, LATENTS, NOISE, PROMPT_EMBEDS, TEACHER_PRED
+from shards.schema import BLOCK, INPUT_NOISE, LATENTS, NOISE, PROMPT_EMBEDS, TEACHER_PRED
 
 # About what the .json member says of an image and of each of its taps, and the sidecar's row of each member.
 META_BYTES, META_BYTES_OF_A_TAP, ROW_BYTES = 300, 90, 28
@@ -29,7 +29,12 @@ def latents_entry(latents_shape: Shape, prompt_embeds_shape: Shape) -> dict[str,
 
 
 def cache_entry(
-    latents_shape: Shape, prompt_embeds_shape: Shape, taps: Mapping[str, Mapping[str, Any]], codec: str, snr_db: float
+    latents_shape: Shape,
+    prompt_embeds_shape: Shape,
+    taps: Mapping[str, Mapping[str, Any]],
+    codec: str,
+    snr_db: float,
+    input_noise: bool = False,
 ) -> dict[str, int]:
     """Bytes by member of one entry that `teacher-cache` writes.
 
@@ -41,6 +46,7 @@ def cache_entry(
         "json": META_BYTES + META_BYTES_OF_A_TAP * len(taps),
         LATENTS: npy_bytes(latents_shape, 2),
         NOISE: npy_bytes(latents_shape, 2),
+        **({INPUT_NOISE: npy_bytes(latents_shape, 2)} if input_noise else {}),
         TEACHER_PRED: npy_bytes(latents_shape, exact),
         PROMPT_EMBEDS: npy_bytes(prompt_embeds_shape, 2),
         **{name: tap_bytes(tap["shape"], tap["stride"], codec, snr_db) for name, tap in taps.items()},

@@ -1,7 +1,6 @@
 """Stage one, second half. latents/ -> cache/: the teacher's predictions and features at sampled timesteps.
 
-(latents, prompt_embeds) x rounds -> noise, timestep -> teacher U-Net -> teacher_pred, taps -> entries.
-What is stored rounded is rounded before the teacher runs, so a student sees exactly what the teacher saw.
+(latents, prompt_embeds) x rounds -> the teacher's answers -> entries, in shards.
 """
 
 from __future__ import annotations
@@ -16,20 +15,20 @@ import click
 import numpy as np
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
-from torch import Tensor
 from tqdm import tqdm
 
-from pipeline import draws, models, sizes
+from pipeline import models, sizes
+from pipeline.answers import Answer, Teacher, ask, finish
 from pipeline.checksums import write_checksums
 from pipeline.command import stage_command
-from pipeline.diffusion import PREDICTION_TYPES, add_noise
+from pipeline.diffusion import PREDICTION_TYPES
 from pipeline.errors import UserError
 from pipeline.latents import check_encoders, open_latents
 from pipeline.origin import write_origin
 from pipeline.samples import SAMPLES, Model, Sampler, draw_apart, save_samples
 from pipeline.settings import REQUIRED, Settings, option
 from pipeline.students import LEVELS, check_teacher, student_config, student_weights, teacher_taps
-from pipeline.taps import Taps, sample_tokens, token_stride
+from pipeline.taps import Taps, token_stride
 from pipeline.workers import in_background, ordered_map
 from pipeline.workspace import (
     claim,
@@ -41,21 +40,11 @@ from pipeline.workspace import (
     share_unfinished,
     write_settings,
 )
-from shards import device_codec
-from shards.codec import CODECS, EXACT_DTYPES, MAX_SNR_DB, decode_npy, pack_quantised
+from shards.codec import CODECS, MAX_SNR_DB, decode_npy
 from shards.files import atomic_directory
 from shards.manifest import Manifest, read_file, refuse_other_spec
-from shards.reader import Sample, ShardSet
-from shards.schema import (
-    EMPTY_PROMPT,
-    LATENTS,
-    NOISE,
-    PROMPT_EMBEDS,
-    TEACHER_PRED,
-    entry_key,
-    shard_names,
-    tap_member,
-)
+from shards.reader import ShardSet
+from shards.schema import EMPTY_PROMPT, LATENTS, PROMPT_EMBEDS, shard_names
 from shards.writer import Entry, write_shard
 
 # Threads that compress what the teacher said; zstd lets go of the interpreter's lock.
@@ -78,6 +67,7 @@ class TeacherCacheSettings(Settings):
     batch_size: int = option(8, "Entries in one forward pass.", low=1)
     seed: int = option(0, "Seed of noise, timesteps, dither and what is drawn beside.", low=0)
     noise_offset: float = option(0.0, "Strength of a noise offset for each channel.", low=0.0)
+    input_perturbation: float = option(0.0, "Strength of noise in the input that is not to be predicted.", low=0.0)
     uncond_fraction: float = option(0.0, "Share of entries that get the empty prompt.", low=0.0, high=1.0)
     prediction_type: str | None = option(
         None, "What the teacher predicts; by default what its scheduler says.", choices=PREDICTION_TYPES
@@ -96,16 +86,6 @@ class TeacherCacheSettings(Settings):
         if not self.students:
             raise UserError(f"--students names no level; choose of {', '.join(LEVELS)}")
         range_of(self.shard_range)
-
-
-@dataclass(frozen=True)
-class Teacher:
-    """What one forward pass needs. `alphas_cumprod` (T,) float32; `empty_prompt` (L, D) fp16."""
-
-    unet: UNet2DConditionModel
-    taps: Taps
-    alphas_cumprod: Tensor
-    empty_prompt: np.ndarray
 
 
 def run(settings: TeacherCacheSettings) -> None:
@@ -188,6 +168,7 @@ def cache_spec(
         "taps": wanted_taps(tap_specs(settings, latents, dict(unet.config)), found),
         "codec": {"name": settings.codec, **({"snr_db": settings.snr_db} if settings.codec == "dither" else {})},
         "noise_offset": settings.noise_offset,
+        "input_perturbation": settings.input_perturbation,
         "uncond_fraction": settings.uncond_fraction,
         "prediction_type": prediction_type,
         "noise_scheduler": {key: config[key] for key in sorted(config) if not key.startswith("_")},
@@ -271,117 +252,16 @@ def cache_entries(
         yield from ((shard, entry) for entry in entries)
 
 
+def compress(answer: tuple[str, Answer]) -> tuple[str, list[Entry]]:
+    """The finished entries of a batch, with the shard that they belong to."""
+    shard, batch = answer
+    return shard, finish(batch)
+
+
 def counted(entries: Iterable[tuple[str, Entry]], advance: Callable[[int], Any]) -> Iterator[Entry]:
     for _, entry in entries:
         yield entry
         advance(1)
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What the teacher said of a batch: its entries, and what is still to be compressed into them.
-
-    `quantised` holds (entry, tensor name, q (C, H, W) integers, mu (C,) float32).
-    """
-
-    entries: list[Entry]
-    quantised: list[tuple[Entry, str, np.ndarray, np.ndarray]]
-
-
-def compress(answer: tuple[str, Answer]) -> tuple[str, list[Entry]]:
-    """The finished entries of a batch, with the shard that they belong to."""
-    shard, batch = answer
-    for entry, name, q, mu in batch.quantised:
-        entry.add_compressed(name, *pack_quantised(q, mu))
-    return shard, batch.entries
-
-
-@torch.inference_mode()
-def ask(samples: list[Sample], round_index: int, spec: dict[str, Any], teacher: Teacher) -> Answer:
-    """One forward pass of the teacher: B images at one timestep each."""
-    entries = [new_entry(sample, round_index, spec, teacher) for sample in samples]
-    inputs = {
-        name: torch.from_numpy(np.stack([decode_npy(entry.members[f"{name}.npy"]) for entry in entries]))
-        for name in (LATENTS, NOISE, PROMPT_EMBEDS)
-    }
-    device, dtype = teacher.unet.device, teacher.unet.dtype
-    timesteps = torch.tensor([entry.meta["timestep"] for entry in entries], device=device)
-    noisy = add_noise(inputs[LATENTS].to(device), inputs[NOISE].to(device), timesteps, teacher.alphas_cumprod)
-    with teacher.taps.recording() as features:
-        prediction = teacher.unet(
-            noisy.to(dtype), timesteps, encoder_hidden_states=inputs[PROMPT_EMBEDS].to(device, dtype)
-        ).sample
-
-    exact = EXACT_DTYPES.get(spec["codec"]["name"], np.dtype(np.float16))
-    add_exact(entries, TEACHER_PRED, prediction, exact)
-    answer = Answer(entries, [])
-    for tap, tap_spec in spec["taps"].items():
-        add_feature(answer, tap, features[tap], tap_spec["stride"], spec)
-    return answer
-
-
-def new_entry(sample: Sample, round_index: int, spec: dict[str, Any], teacher: Teacher) -> Entry:
-    """What an entry holds before the teacher has seen it: its draws, its latents and its prompt."""
-    seed, source_id = spec["seed"], sample.meta["source_id"]
-    latents = sample.tensors[LATENTS].values
-    unconditional = draws.is_unconditional(seed, source_id, round_index, spec["uncond_fraction"])
-    train_timesteps = len(teacher.alphas_cumprod)
-    meta = {
-        **sample.meta,
-        "round": round_index,
-        "timestep": draws.timestep(seed, source_id, round_index, spec["strata"], train_timesteps),
-        "unconditional": unconditional,
-        "taps": {},
-    }
-    entry = Entry(entry_key(sample.key, round_index), meta)
-    entry.add_array(LATENTS, latents)
-    noise = draws.noise(seed, source_id, round_index, latents.shape, spec["noise_offset"])
-    entry.add_array(NOISE, noise.astype(np.float16))
-    entry.add_array(PROMPT_EMBEDS, teacher.empty_prompt if unconditional else sample.tensors[PROMPT_EMBEDS].values)
-    return entry
-
-
-def add_exact(entries: list[Entry], name: str, values: Tensor, dtype: np.dtype) -> None:
-    """Add (B, ...) `values` to the entries, unquantised."""
-    check_finite(entries, name, values)
-    with np.errstate(over="ignore"):
-        stored = values.float().cpu().numpy().astype(dtype)
-    for entry, array in zip(entries, stored, strict=True):
-        if not np.isfinite(array).all():
-            codecs = "fp32" if name == TEACHER_PRED else "dither or fp32"
-            raise UserError(f"{name} of entry {entry.key} does not fit fp16: run with --codec {codecs}")
-        entry.add_array(name, array)
-
-
-def add_feature(answer: Answer, tap: str, features: Tensor, stride: int, spec: dict[str, Any]) -> None:
-    """Sample (B, C, H, W) `features`, quantise them, and add them with what decoding needs to the entries."""
-    entries = answer.entries
-    draw = [(spec["seed"], entry.meta["source_id"], entry.meta["round"], tap) for entry in entries]
-    rows, columns = zip(*(draws.token_offset(*d, stride) for d in draw), strict=True)
-    kept = sample_tokens(features, rows, columns, stride)
-    records: list[dict[str, Any]] = [{"row": r, "column": c} for r, c in zip(rows, columns, strict=True)]
-    if spec["codec"]["name"] in EXACT_DTYPES:
-        add_exact(entries, tap_member(tap), kept, EXACT_DTYPES[spec["codec"]["name"]])
-    else:
-        check_finite(entries, tap_member(tap), kept)
-        offsets = [draws.dither_offset(*d) for d in draw]
-        q, mu, step = device_codec.quantise(kept, spec["codec"]["snr_db"], offsets)
-        q, mu = q.cpu().numpy(), mu.cpu().numpy()
-        for i, (entry, record, s, offset) in enumerate(zip(entries, records, step.tolist(), offsets, strict=True)):
-            record.update(step=s, dither=offset)
-            answer.quantised.append((entry, tap_member(tap), q[i], mu[i]))
-    for entry, record in zip(entries, records, strict=True):
-        entry.meta["taps"][tap] = record
-
-
-def check_finite(entries: list[Entry], name: str, values: Tensor) -> None:
-    fine = torch.isfinite(values).flatten(1).all(dim=1).tolist()
-    if not all(fine):
-        entry = entries[fine.index(False)]
-        raise UserError(
-            f"the teacher gave NaN or Inf in {name} of entry {entry.key} ({entry.meta['source_id']}, "
-            f"timestep {entry.meta['timestep']}): run with --dtype fp32 or bf16, or check the teacher's weights"
-        )
 
 
 def report(out: Path, manifest: Manifest, prefix: str) -> None:
@@ -417,7 +297,7 @@ def plan(settings: TeacherCacheSettings) -> list[str]:
 
 def entry_sizes(latents_spec: dict[str, Any], taps: dict[str, Any], settings: TeacherCacheSettings) -> dict[str, int]:
     shapes = latents_spec["latents_shape"], latents_spec["prompt_embeds_shape"]
-    return sizes.cache_entry(*shapes, taps, settings.codec, settings.snr_db)
+    return sizes.cache_entry(*shapes, taps, settings.codec, settings.snr_db, settings.input_perturbation > 0)
 
 
 command = stage_command("teacher-cache", TeacherCacheSettings, plan, run)

@@ -32,7 +32,7 @@ from pipeline.hub import open_repository
 from pipeline.interrupts import Interrupts
 from pipeline.losses import distillation_losses, total_loss
 from pipeline.metrics import Metrics
-from pipeline.optimizers import make_optimizer
+from pipeline.optimizers import lay_out_moments, make_optimizer
 from pipeline.prompts import read_prompts
 from pipeline.taps import Taps, sample_tokens
 from pipeline.training_settings import TrainingSettings
@@ -110,6 +110,7 @@ class Training:
     def load_state(self, state: dict[str, Any]) -> None:
         self.step, self.position = state["step"], state["position"]
         self.optimizer.load_state_dict(state["optimizer"])
+        lay_out_moments(self.optimizer)
         self.lr_scheduler.load_state_dict(state["lr_scheduler"])
         if self.ema:
             self.ema.load_state_dict(state["ema"])
@@ -132,7 +133,9 @@ def prepare_training(
 
     Trained are those of its parameters that require gradients; by default the whole student is saved.
     """
-    student.to(accelerator.device, memory_format=torch.channels_last).train()
+    # On a CPU the gradients of convolutions would have to be copied into that format.
+    on_gpu = accelerator.device.type == "cuda"
+    student.to(accelerator.device, memory_format=torch.channels_last if on_gpu else torch.contiguous_format).train()
     if settings.gradient_checkpointing:
         student.enable_gradient_checkpointing()
     if settings.allow_tf32:
@@ -262,7 +265,7 @@ def step_losses(training: Training, settings: TrainingSettings, batch: Batch) ->
     """The loss terms of one batch: float32 scalars by name (see `losses.distillation_losses`)."""
     pairs = training.pairs
     latents, noise, timesteps = batch.latents, batch.noise, batch.timesteps
-    noisy = add_noise(latents, noise, timesteps, training.alphas_cumprod)
+    noisy = add_noise(latents, batch.added_noise, timesteps, training.alphas_cumprod)
     with training.taps.recording() as features:
         prediction = training.model(noisy, timesteps, encoder_hidden_states=batch.prompt_embeds.float()).sample
     sampled, stored = {}, {}

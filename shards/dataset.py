@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from shards import device_codec
 from shards.reader import Sample, ShardSet
-from shards.schema import LATENTS, NOISE, PROMPT_EMBEDS, TEACHER_PRED, ShardError, tap_member
+from shards.schema import INPUT_NOISE, LATENTS, NOISE, PROMPT_EMBEDS, TEACHER_PRED, ShardError, tap_member
 
 
 def _map_tensors(value: Any, function) -> Any:
@@ -61,7 +61,8 @@ class Feature:
 class Batch:
     """B entries. Tensors as stored: latents, noise, teacher_pred (B, C, H, W), prompt_embeds (B, L, D).
 
-    `timesteps` (B,) int64. `features` by the teacher's tap name.
+    `timesteps` (B,) int64. `features` by the teacher's tap name. `input_noise` is what was added to the latents where
+    that is not the noise (see `draws.perturbed`).
     """
 
     keys: tuple[str, ...]
@@ -71,6 +72,11 @@ class Batch:
     prompt_embeds: Tensor
     teacher_pred: Tensor | None
     features: dict[str, Feature]
+    input_noise: Tensor | None = None
+
+    @property
+    def added_noise(self) -> Tensor:
+        return self.noise if self.input_noise is None else self.input_noise
 
     def to(self, device: torch.device) -> Batch:
         return _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
@@ -99,7 +105,8 @@ class CacheDataset(Dataset):
         if not len(self.shards):
             raise ShardError(f"{cache} holds no entries: every image was skipped when its latents were encoded")
         self.taps = tuple(taps)
-        self.tensors = [LATENTS, NOISE, PROMPT_EMBEDS, *([TEACHER_PRED] if with_teacher_pred else [])]
+        optional = {TEACHER_PRED: with_teacher_pred, INPUT_NOISE: self.shards.manifest.spec.get("input_perturbation")}
+        self.tensors = [LATENTS, NOISE, PROMPT_EMBEDS, *(name for name, wanted in optional.items() if wanted)]
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -121,6 +128,7 @@ class CacheDataset(Dataset):
             prompt_embeds=stack(PROMPT_EMBEDS),
             teacher_pred=stack(TEACHER_PRED),
             features={tap: self._collate_tap(samples, tap) for tap in self.taps},
+            input_noise=stack(INPUT_NOISE),
         )
 
     def _collate_tap(self, samples: list[Sample], tap: str) -> Feature:

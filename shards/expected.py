@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from shards.codec import DITHER_TABLE_SIZE, EXACT_DTYPES
-from shards.schema import LATENTS, NOISE, PROMPT_EMBEDS, TEACHER_PRED, ShardError, tap_member
+from shards.schema import INPUT_NOISE, LATENTS, NOISE, PROMPT_EMBEDS, TEACHER_PRED, ShardError, tap_member
 
 KEY = re.compile(r"\d{9}(?:-r(\d{4,}))?")
 # A .npy header of format 1.0, as numpy writes it for shapes of a few dimensions.
@@ -55,6 +55,8 @@ def expected_tensors(spec: dict[str, Any]) -> dict[str, Expected]:
         return tensors
     exact = EXACT_DTYPES.get(spec["codec"]["name"])
     tensors |= {NOISE: Expected(shape, half), TEACHER_PRED: Expected(shape, exact or half)}
+    if spec.get("input_perturbation"):
+        tensors[INPUT_NOISE] = Expected(shape, half)
     return tensors | {tap_member(tap): Expected(sampled_shape(t), exact) for tap, t in spec["taps"].items()}
 
 

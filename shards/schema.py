@@ -10,6 +10,8 @@ EMPTY_PROMPT = "empty_prompt_embeds.npy"
 LATENTS = "latents"
 PROMPT_EMBEDS = "prompt_embeds"
 NOISE = "noise"
+# With input perturbation: what is added to the latents in place of the noise.
+INPUT_NOISE = "input_noise"
 TEACHER_PRED = "teacher_pred"
 TAP_PREFIX = "tap."
 

@@ -121,6 +121,37 @@ def test_what_is_not_there_is_said_with_how_to_get_it_and_the_rest_runs(done, pl
     assert not (tmp_path / "out" / "pictures").exists()
 
 
+def test_a_student_with_int8_weights_stands_in_the_table_like_any_other(done, place, tmp_path):
+    options = ["--model", place / "student", "--format", "int8", "--out", tmp_path / "int8"]
+    assert CliRunner().invoke(main, ["export", *map(str, options)]).exit_code == 0
+    result = whole(place, tmp_path / "out", "--student", tmp_path / "int8")
+    assert result.exit_code == 0, result.output
+    exact, found = figures(done[0]), figures(tmp_path / "out")
+    assert found["student"]["level"] == "sd_small"
+    for key in ("unet_parameters", "macs"):
+        assert found["cost"]["student"][key] == exact["cost"]["student"][key]
+    assert found["cost"]["student"]["forward_seconds"] > 0
+    errors = [each["fidelity"]["all"]["output"]["mse"] for each in (exact, found)]
+    assert errors[0] != errors[1]
+    assert errors[0] == pytest.approx(errors[1], rel=0.05)
+
+
+def test_quantised_weights_are_not_trained_on_and_not_asked_as_a_teacher(place, tmp_path):
+    options = ["--model", place / "student", "--format", "int8", "--out", tmp_path / "int8"]
+    assert CliRunner().invoke(main, ["export", *map(str, options)]).exit_code == 0
+    for command in (
+        ["finetune", "--model", tmp_path / "int8", "--latents", place / "latents", "--out", tmp_path / "out"],
+        ["teacher-cache", "--teacher", tmp_path / "int8", "--latents", place / "latents", "--out", tmp_path / "out"],
+    ):
+        result = CliRunner().invoke(main, list(map(str, [*command, "--device", "cpu"])))
+        reset_accelerate()
+        assert result.exit_code == 2
+        assert "has quantised weights: give the pipeline that it was exported from" in result.output
+    drawn = ["sample", "--model", tmp_path / "int8", "--prompts", "a cat", "--out", tmp_path / "drawn"]
+    result = CliRunner().invoke(main, list(map(str, [*drawn, "--num-inference-steps", 1, "--device", "cpu"])))
+    assert result.exit_code == 0, result.output
+
+
 def test_the_report_holds_the_table_the_curves_and_the_pictures(done):
     page = (done[0] / "report.html").read_text()
     assert page.count("<img") == 1 + 2 * len(PROMPTS)
@@ -305,7 +336,7 @@ def test_bad_input_ends_in_one_message(bad, place):
         "--student {bad}/folder": "has no model_index.json: give a checkpoint in diffusers layout",
         "--student {bad}/stranger": "is no student of --teacher",
         "--student {bad}/v": "predicts v_prediction, and --teacher",
-        "--student {bad}/cut": "{bad}/cut cannot be loaded",
+        "--student {bad}/cut": "{bad}/cut/unet cannot be loaded",
         "--student {bad}/torn": "{bad}/torn/model_index.json is damaged",
         "--level sd_tiny": "--level sd_tiny is not that of --student",
         "--prompts {bad}/empty.txt": "{bad}/empty.txt holds no prompts: write one a line",

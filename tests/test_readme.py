@@ -138,6 +138,14 @@ def test_every_make_target_named_exists():
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
+def test_every_extra_that_is_named_exists():
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "pipeline").rglob("*.py")]
+    named = set(re.findall(r"(?:distill-sd|'\.)\[([a-z0-9]+)\]", "\n".join([README, *sources])))
+    assert named >= {"datasets", "evaluate", "int8", "lora", "onnx"}
+    _, extras = (ROOT / "pyproject.toml").read_text(encoding="utf-8").split("[project.optional-dependencies]")
+    assert named <= set(re.findall(r"^([a-z0-9]+) = ", extras.split("\n[")[0], re.MULTILINE))
+
+
 def test_files_that_are_linked_exist():
     for link in re.findall(r"\]\((?!http|#)([^)]+)\)", README):
         assert (ROOT / link).exists(), link

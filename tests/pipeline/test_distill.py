@@ -94,7 +94,8 @@ def online(teacher_folder, student, pairs, batch, prediction_type):
     hooked(student, pairs.keys(), of_student)
     noise_scheduler = DDPMScheduler.from_pretrained(teacher_folder, subfolder="scheduler")
     latents, noise, prompts = batch.latents.float(), batch.noise.float(), batch.prompt_embeds.float()
-    noisy = noise_scheduler.add_noise(latents, noise, batch.timesteps)
+    added = noise if batch.input_noise is None else batch.input_noise.float()
+    noisy = noise_scheduler.add_noise(latents, added, batch.timesteps)
     with torch.no_grad():
         teacher_pred = teacher(noisy, batch.timesteps, prompts).sample
     student_pred = student(noisy, batch.timesteps, prompts).sample
@@ -129,6 +130,20 @@ def test_losses_and_gradients_equal_the_online_ones(
     flat = torch.cat([gradients[name].flatten() for name, _ in student.named_parameters()])
     expected_flat = torch.cat([p.grad.flatten() for p in student.parameters()])
     assert (flat - expected_flat).norm() <= tolerance * expected_flat.norm()
+
+
+def test_with_input_perturbation_the_noise_stays_what_is_predicted(teacher, images, tmp_path):
+    latents = run_encode(teacher, images, tmp_path / "latents")
+    cache = run_teacher_cache(
+        teacher, latents, tmp_path / "cache", codec="fp32", token_stride=1, rounds=1, input_perturbation=0.3
+    )
+    settings, training = prepared(cache, tmp_path, level="sd_small", train_batch_size=5)
+    batch = training.dataset.collate([training.dataset[i] for i in (0, 4, 9)])
+    assert (batch.input_noise - batch.noise).std() > 0.2
+    student = UNet2DConditionModel.from_pretrained(cache / "students" / "sd_small").train()
+    expected = online(teacher, student, PAIRS["sd_small"], batch, "epsilon")
+    terms = step_losses(training, settings, batch)
+    assert {n: t.item() for n, t in terms.items()} == approx({n: t.item() for n, t in expected.items()}, rel=1e-5)
 
 
 def test_a_sampled_quantised_cache_gives_the_online_gradient_up_to_noise(caches, cache, teacher, tmp_path):

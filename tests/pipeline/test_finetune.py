@@ -81,6 +81,18 @@ def test_the_loss_is_diffusers_own_of_each_draw(student, latents, tmp_path):
     reset_accelerate()
 
 
+def test_input_perturbation_is_added_and_not_predicted(student, latents, tmp_path):
+    dataset, accelerator = LatentsDataset(latents), Accelerator(cpu=True)
+    plain, moved = (
+        first(finetune.batches(settings_of(student, latents, tmp_path, **changes), dataset, accelerator, 0, 1000), 1)[0]
+        for changes in ({}, {"input_perturbation": 0.3})
+    )
+    assert torch.equal(plain.noise, moved.noise)
+    assert torch.equal(plain.added_noise, plain.noise)
+    assert (moved.added_noise - moved.noise).std() == pytest.approx(0.3, rel=0.1)
+    reset_accelerate()
+
+
 def test_each_visit_draws_anew_and_draws_hang_on_picture_and_visit_alone(student, latents, tmp_path):
     dataset, accelerator = LatentsDataset(latents), Accelerator(cpu=True)
 

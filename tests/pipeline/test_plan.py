@@ -131,9 +131,9 @@ def test_a_trial_runs_the_teacher_and_says_how_long_the_rounds_take(teacher, mon
     assert float(told[1]) * length * float(told[3]) == pytest.approx(300, rel=0.02)
 
 
-def test_where_the_cpu_is_free_the_slower_of_device_and_compression_decides():
-    assert Trial(device=3.0, compressing=1.0, beside=True).seconds(10) == 30
-    assert Trial(device=3.0, compressing=1.0, beside=False).seconds(10) == 40
+def test_where_the_cpu_is_free_the_slower_of_asking_and_compressing_decides():
+    assert Trial(asking=3.0, compressing=1.0, beside=True).seconds(10) == 30
+    assert Trial(asking=3.0, compressing=1.0, beside=False).seconds(10) == 40
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,10 @@ from conftest import tiny_pipeline, tiny_unet, write_images
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from helpers import run_encode, run_teacher_cache, samples, shard_files, tree
 
+from pipeline import verify
 from pipeline.errors import UserError
 from pipeline.students import LEVELS
+from pipeline.verify import VerifySettings
 from shards.dataset import CacheDataset
 from shards.schema import ShardError
 
@@ -28,7 +30,7 @@ def cache(teacher, latents, tmp_path_factory):
     return run_teacher_cache(teacher, latents, tmp_path_factory.mktemp("cached") / "cache")
 
 
-def asked_again(teacher, sample):
+def asked_again(teacher, sample, added="noise"):
     """The teacher's prediction and block outputs for an entry, by hooks and noising that are not ours."""
     unet = UNet2DConditionModel.from_pretrained(teacher, subfolder="unet").eval()
     outputs = {}
@@ -36,12 +38,10 @@ def asked_again(teacher, sample):
         unet.get_submodule(name).register_forward_hook(
             lambda m, i, out, name=name: outputs.update({name: out if isinstance(out, torch.Tensor) else out[0]})
         )
-    values = {
-        n: torch.from_numpy(sample.tensors[n].values)[None].float() for n in ("latents", "noise", "prompt_embeds")
-    }
+    values = {n: torch.from_numpy(sample.tensors[n].values)[None].float() for n in ("latents", added, "prompt_embeds")}
     timesteps = torch.tensor([sample.meta["timestep"]])
     noisy = DDPMScheduler.from_pretrained(teacher, subfolder="scheduler").add_noise(
-        values["latents"], values["noise"], timesteps
+        values["latents"], values[added], timesteps
     )
     with torch.no_grad():
         prediction = unet(noisy, timesteps, encoder_hidden_states=values["prompt_embeds"]).sample
@@ -173,6 +173,24 @@ def test_the_noise_offset_reaches_the_noise(teacher, latents, cache, tmp_path):
         shift = b.tensors["noise"].values.astype(np.float32) - a.tensors["noise"].values
         assert shift.std(axis=(1, 2)).max() < 5e-3
         assert np.abs(shift.mean(axis=(1, 2))).max() > 0.05
+
+
+def test_input_perturbation_changes_what_the_teacher_sees_and_not_the_noise(teacher, latents, cache, tmp_path):
+    out = run_teacher_cache(teacher, latents, tmp_path / "c", input_perturbation=0.3)
+    plain = samples(cache, "cache", ["noise", "teacher_pred"])
+    moved = samples(out, "cache", [*TENSORS, "input_noise"])
+    added = []
+    for a, b in zip(plain, moved, strict=True):
+        np.testing.assert_array_equal(a.tensors["noise"].values, b.tensors["noise"].values)
+        assert not np.array_equal(a.tensors["teacher_pred"].values, b.tensors["teacher_pred"].values)
+        added.append(b.tensors["input_noise"].values.astype(np.float32) - b.tensors["noise"].values)
+    assert np.std(added) == pytest.approx(0.3, rel=0.05)
+    assert abs(np.mean(added)) < 0.02
+    for sample in moved[::9]:
+        prediction, _ = asked_again(teacher, sample, "input_noise")
+        stored = torch.from_numpy(sample.tensors["teacher_pred"].values).float()
+        torch.testing.assert_close(stored, prediction, rtol=2e-3, atol=2e-3)
+    verify.run(VerifySettings(directory=out, recompute=3, teacher=str(teacher)))
 
 
 def test_the_prediction_type_is_the_schedulers_unless_it_is_set(v_teacher, teacher, images, latents, tmp_path):
