@@ -42,7 +42,7 @@ def run(model, latents, out, **changes):
 
 
 def prepare(settings, folder, dataset, accelerator):
-    return finetune.prepare(settings, folder, models.load_unet(folder), dataset, accelerator)
+    return finetune.prepare(settings, folder, models.load_unet(folder, None), dataset, accelerator)
 
 
 def stopped(model, latents, out, after, monkeypatch, **changes):
