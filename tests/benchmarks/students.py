@@ -1,6 +1,6 @@
 """What a student costs beside its teacher: the U-Net's parameters, multiplications, seconds and memory.
 
-distill-sd claims up to 100 % more speed and 30 % less memory for its students. Here SD-1.x, sd_small and sd_tiny run at
+distill-sd claims up to 100 % more speed and 30 % less memory for its students. Here SD-1.x and its students run at
 512 px with random weights; `--arch demo` takes the bundled teacher's shape, to try the benchmark itself. Each run is a
 process of its own, so its memory is its own: the most that weights and activations took together on a GPU, and on a CPU
 the process's peak beyond what it held before the U-Net (with torch.compile that counts the compiler too). The rows take
@@ -31,7 +31,7 @@ from pipeline.demo import teacher_folder
 from pipeline.samples import peak_memory
 from pipeline.students import student_config
 
-ROWS = ("teacher", "sd_small", "sd_tiny")
+ROWS = ("teacher", "sd_small", "bk_small", "sd_tiny")
 REFERENCE = "teacher"
 TOKENS = {"sd15": 77, "demo": 24}
 WARM_UP, TIMED = 2, 3
