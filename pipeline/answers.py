@@ -21,7 +21,7 @@ from pipeline.taps import Taps, sample_tokens
 from shards import device_codec
 from shards.codec import EXACT_DTYPES, decode_npy, pack_quantised
 from shards.reader import Sample
-from shards.schema import INPUT_NOISE, LATENTS, NOISE, PROMPT_EMBEDS, TEACHER_PRED, entry_key, tap_member
+from shards.schema import INPUT_NOISE, LATENTS, NOISE, PROMPT_EMBEDS, TEACHER_PRED, added_noise, entry_key, tap_member
 from shards.writer import Entry
 
 
@@ -50,7 +50,7 @@ class Answer:
 def ask(samples: list[Sample], round_index: int, spec: dict[str, Any], teacher: Teacher) -> Answer:
     """One forward pass of the teacher: B images at one timestep each."""
     entries = [new_entry(sample, round_index, spec, teacher) for sample in samples]
-    added = INPUT_NOISE if spec["input_perturbation"] else NOISE
+    added = added_noise(spec)
     inputs = {
         name: torch.from_numpy(np.stack([decode_npy(entry.members[f"{name}.npy"]) for entry in entries]))
         for name in (LATENTS, added, PROMPT_EMBEDS)

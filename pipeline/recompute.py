@@ -15,7 +15,7 @@ from pipeline.diffusion import add_noise
 from pipeline.taps import Taps, sample_tokens
 from shards.codec import dequantise
 from shards.reader import Sample, StoredTensor
-from shards.schema import INPUT_NOISE, LATENTS, NOISE, PROMPT_EMBEDS, TEACHER_PRED, tap_member
+from shards.schema import LATENTS, PROMPT_EMBEDS, TEACHER_PRED, added_noise, tap_member
 
 # Two runs of one network differ by rounding, with the batch and the device: up to this share of a tensor's peak.
 # In fp32 that leaves room for the TF32 that GPUs convolve in.
@@ -57,9 +57,9 @@ def ask_again(
     sample: Sample, spec: dict[str, Any], unet: UNet2DConditionModel, taps: Taps, alphas_cumprod: Tensor
 ) -> dict[str, np.ndarray]:
     """What the teacher says of one entry, (C, H, W) float32 by tensor name: taps at the positions that were kept."""
-    added = INPUT_NOISE if spec.get("input_perturbation") else NOISE
     latents, noise, prompt_embeds = (
-        torch.tensor(sample.tensors[name].values, device=unet.device)[None] for name in (LATENTS, added, PROMPT_EMBEDS)
+        torch.tensor(sample.tensors[name].values, device=unet.device)[None]
+        for name in (LATENTS, added_noise(spec), PROMPT_EMBEDS)
     )
     timesteps = torch.tensor([sample.meta["timestep"]], device=unet.device)
     noisy = add_noise(latents, noise, timesteps, alphas_cumprod)

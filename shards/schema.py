@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 FORMAT_VERSION = 1
 
 MANIFEST = "manifest.json"
@@ -57,6 +59,11 @@ def round_of(shard: str) -> int | None:
 
 def sidecar_name(shard: str) -> str:
     return shard.removesuffix(".tar") + ".json"
+
+
+def added_noise(spec: dict[str, Any]) -> str:
+    """The tensor that is added to the latents of a cache with that spec."""
+    return INPUT_NOISE if spec.get("input_perturbation") else NOISE
 
 
 def tap_member(tap: str) -> str:
