@@ -25,6 +25,7 @@ from transformers import CLIPTextConfig, CLIPTokenizer
 from pipeline import demo
 from pipeline.checksums import write_checksums
 from pipeline.errors import UserError
+from pipeline.memory import keep_freed_memory
 from pipeline.students import check_teacher
 from pipeline.taps import Taps
 from shards.files import atomic_directory, write_json
@@ -50,6 +51,8 @@ def use_cpu(device: str) -> bool:
 
 def process_state(device: str) -> PartialState:
     """This process among those of `accelerate launch` or torchrun (one without them), and its device."""
+    if use_cpu(device):
+        keep_freed_memory()
     return PartialState(cpu=use_cpu(device), timeout=PATIENCE)
 
 

@@ -31,6 +31,7 @@ from pipeline.errors import UserError
 from pipeline.hub import open_repository
 from pipeline.interrupts import Interrupts
 from pipeline.losses import distillation_losses, total_loss
+from pipeline.memory import keep_freed_memory
 from pipeline.metrics import Metrics
 from pipeline.optimizers import lay_out_moments, make_optimizer
 from pipeline.prompts import read_prompts
@@ -47,6 +48,8 @@ LOGS, VALIDATION = "logs", "validation"
 
 
 def make_accelerator(settings: TrainingSettings) -> Accelerator:
+    if models.use_cpu(settings.device):
+        keep_freed_memory()
     return Accelerator(
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
         mixed_precision=settings.mixed_precision,
