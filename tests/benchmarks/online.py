@@ -51,13 +51,20 @@ def encoded_inputs(folder: Path, resolution: int, captions: list[str], device: t
 
 
 class OnlineBatches:
-    """A callable like `distill.batches`: noise and timesteps drawn anew at each visit, features exact."""
+    """A callable like `distill.batches`: noise and timesteps drawn anew at each visit, features exact.
 
-    def __init__(self, folder: Path, level: str, images: int, inputs: Inputs, device: torch.device, dtype) -> None:
-        teacher = models.load_unet(folder, None)
-        self.teacher = teacher.to(device, dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
+    The teacher computes in `dtype`. Its weights are float32 all the same, as in distill-sd, which leaves both U-Nets to
+    accelerate; or, with `cast_teacher`, of that dtype, as in BK-SDM.
+    """
+
+    def __init__(
+        self, folder: Path, level: str, images: int, inputs: Inputs, device: torch.device, dtype: torch.dtype,
+        cast_teacher: bool = False,
+    ) -> None:  # fmt: skip
+        teacher, weights = models.load_unet(folder, None), dtype if cast_teacher else torch.float32
+        self.teacher = teacher.to(device, weights, memory_format=torch.channels_last).eval().requires_grad_(False)
         self.taps = Taps(teacher, teacher_taps((level,)))
-        self.images, self.inputs = images, inputs
+        self.images, self.inputs, self.compute_dtype = images, inputs, dtype
 
     @torch.no_grad()
     def __call__(
@@ -72,7 +79,8 @@ class OnlineBatches:
             noise = torch.randn(latents.shape, generator=draw, device=device).half()
             timesteps = torch.randint(len(alphas_cumprod), (len(indices),), generator=draw, device=device)
             noisy = add_noise(latents, noise, timesteps, alphas_cumprod).to(dtype)
-            with self.taps.recording() as recorded:
+            autocast = torch.autocast(device.type, self.compute_dtype, enabled=dtype != self.compute_dtype)
+            with autocast, self.taps.recording() as recorded:
                 teacher_pred = self.teacher(noisy, timesteps, encoder_hidden_states=prompt_embeds.to(dtype)).sample
             nowhere = (0,) * len(indices)
             features = {tap: Feature(values, nowhere, nowhere, 1) for tap, values in recorded.items()}

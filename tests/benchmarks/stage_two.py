@@ -2,8 +2,9 @@
 
     cache       `distill` as it is: batches from the shards, through its loader's processes
     in memory   the same steps on batches that are there already: the bound
-    online      as the seeds train: VAE, text encoder and teacher run at every step, of pixels ready in memory
-    online, latents cached      the same without VAE and text encoder
+    online      as distill-sd trains: VAE, text encoder and teacher run at every step, of pixels ready in memory
+    online, teacher cast        the same with the teacher's weights in half precision, as in BK-SDM; not in fp32
+    online, latents cached      as distill-sd, without VAE and text encoder
 
 All rows run `distill`'s own loop; only the source of the batches differs. Each run is a process of its own, so its
 memory is its own, and the rows take turns. Weights are random for `sd15`, the bundled teacher's for `demo`. On a
@@ -43,8 +44,8 @@ from shards.reader import ShardSet
 
 RESOLUTIONS = {"demo": 64, "sd15": 512}
 TOKEN_MIN = {"demo": 16, "sd15": 32}
-ROWS = ("cache", "in memory", "online", "online, latents cached")
-REFERENCE = "online"
+REFERENCE, CAST = "online", "online, teacher cast"
+ROWS = ("cache", "in memory", REFERENCE, CAST, "online, latents cached")
 WARM_UP = 2
 
 
@@ -109,12 +110,12 @@ def source_of(row: str, case: Case, device: torch.device) -> Callable:
     if row == "in memory":
         return in_memory
     latents = ShardSet(case.work / "latents", "latents")
-    if row == "online":
+    if row in (REFERENCE, CAST):
         captions = [latents.read(i, ()).meta["caption"] for i in range(len(latents))]
         inputs = encoded_inputs(case.teacher, RESOLUTIONS[case.arch], captions, device, dtype)
     else:
         inputs = stored_inputs(latents, device)
-    return OnlineBatches(case.teacher, case.level, len(latents), inputs, device, dtype)
+    return OnlineBatches(case.teacher, case.level, len(latents), inputs, device, dtype, row == CAST)
 
 
 def in_memory(settings: distill.DistillSettings, dataset, accelerator, position: int) -> Iterator[Batch]:
@@ -203,9 +204,9 @@ def main(
           f" torch {torch.__version__}; {arch}, precision {mixed_precision}")  # fmt: skip
     for level, batch_size in itertools.product(levels.split(","), batch_sizes):
         case = Case(work, arch, level, batch_size, *common)
-        runs: dict[str, list[Run]] = {row: [] for row in ROWS}
+        runs: dict[str, list[Run]] = {row: [] for row in ROWS if row != CAST or mixed_precision != "no"}
         for turn in range(repeats):
-            for row in ROWS if turn % 2 == 0 else reversed(ROWS):
+            for row in list(runs) if turn % 2 == 0 else reversed(runs):
                 runs[row].append(in_process(run, row, case))
         checkpointed = ", gradient checkpointing" if gradient_checkpointing else ""
         print(f"\n{level}, batches of {batch_size}{checkpointed}\n\n{table(runs, batch_size)}", flush=True)
