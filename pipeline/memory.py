@@ -10,10 +10,11 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 def keep_freed_memory() -> None:
-    """Let malloc keep what is freed for what comes next, where it is glibc's; elsewhere nothing is done.
+    """Let malloc keep what is freed for what comes next, where it is glibc's (mallopt(3)); elsewhere do nothing.
 
-    As it comes, glibc gives every large tensor of a CPU back to the system, which has to clear the same pages for the
-    next step: at the SD-1.x shapes as much as a third of a training step. What is kept is at most the peak's memory.
+    By default glibc gives whatever is larger than 32 MB back to the system, which clears the same pages again at the
+    next step: on a CPU a good part of a training step (tests/benchmarks/stage_two.md). The price is that the process
+    stays as large as its peak.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
