@@ -14,7 +14,7 @@ def keep_freed_memory() -> None:
 
     By default glibc gives whatever is larger than 32 MB back to the system, which clears the same pages again at the
     next step: on a CPU a good part of a training step (tests/benchmarks/stage_two.md). The price is that the process
-    stays as large as its peak.
+    stays as large as its peak, which holes in what is kept can make a little larger.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
