@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 from pipeline import models
 from pipeline.demo import oracle
+from pipeline.memory import give_back_freed_memory
 from shards.files import atomic_directory, write_json
 
 SAMPLES = "samples"
@@ -137,7 +138,11 @@ def draw_apart(model: Model, prompts: list[str], sampler: Sampler, description: 
 
 @contextmanager
 def drawing_apart(model: Model) -> Iterator[Callable[[list[str], Sampler, str | None], Samples]]:
-    """`draw_samples` with a pipeline that is loaded once, in a process that lives as long as the block."""
+    """`draw_samples` with a pipeline that is loaded once, in a process that lives as long as the block.
+
+    What this process has freed is given back to the system for it.
+    """
+    give_back_freed_memory()
     context = multiprocessing.get_context("forkserver")
     # The imports take longer than many a drawing; the server has them ready for the next one.
     context.set_forkserver_preload([__name__])
