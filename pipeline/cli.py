@@ -7,18 +7,18 @@ import importlib
 import click
 
 COMMANDS = {
-    "plan": ("pipeline.plan", "What a cache will take, and what fits a budget."),
-    "download": ("pipeline.download", "A list of addresses and captions to tars, through img2dataset."),
+    "plan": ("pipeline.commands.plan", "What a cache will take, and what fits a budget."),
+    "download": ("pipeline.commands.download", "A list of addresses and captions to tars, through img2dataset."),
     "encode": ("pipeline.encode", "Images and captions to latents and prompt embeddings."),
     "teacher-cache": ("pipeline.teacher_cache", "Latents to the teacher's predictions and features."),
     "distill": ("pipeline.distill", "Train a student from a cache."),
-    "finetune": ("pipeline.finetune", "Train a pipeline's U-Net on latents, whole or with LoRA."),
-    "sample": ("pipeline.sample", "Pictures from a model, a teacher or a student."),
-    "evaluate": ("pipeline.evaluate", "A student beside its teacher: cost, fidelity, quality."),
-    "export": ("pipeline.export", "A model as a single file, as ONNX, or with int8 weights."),
-    "verify": ("pipeline.verify", "Check latents or a cache for damage."),
-    "inspect": ("pipeline.inspect_shards", "Show what latents or a cache hold."),
-    "demo-scenes": ("pipeline.demo.make_scenes", "Captioned pictures of shapes, to try the stages on."),
+    "finetune": ("pipeline.commands.finetune", "Train a pipeline's U-Net on latents, whole or with LoRA."),
+    "sample": ("pipeline.commands.sample", "Pictures from a model, a teacher or a student."),
+    "evaluate": ("pipeline.commands.evaluate", "A student beside its teacher: cost, fidelity, quality."),
+    "export": ("pipeline.commands.export", "A model as a single file, as ONNX, or with int8 weights."),
+    "verify": ("pipeline.commands.verify", "Check latents or a cache for damage."),
+    "inspect": ("pipeline.commands.inspect", "Show what latents or a cache hold."),
+    "demo-scenes": ("pipeline.commands.demo_scenes", "Captioned pictures of shapes, to try the stages on."),
     "demo-teacher": ("pipeline.demo.train", "Train the bundled demo teacher once more."),
 }
 

@@ -14,18 +14,17 @@ import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler, UNet2DConditionModel
 
-from pipeline import models
-from pipeline.checkpoint import list_checkpoints, load_checkpoint
-from pipeline.command import stage_command
 from pipeline.distill_settings import DistillSettings, pairs_of, training_spec
-from pipeline.errors import UserError
-from pipeline.hub import upload
-from pipeline.initial_student import initial_student
-from pipeline.model_card import write_model_card
-from pipeline.origin import CARD
-from pipeline.report import REPORT, write_report
-from pipeline.samples import SAMPLES, Model, draw_apart, load_samples
-from pipeline.trainer import (
+from pipeline.evaluation.model_card import write_model_card
+from pipeline.models.hub import upload
+from pipeline.models.load import DTYPES, MODEL_INDEX, resolve_dtype, save_pipeline
+from pipeline.models.provenance import CARD
+from pipeline.sampling.generate import SAMPLES, Model, draw_apart, load_samples
+from pipeline.system.command import stage_command
+from pipeline.system.errors import UserError
+from pipeline.training.checkpoint import list_checkpoints, load_checkpoint
+from pipeline.training.initial_student import initial_student
+from pipeline.training.loop import (
     CHECKPOINTS,
     METRICS,
     Training,
@@ -37,7 +36,8 @@ from pipeline.trainer import (
     prepare_training,
     run_training,
 )
-from pipeline.training_settings import worked_out
+from pipeline.training.report import REPORT, write_report
+from pipeline.training.settings import worked_out
 from shards.dataset import CacheDataset
 
 
@@ -87,7 +87,7 @@ def prepare(settings: DistillSettings, dataset: CacheDataset, accelerator: Accel
 def save_student(settings: DistillSettings, student: UNet2DConditionModel) -> None:
     """The finished pipeline and its model card."""
     (settings.out / REPORT).unlink(missing_ok=True)
-    models.save_pipeline(settings.cache / "base", student, settings.out)
+    save_pipeline(settings.cache / "base", student, settings.out)
     write_model_card(settings.out, settings.as_json())
 
 
@@ -100,7 +100,7 @@ def save_report(settings: DistillSettings, device: torch.device) -> None:
             "untrained student": settings.cache / "students" / settings.level,
             "student": settings.out / "unet",
         }
-        dtype = models.DTYPES[models.resolve_dtype("auto", device)]
+        dtype = DTYPES[resolve_dtype("auto", device)]
         for name, folder in folders.items():
             model = Model(settings.cache / "base", folder, device, dtype)
             rows[name] = draw_apart(model, rows["teacher"].prompts, sampler, name)
@@ -120,7 +120,7 @@ def open_cache(settings: DistillSettings) -> CacheDataset:
             f"{settings.cache} has no initial weights of {settings.level}: "
             f"run `teacher-cache --students {settings.level}` on it, with the other settings as they were"
         )
-    if not (settings.cache / "base" / models.MODEL_INDEX).is_file():
+    if not (settings.cache / "base" / MODEL_INDEX).is_file():
         raise UserError(f"{settings.cache} has no base/, the pipeline that takes the student: copy the whole cache")
     return dataset
 

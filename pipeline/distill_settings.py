@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.initial_student import weights_sha256s
-from pipeline.losses import FEATURE_LOSSES
-from pipeline.settings import REQUIRED, option
-from pipeline.students import LEVELS
-from pipeline.training_settings import TrainingSettings, what_decides
+from pipeline.core.losses import FEATURE_LOSSES
+from pipeline.models.families.sd import LEVELS
+from pipeline.system.settings import REQUIRED, option
+from pipeline.training.initial_student import weights_sha256s
+from pipeline.training.settings import TrainingSettings, what_decides
 from shards.manifest import read_manifest
 
 

@@ -18,14 +18,8 @@ import torch
 from diffusers import DiffusionPipeline
 from tqdm import tqdm
 
-from pipeline import draws, models, sizes
-from pipeline.command import stage_command
-from pipeline.errors import UserError
-from pipeline.loading import Framing, Loaded, load_records, without_skipped
-from pipeline.settings import REQUIRED, option
-from pipeline.sources import DataSettings, OpenSource, Record, inputs_sha256, open_source
-from pipeline.workers import in_background
-from pipeline.workspace import (
+from pipeline.cache import sizes
+from pipeline.cache.output import (
     claim,
     existing_manifest,
     finished_sidecars,
@@ -36,6 +30,27 @@ from pipeline.workspace import (
     unfinished_shards,
     write_settings,
 )
+from pipeline.core import draws
+from pipeline.data.loading import Framing, Loaded, load_records, without_skipped
+from pipeline.data.source import DataSettings, OpenSource, Record, inputs_sha256, open_source
+from pipeline.models.load import (
+    DEVICES,
+    DTYPES,
+    computes_beside,
+    count_cut_prompts,
+    encode_images,
+    encode_prompts,
+    find_pipeline,
+    latents_shape,
+    library_versions,
+    load_base,
+    process_state,
+    weights_sha256,
+)
+from pipeline.system.command import stage_command
+from pipeline.system.errors import UserError
+from pipeline.system.settings import REQUIRED, option
+from pipeline.system.threads import in_background
 from shards.codec import encode_npy
 from shards.files import atomic_file
 from shards.manifest import Manifest, refuse_other_spec
@@ -54,8 +69,8 @@ class EncodeSettings(DataSettings):
     center_crop: bool = option(False, "Crop the centre instead of a random place.")
     random_flip: bool = option(False, "Mirror half of the pictures, drawn at random.")
     batch_size: int = option(8, "Pictures in one forward pass.", low=1)
-    dtype: str = option("fp32", "Precision of the VAE and the text encoder.", choices=tuple(models.DTYPES))
-    device: str = option("auto", "auto takes the GPU if there is one.", choices=models.DEVICES)
+    dtype: str = option("fp32", "Precision of the VAE and the text encoder.", choices=tuple(DTYPES))
+    device: str = option("auto", "auto takes the GPU if there is one.", choices=DEVICES)
     workers: int = option(4, "Threads that decode and resize pictures.", low=1)
     entries_per_shard: int = option(1000, "Pictures in one shard.", low=1)
     max_skipped: float = option(
@@ -80,10 +95,10 @@ class EncodeSettings(DataSettings):
 
 def run(settings: EncodeSettings) -> None:
     """Images and captions to latents and prompt embeddings, in shards."""
-    state = models.process_state(settings.device)
+    state = process_state(settings.device)
     source = open_source(settings)
-    folder = models.find_pipeline(settings.teacher, settings.revision, settings.variant)
-    base = models.load_base(folder, settings.variant)
+    folder = find_pipeline(settings.teacher, settings.revision, settings.variant)
+    base = load_base(folder, settings.variant)
     spec = latents_spec(settings, source, base)
     with state.main_process_first():
         manifest = claim(settings.out, "latents", spec, files={EMPTY_PROMPT: empty_prompt_npy(base)})
@@ -95,7 +110,7 @@ def run(settings: EncodeSettings) -> None:
             report(settings.out, manifest, "already finished, nothing to do: ")
         return
 
-    base.to(state.device, models.DTYPES[settings.dtype])
+    base.to(state.device, DTYPES[settings.dtype])
     base.vae.to(memory_format=torch.channels_last)
     names = manifest.shard_names()
     pictures = sum(len(shard_records(source, settings, names.index(shard))) for shard in unfinished)
@@ -108,7 +123,7 @@ def run(settings: EncodeSettings) -> None:
         for shard in mine:
             skipped: list[dict[str, str]] = []
             entries = shard_entries(source, settings, names.index(shard), base, skipped, progress.update)
-            if models.computes_beside(state.device):
+            if computes_beside(state.device):
                 entries = in_background(entries, 2 * settings.batch_size)
             write_shard(settings.out, shard, manifest.spec_sha256, entries, skipped)
     state.wait_for_everyone()
@@ -118,7 +133,7 @@ def run(settings: EncodeSettings) -> None:
 
 def say_cut_captions(source: OpenSource, base: DiffusionPipeline) -> None:
     """Tell how many captions the text encoder does not take in whole."""
-    cut = models.count_cut_prompts(base, [record.caption for record in source.records])
+    cut = count_cut_prompts(base, [record.caption for record in source.records])
     if cut:
         tokens = base.tokenizer.model_max_length
         click.echo(f"note: {cut} of {len(source.records)} captions are longer than {tokens} tokens, and cut there")
@@ -136,12 +151,12 @@ def latents_spec(settings: EncodeSettings, source: OpenSource, base: DiffusionPi
         "center_crop": settings.center_crop,
         "random_flip": settings.random_flip,
         "dtype": settings.dtype,
-        "latents_shape": models.latents_shape(base.vae, settings.resolution),
+        "latents_shape": latents_shape(base.vae, settings.resolution),
         "prompt_embeds_shape": (base.tokenizer.model_max_length, base.text_encoder.config.hidden_size),
         "scaling_factor": base.vae.config.scaling_factor,
-        "vae_sha256": models.weights_sha256(base.vae),
-        "text_encoder_sha256": models.weights_sha256(base.text_encoder),
-        "libraries": models.library_versions(),
+        "vae_sha256": weights_sha256(base.vae),
+        "text_encoder_sha256": weights_sha256(base.text_encoder),
+        "libraries": library_versions(),
     }
 
 
@@ -187,12 +202,12 @@ def shard_entries(
 @torch.inference_mode()
 def encode_batch(batch: list[Loaded], settings: EncodeSettings, base: DiffusionPipeline) -> list[Entry]:
     """One forward pass of the VAE's encoder and one of the text encoder."""
-    shape = models.latents_shape(base.vae, settings.resolution)
+    shape = latents_shape(base.vae, settings.resolution)
     ids = [item.record.source_id for item in batch]
     drawn = [draws.standard_normal(settings.seed, name, 0, "posterior", shape) for name in ids]
     pixels = torch.from_numpy(np.stack([item.pixels for item in batch]))
-    latents = models.encode_images(base.vae, pixels, torch.from_numpy(np.stack(drawn)))
-    prompt_embeds = models.encode_prompts(base, [item.record.caption for item in batch])
+    latents = encode_images(base.vae, pixels, torch.from_numpy(np.stack(drawn)))
+    prompt_embeds = encode_prompts(base, [item.record.caption for item in batch])
     stored = {LATENTS: latents.half().cpu().numpy(), PROMPT_EMBEDS: prompt_embeds.half().cpu().numpy()}
     return [
         entry_of(item, {name: array[i] for name, array in stored.items()}, settings) for i, item in enumerate(batch)
@@ -218,7 +233,7 @@ def entry_of(item: Loaded, arrays: dict[str, np.ndarray], settings: EncodeSettin
 @torch.inference_mode()
 def empty_prompt_npy(base: DiffusionPipeline) -> bytes:
     """The embedding (L, D) fp16 of the empty prompt, which the teacher stage gives to unconditional entries."""
-    return encode_npy(models.encode_prompts(base, [""])[0].half().numpy())
+    return encode_npy(encode_prompts(base, [""])[0].half().numpy())
 
 
 def report(out: Path, manifest: Manifest, prefix: str) -> None:
@@ -240,8 +255,8 @@ def report(out: Path, manifest: Manifest, prefix: str) -> None:
 def plan(settings: EncodeSettings) -> list[str]:
     """What a run would write."""
     source = open_source(settings)
-    folder = models.find_pipeline(settings.teacher, settings.revision, settings.variant)
-    base = models.load_base(folder, settings.variant)
+    folder = find_pipeline(settings.teacher, settings.revision, settings.variant)
+    base = load_base(folder, settings.variant)
     spec = latents_spec(settings, source, base)
     found = existing_manifest(settings.out, "latents")
     if found is not None:

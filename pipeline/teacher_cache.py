@@ -17,20 +17,9 @@ import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from tqdm import tqdm
 
-from pipeline import models, sizes
-from pipeline.answers import Answer, Teacher, ask, finish
-from pipeline.checksums import write_checksums
-from pipeline.command import stage_command
-from pipeline.diffusion import PREDICTION_TYPES
-from pipeline.errors import UserError
-from pipeline.latents import check_encoders, open_latents
-from pipeline.origin import write_origin
-from pipeline.samples import SAMPLES, Model, Sampler, draw_apart, save_samples
-from pipeline.settings import REQUIRED, Settings, option
-from pipeline.students import LEVELS, check_teacher, student_config, student_weights, teacher_taps
-from pipeline.taps import Taps, token_stride
-from pipeline.workers import in_background, ordered_map
-from pipeline.workspace import (
+from pipeline.cache import sizes
+from pipeline.cache.latents import check_encoders, open_latents
+from pipeline.cache.output import (
     claim,
     existing_manifest,
     finished_sidecars,
@@ -40,6 +29,33 @@ from pipeline.workspace import (
     share_unfinished,
     write_settings,
 )
+from pipeline.cache.targets import Answer, Teacher, ask, finish
+from pipeline.core.diffusion import PREDICTION_TYPES
+from pipeline.core.taps import Taps, token_stride
+from pipeline.models.checksums import write_checksums
+from pipeline.models.families.sd import LEVELS, check_teacher, student_config, student_weights, teacher_taps
+from pipeline.models.load import (
+    DEVICES,
+    DTYPES,
+    computes_beside,
+    find_pipeline,
+    library_versions,
+    load_base,
+    load_noise_scheduler,
+    load_unet,
+    process_state,
+    resolve_dtype,
+    save_base,
+    tap_shapes,
+    unet_config,
+    weights_sha256,
+)
+from pipeline.models.provenance import write_origin
+from pipeline.sampling.generate import SAMPLES, Model, Sampler, draw_apart, save_samples
+from pipeline.system.command import stage_command
+from pipeline.system.errors import UserError
+from pipeline.system.settings import REQUIRED, Settings, option
+from pipeline.system.threads import in_background, ordered_map
 from shards.codec import CODECS, MAX_SNR_DB, decode_npy
 from shards.files import atomic_directory
 from shards.manifest import Manifest, read_file, refuse_other_spec
@@ -73,9 +89,9 @@ class TeacherCacheSettings(Settings):
         None, "What the teacher predicts; by default what its scheduler says.", choices=PREDICTION_TYPES
     )
     dtype: str = option(
-        "auto", "Precision of the teacher; auto is fp16 on a CUDA GPU, else fp32.", choices=("auto", *models.DTYPES)
+        "auto", "Precision of the teacher; auto is fp16 on a CUDA GPU, else fp32.", choices=("auto", *DTYPES)
     )
-    device: str = option("auto", "auto takes the GPU if there is one.", choices=models.DEVICES)
+    device: str = option("auto", "auto takes the GPU if there is one.", choices=DEVICES)
     entries_per_shard: int = option(250, "Entries in one shard.", low=1)
     shard_range: str | None = option(None, "Write only these of the planned shards, as 0:50: for jobs side by side.")
     revision: str | None = option(None, "Revision of the teacher on the hub.")
@@ -90,11 +106,11 @@ class TeacherCacheSettings(Settings):
 
 def run(settings: TeacherCacheSettings) -> None:
     """Latents to the teacher's predictions and features, in rounds."""
-    state = models.process_state(settings.device)
+    state = process_state(settings.device)
     latents = open_latents(settings.latents)
-    folder = models.find_pipeline(settings.teacher, settings.revision, settings.variant)
-    base, unet = models.load_base(folder, settings.variant), models.load_unet(folder, settings.variant)
-    noise_scheduler = models.load_noise_scheduler(folder, settings.prediction_type)
+    folder = find_pipeline(settings.teacher, settings.revision, settings.variant)
+    base, unet = load_base(folder, settings.variant), load_unet(folder, settings.variant)
+    noise_scheduler = load_noise_scheduler(folder, settings.prediction_type)
     check_encoders(latents, base, f"--teacher {settings.teacher}")
     spec = cache_spec(settings, latents, unet, noise_scheduler, state.device)
     with state.main_process_first():
@@ -115,7 +131,7 @@ def run(settings: TeacherCacheSettings) -> None:
     require_space(settings.out, entries * stored, "give fewer --rounds, a lower --snr-db or a larger --token-stride")
     if state.is_main_process:
         write_settings(settings.out, "teacher-cache", settings)
-    dtype = models.DTYPES[spec["dtype"]]
+    dtype = DTYPES[spec["dtype"]]
     unet.to(state.device, dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
     teacher = Teacher(
         unet, Taps(unet, spec["taps"]), noise_scheduler.alphas_cumprod.to(state.device),
@@ -172,10 +188,10 @@ def cache_spec(
         "uncond_fraction": settings.uncond_fraction,
         "prediction_type": prediction_type,
         "noise_scheduler": {key: config[key] for key in sorted(config) if not key.startswith("_")},
-        "dtype": models.resolve_dtype(settings.dtype, device),
-        "teacher_sha256": models.weights_sha256(unet),
+        "dtype": resolve_dtype(settings.dtype, device),
+        "teacher_sha256": weights_sha256(unet),
         "latents": latents.manifest.spec,
-        "libraries": models.library_versions(),
+        "libraries": library_versions(),
     }
 
 
@@ -192,9 +208,7 @@ def tap_specs(settings: TeacherCacheSettings, latents: ShardSet, config: dict[st
     except ValueError as error:
         raise UserError(f"--teacher {settings.teacher}: {error}") from None
     spec = latents.manifest.spec
-    shapes = models.tap_shapes(
-        config, spec["latents_shape"], spec["prompt_embeds_shape"], teacher_taps(settings.students)
-    )
+    shapes = tap_shapes(config, spec["latents_shape"], spec["prompt_embeds_shape"], teacher_taps(settings.students))
     return {
         tap: {"shape": list(s), "stride": token_stride(s[1], s[2], settings.token_stride, settings.token_min)}
         for tap, s in shapes.items()
@@ -206,7 +220,7 @@ def save_what_students_need(
 ) -> None:
     """base/ and students/<level>/ in the cache, each whole with its checksums or not at all, unless it is there."""
     if not (settings.out / "base").is_dir():
-        models.save_base(base, noise_scheduler, settings.out / "base")
+        save_base(base, noise_scheduler, settings.out / "base")
     teacher_weights = unet.state_dict()
     for level in settings.students:
         folder = settings.out / "students" / level
@@ -244,7 +258,7 @@ def cache_entries(
                 samples = [latents.read(i, (LATENTS, PROMPT_EMBEDS)) for i in chosen]
                 yield shard, ask(samples, round_index, manifest.spec, teacher)
 
-    if models.computes_beside(teacher.unet.device):
+    if computes_beside(teacher.unet.device):
         compressed = ordered_map(compress, in_background(answers(), 2), PACKERS, PACKERS + 1)
     else:
         compressed = map(compress, answers())
@@ -280,9 +294,9 @@ def report(out: Path, manifest: Manifest, prefix: str) -> None:
 def plan(settings: TeacherCacheSettings) -> list[str]:
     """What a run would write. The size of quantised taps is that of Gaussian features."""
     latents = open_latents(settings.latents)
-    folder = models.find_pipeline(settings.teacher, settings.revision, settings.variant)
+    folder = find_pipeline(settings.teacher, settings.revision, settings.variant)
     found = existing_manifest(settings.out, "cache")
-    taps = wanted_taps(tap_specs(settings, latents, models.unet_config(folder)), found)
+    taps = wanted_taps(tap_specs(settings, latents, unet_config(folder)), found)
     if found is not None:
         refuse_other_spec(settings.out, {"taps": found.spec["taps"]}, {"taps": taps})
     entries = len(latents) * settings.rounds

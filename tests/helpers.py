@@ -13,7 +13,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from pipeline import distill, encode, teacher_cache
 from pipeline.distill import DistillSettings
 from pipeline.encode import EncodeSettings
-from pipeline.students import student_config, student_weights
+from pipeline.models.families.sd import student_config, student_weights
 from pipeline.teacher_cache import TeacherCacheSettings
 from shards.reader import ShardSet, _cached_sidecar
 

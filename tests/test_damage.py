@@ -10,7 +10,7 @@ from conftest import write_images
 from damage import DAMAGES, VICTIM, Place, bomb, look, read_all, same, verify
 from helpers import run_distill, run_encode, run_teacher_cache, shard_files, tree
 
-from pipeline.errors import UserError
+from pipeline.system.errors import UserError
 from shards import codec
 from shards.schema import MANIFEST, ShardError, sidecar_name
 
@@ -182,10 +182,10 @@ def test_a_bomb_is_refused_before_it_is_unpacked(monkeypatch):
 
 def test_the_teacher_asked_again_finds_what_checksums_cannot(teacher, latents, tmp_path, monkeypatch):
     """A cache whose taps were written wrong, with right checksums: only the teacher tells."""
-    from pipeline import answers
+    from pipeline.cache import targets
 
-    real = answers.device_codec.quantise
-    monkeypatch.setattr(answers.device_codec, "quantise", lambda x, *rest: real(x * 1.5, *rest))
+    real = targets.device_codec.quantise
+    monkeypatch.setattr(targets.device_codec, "quantise", lambda x, *rest: real(x * 1.5, *rest))
     wrong = cached(teacher, latents, tmp_path / "wrong", rounds=1)
     assert verify(wrong, "--full")[0] == 0
     status, output = verify(wrong, "--recompute", "2", "--teacher", str(teacher), "--device", "cpu")

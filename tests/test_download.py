@@ -13,7 +13,7 @@ from PIL import Image
 from web import IMG2DATASET, Server, serving, write_list
 
 from pipeline.cli import main
-from pipeline.sources import DataSettings, open_source
+from pipeline.data.source import DataSettings, open_source
 
 needs_program = pytest.mark.skipif(IMG2DATASET is None, reason="img2dataset is not here; `make test` installs it")
 
@@ -165,7 +165,7 @@ def test_a_program_that_fails_or_is_not_there(tmp_path):
 
 
 def test_counts_are_summed_over_the_tars(tmp_path):
-    from pipeline.download import summary, tally
+    from pipeline.commands.download import summary, tally
 
     for number, causes in enumerate(({"success": 2, "HTTP Error 404: Not Found": 1}, {"success": 1, "timed out": 2})):
         stats = {"count": 3, "successes": causes["success"], "status_dict": causes}

@@ -13,13 +13,14 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from helpers import reset_accelerate, run_distill, run_encode, run_teacher_cache, tree
 from PIL import Image
 
-from pipeline import evaluate, pictures
 from pipeline.cli import main
+from pipeline.commands import evaluate
 from pipeline.demo.evaluate import judge
 from pipeline.demo.scenes import make_scene
-from pipeline.evaluation_table import HEAD, Row, as_html, markdown, rows_of
-from pipeline.samples import Sampler, draw_samples, score_scenes
-from pipeline.students import student_config, student_weights
+from pipeline.evaluation.table import HEAD, Row, as_html, markdown, rows_of
+from pipeline.models.families.sd import student_config, student_weights
+from pipeline.sampling import folder
+from pipeline.sampling.generate import Sampler, draw_samples, score_scenes
 
 PROMPTS = ["a red cat", "a dog", "three birds", "a house", "the sea"]
 
@@ -172,7 +173,7 @@ def test_the_pictures_are_those_of_the_pipelines(done, place):
 
 def test_a_stopped_run_keeps_its_pictures_and_ends_in_the_same_bytes(done, copied, place, monkeypatch):
     shutil.rmtree(copied / "pictures")
-    save, saved = pictures.save_picture, []
+    save, saved = folder.save_picture, []
 
     def stop_at_the_seventh(image, file):
         if len(saved) == 6:
@@ -180,13 +181,13 @@ def test_a_stopped_run_keeps_its_pictures_and_ends_in_the_same_bytes(done, copie
         save(image, file)
         saved.append(file)
 
-    monkeypatch.setattr(pictures, "save_picture", stop_at_the_seventh)
+    monkeypatch.setattr(folder, "save_picture", stop_at_the_seventh)
     assert whole(place, copied).exit_code == 130
     assert sorted(copied.glob("pictures/*/*.png")) == sorted(saved)
     # One in the middle of a batch is lost as well.
     saved[2].unlink()
     times = {file: file.stat().st_mtime_ns for file in saved if file.exists()}
-    monkeypatch.setattr(pictures, "save_picture", save)
+    monkeypatch.setattr(folder, "save_picture", save)
     assert whole(place, copied).exit_code == 0
     assert {file: file.stat().st_mtime_ns for file in times} == times
     assert tree(copied / "pictures") == tree(done[0] / "pictures")
@@ -358,7 +359,7 @@ def test_bad_input_ends_in_one_message(bad, place):
 
 def test_a_disk_without_room_for_the_pictures_is_said_before_they_are_drawn(copied, place, monkeypatch):
     shutil.rmtree(copied / "pictures")
-    monkeypatch.setattr("pipeline.workspace.free_bytes", lambda _: 10)
+    monkeypatch.setattr("pipeline.cache.output.free_bytes", lambda _: 10)
     result = whole(place, copied)
     assert result.exit_code == 2
     assert (

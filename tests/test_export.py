@@ -15,9 +15,10 @@ from helpers import pruned_pipeline, reset_accelerate
 from safetensors import safe_open
 from transformers import CLIPTextModelWithProjection
 
-from pipeline import export, onnx_unet
 from pipeline.cli import main
-from pipeline.students import LEVELS
+from pipeline.commands import export
+from pipeline.export import onnx
+from pipeline.models.families.sd import LEVELS
 
 PARTS = ("unet", "vae", "text_encoder")
 
@@ -130,8 +131,8 @@ def test_onnx_says_what_torch_says_at_any_size(tmp_path):
     session = onnxruntime.InferenceSession(tmp_path / "onnx" / "model.onnx")
     unet = pipe.unet.eval()
     for batch, size, tokens in ((1, (16, 16), 8), (3, (10, 24), 5)):
-        inputs = onnx_unet.example_inputs(unet, batch, size, tokens, seed=batch)
-        (answer,) = session.run(None, {n: x.numpy() for n, x in zip(onnx_unet.INPUTS, inputs, strict=True)})
+        inputs = onnx.example_inputs(unet, batch, size, tokens, seed=batch)
+        (answer,) = session.run(None, {n: x.numpy() for n, x in zip(onnx.INPUTS, inputs, strict=True)})
         with torch.no_grad():
             expected = unet(*inputs).sample.numpy()
         np.testing.assert_allclose(answer, expected, atol=1e-5)
@@ -221,7 +222,7 @@ def test_a_missing_package_is_named_with_its_extra(teacher, tmp_path, monkeypatc
 
 
 def test_a_disk_without_room_is_met_before_anything_is_written(teacher, tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.workspace.free_bytes", lambda out: 1000)
+    monkeypatch.setattr("pipeline.cache.output.free_bytes", lambda out: 1000)
     result = run(teacher, "single-file", tmp_path / "x.safetensors")
     assert result.exit_code == 2
     assert "its disk has 1 kB free: make room, choose an --out on another disk, or give --dtype fp16" in result.output

@@ -11,7 +11,7 @@ from helpers import run_encode, run_teacher_cache, samples, tree
 from PIL import Image
 
 from pipeline.cli import main
-from pipeline.inspect_shards import histogram
+from pipeline.commands.inspect import histogram
 from shards.manifest import read_manifest
 from shards.reader import read_sidecar
 

@@ -11,7 +11,7 @@ from helpers import reset_accelerate
 from PIL import Image
 
 from pipeline.cli import main
-from pipeline.sample import contact_sheet
+from pipeline.commands.sample import contact_sheet
 
 
 def sample(teacher, out, *options):

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from pipeline.errors import UserError
+from pipeline.system.errors import UserError
 from shards.files import file_sha256
 
 TEACHER = Path(__file__).parent / "teacher"

@@ -13,7 +13,7 @@ from PIL import Image
 
 from pipeline.demo.oracle import Verdict, score
 from pipeline.demo.scenes import SPLITS, caption_of, draw_facts, generator
-from pipeline.samples import Sampler, draw_samples
+from pipeline.sampling.generate import Sampler, draw_samples
 
 STEPS = 25
 BATCH = 50

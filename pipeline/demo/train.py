@@ -18,7 +18,6 @@ from torch import nn
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from pipeline.command import stage_command
 from pipeline.demo import CHECKSUMS
 from pipeline.demo.evaluate import evaluate, table
 from pipeline.demo.networks import (
@@ -33,7 +32,8 @@ from pipeline.demo.networks import (
 from pipeline.demo.scenes import SIDE, make_scene, parse_caption
 from pipeline.demo.text import Reader, answers_of, reading_loss
 from pipeline.demo.trainer import TeacherSettings, Trainer
-from pipeline.errors import UserError
+from pipeline.system.command import stage_command
+from pipeline.system.errors import UserError
 from shards.files import atomic_file, file_sha256, write_json
 
 SETTINGS = "settings.json"

@@ -10,7 +10,7 @@ from torch import nn
 from tqdm import tqdm
 
 from pipeline.demo import TEACHER
-from pipeline.settings import Settings, option
+from pipeline.system.settings import Settings, option
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,10 +29,10 @@ import torch
 import zstandard
 from diffusers import UNet2DConditionModel
 
-from pipeline.diffusion import add_noise, target
-from pipeline.losses import distillation_losses, total_loss
-from pipeline.students import LEVELS
-from pipeline.taps import Taps, sample_tokens
+from pipeline.core.diffusion import add_noise, target
+from pipeline.core.losses import distillation_losses, total_loss
+from pipeline.core.taps import Taps, sample_tokens
+from pipeline.models.families.sd import LEVELS
 from shards.codec import decode_npy, dequantise, encode_npy, pack_quantised, quantise, unpack_quantised
 from shards.dataset import Batch, CacheDataset
 

@@ -30,11 +30,11 @@ import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
+from pipeline.core.diffusion import add_noise
+from pipeline.core.losses import mse
 from pipeline.demo import teacher_folder
 from pipeline.demo.evaluate import captions_of, judge
-from pipeline.diffusion import add_noise
-from pipeline.losses import mse
-from pipeline.samples import Sampler, draw_samples
+from pipeline.sampling.generate import Sampler, draw_samples
 from shards.dataset import CacheDataset
 from shards.files import write_json
 

@@ -12,9 +12,9 @@ import click
 import torch
 from PIL import Image
 
-from pipeline import models
 from pipeline.demo.evaluate import captions_of
-from pipeline.samples import Sampler, draw_samples
+from pipeline.models.load import find_pipeline, load_base, load_unet
+from pipeline.sampling.generate import Sampler, draw_samples
 
 GAP = 4
 
@@ -41,8 +41,8 @@ def main(names: tuple[str, ...], prompts: int, guidance_scale: float, side: int,
     sampler = Sampler(guidance_scale=guidance_scale)
     rows = []
     for name in names:
-        folder = models.find_pipeline(name, None, None, "--model")
-        pipe = models.load_base(folder, unet=models.load_unet(folder, None).to(memory_format=torch.channels_last))
+        folder = find_pipeline(name, None, None, "--model")
+        pipe = load_base(folder, unet=load_unet(folder, None).to(memory_format=torch.channels_last))
         rows.append(draw_samples(pipe, captions, sampler, name).images)
     sheet(rows, side).save(out, optimize=True)
     for caption in captions:

@@ -21,7 +21,7 @@ import click
 import torch
 from torch.utils.data import DataLoader
 
-from pipeline.students import LEVELS
+from pipeline.models.families.sd import LEVELS
 from shards.codec import decompress
 from shards.dataset import CacheDataset, EpochBatches
 from shards.reader import read_sidecar

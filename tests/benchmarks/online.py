@@ -10,10 +10,11 @@ from accelerate import Accelerator
 from diffusers import DDPMScheduler
 from torch import Tensor
 
-from pipeline import distill, models
-from pipeline.diffusion import add_noise
-from pipeline.students import teacher_taps
-from pipeline.taps import Taps
+from pipeline import distill
+from pipeline.core.diffusion import add_noise
+from pipeline.core.taps import Taps
+from pipeline.models.families.sd import teacher_taps
+from pipeline.models.load import encode_images, encode_prompts, latents_shape, load_base, load_unet
 from shards.dataset import Batch, CacheDataset, EpochBatches, Feature
 from shards.reader import ShardSet
 from shards.schema import LATENTS, PROMPT_EMBEDS
@@ -38,14 +39,14 @@ def stored_inputs(latents: ShardSet, device: torch.device) -> Inputs:
 
 def encoded_inputs(folder: Path, resolution: int, captions: list[str], device: torch.device, dtype) -> Inputs:
     """Inputs that the VAE and the text encoder compute at every visit, of pixels that are ready in memory."""
-    base = models.load_base(folder).to(device, dtype)
-    shape = models.latents_shape(base.vae, resolution)
+    base = load_base(folder).to(device, dtype)
+    shape = latents_shape(base.vae, resolution)
     draw = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (len(captions), resolution, resolution, 3), dtype=torch.uint8, generator=draw)
 
     def compute(indices: list[int]) -> tuple[Tensor, Tensor]:
-        latents = models.encode_images(base.vae, pixels[indices], torch.randn(len(indices), *shape, generator=draw))
-        return latents, models.encode_prompts(base, [captions[i] for i in indices])
+        latents = encode_images(base.vae, pixels[indices], torch.randn(len(indices), *shape, generator=draw))
+        return latents, encode_prompts(base, [captions[i] for i in indices])
 
     return compute
 
@@ -61,7 +62,7 @@ class OnlineBatches:
         self, folder: Path, level: str, images: int, inputs: Inputs, device: torch.device, dtype: torch.dtype,
         cast_teacher: bool = False,
     ) -> None:  # fmt: skip
-        teacher, weights = models.load_unet(folder, None), dtype if cast_teacher else torch.float32
+        teacher, weights = load_unet(folder, None), dtype if cast_teacher else torch.float32
         self.teacher = teacher.to(device, weights, memory_format=torch.channels_last).eval().requires_grad_(False)
         self.taps = Taps(teacher, teacher_taps((level,)))
         self.images, self.inputs, self.compute_dtype = images, inputs, dtype

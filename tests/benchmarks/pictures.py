@@ -23,8 +23,8 @@ import numpy as np
 import PIL
 from PIL import Image
 
-from pipeline.loading import Framing, load_records
-from pipeline.sources import DataSettings, open_source
+from pipeline.data.loading import Framing, load_records
+from pipeline.data.source import DataSettings, open_source
 
 SIZE, RESOLUTION = (1280, 960), 512
 

@@ -29,7 +29,7 @@ from conftest import tiny_pipeline
 
 from pipeline import encode, teacher_cache
 from pipeline.encode import EncodeSettings
-from pipeline.students import teacher_taps
+from pipeline.models.families.sd import teacher_taps
 from pipeline.teacher_cache import TeacherCacheSettings
 from shards.dataset import CacheDataset, EpochBatches
 

@@ -25,10 +25,11 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 from sd15_road import random_checkpoint, random_images
 
-from pipeline import encode, models, teacher_cache
+from pipeline import encode, teacher_cache
 from pipeline.demo import teacher_folder
 from pipeline.demo.scenes import write_folder
 from pipeline.encode import EncodeSettings
+from pipeline.models.load import encode_images, encode_prompts, latents_shape
 from pipeline.teacher_cache import TeacherCacheSettings
 
 RESOLUTIONS = {"demo": 64, "sd15": 512}
@@ -87,15 +88,15 @@ def run_stage(stage, forward: str, settings) -> Clock:
 def bare_encode(clock: Clock, settings: EncodeSettings) -> float:
     """Seconds of the networks alone on the stage's batches."""
     base = clock.calls[0][2]
-    shape = models.latents_shape(base.vae, settings.resolution)
+    shape = latents_shape(base.vae, settings.resolution)
     batches = [
         (torch.stack([torch.from_numpy(item.pixels) for item in batch]), [item.record.caption for item in batch])
         for batch, _, _ in clock.calls
     ]
     started = time.perf_counter()
     for pixels, captions in batches:
-        models.encode_images(base.vae, pixels, torch.zeros(len(captions), *shape))
-        models.encode_prompts(base, captions)
+        encode_images(base.vae, pixels, torch.zeros(len(captions), *shape))
+        encode_prompts(base, captions)
     synchronise(base.vae.device)
     return time.perf_counter() - started
 

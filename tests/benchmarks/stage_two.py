@@ -33,12 +33,15 @@ import torch
 from online import OnlineBatches, encoded_inputs, stored_inputs
 from sd15_road import random_checkpoint, random_images
 
-from pipeline import distill, encode, models, teacher_cache, trainer
+from pipeline import distill, encode, teacher_cache
 from pipeline.demo import teacher_folder
 from pipeline.demo.scenes import write_folder
 from pipeline.encode import EncodeSettings
-from pipeline.students import LEVELS
+from pipeline.models.families.sd import LEVELS
+from pipeline.models.load import use_cpu
 from pipeline.teacher_cache import TeacherCacheSettings
+from pipeline.training import loop
+from pipeline.training.loop import make_accelerator, train
 from shards.dataset import Batch
 from shards.reader import ShardSet
 
@@ -131,7 +134,7 @@ def in_memory(settings: distill.DistillSettings, dataset, accelerator, position:
 def run(row: str, case: Case) -> Run:
     """A few steps of training; timed are those after the first ones, each from asking for its batch."""
     shutil.rmtree(case.work / "student", ignore_errors=True)
-    device = torch.device("cpu") if models.use_cpu(case.device) else torch.device("cuda")
+    device = torch.device("cpu") if use_cpu(case.device) else torch.device("cuda")
     source, times = source_of(row, case, device), []
 
     def tick() -> None:
@@ -147,11 +150,11 @@ def run(row: str, case: Case) -> Run:
 
     settings = case.settings()
     # A checkpoint is left at the last step, of any row alike: it is not what is measured.
-    with mock.patch.object(trainer, "save_state"):
-        accelerator, dataset = trainer.make_accelerator(settings), distill.open_cache(settings)
+    with mock.patch.object(loop, "save_state"):
+        accelerator, dataset = make_accelerator(settings), distill.open_cache(settings)
         settings.out.mkdir(parents=True)
         training = distill.prepare(settings, dataset, accelerator)
-        trainer.train(settings, accelerator, training, timed(settings, dataset, accelerator, 0))
+        train(settings, accelerator, training, timed(settings, dataset, accelerator, 0))
         tick()
     peak = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1e6
     on_device = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None

@@ -25,11 +25,11 @@ import torch
 from diffusers import UNet2DConditionModel
 from sd15_road import SD15_UNET
 
-from pipeline import models
-from pipeline.cost import count_macs, unet_inputs
 from pipeline.demo import teacher_folder
-from pipeline.samples import peak_memory
-from pipeline.students import student_config
+from pipeline.evaluation.cost import count_macs, unet_inputs
+from pipeline.models.families.sd import student_config
+from pipeline.models.load import DEVICES, DTYPES, device_name, resolve_dtype, unet_config, use_cpu
+from pipeline.sampling.generate import peak_memory
 
 ROWS = ("teacher", "sd_small", "bk_small", "sd_tiny")
 REFERENCE = "teacher"
@@ -59,7 +59,7 @@ class Run:
 def unet_on_meta(arch: str, row: str) -> UNet2DConditionModel:
     """The U-Net of a row without weights."""
     with torch.device("meta"):
-        teacher = UNet2DConditionModel(**(SD15_UNET if arch == "sd15" else models.unet_config(teacher_folder())))
+        teacher = UNet2DConditionModel(**(SD15_UNET if arch == "sd15" else unet_config(teacher_folder())))
         if row == REFERENCE:
             return teacher.eval()
         return UNet2DConditionModel.from_config(student_config(dict(teacher.config), row)).eval()
@@ -75,7 +75,7 @@ def size_of(arch: str, row: str) -> tuple[int, int]:
 @torch.inference_mode()
 def run(row: str, case: Case) -> Run:
     """The median of a few forward passes, after some that are not timed."""
-    device, dtype = torch.device(case.device), models.DTYPES[case.dtype]
+    device, dtype = torch.device(case.device), DTYPES[case.dtype]
     torch.manual_seed(0)
     before = peak_memory(device)
     unet = unet_on_meta(case.arch, row).to(dtype).to_empty(device=device).to(memory_format=torch.channels_last)
@@ -124,8 +124,8 @@ def lines(runs: dict[str, list[Run]], case: Case) -> list[str]:
 
 @click.command()
 @click.option("--arch", type=click.Choice(list(TOKENS)), default="sd15", show_default=True)
-@click.option("--device", type=click.Choice(models.DEVICES), default="auto", show_default=True)
-@click.option("--dtype", type=click.Choice(["auto", *models.DTYPES]), default="auto", show_default=True,
+@click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True)
+@click.option("--dtype", type=click.Choice(["auto", *DTYPES]), default="auto", show_default=True,
               help="auto is fp16 on a GPU, else fp32.")  # fmt: skip
 @click.option("--batch-size", "batch_sizes", multiple=True, default=(1, 4), show_default=True)
 @click.option("--compile/--no-compile", "also_compiled", default=True, show_default=True, help="torch.compile as well.")
@@ -133,9 +133,9 @@ def lines(runs: dict[str, list[Run]], case: Case) -> list[str]:
 def main(
     arch: str, device: str, dtype: str, batch_sizes: tuple[int, ...], also_compiled: bool, repeats: int
 ) -> None:  # fmt: skip
-    place = torch.device("cpu" if models.use_cpu(device) else "cuda")
-    dtype = models.resolve_dtype(dtype, place)
-    print(f"{os.cpu_count()} cores, {torch.get_num_threads()} torch threads, {models.device_name(place)}, {dtype}; "
+    place = torch.device("cpu" if use_cpu(device) else "cuda")
+    dtype = resolve_dtype(dtype, place)
+    print(f"{os.cpu_count()} cores, {torch.get_num_threads()} torch threads, {device_name(place)}, {dtype}; "
           f"Python {platform.python_version()}, torch {torch.__version__}; {arch}, random weights, "
           f"{repeats} turns\n")  # fmt: skip
     print("| U-Net | parameters, M | GMAC a picture | batch | compiled | seconds a forward | times as fast "

@@ -9,15 +9,15 @@ import torch
 from click.testing import CliRunner
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 
+from pipeline.core.taps import Taps
 from pipeline.demo import CHECKSUMS, TEACHER, teacher_folder
 from pipeline.demo.evaluate import captions_of, evaluate, judge, table
 from pipeline.demo.scenes import make_scene
 from pipeline.demo.train import command
 from pipeline.demo.trainer import Trainer
-from pipeline.errors import UserError
-from pipeline.samples import Sampler, draw_samples
-from pipeline.students import LEVELS, student_config, student_weights
-from pipeline.taps import Taps
+from pipeline.models.families.sd import LEVELS, student_config, student_weights
+from pipeline.sampling.generate import Sampler, draw_samples
+from pipeline.system.errors import UserError
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 SIZES = {

@@ -8,8 +8,9 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image, ImageFilter
 
+from pipeline.commands.demo_scenes import command
+from pipeline.data.source import DataSettings, open_source
 from pipeline.demo import oracle
-from pipeline.demo.make_scenes import command
 from pipeline.demo.scenes import (
     HELD_OUT,
     SHAPES,
@@ -19,7 +20,6 @@ from pipeline.demo.scenes import (
     shape_mask,
     write_folder,
 )
-from pipeline.sources import DataSettings, open_source
 
 COUNT = 300
 

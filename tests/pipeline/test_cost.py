@@ -5,7 +5,7 @@ import torch
 from conftest import SD15, TINY, tiny_pipeline, tiny_unet
 from torch import nn
 
-from pipeline.cost import (
+from pipeline.evaluation.cost import (
     count_macs,
     folder_bytes,
     forward_seconds,
@@ -15,8 +15,8 @@ from pipeline.cost import (
     sample_size,
     unet_macs,
 )
-from pipeline.models import load_unet, unet_config
-from pipeline.students import student_config
+from pipeline.models.families.sd import student_config
+from pipeline.models.load import load_unet, unet_config
 
 
 def test_the_macs_of_a_convolution_are_those_counted_by_hand():
@@ -80,7 +80,7 @@ def test_the_bytes_of_a_pipeline_are_those_of_its_parts(tmp_path):
 
 def test_actions_take_turns_and_the_first_turn_does_not_count(monkeypatch):
     now, turns = [0.0], []
-    monkeypatch.setattr("pipeline.cost.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("pipeline.evaluation.cost.time.perf_counter", lambda: now[0])
 
     def action(name, seconds):
         def act():

@@ -23,14 +23,15 @@ from helpers import (
     tree,
 )
 
-from pipeline import distill, trainer
-from pipeline.diffusion import min_snr_weights
+from pipeline import distill
+from pipeline.core.diffusion import min_snr_weights
+from pipeline.core.losses import total_loss
 from pipeline.distill import DistillSettings
-from pipeline.errors import UserError
-from pipeline.interrupts import Interrupts
-from pipeline.losses import total_loss
-from pipeline.students import LEVELS
-from pipeline.trainer import step_losses
+from pipeline.models.families.sd import LEVELS
+from pipeline.system.errors import UserError
+from pipeline.training import loop
+from pipeline.training.interrupts import Interrupts
+from pipeline.training.loop import step_losses
 from shards.schema import ShardError
 
 approx = pytest.approx
@@ -269,7 +270,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(cache, tmp_path, monkeypatch, stop_at
     settings = {"max_train_steps": 8, "checkpointing_steps": 2, "use_ema": True, "lr_scheduler": lr_scheduler,
                 "gradient_accumulation_steps": 2, "checkpoints_total_limit": 9}  # fmt: skip
     whole = run_distill(cache, tmp_path / "whole", **settings)
-    real = trainer.total_loss
+    real = total_loss
     calls = []
 
     def stopping(*arguments):
@@ -278,10 +279,10 @@ def test_a_stopped_run_goes_on_bit_for_bit(cache, tmp_path, monkeypatch, stop_at
             raise Stopped
         return real(*arguments)
 
-    monkeypatch.setattr(trainer, "total_loss", stopping)
+    monkeypatch.setattr(loop, "total_loss", stopping)
     with pytest.raises(Stopped):
         run_distill(cache, tmp_path / "stopped", **settings)
-    monkeypatch.setattr(trainer, "total_loss", real)
+    monkeypatch.setattr(loop, "total_loss", real)
     assert_equal_training(run_distill(cache, tmp_path / "stopped", **settings), whole, 8)
 
 
@@ -515,14 +516,14 @@ def test_a_loss_that_is_not_finite_stops_before_a_checkpoint_of_it(cache, tmp_pa
 
 
 def test_a_loss_that_is_not_finite_names_the_entries_and_the_last_good_checkpoint(cache, tmp_path, monkeypatch):
-    real, seen = trainer.step_losses, []
+    real, seen = step_losses, []
 
     def poisoned(training, settings, batch):
         seen.append(batch.keys)
         terms = real(training, settings, batch)
         return {**terms, "task": terms["task"] * float("nan")} if len(seen) == 4 else terms
 
-    monkeypatch.setattr(trainer, "step_losses", poisoned)
+    monkeypatch.setattr(loop, "step_losses", poisoned)
     with pytest.raises(UserError) as caught:
         run_distill(cache, tmp_path / "out", max_train_steps=9, checkpointing_steps=2, logging_steps=3)
     assert f"first with the entries {', '.join(seen[3])};" in str(caught.value)
@@ -533,7 +534,7 @@ def test_a_loss_that_is_not_finite_names_the_entries_and_the_last_good_checkpoin
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_leaves_a_checkpoint_and_goes_on_bit_for_bit(cache, tmp_path, monkeypatch, number):
     whole = run_distill(cache, tmp_path / "whole", max_train_steps=5)
-    real, calls = trainer.step_losses, []
+    real, calls = step_losses, []
 
     def interrupting(*arguments):
         calls.append(1)
@@ -541,7 +542,7 @@ def test_an_interrupted_run_leaves_a_checkpoint_and_goes_on_bit_for_bit(cache, t
             os.kill(os.getpid(), number)
         return real(*arguments)
 
-    monkeypatch.setattr(trainer, "step_losses", interrupting)
+    monkeypatch.setattr(loop, "step_losses", interrupting)
     with pytest.raises(KeyboardInterrupt):
         run_distill(cache, tmp_path / "out", max_train_steps=5)
     assert [step for step, _ in distill.list_checkpoints(tmp_path / "out" / "checkpoints")] == [3]
@@ -565,7 +566,7 @@ def test_min_snr_weights_task_and_output_of_each_entry(cache, tmp_path):
         batch = training.dataset.collate([training.dataset[index]])
         weight = min_snr_weights(batch.timesteps, training.alphas_cumprod, 0.5, "epsilon")
         with torch.no_grad():
-            weighted, unweighted = (trainer.step_losses(training, s, batch) for s in (settings, plain))
+            weighted, unweighted = (step_losses(training, s, batch) for s in (settings, plain))
         for name, term in unweighted.items():
             factor = weight[0] if name in ("task", "output") else 1.0
             torch.testing.assert_close(weighted[name], factor * term)

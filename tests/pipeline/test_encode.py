@@ -12,9 +12,9 @@ from conftest import tiny_pipeline, write_images
 from diffusers import StableDiffusionPipeline
 from helpers import reset_accelerate, run_encode, samples, shard_files, tree
 
-from pipeline import draws
-from pipeline.errors import UserError
-from pipeline.images import decode, square
+from pipeline.core import draws
+from pipeline.data.images import decode, square
+from pipeline.system.errors import UserError
 from shards.codec import decode_npy
 from shards.reader import read_sidecar
 from shards.schema import ShardError

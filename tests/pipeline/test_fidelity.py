@@ -7,9 +7,8 @@ from conftest import tiny_unet
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from helpers import run_encode
 
-from pipeline import draws
-from pipeline.errors import UserError
-from pipeline.fidelity import (
+from pipeline.core import draws
+from pipeline.evaluation.fidelity import (
     SAME,
     SAME_TAPS,
     HeldOut,
@@ -20,7 +19,8 @@ from pipeline.fidelity import (
     pairs_of,
     read_held_out,
 )
-from pipeline.students import LEVELS, student_config, student_weights
+from pipeline.models.families.sd import LEVELS, student_config, student_weights
+from pipeline.system.errors import UserError
 from shards.reader import ShardSet
 
 SCHEDULER = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")

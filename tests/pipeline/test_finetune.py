@@ -11,10 +11,13 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionMod
 from helpers import first, metrics, reset_accelerate, run_distill, run_encode, run_teacher_cache, state_dict_of, tree
 from safetensors.torch import load_file
 
-from pipeline import finetune, models, trainer
-from pipeline.errors import UserError
-from pipeline.finetune import FinetuneSettings, LatentsDataset
-from pipeline.losses import mse
+from pipeline.commands import finetune
+from pipeline.commands.finetune import FinetuneSettings, LatentsDataset
+from pipeline.core.losses import mse
+from pipeline.models.load import load_unet
+from pipeline.system.errors import UserError
+from pipeline.training import loop
+from pipeline.training.loop import step_losses, train
 from shards.schema import ShardError
 
 
@@ -42,12 +45,12 @@ def run(model, latents, out, **changes):
 
 
 def prepare(settings, folder, dataset, accelerator):
-    return finetune.prepare(settings, folder, models.load_unet(folder, None), dataset, accelerator)
+    return finetune.prepare(settings, folder, load_unet(folder, None), dataset, accelerator)
 
 
 def stopped(model, latents, out, after, monkeypatch, **changes):
     """A run that ends with an error in the step after `after`."""
-    real, calls = trainer.step_losses, []
+    real, calls = step_losses, []
 
     def failing(*arguments):
         calls.append(1)
@@ -56,7 +59,7 @@ def stopped(model, latents, out, after, monkeypatch, **changes):
         return real(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "step_losses", failing)
+        patch.setattr(loop, "step_losses", failing)
         with pytest.raises(RuntimeError, match="power cut"):
             run(model, latents, out, checkpointing_steps=2, **changes)
     reset_accelerate()
@@ -75,7 +78,7 @@ def test_the_loss_is_diffusers_own_of_each_draw(student, latents, tmp_path):
     with torch.no_grad():
         noisy = scheduler.add_noise(batch.latents.float(), batch.noise, batch.timesteps)
         predicted = unet(noisy, batch.timesteps, encoder_hidden_states=batch.prompt_embeds.float()).sample
-        terms = trainer.step_losses(training, settings, batch)
+        terms = step_losses(training, settings, batch)
     assert list(terms) == ["task"]
     torch.testing.assert_close(terms["task"], F.mse_loss(predicted, batch.noise))
     reset_accelerate()
@@ -147,7 +150,7 @@ def test_lora_trains_the_adapter_alone_and_is_loaded_by_the_pipeline(student, la
     settings.out.mkdir()
     training = prepare(settings, student, dataset, accelerator)
     before = {name: value.clone() for name, value in training.student.state_dict().items()}
-    trainer.train(settings, accelerator, training, finetune.batches(settings, dataset, accelerator, 0, 1000))
+    train(settings, accelerator, training, finetune.batches(settings, dataset, accelerator, 0, 1000))
     changed = {name for name, value in training.student.state_dict().items() if not torch.equal(before[name], value)}
     assert changed
     assert all("lora_" in name for name in changed)

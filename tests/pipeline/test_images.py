@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.draws import generator
-from pipeline.images import ImageProblem, decode, square
+from pipeline.core.draws import generator
+from pipeline.data.images import ImageProblem, decode, square
 
 
 def encoded(image: Image.Image, format: str = "PNG", **options) -> bytes:

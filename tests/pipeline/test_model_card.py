@@ -10,8 +10,8 @@ import yaml
 from conftest import RESOLUTION
 from helpers import run_distill, run_encode, run_teacher_cache
 
-from pipeline.model_card import Known, model_card
-from pipeline.origin import licence, read_origin, teacher_origin, write_origin
+from pipeline.evaluation.model_card import Known, model_card
+from pipeline.models.provenance import licence, read_origin, teacher_origin, write_origin
 
 TEACHER_CARD = """---
 license: other
@@ -145,7 +145,7 @@ def test_the_card_of_a_teacher_on_the_hub_is_asked_for(teacher, tmp_path, monkey
         asked.append((name, file, revision))
         return str(tmp_path / file)
 
-    monkeypatch.setattr("pipeline.origin.hf_hub_download", download)
+    monkeypatch.setattr("pipeline.models.provenance.hf_hub_download", download)
     found = teacher_origin("some/teacher", teacher, "fp16")
     assert asked == [("some/teacher", "README.md", "fp16")]
     assert found == {"name": "some/teacher", "hub": True, "revision": "fp16", "license": "openrail++"}

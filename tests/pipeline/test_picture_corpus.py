@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.draws import generator
-from pipeline.images import ImageProblem, decode, square
+from pipeline.core.draws import generator
+from pipeline.data.images import ImageProblem, decode, square
 
 SIDE = 32
 

@@ -8,13 +8,13 @@ import pytest
 from click.testing import CliRunner
 from helpers import reset_accelerate
 
-from pipeline import sizes, trial
-from pipeline.errors import UserError
-from pipeline.models import TeacherShapes
-from pipeline.plan import LADDER, PERIODS, PlanSettings, bytes_of, command, cost_of, fit, in_time
-from pipeline.students import teacher_taps
-from pipeline.trial import Trial
-from pipeline.workspace import require_space
+from pipeline.cache import sizes, trial
+from pipeline.cache.output import require_space
+from pipeline.cache.trial import Trial
+from pipeline.commands.plan import LADDER, PERIODS, PlanSettings, bytes_of, command, cost_of, fit, in_time
+from pipeline.models.families.sd import teacher_taps
+from pipeline.models.load import TeacherShapes
+from pipeline.system.errors import UserError
 from shards.codec import encode_npy, pack_quantised, quantise
 from shards.writer import Entry, write_shard
 

@@ -9,9 +9,9 @@ from conftest import tiny_unet
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 
-from pipeline import diffusion, draws
-from pipeline.losses import distillation_losses, mse, relative_mse, total_loss
-from pipeline.taps import Taps, as_map, sample_tokens, token_stride
+from pipeline.core import diffusion, draws
+from pipeline.core.losses import distillation_losses, mse, relative_mse, total_loss
+from pipeline.core.taps import Taps, as_map, sample_tokens, token_stride
 
 T = 1000
 

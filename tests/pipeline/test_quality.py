@@ -13,8 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor
 
-from pipeline.errors import UserError
-from pipeline.quality import (
+from pipeline.evaluation.quality import (
     Missing,
     Statistics,
     check_tensors_only,
@@ -29,6 +28,7 @@ from pipeline.quality import (
     read_batches,
     square,
 )
+from pipeline.system.errors import UserError
 
 CPU = torch.device("cpu")
 

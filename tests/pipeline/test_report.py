@@ -15,8 +15,7 @@ from helpers import run_distill, run_encode, run_teacher_cache
 from PIL import Image
 
 from pipeline.demo.scenes import make_scene
-from pipeline.report import write_report
-from pipeline.samples import (
+from pipeline.sampling.generate import (
     Model,
     Sampler,
     Samples,
@@ -27,6 +26,7 @@ from pipeline.samples import (
     peak_memory,
     save_samples,
 )
+from pipeline.training.report import write_report
 
 PROMPTS = [f"picture {i}" for i in range(5)]
 METRICS = [

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import UserError
-from pipeline.sources import DataSettings, inputs_sha256, open_source
+from pipeline.data.source import DataSettings, inputs_sha256, open_source
+from pipeline.system.errors import UserError
 
 
 def folder(tmp_path, *lines):

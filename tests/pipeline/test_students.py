@@ -5,8 +5,15 @@ import torch
 from conftest import SD15, SD21, tiny_unet
 from diffusers import UNet2DConditionModel
 
-from pipeline.students import LEVELS, check_teacher, student_config, student_weights, teacher_key, teacher_taps
-from pipeline.taps import Taps
+from pipeline.core.taps import Taps
+from pipeline.models.families.sd import (
+    LEVELS,
+    check_teacher,
+    student_config,
+    student_weights,
+    teacher_key,
+    teacher_taps,
+)
 
 PARAMETERS = {
     "sd_small": 579_384_964,

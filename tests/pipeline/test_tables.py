@@ -5,8 +5,8 @@ import builtins
 import pytest
 from datasets import Dataset, DatasetDict, Features, Image, Value
 
-from pipeline.errors import UserError
-from pipeline.sources import DataSettings, open_source
+from pipeline.data.source import DataSettings, open_source
+from pipeline.system.errors import UserError
 
 
 @pytest.fixture(autouse=True)

@@ -6,8 +6,8 @@ import tarfile
 
 import pytest
 
-from pipeline.errors import UserError
-from pipeline.sources import DataSettings, open_source
+from pipeline.data.source import DataSettings, open_source
+from pipeline.system.errors import UserError
 
 
 def write_tar(path, *members):

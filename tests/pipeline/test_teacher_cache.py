@@ -10,10 +10,10 @@ from conftest import tiny_pipeline, tiny_unet, write_images
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from helpers import run_encode, run_teacher_cache, samples, shard_files, tree
 
-from pipeline import verify
-from pipeline.errors import UserError
-from pipeline.students import LEVELS
-from pipeline.verify import VerifySettings
+from pipeline.commands import verify
+from pipeline.commands.verify import VerifySettings
+from pipeline.models.families.sd import LEVELS
+from pipeline.system.errors import UserError
 from shards.dataset import CacheDataset
 from shards.schema import ShardError
 

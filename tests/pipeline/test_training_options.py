@@ -16,9 +16,9 @@ from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 
 from pipeline.distill_settings import DistillSettings
-from pipeline.errors import UserError
-from pipeline.samples import Sampler, draw_samples
-from pipeline.training_settings import worked_out
+from pipeline.sampling.generate import Sampler, draw_samples
+from pipeline.system.errors import UserError
+from pipeline.training.settings import worked_out
 from shards.schema import ShardError
 
 
@@ -165,7 +165,7 @@ def test_the_tracker_gets_what_the_metrics_hold(cache, tmp_path):
 
 
 def test_a_tracker_that_is_not_installed_is_refused_before_training(cache, tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.trainer.find_spec", lambda name: None)
+    monkeypatch.setattr("pipeline.training.loop.find_spec", lambda name: None)
     with pytest.raises(UserError, match="--report-to wandb needs the package wandb: pip install wandb"):
         run_distill(cache, tmp_path / "out", report_to="wandb")
     assert not (tmp_path / "out").exists()
@@ -238,7 +238,7 @@ class Hub:
 
 def test_the_student_goes_to_the_hub_without_what_belongs_to_the_training(cache, tmp_path, monkeypatch, capsys):
     calls = []
-    monkeypatch.setattr("pipeline.hub.HfApi", lambda: Hub(calls))
+    monkeypatch.setattr("pipeline.models.hub.HfApi", lambda: Hub(calls))
     out = run_distill(cache, tmp_path / "out", push_to_hub="me/student", report_to="tensorboard")
     assert [call[:2] for call in calls] == [("create_repo", "me/student"), ("upload_folder", "me/student")]
     assert {"README.md", "model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors"} <= calls[
@@ -250,7 +250,7 @@ def test_the_student_goes_to_the_hub_without_what_belongs_to_the_training(cache,
 
 
 def test_a_hub_that_refuses_is_met_before_training(cache, tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.hub.HfApi", lambda: Hub([], refuse=["create_repo"]))
+    monkeypatch.setattr("pipeline.models.hub.HfApi", lambda: Hub([], refuse=["create_repo"]))
     with pytest.raises(UserError, match="--push-to-hub me/student cannot be written .*log in with"):
         run_distill(cache, tmp_path / "out", push_to_hub="me/student")
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
@@ -258,11 +258,11 @@ def test_a_hub_that_refuses_is_met_before_training(cache, tmp_path, monkeypatch)
 
 def test_an_upload_that_fails_leaves_the_student_and_is_tried_again(cache, tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr("pipeline.hub.HfApi", lambda: Hub(calls, refuse=["upload_folder"]))
+    monkeypatch.setattr("pipeline.models.hub.HfApi", lambda: Hub(calls, refuse=["upload_folder"]))
     with pytest.raises(UserError, match="is finished, but was not uploaded .*run the same command again"):
         run_distill(cache, tmp_path / "out", push_to_hub="me/student")
     weights = (tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors").stat().st_mtime_ns
-    monkeypatch.setattr("pipeline.hub.HfApi", lambda: Hub(calls))
+    monkeypatch.setattr("pipeline.models.hub.HfApi", lambda: Hub(calls))
     run_distill(cache, tmp_path / "out", push_to_hub="me/student")
     assert calls[-1][0] == "upload_folder"
     assert (tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors").stat().st_mtime_ns == weights

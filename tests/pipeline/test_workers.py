@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from pipeline.workers import in_background, ordered_map
+from pipeline.system.threads import in_background, ordered_map
 
 
 def threads():

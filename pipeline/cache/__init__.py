@@ -1,0 +1,1 @@
+"""What stage one writes: the teacher's targets, their sizes, and the directory that holds them."""

@@ -1,0 +1,170 @@
+"""`distill-sd plan`: what a cache of a teacher will take, from the teacher's configs alone; and what fits a budget."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from pipeline.cache import sizes
+from pipeline.cache.output import free_bytes
+from pipeline.cache.trial import try_teacher
+from pipeline.core.taps import token_stride
+from pipeline.models.families.sd import LEVELS, teacher_taps
+from pipeline.models.load import (
+    DEVICES,
+    DTYPES,
+    TeacherShapes,
+    device_name,
+    find_pipeline,
+    load_unet,
+    process_state,
+    resolve_dtype,
+    teacher_shapes,
+)
+from pipeline.system.command import stage_command
+from pipeline.system.errors import UserError
+from pipeline.system.settings import REQUIRED, Settings, option
+from shards.codec import CODECS, MAX_SNR_DB
+
+UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12}
+PERIODS = (("days", 86400), ("hours", 3600), ("minutes", 60), ("seconds", 1))
+# (decibels, stride), the more exact first: each next one is tried when the rounds that are asked for do not fit.
+LADDER = ((10.0, 4), (5.0, 4), (0.0, 4))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanSettings(Settings):
+    teacher: str = option(REQUIRED, "The teacher: a folder (its configs suffice), a hub's name, or demo.")
+    images: int = option(REQUIRED, "Pictures to train on.", low=1)
+    rounds: int = option(4, "Passes over the pictures; with a budget, the fewest to look for.", low=1)
+    resolution: int = option(512, "Side of the pictures, in pixels.", low=8)
+    students: tuple[str, ...] = option(("sd_small",), "Levels the cache shall serve.", choices=tuple(LEVELS))
+    codec: str = option("dither", "How features are stored.", choices=CODECS)
+    snr_db: float = option(10.0, "Signal-to-noise ratio of the dither codec, in decibels.", low=-10.0, high=MAX_SNR_DB)
+    token_stride: int = option(4, "Keep one position of each N x N cell of a large tap.", low=1)
+    token_min: int = option(32, "Rows from which on a tap counts as large.", low=1)
+    budget: str | None = option(None, "Bytes for latents and cache, as 500GB: chooses decibels, stride and rounds.")
+    trial: bool = option(False, "Run the teacher on some batches here, and estimate the time; takes its weights.")
+    batch_size: int = option(8, "Entries in one forward pass of the trial.", low=1)
+    dtype: str = option("auto", "Precision of the trial, as of teacher-cache.", choices=("auto", *DTYPES))
+    device: str = option("auto", "Device of the trial; auto takes the GPU if there is one.", choices=DEVICES)
+    out: Path = option(Path("."), "Where the cache would go: its free space is shown.")
+    revision: str | None = option(None, "Revision of the teacher on the hub.")
+    variant: str | None = option(None, "Variant of the teacher's weight files, such as fp16.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.budget is not None:
+            bytes_of(self.budget)
+            if self.codec != "dither":
+                raise UserError(f"--budget chooses the decibels of the dither codec: leave --codec {self.codec} out")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Bytes on disk: of one picture's latents, and of one entry of the cache by member."""
+
+    latents: int
+    entry: dict[str, int]
+
+    def total(self, images: int, rounds: int) -> int:
+        return images * (self.latents + rounds * sizes.stored_bytes(self.entry))
+
+
+def bytes_of(size: str) -> int:
+    """'500GB' -> 500,000,000,000. Raises UserError for what is no size."""
+    matched = re.fullmatch(r"(\d+(?:\.\d+)?) *(MB|GB|TB)", size, re.IGNORECASE)
+    if not matched:
+        raise UserError(f"--budget {size!r} is no size; write it as 500GB or 1.5TB")
+    return int(float(matched[1]) * UNITS[matched[2].upper()])
+
+
+def tap_specs(settings: PlanSettings, shapes: TeacherShapes) -> dict[str, dict[str, Any]]:
+    """As in the cache's spec: `shape` (C, H, W) of each tap and the `stride` of its token sampling."""
+    return {
+        name: {"shape": shape, "stride": token_stride(*shape[1:], settings.token_stride, settings.token_min)}
+        for name, shape in shapes.taps.items()
+    }
+
+
+def cost_of(settings: PlanSettings, shapes: TeacherShapes) -> Cost:
+    taps = tap_specs(settings, shapes)
+    entry = sizes.cache_entry(shapes.latents, shapes.prompt_embeds, taps, settings.codec, settings.snr_db)
+    return Cost(sizes.stored_bytes(sizes.latents_entry(shapes.latents, shapes.prompt_embeds)), entry)
+
+
+def fit(settings: PlanSettings, shapes: TeacherShapes) -> PlanSettings:
+    """The settings that fill the budget: the most exact of LADDER at which the rounds fit, with all that fit.
+
+    Many small entries teach more than few exact ones, so what is left over goes into further rounds. If
+    the rounds fit at none, the least exact is taken, with as many as fit. Raises UserError if not one does.
+    """
+    budget = bytes_of(settings.budget)
+    for snr_db, stride in LADDER:
+        candidate = replace(settings, snr_db=snr_db, token_stride=stride)
+        cost = cost_of(candidate, shapes)
+        rounds = (budget // settings.images - cost.latents) // sizes.stored_bytes(cost.entry)
+        if rounds >= settings.rounds:
+            break
+    if rounds < 1:
+        raise UserError(
+            f"--budget {settings.budget} does not hold one round of {settings.images} images: "
+            f"it takes {sizes.in_words(cost.total(settings.images, 1))}; give fewer --images or a larger budget"
+        )
+    return replace(candidate, rounds=rounds)
+
+
+def plan(settings: PlanSettings) -> list[str]:
+    """The plan in lines."""
+    folder = find_pipeline(settings.teacher, settings.revision, settings.variant)
+    shapes = teacher_shapes(folder, settings.resolution, teacher_taps(settings.students))
+    chosen = fit(settings, shapes) if settings.budget else settings
+    cost = cost_of(chosen, shapes)
+    entries = chosen.images * chosen.rounds
+    flags = f"--rounds {chosen.rounds} --snr-db {chosen.snr_db:g} --token-stride {chosen.token_stride}"
+    return [
+        *([f"chosen for {settings.budget}: teacher-cache {flags}"] if settings.budget else []),
+        f"entries: {chosen.images} images x {chosen.rounds} rounds = {entries}",
+        *sizes.lines(cost.entry, entries),
+        f"latents: {cost.latents:,} bytes a picture, {sizes.in_words(chosen.images * cost.latents)}",
+        f"latents and cache: {sizes.in_words(cost.total(chosen.images, chosen.rounds))}, "
+        f"and {sizes.in_words(free_bytes(chosen.out))} are free in {chosen.out}",
+        f"teacher forward passes: {entries}",
+        *([time_of(chosen, folder, shapes, entries)] if chosen.trial else []),
+    ]
+
+
+def time_of(settings: PlanSettings, folder: Path, shapes: TeacherShapes, entries: int) -> str:
+    """What a trial on this machine says of so many entries."""
+    device = process_state(settings.device).device
+    dtype = DTYPES[resolve_dtype(settings.dtype, device)]
+    unet = load_unet(folder, settings.variant).to(device, dtype, memory_format=torch.channels_last).eval()
+    taps = tap_specs(settings, shapes)
+    trial = try_teacher(unet, shapes, taps, settings.codec, settings.snr_db, settings.batch_size)
+    rate = 1 / trial.seconds(1)
+    return (
+        f"time: about {in_time(trial.seconds(entries))} at {rate:.3g} entries a second, as one process on "
+        f"{device_name(device)} tried it in batches of {settings.batch_size}"
+    )
+
+
+def in_time(seconds: float) -> str:
+    """45 -> '45 seconds'; 5000 -> '1.4 hours'."""
+    name, length = next((n, s) for n, s in PERIODS if seconds >= 2 * s or s == 1)
+    return f"{seconds / length:.3g} {name}"
+
+
+def run(settings: PlanSettings) -> None:
+    """What a cache will take: entries, bytes by member, forward passes; with --budget, what fits."""
+    click.echo("\n".join(plan(settings)))
+
+
+command = stage_command("plan", PlanSettings, plan, run)
+
+if __name__ == "__main__":
+    command()

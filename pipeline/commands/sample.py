@@ -1,0 +1,87 @@
+"""`distill-sd sample`: pictures from a pipeline, a teacher's or a student's, and a contact sheet of them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+from PIL import Image
+
+from pipeline.models.load import DEVICES, DTYPES, find_pipeline, process_state, resolve_dtype
+from pipeline.sampling.generate import SCHEDULERS, Model, Sampler, draw_samples, load_pipeline, save_samples
+from pipeline.system.command import stage_command
+from pipeline.system.errors import UserError
+from pipeline.system.prompts import gather_prompts
+from pipeline.system.settings import REQUIRED, Settings, option
+
+SHEET = "sheet.png"
+# Pictures on a contact sheet at most, and their longer side there.
+SHOWN, THUMBNAIL = 64, 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleSettings(Settings):
+    model: str = option(REQUIRED, "Pipeline to draw with: a folder, a hub's name, or demo.")
+    prompts: tuple[str, ...] = option(REQUIRED, "A prompt, or a text file with one a line; may be repeated.",
+                                      repeated=True)  # fmt: skip
+    out: Path = option(REQUIRED, "Folder to make for the pictures.")
+    num_inference_steps: int = option(25, "Steps of the sampler.", low=1)
+    guidance_scale: float = option(7.0, "Classifier-free guidance; 1 is none.", low=1.0)
+    negative_prompt: str | None = option(None, "What the pictures shall not be.")
+    scheduler: str = option("dpm", "The sampler.", choices=tuple(SCHEDULERS))
+    height: int | None = option(None, "Height of the pictures, in pixels; the model's own by default.", low=8)
+    width: int | None = option(None, "Width of the pictures, in pixels; the model's own by default.", low=8)
+    batch_size: int = option(4, "Pictures in one forward pass; it changes none of them.", low=1)
+    seed: int = option(0, "Seed of the first picture; each next one has the next.", low=0)
+    dtype: str = option("auto", "Precision; auto is fp16 on a CUDA GPU, else fp32.", choices=("auto", *DTYPES))
+    device: str = option("auto", "auto takes the GPU if there is one.", choices=DEVICES)
+    revision: str | None = option(None, "Revision of the model on the hub.")
+    variant: str | None = option(None, "Variant of the model's weight files, such as fp16.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.height is None) != (self.width is None):
+            raise UserError("--height and --width go together: give both or neither")
+        for name in ("height", "width"):
+            if (getattr(self, name) or 0) % 8:
+                raise UserError(f"--{name} is {getattr(self, name)}; it must be a multiple of 8")
+
+
+def run(settings: SampleSettings) -> None:
+    """Draw a picture of each prompt, and a contact sheet."""
+    prompts = gather_prompts(settings.prompts)
+    if settings.out.exists():
+        raise UserError(f"--out {settings.out} is there already: choose another folder, or delete it")
+    folder = find_pipeline(settings.model, settings.revision, settings.variant, "--model")
+    device = process_state(settings.device).device
+    dtype = DTYPES[resolve_dtype(settings.dtype, device)]
+    pipe = load_pipeline(Model(folder, folder / "unet", device, dtype, settings.variant, settings.variant))
+    sampler = Sampler(
+        settings.num_inference_steps, settings.guidance_scale, settings.batch_size, settings.scheduler,
+        settings.negative_prompt, (settings.height, settings.width) if settings.height else None, settings.seed,
+    )  # fmt: skip
+    samples = draw_samples(pipe, prompts, sampler, "sample")
+    save_samples(samples, sampler, settings.out)
+    contact_sheet(samples.images).save(settings.out / SHEET)
+    click.echo(f"{settings.out} holds {len(prompts)} pictures and {SHEET}, {samples.seconds:.2f} seconds a picture")
+
+
+def contact_sheet(images: list[Image.Image]) -> Image.Image:
+    """The first SHOWN pictures, equal in size, side by side in about a square."""
+    shown = images[:SHOWN]
+    scale = min(1.0, THUMBNAIL / max(shown[0].size))
+    width, height = (max(1, round(side * scale)) for side in shown[0].size)
+    columns = math.ceil(math.sqrt(len(shown)))
+    sheet = Image.new("RGB", (columns * width, math.ceil(len(shown) / columns) * height), "white")
+    for i, image in enumerate(shown):
+        row, column = divmod(i, columns)
+        sheet.paste(image.resize((width, height)), (column * width, row * height))
+    return sheet
+
+
+command = stage_command("sample", SampleSettings, None, run)
+
+if __name__ == "__main__":
+    command()

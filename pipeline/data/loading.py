@@ -1,0 +1,77 @@
+"""From records to square pixels, in threads and in order; what cannot be used is set aside with its reason."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pipeline.core import draws
+from pipeline.data.images import Crop, decode, square
+from pipeline.data.source import OpenSource, Record
+from pipeline.system.errors import UserError
+from pipeline.system.threads import ordered_map
+
+
+@dataclass(frozen=True)
+class Framing:
+    """How a picture becomes square."""
+
+    resolution: int
+    center_crop: bool
+    random_flip: bool
+    seed: int
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A record with its square pixels (resolution, resolution, 3) uint8, or with the reason it has none."""
+
+    index: int
+    record: Record
+    pixels: np.ndarray | None = None
+    crop: Crop | None = None
+    problem: str | None = None
+
+
+def load_records(
+    source: OpenSource, framing: Framing, records: list[tuple[int, Record]], workers: int, ahead: int
+) -> Iterator[Loaded]:
+    """The pictures of (index, record) pairs, decoded and cropped in `workers` threads, in order."""
+    return ordered_map(functools.partial(load_record, source, framing), records, workers, ahead)
+
+
+def load_record(source: OpenSource, framing: Framing, indexed: tuple[int, Record]) -> Loaded:
+    index, record = indexed
+    if record.problem:
+        return Loaded(index, record, problem=record.problem)
+    draw = draws.generator(framing.seed, record.source_id, 0, "crop")
+    try:
+        pixels, crop = square(
+            decode(source.read(record)), framing.resolution,
+            center_crop=framing.center_crop, random_flip=framing.random_flip, draw=draw,
+        )  # fmt: skip
+    except (OSError, ValueError) as error:
+        return Loaded(index, record, problem=str(error))
+    return Loaded(index, record, pixels, crop)
+
+
+def without_skipped(
+    loaded: Iterable[Loaded], skipped: list[dict[str, str]], allowed: float, advance: Callable[[int], Any]
+) -> Iterator[Loaded]:
+    """Those with pixels; the others go to `skipped`. Raises UserError once more than `allowed` have gone there."""
+    for seen, item in enumerate(loaded, 1):
+        if item.problem is None:
+            yield item
+            continue
+        skipped.append({"source_id": item.record.source_id, "reason": item.problem})
+        advance(1)
+        if len(skipped) > allowed:
+            told = "".join(f"\n  {each['source_id']}: {each['reason']}" for each in skipped[:3])
+            raise UserError(
+                f"{len(skipped)} of the first {seen} pictures of a shard cannot be used, more than --max-skipped "
+                f"allows. The first of them:{told}\nMend the input, or allow a larger share with --max-skipped"
+            )

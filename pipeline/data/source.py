@@ -1,0 +1,56 @@
+"""Where captioned pictures come from: `open_source` takes what `--data` names and lists its records.
+
+Each kind of input is a module with a class: it lists its pictures with their captions, in a fixed order, and reads one.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline.data.image_folder import METADATA, ImageFolder
+from pipeline.data.records import Record, Source, inputs_sha256, records_of
+from pipeline.data.settings import DataSettings
+from pipeline.data.tables import Table, is_saved, tables_in
+from pipeline.data.tars import Tars, tars_named
+from pipeline.system.errors import UserError
+
+__all__ = ["DataSettings", "OpenSource", "Record", "inputs_sha256", "open_source"]
+
+
+class OpenSource:
+    """A source and those of its records that the settings choose."""
+
+    def __init__(self, source: Source, settings: DataSettings) -> None:
+        self.source = source
+        self.records = records_of(source.pictures(), settings)
+        if not self.records:
+            raise UserError(f"--data {settings.data} lists no pictures")
+
+    def read(self, record: Record) -> bytes:
+        """The encoded picture. Raises OSError if it is not there."""
+        return self.source.read(record.location)
+
+
+def open_source(settings: DataSettings) -> OpenSource:
+    """The source that `--data` names. Raises UserError for one that is not there, not known, or lists nothing."""
+    return OpenSource(_source(settings), settings)
+
+
+def _source(settings: DataSettings) -> Source:
+    data = Path(settings.data)
+    if (data / METADATA).is_file():
+        return ImageFolder(data, settings.image_column, settings.caption_column)
+    if tars := tars_named(settings.data):
+        return Tars(tars, settings.image_column, settings.caption_column)
+    if not data.exists():
+        return Table.of_hub(settings)
+    if is_saved(data):
+        return Table.of_saved(data, settings)
+    if tables := tables_in(data):
+        return Table.of_files(tables, settings)
+    if data.is_dir():
+        return ImageFolder(data, settings.image_column, settings.caption_column)
+    raise UserError(
+        f"--data {data} is none of what can be read: a folder of images (with a {METADATA}, or a .txt beside each), "
+        "a .tar, a .parquet or .arrow file, a folder of those, or a dataset's name or saved folder"
+    )

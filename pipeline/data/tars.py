@@ -1,0 +1,149 @@
+"""Pictures in WebDataset tars, such as img2dataset writes: the members of a key are one sample."""
+
+from __future__ import annotations
+
+import json
+import os
+import tarfile
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from webdataset.shardlists import expand_urls
+
+from pipeline.data.images import is_picture
+from pipeline.data.records import Picture, is_unicode
+from pipeline.system.errors import UserError
+
+# A caption or its json beyond this is no caption.
+MAX_TEXT_BYTES = 1 << 20
+END_OF_ARCHIVE = bytes(1024)
+
+
+class Member(NamedTuple):
+    """Where a file's bytes lie in a tar, and its name cut as WebDataset cuts it: at the base name's first dot."""
+
+    key: str
+    ending: str
+    offset: int
+    length: int
+
+
+class Tars:
+    """The pictures of some tars, in the order of the tars and of their members; a picture's name is its member's.
+
+    `image_column` is the ending of the picture (jpg, or several as jpg;png), by default any that Pillow opens.
+    `caption_column` is the ending of a text, or a field of the .json; by default the .txt, else the .json's `caption`.
+    All tars are listed at once; pictures are read later, from where they lie. Raises UserError for a tar that is cut
+    off or no tar.
+    """
+
+    def __init__(self, tars: list[Path], image_column: str | None, caption_column: str | None) -> None:
+        self.tars = tars
+        self.image_endings = image_column.lower().split(";") if image_column else None
+        self.caption_column = caption_column
+
+    def pictures(self) -> list[Picture]:
+        return [picture for place in range(len(self.tars)) for picture in self._list(place)]
+
+    def read(self, location: tuple[int, int, int]) -> bytes:
+        place, offset, length = location
+        with open(self.tars[place], "rb") as stream:
+            data = os.pread(stream.fileno(), length, offset)
+        if len(data) != length:
+            raise OSError(f"{self.tars[place]} has become shorter")
+        return data
+
+    def _list(self, place: int) -> Iterator[Picture]:
+        with open(self.tars[place], "rb") as stream:
+            for key, members in groupby(_members(self.tars[place]), key=lambda member: member.key):
+                yield self._picture(place, key, list(members), stream.fileno())
+
+    def _picture(self, place: int, key: str, members: list[Member], fd: int) -> Picture:
+        image = next((member for member in members if self._is_image(member)), None)
+        if image is None:
+            endings = ", ".join(f".{member.ending}" for member in members)
+            return Picture(key, None, None, f"there is no picture in the sample, which has {endings}")
+        location = (place, image.offset, image.length)
+        try:
+            caption = _caption({member.ending: member for member in members}, self.caption_column, fd)
+        except ValueError as error:
+            return Picture(f"{key}.{image.ending}", location, None, str(error))
+        return Picture(f"{key}.{image.ending}", location, caption)
+
+    def _is_image(self, member: Member) -> bool:
+        if self.image_endings is None:
+            return is_picture(f"_.{member.ending}")
+        return member.ending in self.image_endings
+
+
+def tars_named(data: str) -> list[Path]:
+    """The tars that `--data` names: one, a brace pattern (tars/{00000..00012}.tar) or those of a directory."""
+    if data.endswith(".tar"):
+        return _expand(data)
+    return sorted(Path(data).glob("*.tar")) if Path(data).is_dir() else []
+
+
+def _expand(pattern: str) -> list[Path]:
+    if ":" in pattern.split("{")[0]:
+        raise UserError(f"--data {pattern}: tars are read from the disk only; download them first")
+    tars = [Path(name) for name in expand_urls(pattern)]
+    missing = [tar for tar in tars if not tar.is_file()]
+    if missing:
+        raise UserError(f"--data {pattern}: {missing[0]} is not there, and with it {len(missing)} of {len(tars)} tars")
+    return tars
+
+
+def _members(tar: Path) -> Iterator[Member]:
+    """The files in a tar. Directories, links and devices are passed over."""
+    if not _has_end(tar):
+        raise UserError(f"{tar} is cut off, or no tar: its end is missing; make it again, or take it out")
+    try:
+        with tarfile.open(tar, "r:") as archive:
+            for info in archive:
+                archive.members = []  # or it would keep them all
+                if info.isreg() and not info.issparse() and is_unicode(info.name):
+                    folder, _, base = info.name.rpartition("/")
+                    stem, _, ending = base.partition(".")
+                    key = f"{folder}/{stem}" if folder else stem
+                    yield Member(key, ending.lower(), info.offset_data, info.size)
+            # tarfile takes a header that it cannot read for the end of the archive.
+            archive.fileobj.seek(archive.offset)
+            if archive.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
+                raise tarfile.ReadError(f"no header at byte {archive.offset}")
+    except tarfile.TarError as error:
+        raise UserError(f"{tar} is damaged ({error}): make it again, or take it out") from None
+
+
+def _has_end(tar: Path) -> bool:
+    """Whether the file ends as an archive does. tarfile takes one that is cut between two members for whole."""
+    with open(tar, "rb") as stream:
+        size = stream.seek(0, os.SEEK_END)
+        if size < len(END_OF_ARCHIVE) or size % tarfile.BLOCKSIZE:
+            return False
+        stream.seek(-len(END_OF_ARCHIVE), os.SEEK_END)
+        return stream.read() == END_OF_ARCHIVE
+
+
+def _caption(members: dict[str, Member], column: str | None, fd: int) -> Any:
+    """The caption of a sample, or None. Raises ValueError with what is wrong with it."""
+    ending = "txt" if column is None else column
+    if ending in members:
+        return _text(members[ending], fd).strip()
+    if "json" not in members:
+        return None
+    try:
+        fields = json.loads(_text(members["json"], fd))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"the .json is no JSON ({error})") from None
+    return fields.get(column or "caption") if isinstance(fields, dict) else None
+
+
+def _text(member: Member, fd: int) -> str:
+    if member.length > MAX_TEXT_BYTES:
+        raise ValueError(f"the .{member.ending} has {member.length} bytes, too many for a caption")
+    try:
+        return os.pread(fd, member.length, member.offset).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the .{member.ending} is not UTF-8 (byte {error.start})") from None

@@ -1,0 +1,1 @@
+"""Networks: finding, loading, hashing and saving them."""

@@ -1,0 +1,139 @@
+"""Settings of a stage: a frozen dataclass whose fields carry their help and limits.
+
+The same fields check values at construction, become the click options of the stage's command, and are
+written as JSON beside the output.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pipeline.system.errors import UserError
+
+REQUIRED = dataclasses.MISSING
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[str, ...] | None = None,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    argument: bool = False,
+    repeated: bool = False,
+) -> Any:
+    """A settings field. `low` and `high` are allowed values, those at `above` and `below` are not.
+
+    An `argument` stands on the command line without its name; what is `repeated` is a tuple, one value each time.
+    """
+    metadata = {"help": help, "choices": choices, "low": low, "high": high, "above": above, "below": below}
+    metadata |= {"argument": argument, "repeated": repeated}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Base of every stage's settings: checks each field's limits when one is made.
+
+    Raises UserError that names the option, its value and what is allowed.
+    """
+
+    def __post_init__(self) -> None:
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            if value is not None:
+                _check(flag(setting.name), value, setting.metadata)
+
+    def as_json(self) -> dict[str, Any]:
+        return {s.name: _plain(getattr(self, s.name)) for s in fields(self)}
+
+
+def flag(name: str) -> str:
+    """The command-line name of a field: `batch_size` -> `--batch-size`."""
+    return "--" + name.replace("_", "-")
+
+
+def _check(name: str, value: Any, limits: typing.Mapping[str, Any]) -> None:
+    choices, low, high, above, below = (limits.get(key) for key in ("choices", "low", "high", "above", "below"))
+    for item in value if isinstance(value, tuple) else (value,):
+        if choices and item not in choices:
+            raise UserError(f"{name} {item!r} is not one of {', '.join(choices)}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{name} is {value}; it must be a finite number")
+    if low is not None and value < low:
+        raise UserError(f"{name} is {value}; it must be at least {low}")
+    if high is not None and value > high:
+        raise UserError(f"{name} is {value}; it must be at most {high}")
+    if above is not None and value <= above:
+        raise UserError(f"{name} is {value}; it must be more than {above}")
+    if below is not None and value >= below:
+        raise UserError(f"{name} is {value}; it must be less than {below}")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+class CommaSeparated(click.ParamType):
+    """`a,b` on the command line, a tuple of strings in the settings."""
+
+    name = "name,name"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        return value if isinstance(value, tuple) else tuple(part.strip() for part in value.split(",") if part.strip())
+
+
+def click_options(settings: type[Settings]) -> list[click.Parameter]:
+    """One click option (or argument) for each field, in the order of the class but for what is required: that first."""
+    hints = typing.get_type_hints(settings)
+    required_first = sorted(fields(settings), key=lambda setting: setting.default is not REQUIRED)
+    return [_click_option(setting, hints[setting.name]) for setting in required_first]
+
+
+def _click_option(setting: dataclasses.Field, hint: Any) -> click.Parameter:
+    kind = _without_none(hint)
+    if setting.metadata["argument"]:
+        return click.Argument([setting.name], type=kind, metavar="DIR")
+    name, help = flag(setting.name), setting.metadata["help"]
+    if setting.metadata["repeated"]:
+        return click.Option([name, setting.name], multiple=True, required=setting.default is REQUIRED, help=help)
+    if setting.default is REQUIRED:
+        return click.Option([name, setting.name], type=_parameter_type(kind, setting), required=True, help=help)
+    default = setting.default
+    if kind is bool:
+        return click.Option([f"{name}/--no-{name[2:]}"], default=default, show_default=True, help=help)
+    choices = setting.metadata["choices"]
+    is_list = typing.get_origin(kind) is tuple
+    return click.Option(
+        [name, setting.name],
+        type=_parameter_type(kind, setting),
+        default=default,
+        show_default=",".join(default) if is_list else True if default is not None else "none",
+        help=help + (f" Of: {', '.join(choices)}." if is_list and choices else ""),
+    )
+
+
+def _parameter_type(kind: Any, setting: dataclasses.Field) -> Any:
+    if typing.get_origin(kind) is tuple:
+        return CommaSeparated()
+    choices = setting.metadata["choices"]
+    return click.Choice(choices) if choices else kind
+
+
+def _without_none(hint: Any) -> Any:
+    if isinstance(hint, types.UnionType):
+        return next(part for part in typing.get_args(hint) if part is not types.NoneType)
+    return hint

@@ -1,0 +1,363 @@
+"""Training a U-Net from entries: the loop that `distill` and `finetune` share.
+
+A step: batch of entries -> noisy latents -> student U-Net -> losses -> backward -> AdamW.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sized
+from contextlib import closing
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from pipeline.cache.output import write_settings
+from pipeline.core.diffusion import add_noise, min_snr_weights, target
+from pipeline.core.losses import distillation_losses, total_loss
+from pipeline.core.taps import Taps, sample_tokens
+from pipeline.models.hub import open_repository
+from pipeline.models.load import PATIENCE, computes_beside, use_cpu
+from pipeline.system.errors import UserError
+from pipeline.system.memory import keep_freed_memory
+from pipeline.system.prompts import read_prompts
+from pipeline.training.checkpoint import list_checkpoints, save_checkpoint
+from pipeline.training.interrupts import Interrupts
+from pipeline.training.metrics import Metrics
+from pipeline.training.optimizer import lay_out_moments, make_optimizer
+from pipeline.training.settings import TrainingSettings
+from pipeline.training.validation import draw_validation
+from shards.dataset import Batch, EpochBatches
+from shards.files import remove_leftovers, write_json
+from shards.manifest import refuse_other_spec
+
+SPEC, FINISHED, METRICS, CHECKPOINTS = "spec.json", "finished.json", "metrics.jsonl", "checkpoints"
+LOGS, VALIDATION = "logs", "validation"
+
+
+def make_accelerator(settings: TrainingSettings) -> Accelerator:
+    if use_cpu(settings.device):
+        keep_freed_memory()
+    return Accelerator(
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        mixed_precision=settings.mixed_precision,
+        cpu=use_cpu(settings.device),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+        log_with=tracker(settings.report_to),
+        project_config=ProjectConfiguration(logging_dir=str(settings.out / LOGS)),
+    )
+
+
+def tracker(name: str) -> str | None:
+    """The tracker as accelerate calls it. Raises UserError if its package is not there."""
+    if name == "none":
+        return None
+    if find_spec(name) is None:
+        raise UserError(f"--report-to {name} needs the package {name}: pip install {name}")
+    return name
+
+
+@dataclass
+class Training:
+    """All that a run steps: `model` is the student as accelerate wraps it, `step` counts optimiser steps.
+
+    `save_weights` writes to a folder what of the student is trained; `base` is the pipeline that it belongs to.
+    `pairs` are (student tap, teacher tap), for the loss. `position` is the number of samples taken from the stream of
+    epochs, by all processes together; `prompts` are those to draw now and then.
+    """
+
+    student: UNet2DConditionModel
+    save_weights: Callable[[Path], Any]
+    base: Path
+    model: torch.nn.Module
+    pairs: tuple[tuple[str, str], ...]
+    taps: Taps
+    optimizer: AcceleratedOptimizer
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
+    ema: EMAModel | None
+    dataset: Sized
+    alphas_cumprod: Tensor
+    prediction_type: str
+    prompts: list[str]
+    step: int = 0
+    position: int = 0
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds beside the student itself."""
+        scaler = self.optimizer.scaler
+        return {
+            "step": self.step,
+            "position": self.position,
+            "optimizer": self.optimizer.state_dict(),
+            "lr_scheduler": self.lr_scheduler.state_dict(),
+            "ema": self.ema.state_dict() if self.ema else None,
+            "scaler": scaler.state_dict() if scaler else None,
+        }
+
+    @property
+    def trained(self) -> list[torch.nn.Parameter]:
+        return [parameter for parameter in self.student.parameters() if parameter.requires_grad]
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.step, self.position = state["step"], state["position"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        lay_out_moments(self.optimizer)
+        self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        if self.ema:
+            self.ema.load_state_dict(state["ema"])
+        if self.optimizer.scaler:
+            self.optimizer.scaler.load_state_dict(state["scaler"])
+
+
+def prepare_training(
+    settings: TrainingSettings,
+    accelerator: Accelerator,
+    student: UNet2DConditionModel,
+    state: dict[str, Any] | None,
+    dataset: Sized,
+    noise_scheduler: DDPMScheduler,
+    base: Path,
+    pairs: tuple[tuple[str, str], ...] = (),
+    save_weights: Callable[[Path], Any] | None = None,
+) -> Training:
+    """What trains a student, on the device; from a checkpoint's `state` if there is one.
+
+    Trained are those of its parameters that require gradients; by default the whole student is saved.
+    """
+    # On a CPU the gradients of convolutions would have to be copied into that format.
+    on_gpu = accelerator.device.type == "cuda"
+    student.to(accelerator.device, memory_format=torch.channels_last if on_gpu else torch.contiguous_format).train()
+    if settings.gradient_checkpointing:
+        student.enable_gradient_checkpointing()
+    if settings.allow_tf32:
+        # For matrices; convolutions may use it anyway, as torch has it.
+        torch.backends.cuda.matmul.allow_tf32 = True
+    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    optimizer = make_optimizer(
+        trained, settings.learning_rate, (settings.adam_beta1, settings.adam_beta2),
+        settings.adam_epsilon, settings.adam_weight_decay, settings.use_8bit_adam,
+    )  # fmt: skip
+    # Not prepared: accelerate would step the schedule once for each process.
+    lr_scheduler = get_scheduler(
+        settings.lr_scheduler, optimizer, num_warmup_steps=settings.lr_warmup_steps,
+        num_training_steps=settings.max_train_steps,
+    )  # fmt: skip
+    ema = EMAModel(trained, decay=settings.ema_decay, foreach=True) if settings.use_ema else None
+    model, optimizer = accelerator.prepare(torch.compile(student) if settings.compile else student, optimizer)
+    training = Training(
+        student, save_weights or student.save_pretrained, base, model, pairs,
+        Taps(student, [name for name, _ in pairs]), optimizer, lr_scheduler, ema, dataset,
+        noise_scheduler.alphas_cumprod.to(accelerator.device), noise_scheduler.config.prediction_type,
+        read_prompts(settings.validation_prompts) if settings.validation_prompts else [],
+    )  # fmt: skip
+    if state is not None:
+        training.load_state(state)
+        accelerator.print(f"going on from the checkpoint of step {training.step}")
+    if ema:
+        ema.to(accelerator.device)
+    return training
+
+
+def run_training(
+    settings: TrainingSettings, accelerator: Accelerator, training: Training, stream: Iterator[Batch],
+    save: Callable[[], None],
+) -> None:  # fmt: skip
+    """Train to the last step and `save` what came of it, averaged when there is an average; frees the memory."""
+    if settings.report_to != "none":
+        accelerator.init_trackers("distill-sd", {k: str(v) for k, v in settings.as_json().items()})
+    train(settings, accelerator, training, stream)
+    if accelerator.is_main_process:
+        if training.ema:
+            training.ema.copy_to(training.trained)
+        save()
+        write_json(settings.out / FINISHED, {"step": training.step})
+    for each in accelerator.trackers:
+        each.finish()
+    accelerator.free_memory(training.model, training.optimizer)
+
+
+def train(
+    settings: TrainingSettings, accelerator: Accelerator, training: Training, stream: Iterator[Batch]
+) -> None:  # fmt: skip
+    """Step until `max_train_steps`, with metrics and checkpoints; the last step leaves a checkpoint.
+
+    Ctrl-C leaves one too, and raises KeyboardInterrupt after it.
+    """
+    metrics = Metrics(settings.out / METRICS, accelerator, settings.command, training.step, settings.max_train_steps)
+    with closing(metrics), Interrupts(accelerator) as interrupts:
+        while training.step < settings.max_train_steps:
+            batch = next(stream)
+            with accelerator.accumulate(training.model):
+                terms = step_losses(training, settings, batch)
+                total = total_loss(terms, settings.output_weight, settings.feature_weight)
+                accelerator.backward(total)
+                if accelerator.sync_gradients:
+                    norm = accelerator.clip_grad_norm_(training.model.parameters(), settings.max_grad_norm)
+                training.optimizer.step()
+                training.optimizer.zero_grad()
+            metrics.add(terms, total, batch.keys)
+            training.position += len(batch.keys) * accelerator.num_processes
+            if accelerator.sync_gradients:
+                stop = interrupts.agreed((training.step + 1) % settings.logging_steps == 0)
+                after_step(settings, accelerator, training, metrics, norm, stop)
+                if stop:
+                    raise KeyboardInterrupt
+
+
+def after_step(
+    settings: TrainingSettings, accelerator: Accelerator, training: Training, metrics: Metrics, norm: Tensor, stop: bool
+) -> None:
+    """What follows an optimiser step: schedule, average, and now and then a line of metrics and a checkpoint.
+
+    `stop` says that this step is the last of the run and shall leave a checkpoint.
+    """
+    training.step += 1
+    learning_rate = training.lr_scheduler.get_last_lr()[0]
+    training.lr_scheduler.step()
+    if training.ema:
+        training.ema.step(training.trained)
+    metrics.advance()
+    last = stop or training.step == settings.max_train_steps
+    checkpointing = last or training.step % settings.checkpointing_steps == 0
+    if checkpointing or training.step % settings.logging_steps == 0:
+        epoch = training.position / len(training.dataset)
+        keys = metrics.first_keys_not_finite()
+        line = metrics.log(training.step, learning_rate=learning_rate, epoch=epoch, grad_norm=float(norm))
+        # With a gradient scaler an infinite norm is its way to find the scale; that step was skipped.
+        check_finite(line if training.optimizer.scaler is None else {**line, "grad_norm": 0.0}, keys, settings)
+    if checkpointing:
+        save_state(settings, accelerator, training)
+    if training.prompts and training.step % settings.validation_steps == 0:
+        validate(settings, accelerator, training)
+
+
+def validate(settings: TrainingSettings, accelerator: Accelerator, training: Training) -> None:
+    """Pictures of the student at this step, drawn by the main process while the others wait."""
+    if accelerator.is_main_process:
+        name = f"step-{training.step:07d}"
+        draw_validation(
+            training.student, training.trained, training.ema, training.base, training.prompts,
+            settings.out / VALIDATION / name, name,
+        )  # fmt: skip
+    accelerator.wait_for_everyone()
+
+
+def save_state(settings: TrainingSettings, accelerator: Accelerator, training: Training) -> None:
+    """A checkpoint, written by the main process while the others wait."""
+    if accelerator.is_main_process:
+        save_checkpoint(
+            settings.out / CHECKPOINTS, training.step, training.save_weights, training.state(),
+            settings.checkpoints_total_limit,
+        )  # fmt: skip
+    accelerator.wait_for_everyone()
+
+
+def step_losses(training: Training, settings: TrainingSettings, batch: Batch) -> dict[str, Tensor]:
+    """The loss terms of one batch: float32 scalars by name (see `losses.distillation_losses`)."""
+    pairs = training.pairs
+    latents, noise, timesteps = batch.latents, batch.noise, batch.timesteps
+    noisy = add_noise(latents, batch.added_noise, timesteps, training.alphas_cumprod)
+    with training.taps.recording() as features:
+        prediction = training.model(noisy, timesteps, encoder_hidden_states=batch.prompt_embeds.float()).sample
+    sampled, stored = {}, {}
+    for student_tap, teacher_tap in pairs:
+        feature = batch.features[teacher_tap]
+        sampled[student_tap] = sample_tokens(features[student_tap], feature.rows, feature.columns, feature.stride)
+        stored[teacher_tap] = feature.decode()
+    prediction_type = training.prediction_type
+    aim = target(latents, noise, timesteps, training.alphas_cumprod, prediction_type)
+    weights = None
+    if settings.snr_gamma is not None:
+        weights = min_snr_weights(timesteps, training.alphas_cumprod, settings.snr_gamma, prediction_type)
+    return distillation_losses(
+        prediction, aim, batch.teacher_pred, sampled, stored, pairs, settings.feature_loss, weights
+    )
+
+
+def batches(settings: TrainingSettings, dataset: Dataset, accelerator: Accelerator, position: int) -> Iterator[Batch]:
+    """Batches of this process on its device, without end, from sample `position` of the stream on."""
+    for batch in loaded(settings, dataset, accelerator, position):
+        yield batch.to(accelerator.device)
+
+
+def loaded(settings: TrainingSettings, dataset: Dataset, accelerator: Accelerator, position: int) -> DataLoader:
+    """What `dataset.collate` makes of this process's batches, without end, from sample `position` on."""
+    order = EpochBatches(
+        len(dataset), settings.train_batch_size, settings.seed, start=position,
+        rank=accelerator.process_index, world_size=accelerator.num_processes,
+    )  # fmt: skip
+    workers = settings.dataloader_num_workers
+    if workers is None:
+        # Processes beside a student that trains on all cores cost it more than reading between its steps does.
+        workers = 2 if computes_beside(accelerator.device) else 0
+    return DataLoader(
+        dataset, batch_sampler=order, collate_fn=dataset.collate, num_workers=workers,
+        pin_memory=accelerator.device.type == "cuda", multiprocessing_context="forkserver" if workers else None,
+    )  # fmt: skip
+
+
+def check_finite(line: dict[str, float], keys: tuple[str, ...], settings: TrainingSettings) -> None:
+    """Raise UserError if anything measured in a line of metrics is NaN or Inf; `keys` are of the first such batch."""
+    bad = ", ".join(name for name, value in line.items() if not math.isfinite(value))
+    if bad:
+        saved = [folder for _, folder in list_checkpoints(settings.out / CHECKPOINTS)]
+        raise UserError(
+            f"the loss is NaN or Inf by step {line['step']} ({bad})"
+            + (f", first with the entries {', '.join(keys)}" if keys else "")
+            + (f"; the last good checkpoint is {saved[-1]}" if saved else "; there is no checkpoint yet")
+            + ". Lower --learning-rate, or use --mixed-precision bf16 or no"
+        )
+
+
+def claim(settings: TrainingSettings, spec: dict[str, Any]) -> None:
+    """Take the output directory for the training that `spec` describes.
+
+    Raises ShardError with the difference if it holds a checkpoint or a student of another one.
+    """
+    path = settings.out / SPEC
+    if list_checkpoints(settings.out / CHECKPOINTS) or finished_step(settings.out):
+        if not path.is_file():
+            raise UserError(f"{settings.out} holds a training without its {SPEC}: choose another output directory")
+        refuse_other_spec(settings.out, json.loads(path.read_text(encoding="utf-8")), spec)
+        remove_leftovers(settings.out, settings.out / CHECKPOINTS)
+        return
+    settings.out.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(settings.out, settings.out / CHECKPOINTS)
+    write_json(path, spec)
+    write_settings(settings.out, settings.command, settings)
+
+
+def nothing_left(settings: TrainingSettings, accelerator: Accelerator, what: str, complete: bool = True) -> bool:
+    """Whether `out` holds a finished `what`, `complete` with all that belongs to it, and nothing is to be uploaded.
+
+    Says so; else makes sure that the hub's repository can be written, before anything is trained.
+    """
+    done = finished_step(settings.out)
+    if done >= settings.max_train_steps and complete and not settings.push_to_hub:
+        accelerator.print(
+            f"already finished, nothing to do: {settings.out} holds a {what} of {done} steps; "
+            "raise --max-train-steps to train it further"
+        )
+        return True
+    if settings.push_to_hub and accelerator.is_main_process:
+        open_repository(settings.push_to_hub)
+    accelerator.wait_for_everyone()
+    return False
+
+
+def finished_step(out: Path) -> int:
+    """The step of the student that `out` holds as a pipeline; 0 if it holds none."""
+    path = out / FINISHED
+    return json.loads(path.read_text(encoding="utf-8"))["step"] if path.is_file() else 0

@@ -1,0 +1,40 @@
+"""Pictures of a student in training, of the same prompts and seeds every so many steps."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from diffusers import UNet2DConditionModel
+from diffusers.training_utils import EMAModel
+from torch import nn
+
+from pipeline.models.load import load_base
+from pipeline.sampling.generate import Sampler, draw_samples, save_samples
+
+
+def draw_validation(
+    student: UNet2DConditionModel,
+    trained: list[nn.Parameter],
+    ema: EMAModel | None,
+    base: Path,
+    prompts: list[str],
+    folder: Path,
+    name: str,
+) -> None:
+    """Draw the prompts with the student, or with the average of what is `trained` if there is one; nothing changes.
+
+    The pictures go into `folder`. The other parts of the pipeline are loaded from `base` for the time of the drawing.
+    """
+    if ema:
+        ema.store(trained)
+        ema.copy_to(trained)
+    student.eval()
+    pipe = load_base(base, unet=student).to(student.device)
+    sampler = Sampler()
+    samples = draw_samples(pipe, prompts, sampler, name)
+    student.train()
+    if ema:
+        ema.restore(trained)
+    shutil.rmtree(folder, ignore_errors=True)
+    save_samples(samples, sampler, folder)
