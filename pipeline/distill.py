@@ -6,7 +6,8 @@ A step: batch of entries -> noisy latents -> student U-Net -> three losses -> ba
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import click
@@ -14,16 +15,23 @@ import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler, UNet2DConditionModel
 
-from pipeline.distill_settings import DistillSettings, pairs_of, training_spec
+from pipeline.core.losses import FEATURE_LOSSES
+from pipeline.demo.oracle import score_scenes
 from pipeline.evaluation.model_card import write_model_card
+from pipeline.models.families.sd import LEVELS
 from pipeline.models.hub import upload
-from pipeline.models.load import DTYPES, MODEL_INDEX, resolve_dtype, save_pipeline
+from pipeline.models.load import MODEL_INDEX
 from pipeline.models.provenance import CARD
-from pipeline.sampling.generate import SAMPLES, Model, draw_apart, load_samples
+from pipeline.models.save import save_pipeline
+from pipeline.sampling.generate import SAMPLES, load_samples
+from pipeline.sampling.process import Model, draw_apart
 from pipeline.system.command import stage_command
+from pipeline.system.device import DTYPES, resolve_dtype
 from pipeline.system.errors import UserError
+from pipeline.system.page import REPORT
+from pipeline.system.settings import REQUIRED, option
 from pipeline.training.checkpoint import list_checkpoints, load_checkpoint
-from pipeline.training.initial_student import initial_student
+from pipeline.training.initial_student import initial_student, weights_sha256s
 from pipeline.training.loop import (
     CHECKPOINTS,
     METRICS,
@@ -36,9 +44,34 @@ from pipeline.training.loop import (
     prepare_training,
     run_training,
 )
-from pipeline.training.report import REPORT, write_report
-from pipeline.training.settings import worked_out
+from pipeline.training.report import write_report
+from pipeline.training.settings import TrainingSettings, what_decides, worked_out
 from shards.dataset import CacheDataset
+from shards.manifest import read_manifest
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillSettings(TrainingSettings):
+    cache: Path = option(REQUIRED, "Directory that `teacher-cache` wrote.")
+    rounds: int | None = option(
+        None,
+        "Train on the cache's first N rounds alone; later ones may still be being written. By default on all.",
+        low=1,
+    )
+    level: str = option(REQUIRED, "The student's architecture and tap pairs.", choices=tuple(LEVELS))
+    init_from: Path | None = option(
+        None, "Saved student, or its pipeline, to train on; by default the cache's, filled from the teacher."
+    )
+    output_weight: float = option(0.5, "Weight of the loss to the teacher's prediction.", low=0.0)
+    feature_weight: float = option(0.5, "Weight of the sum of the taps' losses.", low=0.0)
+    feature_loss: str = option(
+        "mse",
+        "A tap's loss: mean square error, or that as a share of the teacher's mean square.",
+        choices=tuple(FEATURE_LOSSES),
+    )
+    report: bool = option(True, "End with report.html: loss curves, pictures beside the teacher's, cost.")
+
+    command = "distill"
 
 
 def run(settings: DistillSettings) -> None:
@@ -106,7 +139,7 @@ def save_report(settings: DistillSettings, device: torch.device) -> None:
             rows[name] = draw_apart(model, rows["teacher"].prompts, sampler, name)
     lines = (settings.out / METRICS).read_text(encoding="utf-8").splitlines()
     title = f"{settings.level}, distilled from {settings.cache}"
-    write_report(settings.out, title, settings.as_json(), [json.loads(line) for line in lines], rows)
+    write_report(settings.out, title, settings.as_json(), [json.loads(line) for line in lines], rows, score_scenes)
 
 
 def open_cache(settings: DistillSettings) -> CacheDataset:
@@ -152,7 +185,21 @@ def plan(settings: DistillSettings) -> list[str]:
     ]
 
 
-command: Callable = stage_command("distill", DistillSettings, plan, run)
+def pairs_of(settings: DistillSettings) -> tuple[tuple[str, str], ...]:
+    """(student tap, teacher tap) that the loss needs: none when features have no weight."""
+    return LEVELS[settings.level].taps if settings.feature_weight else ()
+
+
+def training_spec(settings: DistillSettings, processes: int) -> dict[str, Any]:
+    """What the training is, for whoever would go on with it."""
+    spec = what_decides(settings, processes, free=("cache", "report"))
+    if settings.init_from is not None:
+        spec["init_from"] = weights_sha256s(settings.init_from)
+    manifest = read_manifest(settings.cache, "cache")
+    return {"cache": manifest.spec_sha256, **spec, "rounds": settings.rounds or manifest.rounds}
+
+
+command = stage_command("distill", DistillSettings, plan, run)
 
 if __name__ == "__main__":
     command()

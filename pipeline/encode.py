@@ -23,33 +23,22 @@ from pipeline.cache.output import (
     claim,
     existing_manifest,
     finished_sidecars,
-    free_bytes,
     range_of,
-    require_space,
     share_unfinished,
     unfinished_shards,
-    write_settings,
 )
 from pipeline.core import draws
 from pipeline.data.loading import Framing, Loaded, load_records, without_skipped
 from pipeline.data.source import DataSettings, OpenSource, Record, inputs_sha256, open_source
-from pipeline.models.load import (
-    DEVICES,
-    DTYPES,
-    computes_beside,
-    count_cut_prompts,
-    encode_images,
-    encode_prompts,
-    find_pipeline,
-    latents_shape,
-    library_versions,
-    load_base,
-    process_state,
-    weights_sha256,
-)
+from pipeline.models.encoders import encode_images, latents_shape
+from pipeline.models.families.sd import count_cut_prompts, encode_prompts
+from pipeline.models.hashing import library_versions, weights_sha256
+from pipeline.models.load import find_pipeline, load_base
 from pipeline.system.command import stage_command
+from pipeline.system.device import DEVICES, DTYPES, computes_beside, process_state
+from pipeline.system.disk import free_bytes, in_words, require_space
 from pipeline.system.errors import UserError
-from pipeline.system.settings import REQUIRED, option
+from pipeline.system.settings import REQUIRED, option, write_settings
 from pipeline.system.threads import in_background
 from shards.codec import encode_npy
 from shards.files import atomic_file
@@ -85,8 +74,10 @@ class EncodeSettings(DataSettings):
         super().__post_init__()
         range_of(self.shard_range)
         if self.views > 1 and self.center_crop and not self.random_flip:
-            raise UserError(f"--views {self.views} with --center-crop gives the same pixels each time: "
-                            "add --random-flip, or leave one of the two out")  # fmt: skip
+            raise UserError(
+                f"--views {self.views} with --center-crop gives the same pixels each time: "
+                "add --random-flip, or leave one of the two out"
+            )
 
     @property
     def framing(self) -> Framing:
@@ -266,7 +257,7 @@ def plan(settings: EncodeSettings) -> list[str]:
     return [
         f"entries: {spec['entries']} in {len(shards)} shards, {len(left)} of them still to write",
         *sizes.lines(entry_sizes(spec), spec["entries"]),
-        f"free where it goes: {sizes.in_words(free_bytes(settings.out))}",
+        f"free where it goes: {in_words(free_bytes(settings.out))}",
     ]
 
 

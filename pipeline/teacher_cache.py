@@ -19,42 +19,24 @@ from tqdm import tqdm
 
 from pipeline.cache import sizes
 from pipeline.cache.latents import check_encoders, open_latents
-from pipeline.cache.output import (
-    claim,
-    existing_manifest,
-    finished_sidecars,
-    free_bytes,
-    range_of,
-    require_space,
-    share_unfinished,
-    write_settings,
-)
+from pipeline.cache.output import claim, existing_manifest, finished_sidecars, range_of, share_unfinished
 from pipeline.cache.targets import Answer, Teacher, ask, finish
 from pipeline.core.diffusion import PREDICTION_TYPES
 from pipeline.core.taps import Taps, token_stride
 from pipeline.models.checksums import write_checksums
 from pipeline.models.families.sd import LEVELS, check_teacher, student_config, student_weights, teacher_taps
-from pipeline.models.load import (
-    DEVICES,
-    DTYPES,
-    computes_beside,
-    find_pipeline,
-    library_versions,
-    load_base,
-    load_noise_scheduler,
-    load_unet,
-    process_state,
-    resolve_dtype,
-    save_base,
-    tap_shapes,
-    unet_config,
-    weights_sha256,
-)
+from pipeline.models.hashing import library_versions, weights_sha256
+from pipeline.models.load import find_pipeline, load_base, load_noise_scheduler, load_unet, unet_config
 from pipeline.models.provenance import write_origin
-from pipeline.sampling.generate import SAMPLES, Model, Sampler, draw_apart, save_samples
+from pipeline.models.save import save_base
+from pipeline.models.shapes import tap_shapes
+from pipeline.sampling.generate import SAMPLES, Sampler, save_samples
+from pipeline.sampling.process import Model, draw_apart
 from pipeline.system.command import stage_command
+from pipeline.system.device import DEVICES, DTYPES, computes_beside, process_state, resolve_dtype
+from pipeline.system.disk import free_bytes, in_words, require_space
 from pipeline.system.errors import UserError
-from pipeline.system.settings import REQUIRED, Settings, option
+from pipeline.system.settings import REQUIRED, Settings, option, write_settings
 from pipeline.system.threads import in_background, ordered_map
 from shards.codec import CODECS, MAX_SNR_DB, decode_npy
 from shards.files import atomic_directory
@@ -134,9 +116,11 @@ def run(settings: TeacherCacheSettings) -> None:
     dtype = DTYPES[spec["dtype"]]
     unet.to(state.device, dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
     teacher = Teacher(
-        unet, Taps(unet, spec["taps"]), noise_scheduler.alphas_cumprod.to(state.device),
+        unet,
+        Taps(unet, spec["taps"]),
+        noise_scheduler.alphas_cumprod.to(state.device),
         decode_npy(read_file(settings.latents, latents.manifest, EMPTY_PROMPT)),
-    )  # fmt: skip
+    )
     planned = sum(len(place_of(manifest, shard)[1]) for shard in mine)
     with tqdm(total=planned, unit="entry", desc="teacher-cache", disable=not state.is_main_process) as progress:
         entries = cache_entries(mine, manifest, latents, teacher, settings)
@@ -303,7 +287,7 @@ def plan(settings: TeacherCacheSettings) -> list[str]:
     return [
         f"entries: {len(latents)} images x {settings.rounds} rounds = {entries}",
         *sizes.lines(entry_sizes(latents.manifest.spec, taps, settings), entries),
-        f"free where it goes: {sizes.in_words(free_bytes(settings.out))}",
+        f"free where it goes: {in_words(free_bytes(settings.out))}",
         "beside them: the teacher's other parts and the students' initial weights",
         f"teacher forward passes: {entries}, in batches of {settings.batch_size}",
     ]

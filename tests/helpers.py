@@ -31,8 +31,16 @@ def run_encode(teacher: Path, data: Path, out: Path, **changes) -> Path:
 
 
 def run_teacher_cache(teacher: Path, latents: Path, out: Path, **changes) -> Path:
-    settings = {"rounds": 2, "token_stride": 2, "token_min": 8, "batch_size": 4, "entries_per_shard": 6,
-                "device": "cpu", "samples": 0, **changes}  # fmt: skip
+    settings = {
+        "rounds": 2,
+        "token_stride": 2,
+        "token_min": 8,
+        "batch_size": 4,
+        "entries_per_shard": 6,
+        "device": "cpu",
+        "samples": 0,
+        **changes,
+    }
     teacher_cache.run(TeacherCacheSettings(teacher=str(teacher), latents=latents, out=out, **settings))
     reset_accelerate()
     return out

@@ -133,12 +133,35 @@ def test_dry_runs_print_the_plan_and_write_nothing(road, teacher, images, tmp_pa
 
 def test_the_dry_runs_bytes_are_those_of_a_real_entry(road, teacher, tmp_path):
     work, _ = road
-    result = invoke("teacher-cache", "--teacher", teacher, "--latents", work / "latents", "--out", tmp_path / "out",
-                    "--rounds", 1, "--codec", "fp16", "--dry-run")  # fmt: skip
+    result = invoke(
+        "teacher-cache",
+        "--teacher",
+        teacher,
+        "--latents",
+        work / "latents",
+        "--out",
+        tmp_path / "out",
+        "--rounds",
+        1,
+        "--codec",
+        "fp16",
+        "--dry-run",
+    )
     planned = int(re.search(r"on disk +([\d,]+)", result.output)[1].replace(",", ""))
     named = dict(re.findall(r"^  ([a-z_.0-9]+) +([\d,]+)$", result.output, re.MULTILINE))
-    run("teacher-cache", "--teacher", teacher, "--latents", work / "latents", "--out", tmp_path / "out", "--rounds", 1,
-        "--codec", "fp16")  # fmt: skip
+    run(
+        "teacher-cache",
+        "--teacher",
+        teacher,
+        "--latents",
+        work / "latents",
+        "--out",
+        tmp_path / "out",
+        "--rounds",
+        1,
+        "--codec",
+        "fp16",
+    )
     sidecar = read_sidecar(tmp_path / "out", "r0000-s00000.tar", read_manifest(tmp_path / "out", "cache").spec_sha256)
     for name, (_, length, _, _) in sidecar.locate(0).items():
         if name.endswith(".npy"):
@@ -182,9 +205,11 @@ MENDABLE = {
 @pytest.mark.parametrize("command", MENDABLE, ids=[message[:40] for message in MENDABLE.values()])
 def test_what_the_user_can_mend_ends_in_one_message_and_status_2(command, road, teacher, images, tmp_path):
     (tmp_path / "blocked").write_text("a file where a directory should be")
-    result = invoke(*command.format(
-        teacher=teacher, images=images, road=road[0], o=tmp_path / "o", blocked=tmp_path / "blocked"
-    ).split())  # fmt: skip
+    result = invoke(
+        *command.format(
+            teacher=teacher, images=images, road=road[0], o=tmp_path / "o", blocked=tmp_path / "blocked"
+        ).split()
+    )
     assert result.exit_code == 2, result.output
     assert MENDABLE[command] in result.output
     assert "Traceback" not in result.output
@@ -215,8 +240,19 @@ def test_a_full_disk_is_said_and_leaves_what_was_written(teacher, images, tmp_pa
         real(directory, shard, *rest)
 
     monkeypatch.setattr(encode, "write_shard", full)
-    arguments = ["encode", "--teacher", teacher, "--data", images, "--out", tmp_path / "o", "--resolution", 32,
-                 "--entries-per-shard", 5]  # fmt: skip
+    arguments = [
+        "encode",
+        "--teacher",
+        teacher,
+        "--data",
+        images,
+        "--out",
+        tmp_path / "o",
+        "--resolution",
+        32,
+        "--entries-per-shard",
+        5,
+    ]
     result = invoke(*arguments)
     assert result.exit_code == 2
     assert "s00001.tar: No space left on device; mend that and run the same command again" in result.output

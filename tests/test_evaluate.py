@@ -16,11 +16,12 @@ from PIL import Image
 from pipeline.cli import main
 from pipeline.commands import evaluate
 from pipeline.demo.evaluate import judge
+from pipeline.demo.oracle import score_scenes
 from pipeline.demo.scenes import make_scene
 from pipeline.evaluation.table import HEAD, Row, as_html, markdown, rows_of
 from pipeline.models.families.sd import student_config, student_weights
 from pipeline.sampling import folder
-from pipeline.sampling.generate import Sampler, draw_samples, score_scenes
+from pipeline.sampling.generate import Sampler, draw_samples
 
 PROMPTS = ["a red cat", "a dog", "three birds", "a house", "the sea"]
 
@@ -254,8 +255,10 @@ def test_fid_inception_and_clip_score_stand_in_the_table(done, copied, place, tm
     assert scores["fid"]["student"] > 1e-3
     assert cells(result.output, "FID")[2] == f"{scores['fid']['student']:.2f}"
     assert cells(result.output, "Inception score")[4] == "not measured: needs at least 20 pictures; give more prompts"
-    red = [np.asarray(Image.open(f).resize((16, 16), Image.Resampling.BICUBIC), float)[..., 0].sum()
-           for f in sorted((copied / "pictures" / "student").glob("*.png"))]  # fmt: skip
+    red = [
+        np.asarray(Image.open(f).resize((16, 16), Image.Resampling.BICUBIC), float)[..., 0].sum()
+        for f in sorted((copied / "pictures" / "student").glob("*.png"))
+    ]
     assert scores["clip_score"]["student"] == pytest.approx(sum(red))
     assert "2 PNDM steps, guidance 7.5, measured at 16 px (bicubic)" in result.output
 

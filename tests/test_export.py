@@ -122,9 +122,12 @@ def test_onnx_says_what_torch_says_at_any_size(tmp_path):
     import onnxruntime
 
     pipe = tiny_pipeline(
-        block_out_channels=(8, 12), down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"), layers_per_block=1, mid_block_type=None,
-    )  # fmt: skip
+        block_out_channels=(8, 12),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        mid_block_type=None,
+    )
     folder = save(pipe, tmp_path / "student")
     said = exported(folder, "onnx", tmp_path / "onnx")
     assert "largest difference from torch" in said

@@ -92,8 +92,23 @@ def test_a_disk_that_fills_up_in_a_checkpoint(room, teacher, images, disk, tmp_p
     """Once in the student's weights, once in the optimiser's state."""
     latents = run_encode(teacher, images, tmp_path / "latents")
     cache = run_teacher_cache(teacher, latents, tmp_path / "cache")
-    arguments = ["--cache", cache, "--level", "sd_small", "--train-batch-size", 3, "--learning-rate", 1e-3, "--device",
-                 "cpu", "--no-report", "--dataloader-num-workers", 0, "--checkpointing-steps", 2]  # fmt: skip
+    arguments = [
+        "--cache",
+        cache,
+        "--level",
+        "sd_small",
+        "--train-batch-size",
+        3,
+        "--learning-rate",
+        1e-3,
+        "--device",
+        "cpu",
+        "--no-report",
+        "--dataloader-num-workers",
+        0,
+        "--checkpointing-steps",
+        2,
+    ]
     whole = tmp_path / "whole"
     assert invoke("distill", *arguments, "--max-train-steps", 4, "--out", whole).exit_code == 0
     checkpoint = whole / "checkpoints" / "step-0000002"

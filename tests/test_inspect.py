@@ -39,9 +39,16 @@ def test_a_cache_is_shown_and_left_alone(cache):
     before = tree(cache)
     status, output = inspect(cache)
     assert status == 0
-    for line in ("stage: cache", "prediction_type: epsilon", 'codec: {"name": "dither", "snr_db": 10.0}',
-                 "resolution: 32", "tap up_blocks.3: [8, 16, 16], stride 2", "rounds: 2", "shards: 4 of 4",
-                 "entries: 8"):  # fmt: skip
+    for line in (
+        "stage: cache",
+        "prediction_type: epsilon",
+        'codec: {"name": "dither", "snr_db": 10.0}',
+        "resolution: 32",
+        "tap up_blocks.3: [8, 16, 16], stride 2",
+        "rounds: 2",
+        "shards: 4 of 4",
+        "entries: 8",
+    ):
         assert line in output.splitlines()
     sample = samples(cache, "cache", [])[0]
     assert f"sample {sample.key}\n  caption: {sample.meta['caption']}\n  source: 000.png" in output

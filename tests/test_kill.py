@@ -169,8 +169,13 @@ def test_a_refused_command_clears_nothing(teacher, work, tmp_path):
 
 
 def test_what_only_looks_like_a_leaving_stays(tmp_path):
-    names = [".notes.partial", "s00000.tar", f".s00000.tar.{HOST}.12x.partial", "s00000.tar.1.partial",
-             ".s00000.tar.another-host.999999999.partial"]  # fmt: skip
+    names = [
+        ".notes.partial",
+        "s00000.tar",
+        f".s00000.tar.{HOST}.12x.partial",
+        "s00000.tar.1.partial",
+        ".s00000.tar.another-host.999999999.partial",
+    ]
     for name in names:
         (tmp_path / name).write_bytes(b"")
     remove_leftovers(tmp_path, tmp_path / "nowhere")

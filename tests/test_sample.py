@@ -27,16 +27,29 @@ def pictures(out):
 
 def test_the_pictures_are_those_of_diffusers(teacher, tmp_path):
     result = sample(
-        teacher, tmp_path / "out", "--prompts", "a red cat, asleep", "--guidance-scale", 4, "--negative-prompt", "dogs",
-        "--scheduler", "pndm", "--seed", 11,
-    )  # fmt: skip
+        teacher,
+        tmp_path / "out",
+        "--prompts",
+        "a red cat, asleep",
+        "--guidance-scale",
+        4,
+        "--negative-prompt",
+        "dogs",
+        "--scheduler",
+        "pndm",
+        "--seed",
+        11,
+    )
     assert result.exit_code == 0, result.output
     pipe = DiffusionPipeline.from_pretrained(teacher)
     pipe.scheduler = PNDMScheduler.from_config(pipe.scheduler.config)
     expected = pipe(
-        "a red cat, asleep", num_inference_steps=3, guidance_scale=4.0, negative_prompt="dogs",
+        "a red cat, asleep",
+        num_inference_steps=3,
+        guidance_scale=4.0,
+        negative_prompt="dogs",
         generator=torch.Generator().manual_seed(11),
-    ).images[0]  # fmt: skip
+    ).images[0]
     (drawn,) = pictures(tmp_path / "out")
     np.testing.assert_allclose(drawn, np.asarray(expected, int), atol=1)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from diffusers import DiffusionPipeline
 
-from pipeline.models.load import weights_sha256
+from pipeline.models.hashing import weights_sha256
 from pipeline.system.errors import UserError
 from shards.reader import ShardSet
 

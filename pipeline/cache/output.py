@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,8 @@ from typing import Any
 import click
 from accelerate import PartialState
 
-from pipeline.cache.sizes import in_words
 from pipeline.system.errors import UserError
-from pipeline.system.settings import Settings
-from shards.files import remove_leftovers, write_bytes, write_json
+from shards.files import remove_leftovers, write_bytes
 from shards.manifest import Manifest, read_manifest, refuse_other_spec, write_manifest
 from shards.reader import Sidecar, read_sidecar
 from shards.schema import MANIFEST
@@ -46,10 +43,6 @@ def claim(
         manifest = Manifest(spec, rounds, {name: write_bytes(out / name, data) for name, data in (files or {}).items()})
     write_manifest(out, manifest)
     return manifest
-
-
-def write_settings(out: Path, name: str, settings: Settings) -> None:
-    write_json(out / f"{name}.json", settings.as_json())
 
 
 def unfinished_shards(out: Path, manifest: Manifest) -> list[str]:
@@ -88,19 +81,3 @@ def finished_sidecars(out: Path, manifest: Manifest) -> list[Sidecar] | None:
         click.echo(f"{out} holds {done} of {len(planned)} shards so far; the first still to write is {left[0]}")
         return None
     return [read_sidecar(out, shard, manifest.spec_sha256) for shard in planned]
-
-
-def free_bytes(out: Path) -> int:
-    """What is free on the disk where `out` is or will be."""
-    there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
-    return shutil.disk_usage(there).free
-
-
-def require_space(out: Path, needed: int, remedy: str) -> None:
-    """Raise UserError, before anything is computed, if `needed` bytes more do not fit."""
-    free = free_bytes(out)
-    if needed > free:
-        raise UserError(
-            f"{out} needs about {in_words(needed)} more, and its disk has {in_words(free)} free: "
-            f"make room, choose an --out on another disk, or {remedy}"
-        )

@@ -108,10 +108,16 @@ HEAD = ("tensor", "largest error", "mean error", "codec allows", "with rounding"
 def table(rows: list[Deviation]) -> list[str]:
     """Lines of a table, one tensor a line."""
     cells = [
-        (r.name, f"{r.largest:.3g}", f"{r.mean:.3g}", f"{r.promise:.3g}", f"{r.bound:.3g}",
-         f"{r.share:.1%}{'' if r.share <= 1 else ' BROKEN'}")
+        (
+            r.name,
+            f"{r.largest:.3g}",
+            f"{r.mean:.3g}",
+            f"{r.promise:.3g}",
+            f"{r.bound:.3g}",
+            f"{r.share:.1%}{'' if r.share <= 1 else ' BROKEN'}",
+        )
         for r in rows
-    ]  # fmt: skip
+    ]
     widths = [max(map(len, column)) for column in zip(HEAD, *cells, strict=True)]
     return [
         "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])

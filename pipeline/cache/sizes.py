@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.system.disk import in_words
 from shards.codec import EXACT_DTYPES, pack_quantised, quantise
 from shards.expected import NPY_HEADER
 from shards.schema import BLOCK, INPUT_NOISE, LATENTS, NOISE, PROMPT_EMBEDS, TEACHER_PRED
@@ -92,9 +93,3 @@ def lines(members: Mapping[str, int], entries: int) -> list[str]:
         f"  {'on disk':<{width}} {stored:>12,}",
         f"total: about {in_words(entries * stored)}",
     ]
-
-
-def in_words(size: float) -> str:
-    """Bytes in decimal units: 1234567 -> '1.23 MB'."""
-    power = min(4, max(0, int(math.log10(max(size, 1)) // 3)))
-    return f"{size / 1000**power:.3g} {('bytes', 'kB', 'MB', 'GB', 'TB')[power]}"

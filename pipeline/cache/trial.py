@@ -12,7 +12,8 @@ from diffusers import UNet2DConditionModel
 
 from pipeline.cache.targets import Teacher, ask, finish
 from pipeline.core.taps import Taps
-from pipeline.models.load import TeacherShapes, computes_beside
+from pipeline.models.shapes import TeacherShapes
+from pipeline.system.device import computes_beside
 from shards.reader import Sample, StoredTensor
 from shards.schema import LATENTS, PROMPT_EMBEDS, image_key
 
@@ -41,9 +42,14 @@ def try_teacher(
     `taps` as in a cache's spec: `shape` and `stride` by name.
     """
     spec = {
-        "seed": 0, "strata": 1, "noise_offset": 0.0, "input_perturbation": 0.0, "uncond_fraction": 0.0,
-        "codec": {"name": codec, "snr_db": snr_db}, "taps": taps,
-    }  # fmt: skip
+        "seed": 0,
+        "strata": 1,
+        "noise_offset": 0.0,
+        "input_perturbation": 0.0,
+        "uncond_fraction": 0.0,
+        "codec": {"name": codec, "snr_db": snr_db},
+        "taps": taps,
+    }
     # The schedule has no part in how long it takes.
     alphas_cumprod = torch.linspace(0.99, 0.01, 1000, device=unet.device)
     teacher = Teacher(unet, Taps(unet, taps), alphas_cumprod, np.zeros(shapes.prompt_embeds, np.float16))

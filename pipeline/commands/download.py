@@ -67,8 +67,10 @@ def run(settings: DownloadSettings) -> None:
             [program, *arguments(settings)], env={**os.environ, "NO_ALBUMENTATIONS_UPDATE": "1"}, check=False
         )
         if finished.returncode:
-            raise UserError(f"{program} ended with status {finished.returncode}, see above; "
-                            "the finished tars stay, and the same command goes on")  # fmt: skip
+            raise UserError(
+                f"{program} ended with status {finished.returncode}, see above; "
+                "the finished tars stay, and the same command goes on"
+            )
     click.echo(summary(settings.out, tally(settings.out), tars))
 
 
@@ -120,8 +122,10 @@ def shuffled(settings: DownloadSettings) -> Any:
         raise UserError(f"--urls {settings.urls} is no parquet file: {error}") from None
     for flag, column in (("--url-column", settings.url_column), ("--caption-column", settings.caption_column)):
         if column not in file.schema_arrow.names:
-            raise UserError(f"--urls {settings.urls} has no column {column!r}; it has "
-                            f"{', '.join(map(repr, file.schema_arrow.names))}: choose one with {flag}")  # fmt: skip
+            raise UserError(
+                f"--urls {settings.urls} has no column {column!r}; it has "
+                f"{', '.join(map(repr, file.schema_arrow.names))}: choose one with {flag}"
+            )
     table = file.read(columns=list(wanted.values())).select(list(wanted.values())).rename_columns(list(wanted))
     order = np.random.default_rng(settings.seed).permutation(len(table))[: settings.max_samples]
     if not len(order):
@@ -132,14 +136,25 @@ def shuffled(settings: DownloadSettings) -> Any:
 def arguments(settings: DownloadSettings) -> list[str]:
     """What img2dataset is told. It skips what has a `_stats.json`, and writes a tar without one again."""
     told = {
-        "url_list": settings.out / LIST_FOLDER / "urls.parquet", "input_format": "parquet",
-        "output_folder": settings.out, "output_format": "webdataset", "incremental_mode": "incremental",
-        "url_col": "url", "caption_col": "caption", "number_sample_per_shard": settings.entries_per_tar,
-        "image_size": settings.image_size, "resize_mode": "keep_ratio", "resize_only_if_bigger": True,
-        "skip_reencode": True, "processes_count": settings.processes, "thread_count": settings.threads,
-        "timeout": settings.timeout, "retries": settings.retries, "distributor": settings.distributor,
+        "url_list": settings.out / LIST_FOLDER / "urls.parquet",
+        "input_format": "parquet",
+        "output_folder": settings.out,
+        "output_format": "webdataset",
+        "incremental_mode": "incremental",
+        "url_col": "url",
+        "caption_col": "caption",
+        "number_sample_per_shard": settings.entries_per_tar,
+        "image_size": settings.image_size,
+        "resize_mode": "keep_ratio",
+        "resize_only_if_bigger": True,
+        "skip_reencode": True,
+        "processes_count": settings.processes,
+        "thread_count": settings.threads,
+        "timeout": settings.timeout,
+        "retries": settings.retries,
+        "distributor": settings.distributor,
         "enable_wandb": False,
-    }  # fmt: skip
+    }
     return [f"--{name}={value}" for name, value in told.items()]
 
 

@@ -21,12 +21,13 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPTextModel
 
-from pipeline.cache.output import require_space
-from pipeline.cache.sizes import in_words
 from pipeline.export import int8, onnx
 from pipeline.export.single_file import single_file_weights
-from pipeline.models.load import DTYPES, device_name, encode_prompts, find_pipeline, load_base, load_unet, process_state
+from pipeline.models.families.sd import encode_prompts
+from pipeline.models.load import find_pipeline, load_base, load_unet
 from pipeline.system.command import stage_command
+from pipeline.system.device import DTYPES, device_name, process_state
+from pipeline.system.disk import in_words, require_space
 from pipeline.system.errors import UserError
 from pipeline.system.settings import REQUIRED, Settings, option
 from shards.files import atomic_directory, atomic_file

@@ -20,15 +20,10 @@ from torch.utils.data import Dataset
 
 from pipeline.cache.latents import check_encoders, open_latents
 from pipeline.core import draws
+from pipeline.models.hashing import weights_sha256
 from pipeline.models.hub import upload
-from pipeline.models.load import (
-    find_pipeline,
-    load_base,
-    load_noise_scheduler,
-    load_unet,
-    save_pipeline,
-    weights_sha256,
-)
+from pipeline.models.load import find_pipeline, load_base, load_noise_scheduler, load_unet
+from pipeline.models.save import save_pipeline
 from pipeline.system.command import stage_command
 from pipeline.system.settings import REQUIRED, option
 from pipeline.training.checkpoint import list_checkpoints, load_checkpoint
@@ -60,8 +55,9 @@ class FinetuneSettings(TrainingSettings):
     noise_offset: float = option(0.0, "Standard deviation of a shift of each channel's noise.", low=0.0)
     input_perturbation: float = option(0.0, "Strength of noise in the input that is not to be predicted.", low=0.0)
     uncond_fraction: float = option(0.1, "Share of the entries that get the empty prompt.", low=0.0, high=1.0)
-    prediction_type: str | None = option(None, "What the U-Net predicts, where its scheduler says it wrongly.",
-                                         choices=("epsilon", "v_prediction"))  # fmt: skip
+    prediction_type: str | None = option(
+        None, "What the U-Net predicts, where its scheduler says it wrongly.", choices=("epsilon", "v_prediction")
+    )
     variant: str | None = option(None, "Variant of the model's weight files, such as fp16.")
     revision: str | None = option(None, "Revision of the model on the hub.")
 
@@ -115,16 +111,19 @@ def run(settings: FinetuneSettings) -> None:
 
 def finetune_spec(
     settings: FinetuneSettings, unet: UNet2DConditionModel, dataset: LatentsDataset, processes: int
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """What the training is, for whoever would go on with it."""
     spec = what_decides(settings, processes, free=("model", "latents", "revision", "variant"))
     return {"latents": dataset.shards.manifest.spec_sha256, "model": weights_sha256(unet), **spec}
 
 
 def prepare(
-    settings: FinetuneSettings, folder: Path, unet: UNet2DConditionModel, dataset: LatentsDataset,
+    settings: FinetuneSettings,
+    folder: Path,
+    unet: UNet2DConditionModel,
+    dataset: LatentsDataset,
     accelerator: Accelerator,
-) -> Training:  # fmt: skip
+) -> Training:
     """The U-Net, as given or of the newest checkpoint, and what trains it, on the device."""
     check_encoders(dataset.shards, load_base(folder, settings.variant), f"--model {settings.model}")
     checkpoints = list_checkpoints(settings.out / CHECKPOINTS)

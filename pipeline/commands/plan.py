@@ -11,22 +11,14 @@ import click
 import torch
 
 from pipeline.cache import sizes
-from pipeline.cache.output import free_bytes
 from pipeline.cache.trial import try_teacher
 from pipeline.core.taps import token_stride
 from pipeline.models.families.sd import LEVELS, teacher_taps
-from pipeline.models.load import (
-    DEVICES,
-    DTYPES,
-    TeacherShapes,
-    device_name,
-    find_pipeline,
-    load_unet,
-    process_state,
-    resolve_dtype,
-    teacher_shapes,
-)
+from pipeline.models.load import find_pipeline, load_unet
+from pipeline.models.shapes import TeacherShapes, teacher_shapes
 from pipeline.system.command import stage_command
+from pipeline.system.device import DEVICES, DTYPES, device_name, process_state, resolve_dtype
+from pipeline.system.disk import free_bytes, in_words
 from pipeline.system.errors import UserError
 from pipeline.system.settings import REQUIRED, Settings, option
 from shards.codec import CODECS, MAX_SNR_DB
@@ -114,7 +106,7 @@ def fit(settings: PlanSettings, shapes: TeacherShapes) -> PlanSettings:
     if rounds < 1:
         raise UserError(
             f"--budget {settings.budget} does not hold one round of {settings.images} images: "
-            f"it takes {sizes.in_words(cost.total(settings.images, 1))}; give fewer --images or a larger budget"
+            f"it takes {in_words(cost.total(settings.images, 1))}; give fewer --images or a larger budget"
         )
     return replace(candidate, rounds=rounds)
 
@@ -131,9 +123,9 @@ def plan(settings: PlanSettings) -> list[str]:
         *([f"chosen for {settings.budget}: teacher-cache {flags}"] if settings.budget else []),
         f"entries: {chosen.images} images x {chosen.rounds} rounds = {entries}",
         *sizes.lines(cost.entry, entries),
-        f"latents: {cost.latents:,} bytes a picture, {sizes.in_words(chosen.images * cost.latents)}",
-        f"latents and cache: {sizes.in_words(cost.total(chosen.images, chosen.rounds))}, "
-        f"and {sizes.in_words(free_bytes(chosen.out))} are free in {chosen.out}",
+        f"latents: {cost.latents:,} bytes a picture, {in_words(chosen.images * cost.latents)}",
+        f"latents and cache: {in_words(cost.total(chosen.images, chosen.rounds))}, "
+        f"and {in_words(free_bytes(chosen.out))} are free in {chosen.out}",
         f"teacher forward passes: {entries}",
         *([time_of(chosen, folder, shapes, entries)] if chosen.trial else []),
     ]

@@ -9,9 +9,11 @@ from pathlib import Path
 import click
 from PIL import Image
 
-from pipeline.models.load import DEVICES, DTYPES, find_pipeline, process_state, resolve_dtype
-from pipeline.sampling.generate import SCHEDULERS, Model, Sampler, draw_samples, load_pipeline, save_samples
+from pipeline.models.load import find_pipeline
+from pipeline.sampling.generate import SCHEDULERS, Sampler, draw_samples, save_samples
+from pipeline.sampling.process import Model, load_pipeline
 from pipeline.system.command import stage_command
+from pipeline.system.device import DEVICES, DTYPES, process_state, resolve_dtype
 from pipeline.system.errors import UserError
 from pipeline.system.prompts import gather_prompts
 from pipeline.system.settings import REQUIRED, Settings, option
@@ -24,8 +26,9 @@ SHOWN, THUMBNAIL = 64, 256
 @dataclass(frozen=True, kw_only=True)
 class SampleSettings(Settings):
     model: str = option(REQUIRED, "Pipeline to draw with: a folder, a hub's name, or demo.")
-    prompts: tuple[str, ...] = option(REQUIRED, "A prompt, or a text file with one a line; may be repeated.",
-                                      repeated=True)  # fmt: skip
+    prompts: tuple[str, ...] = option(
+        REQUIRED, "A prompt, or a text file with one a line; may be repeated.", repeated=True
+    )
     out: Path = option(REQUIRED, "Folder to make for the pictures.")
     num_inference_steps: int = option(25, "Steps of the sampler.", low=1)
     guidance_scale: float = option(7.0, "Classifier-free guidance; 1 is none.", low=1.0)
@@ -59,9 +62,14 @@ def run(settings: SampleSettings) -> None:
     dtype = DTYPES[resolve_dtype(settings.dtype, device)]
     pipe = load_pipeline(Model(folder, folder / "unet", device, dtype, settings.variant, settings.variant))
     sampler = Sampler(
-        settings.num_inference_steps, settings.guidance_scale, settings.batch_size, settings.scheduler,
-        settings.negative_prompt, (settings.height, settings.width) if settings.height else None, settings.seed,
-    )  # fmt: skip
+        settings.num_inference_steps,
+        settings.guidance_scale,
+        settings.batch_size,
+        settings.scheduler,
+        settings.negative_prompt,
+        (settings.height, settings.width) if settings.height else None,
+        settings.seed,
+    )
     samples = draw_samples(pipe, prompts, sampler, "sample")
     save_samples(samples, sampler, settings.out)
     contact_sheet(samples.images).save(settings.out / SHEET)

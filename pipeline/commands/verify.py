@@ -18,8 +18,10 @@ from tqdm import tqdm
 from pipeline.cache.recompute import deviations, table
 from pipeline.models.checksums import changed_files, has_checksums
 from pipeline.models.families.sd import LEVELS
-from pipeline.models.load import DEVICES, DTYPES, MODEL_INDEX, find_pipeline, load_unet, use_cpu, weights_sha256
+from pipeline.models.hashing import weights_sha256
+from pipeline.models.load import MODEL_INDEX, find_pipeline, load_unet
 from pipeline.system.command import stage_command
+from pipeline.system.device import DEVICES, DTYPES, use_cpu
 from pipeline.system.errors import UserError
 from pipeline.system.settings import REQUIRED, Settings, option
 from shards.expected import expected_tensors

@@ -33,8 +33,10 @@ class ImageFolder:
             image_column, caption_column = self.columns
             found = _listed(metadata, image_column or "file_name", caption_column or "text")
         elif any(self.columns):
-            raise UserError(f"--data {self.folder} has no {METADATA}, so there are no columns to choose from: "
-                            "leave --image-column and --caption-column out")  # fmt: skip
+            raise UserError(
+                f"--data {self.folder} has no {METADATA}, so there are no columns to choose from: "
+                "leave --image-column and --caption-column out"
+            )
         else:
             found = _beside_captions(self.folder)
         return sorted(found, key=lambda picture: picture.name)
@@ -55,8 +57,10 @@ def _inside(folder: Path, location: str | Path) -> Path:
 def _listed(metadata: Path, image_column: str, caption_column: str) -> list[Picture]:
     pictures = [_picture(row, metadata, number, image_column, caption_column) for number, row in _rows(metadata)]
     if not pictures:
-        raise UserError(f"{metadata} lists no images: give one JSON object a line, as in "
-                        f'{{"{image_column}": "0001.jpg", "{caption_column}": "a caption"}}')  # fmt: skip
+        raise UserError(
+            f"{metadata} lists no images: give one JSON object a line, as in "
+            f'{{"{image_column}": "0001.jpg", "{caption_column}": "a caption"}}'
+        )
     return pictures
 
 

@@ -51,9 +51,12 @@ def load_record(source: OpenSource, framing: Framing, indexed: tuple[int, Record
     draw = draws.generator(framing.seed, record.source_id, 0, "crop")
     try:
         pixels, crop = square(
-            decode(source.read(record)), framing.resolution,
-            center_crop=framing.center_crop, random_flip=framing.random_flip, draw=draw,
-        )  # fmt: skip
+            decode(source.read(record)),
+            framing.resolution,
+            center_crop=framing.center_crop,
+            random_flip=framing.random_flip,
+            draw=draw,
+        )
     except (OSError, ValueError) as error:
         return Loaded(index, record, problem=str(error))
     return Loaded(index, record, pixels, crop)

@@ -21,9 +21,10 @@ class DataSettings(Settings):
         None, "Where the caption is; by default text, and in a tar the .txt, else caption in the .json."
     )
     captions: str = option(
-        "first", "Of several captions of one picture: the first, all (an entry each), or one at random.",
+        "first",
+        "Of several captions of one picture: the first, all (an entry each), or one at random.",
         choices=CAPTIONS,
-    )  # fmt: skip
+    )
     split: str = option("train", "Split of a dataset.")
     dataset_config_name: str | None = option(None, "Configuration of a dataset on the hub.")
     dataset_revision: str | None = option(None, "Revision of a dataset on the hub.")

@@ -32,8 +32,10 @@ class Table:
         self.caption_column = settings.caption_column or "text"
         for column, flag in ((self.image_column, "--image-column"), (self.caption_column, "--caption-column")):
             if column not in dataset.column_names:
-                raise UserError(f"--data {settings.data} has no column {column!r}; it has "
-                                f"{', '.join(map(repr, dataset.column_names))}: choose one with {flag}")  # fmt: skip
+                raise UserError(
+                    f"--data {settings.data} has no column {column!r}; it has "
+                    f"{', '.join(map(repr, dataset.column_names))}: choose one with {flag}"
+                )
         self.dataset = _undecoded(dataset, self.image_column, settings)
         self.paths_are_its_own = paths_are_its_own
 
@@ -54,8 +56,10 @@ class Table:
         dataset = _loaded(settings, lambda: _datasets(settings).load_from_disk(folder))
         if isinstance(dataset, dict):
             if settings.split not in dataset:
-                raise UserError(f"--data {folder} has no split {settings.split!r}; it has "
-                                f"{', '.join(map(repr, dataset))}: choose one with --split")  # fmt: skip
+                raise UserError(
+                    f"--data {folder} has no split {settings.split!r}; it has "
+                    f"{', '.join(map(repr, dataset))}: choose one with --split"
+                )
             dataset = dataset[settings.split]
         return cls(dataset, settings, True)
 
@@ -66,9 +70,10 @@ class Table:
         load = _datasets(settings).load_dataset
         chosen = {"split": settings.split, "revision": settings.dataset_revision}
         dataset = _loaded(
-            settings, lambda: load(settings.data, settings.dataset_config_name, **chosen),
+            settings,
+            lambda: load(settings.data, settings.dataset_config_name, **chosen),
             "does not exist here, and no hub gave it as a dataset",
-        )  # fmt: skip
+        )
         return cls(dataset, settings, True)
 
     def read(self, row: int) -> bytes:
@@ -126,8 +131,9 @@ def _undecoded(dataset: Any, column: str, settings: DataSettings) -> Any:
     elif getattr(feature, "dtype", None) not in ("binary", "large_binary") and not (
         isinstance(feature, dict) and "bytes" in feature
     ):
-        raise UserError(f"--data {settings.data}: column {column!r} holds {feature}, no images: "
-                        "choose another with --image-column")  # fmt: skip
+        raise UserError(
+            f"--data {settings.data}: column {column!r} holds {feature}, no images: choose another with --image-column"
+        )
     return dataset.flatten_indices() if dataset._indices is not None else dataset
 
 

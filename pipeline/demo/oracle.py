@@ -8,6 +8,7 @@ both are brought to the same area and centre.
 
 import functools
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -217,3 +218,15 @@ def _related(first: Part, second: Part, relation: str) -> bool:
     along = (second.x - first.x) * right + (second.y - first.y) * down
     across = (second.x - first.x) * down + (second.y - first.y) * right
     return along > abs(across)
+
+
+def score_scenes(images: Iterable[Image.Image], prompts: list[str]) -> float | None:
+    """The share of the prompts' facts that hold in the images, 0 to 1; None unless all prompts are captions of scenes.
+
+    A `Scorer` for reports (see `sampling.generate`). The images are looked at one by one.
+    """
+    try:
+        verdicts = [score(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
+    except ValueError:
+        return None
+    return sum(verdict.score for verdict in verdicts) / len(verdicts)

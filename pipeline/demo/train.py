@@ -18,7 +18,6 @@ from torch import nn
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from pipeline.demo import CHECKSUMS
 from pipeline.demo.evaluate import evaluate, table
 from pipeline.demo.networks import (
     LATENT_SIDE,
@@ -32,6 +31,7 @@ from pipeline.demo.networks import (
 from pipeline.demo.scenes import SIDE, make_scene, parse_caption
 from pipeline.demo.text import Reader, answers_of, reading_loss
 from pipeline.demo.trainer import TeacherSettings, Trainer
+from pipeline.models.bundled import CHECKSUMS
 from pipeline.system.command import stage_command
 from pipeline.system.errors import UserError
 from shards.files import atomic_file, file_sha256, write_json

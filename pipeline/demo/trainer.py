@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from pipeline.demo import TEACHER
+from pipeline.models.bundled import TEACHER
 from pipeline.system.settings import Settings, option
 
 

@@ -16,7 +16,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.models.load import MODEL_INDEX
-from pipeline.sampling.generate import Model, Sampler, drawing_apart
+from pipeline.sampling.generate import Sampler
+from pipeline.sampling.process import Model, drawing_apart
 
 # What is drawn does not change what drawing it costs.
 PROMPT = "a picture"

@@ -18,8 +18,8 @@ from pipeline.core import draws
 from pipeline.core.diffusion import add_noise
 from pipeline.core.taps import Taps
 from pipeline.models.families.sd import DOWN, LEVELS, UP, student_config
+from pipeline.models.hashing import shapes_of
 from pipeline.system.errors import UserError
-from pipeline.training.initial_student import shapes_of
 from shards.reader import ShardSet
 from shards.schema import LATENTS, PROMPT_EMBEDS
 
@@ -79,9 +79,15 @@ def bin_edges(bins: int, train_timesteps: int) -> list[int]:
 
 @torch.inference_mode()
 def fidelity(
-    held_out: HeldOut, teacher: UNet2DConditionModel, student: UNet2DConditionModel, pairs: Pairs,
-    alphas_cumprod: Tensor, bins: int, batch_size: int, seed: int,
-) -> dict[str, Any]:  # fmt: skip
+    held_out: HeldOut,
+    teacher: UNet2DConditionModel,
+    student: UNet2DConditionModel,
+    pairs: Pairs,
+    alphas_cumprod: Tensor,
+    bins: int,
+    batch_size: int,
+    seed: int,
+) -> dict[str, Any]:
     """Errors in each part of the schedule, and over all of it: every picture has one timestep in every part.
 
     `alphas_cumprod` (T,) float32. An error is {"mse": mean square of student - teacher, "relative": that as a
@@ -135,10 +141,12 @@ def ask(
 
 def squares(teacher: dict[str, Tensor], student: dict[str, Tensor], pairs: Pairs) -> np.ndarray:
     """(1 + pairs, 2) float64: mean square of the error and of the teacher, summed over the batch; the output first."""
-    return np.array([
-        (mean_square(student[mine].float() - teacher[its].float()), mean_square(teacher[its].float()))
-        for mine, its in ((OUTPUT, OUTPUT), *pairs)
-    ])  # fmt: skip
+    return np.array(
+        [
+            (mean_square(student[mine].float() - teacher[its].float()), mean_square(teacher[its].float()))
+            for mine, its in ((OUTPUT, OUTPUT), *pairs)
+        ]
+    )
 
 
 def mean_square(values: Tensor) -> float:

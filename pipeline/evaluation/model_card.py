@@ -15,6 +15,7 @@ import torch
 import yaml
 from diffusers import UNet2DConditionModel
 
+from pipeline.evaluation.settings import EVALUATION
 from pipeline.evaluation.table import markdown, rows_of
 from pipeline.models.families.sd import LEVELS
 from pipeline.models.provenance import CARD, read_origin
@@ -22,15 +23,25 @@ from shards.files import write_bytes, write_json
 from shards.manifest import read_manifest
 from shards.schema import MANIFEST
 
-EVALUATION = "evaluation.json"
 TAGS = ["stable-diffusion", "stable-diffusion-diffusers", "text-to-image", "distillation", "distill-sd"]
 SOURCE = "https://github.com/segmind/distill-sd"
 PAPER = "https://arxiv.org/abs/2305.15798"
 # What of the settings says how a student was trained; the rest is where it was done.
 TRAINING = (
-    "max_train_steps", "global_batch_size", "learning_rate", "lr_scheduler", "lr_warmup_steps", "output_weight",
-    "feature_weight", "feature_loss", "snr_gamma", "use_ema", "mixed_precision", "init_from", "seed",
-)  # fmt: skip
+    "max_train_steps",
+    "global_batch_size",
+    "learning_rate",
+    "lr_scheduler",
+    "lr_warmup_steps",
+    "output_weight",
+    "feature_weight",
+    "feature_loss",
+    "snr_gamma",
+    "use_ema",
+    "mixed_precision",
+    "init_from",
+    "seed",
+)
 
 
 @dataclass(frozen=True)
@@ -62,10 +73,14 @@ def write_model_card(out: Path, settings: dict[str, Any]) -> None:
     lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     evaluation = out / EVALUATION
     known = Known(
-        settings, manifest.spec, settings.get("rounds") or manifest.rounds, unet.num_parameters(), read_origin(cache),
+        settings,
+        manifest.spec,
+        settings.get("rounds") or manifest.rounds,
+        unet.num_parameters(),
+        read_origin(cache),
         json.loads(lines[-1]) if lines else {},
         json.loads(evaluation.read_text(encoding="utf-8")) if evaluation.is_file() else {},
-    )  # fmt: skip
+    )
     write_bytes(out / CARD, model_card(known).encode())
 
 

@@ -11,8 +11,9 @@ from diffusers import DiffusionPipeline
 
 from pipeline.evaluation.fidelity import levels_of
 from pipeline.models.families.sd import LEVELS, check_teacher
-from pipeline.models.load import find_pipeline, load_base, open_unet, weights_sha256
-from pipeline.sampling.generate import Model
+from pipeline.models.hashing import weights_sha256
+from pipeline.models.load import find_pipeline, load_base, open_unet
+from pipeline.sampling.process import Model
 from pipeline.system.errors import UserError
 
 

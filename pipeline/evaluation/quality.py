@@ -109,8 +109,10 @@ def open_inception(weights: Path | None, device: torch.device) -> Inception | Mi
     try:
         network = FeatureExtractorInceptionV3("inception-v3-compat", features, str(weights) if weights else None)
     except OSError as error:
-        return Missing(f"needs Inception's weights, which cannot be downloaded here ({error}); get the file "
-                       f"{INCEPTION_WEIGHTS} and give it with --inception-weights")  # fmt: skip
+        return Missing(
+            f"needs Inception's weights, which cannot be downloaded here ({error}); get the file "
+            f"{INCEPTION_WEIGHTS} and give it with --inception-weights"
+        )
     except (RuntimeError, TypeError, AttributeError) as error:
         reason = str(error).split("\n")[0]
         raise UserError(f"--inception-weights {weights} is not {INCEPTION_WEIGHTS} ({reason}): give that") from None
@@ -132,8 +134,10 @@ def check_tensors_only(weights: Path) -> None:
 def open_clip(folder: Path | None, device: torch.device) -> Clip | Missing:
     """A CLIP that transformers saved. Raises UserError for a folder that holds none."""
     if folder is None:
-        return Missing("needs --clip FOLDER, a CLIP as transformers saves it, such as "
-                       "laion/CLIP-ViT-g-14-laion2B-s12B-b42K from the hub")  # fmt: skip
+        return Missing(
+            "needs --clip FOLDER, a CLIP as transformers saves it, such as "
+            "laion/CLIP-ViT-g-14-laion2B-s12B-b42K from the hub"
+        )
     lacking = open_torchmetrics()
     if lacking:
         return lacking

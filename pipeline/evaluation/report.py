@@ -9,7 +9,7 @@ from PIL import Image
 
 from pipeline.evaluation.table import as_html, rows_of
 from pipeline.sampling.folder import picture_files
-from pipeline.training.report import GRID_PICTURES, curves, folded_settings, grid, write_page
+from pipeline.system.page import GRID_PICTURES, curves, folded_settings, grid, write_page
 
 
 def write_evaluation(out: Path, evaluation: dict[str, Any], prompts: list[str], folders: dict[str, Path]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.cache.sizes import in_words
+from pipeline.system.disk import in_words
 
 HEAD = ("", "teacher", "student", "student / teacher", "")
 NOT_MEASURED = "not measured: "

@@ -32,9 +32,12 @@ def load_int8(folder: Path, variant: str | None, dtype: torch.dtype) -> UNet2DCo
     from torchao.quantization import Int8WeightOnlyConfig
 
     return UNet2DConditionModel.from_pretrained(
-        folder, subfolder="unet", variant=variant, torch_dtype=dtype,
+        folder,
+        subfolder="unet",
+        variant=variant,
+        torch_dtype=dtype,
         quantization_config=TorchAoConfig(Int8WeightOnlyConfig()),
-    )  # fmt: skip
+    )
 
 
 @torch.inference_mode()

@@ -57,9 +57,14 @@ def write_onnx(unet: UNet2DConditionModel, tokens: int, folder: Path) -> None:
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
-            _Denoiser(unet).eval(), traced, input_names=list(INPUTS), output_names=[OUTPUT], dynamo=True,
-            dynamic_shapes=shapes, verbose=False,
-        )  # fmt: skip
+            _Denoiser(unet).eval(),
+            traced,
+            input_names=list(INPUTS),
+            output_names=[OUTPUT],
+            dynamo=True,
+            dynamic_shapes=shapes,
+            verbose=False,
+        )
     program.save(folder / GRAPH, external_data=True)
     unet.save_config(folder)
 

@@ -19,8 +19,15 @@ from shards.schema import ShardError
 USER_STATUS = 2
 # A disk that is full, or a place that cannot be written: for the user to mend.
 USER_ERRNOS = {
-    errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
-}  # fmt: skip
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+}
 INTERRUPTED_STATUS = 130
 
 
@@ -62,9 +69,12 @@ def stage_command(
         params.append(click.Option(["--dry-run"], is_flag=True, help="Print the settings and the plan, write nothing."))
     help = run.__doc__ or ""
     return click.Command(
-        name, callback=callback, params=params, help=help,
+        name,
+        callback=callback,
+        params=params,
+        help=help,
         context_settings={"max_content_width": 110},
-    )  # fmt: skip
+    )
 
 
 def refusal_of_the_system(error: BaseException) -> OSError | None:

@@ -17,6 +17,7 @@ from typing import Any
 import click
 
 from pipeline.system.errors import UserError
+from shards.files import write_json
 
 REQUIRED = dataclasses.MISSING
 
@@ -137,3 +138,7 @@ def _without_none(hint: Any) -> Any:
     if isinstance(hint, types.UnionType):
         return next(part for part in typing.get_args(hint) if part is not types.NoneType)
     return hint
+
+
+def write_settings(out: Path, name: str, settings: Settings) -> None:
+    write_json(out / f"{name}.json", settings.as_json())

@@ -8,6 +8,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from pipeline.models.checksums import changed_files
+from pipeline.models.hashing import shapes_of
 from pipeline.models.load import refuse_quantised
 from pipeline.system.errors import UserError
 from shards.files import file_sha256
@@ -47,10 +48,6 @@ def load_student(folder: Path, remedy: str) -> UNet2DConditionModel:
 def unet_folder(saved: Path) -> Path:
     """Where the U-Net is: a pipeline's part, or the folder itself."""
     return saved / "unet" if (saved / "unet").is_dir() else saved
-
-
-def shapes_of(module: torch.nn.Module) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in module.state_dict().items()}
 
 
 def weights_sha256s(saved: Path) -> list[str]:

@@ -24,15 +24,15 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from pipeline.cache.output import write_settings
 from pipeline.core.diffusion import add_noise, min_snr_weights, target
 from pipeline.core.losses import distillation_losses, total_loss
 from pipeline.core.taps import Taps, sample_tokens
 from pipeline.models.hub import open_repository
-from pipeline.models.load import PATIENCE, computes_beside, use_cpu
+from pipeline.system.device import PATIENCE, computes_beside, use_cpu
 from pipeline.system.errors import UserError
 from pipeline.system.memory import keep_freed_memory
 from pipeline.system.prompts import read_prompts
+from pipeline.system.settings import write_settings
 from pipeline.training.checkpoint import list_checkpoints, save_checkpoint
 from pipeline.training.interrupts import Interrupts
 from pipeline.training.metrics import Metrics
@@ -146,22 +146,37 @@ def prepare_training(
         torch.backends.cuda.matmul.allow_tf32 = True
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(
-        trained, settings.learning_rate, (settings.adam_beta1, settings.adam_beta2),
-        settings.adam_epsilon, settings.adam_weight_decay, settings.use_8bit_adam,
-    )  # fmt: skip
+        trained,
+        settings.learning_rate,
+        (settings.adam_beta1, settings.adam_beta2),
+        settings.adam_epsilon,
+        settings.adam_weight_decay,
+        settings.use_8bit_adam,
+    )
     # Not prepared: accelerate would step the schedule once for each process.
     lr_scheduler = get_scheduler(
-        settings.lr_scheduler, optimizer, num_warmup_steps=settings.lr_warmup_steps,
+        settings.lr_scheduler,
+        optimizer,
+        num_warmup_steps=settings.lr_warmup_steps,
         num_training_steps=settings.max_train_steps,
-    )  # fmt: skip
+    )
     ema = EMAModel(trained, decay=settings.ema_decay, foreach=True) if settings.use_ema else None
     model, optimizer = accelerator.prepare(torch.compile(student) if settings.compile else student, optimizer)
     training = Training(
-        student, save_weights or student.save_pretrained, base, model, pairs,
-        Taps(student, [name for name, _ in pairs]), optimizer, lr_scheduler, ema, dataset,
-        noise_scheduler.alphas_cumprod.to(accelerator.device), noise_scheduler.config.prediction_type,
+        student,
+        save_weights or student.save_pretrained,
+        base,
+        model,
+        pairs,
+        Taps(student, [name for name, _ in pairs]),
+        optimizer,
+        lr_scheduler,
+        ema,
+        dataset,
+        noise_scheduler.alphas_cumprod.to(accelerator.device),
+        noise_scheduler.config.prediction_type,
         read_prompts(settings.validation_prompts) if settings.validation_prompts else [],
-    )  # fmt: skip
+    )
     if state is not None:
         training.load_state(state)
         accelerator.print(f"going on from the checkpoint of step {training.step}")
@@ -171,9 +186,12 @@ def prepare_training(
 
 
 def run_training(
-    settings: TrainingSettings, accelerator: Accelerator, training: Training, stream: Iterator[Batch],
+    settings: TrainingSettings,
+    accelerator: Accelerator,
+    training: Training,
+    stream: Iterator[Batch],
     save: Callable[[], None],
-) -> None:  # fmt: skip
+) -> None:
     """Train to the last step and `save` what came of it, averaged when there is an average; frees the memory."""
     if settings.report_to != "none":
         accelerator.init_trackers("distill-sd", {k: str(v) for k, v in settings.as_json().items()})
@@ -188,9 +206,7 @@ def run_training(
     accelerator.free_memory(training.model, training.optimizer)
 
 
-def train(
-    settings: TrainingSettings, accelerator: Accelerator, training: Training, stream: Iterator[Batch]
-) -> None:  # fmt: skip
+def train(settings: TrainingSettings, accelerator: Accelerator, training: Training, stream: Iterator[Batch]) -> None:
     """Step until `max_train_steps`, with metrics and checkpoints; the last step leaves a checkpoint.
 
     Ctrl-C leaves one too, and raises KeyboardInterrupt after it.
@@ -248,9 +264,14 @@ def validate(settings: TrainingSettings, accelerator: Accelerator, training: Tra
     if accelerator.is_main_process:
         name = f"step-{training.step:07d}"
         draw_validation(
-            training.student, training.trained, training.ema, training.base, training.prompts,
-            settings.out / VALIDATION / name, name,
-        )  # fmt: skip
+            training.student,
+            training.trained,
+            training.ema,
+            training.base,
+            training.prompts,
+            settings.out / VALIDATION / name,
+            name,
+        )
     accelerator.wait_for_everyone()
 
 
@@ -258,9 +279,12 @@ def save_state(settings: TrainingSettings, accelerator: Accelerator, training: T
     """A checkpoint, written by the main process while the others wait."""
     if accelerator.is_main_process:
         save_checkpoint(
-            settings.out / CHECKPOINTS, training.step, training.save_weights, training.state(),
+            settings.out / CHECKPOINTS,
+            training.step,
+            training.save_weights,
+            training.state(),
             settings.checkpoints_total_limit,
-        )  # fmt: skip
+        )
     accelerator.wait_for_everyone()
 
 
@@ -295,17 +319,25 @@ def batches(settings: TrainingSettings, dataset: Dataset, accelerator: Accelerat
 def loaded(settings: TrainingSettings, dataset: Dataset, accelerator: Accelerator, position: int) -> DataLoader:
     """What `dataset.collate` makes of this process's batches, without end, from sample `position` on."""
     order = EpochBatches(
-        len(dataset), settings.train_batch_size, settings.seed, start=position,
-        rank=accelerator.process_index, world_size=accelerator.num_processes,
-    )  # fmt: skip
+        len(dataset),
+        settings.train_batch_size,
+        settings.seed,
+        start=position,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+    )
     workers = settings.dataloader_num_workers
     if workers is None:
         # Processes beside a student that trains on all cores cost it more than reading between its steps does.
         workers = 2 if computes_beside(accelerator.device) else 0
     return DataLoader(
-        dataset, batch_sampler=order, collate_fn=dataset.collate, num_workers=workers,
-        pin_memory=accelerator.device.type == "cuda", multiprocessing_context="forkserver" if workers else None,
-    )  # fmt: skip
+        dataset,
+        batch_sampler=order,
+        collate_fn=dataset.collate,
+        num_workers=workers,
+        pin_memory=accelerator.device.type == "cuda",
+        multiprocessing_context="forkserver" if workers else None,
+    )
 
 
 def check_finite(line: dict[str, float], keys: tuple[str, ...], settings: TrainingSettings) -> None:

@@ -2,43 +2,17 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
-import json
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 
+from pipeline.system.page import curves, folded_settings, grid, write_page
+
 matplotlib.use("Agg")
-from matplotlib import pyplot
-from PIL import Image
 
-from pipeline.sampling.generate import Samples, oracle_score
-from shards.files import write_bytes
-
-REPORT = "report.html"
-GRID_PICTURES = 8
-GRID_SIDE = 192
-# Legible on white and on black alike.
-INK = "#808890"
-
-STYLE = """
-:root { color-scheme: light dark; --ink: #1c2024; --soft: #60656c; --line: #d9dde2; --paper: #ffffff; }
-@media (prefers-color-scheme: dark) { :root { --ink: #eceef0; --soft: #a6adb4; --line: #363b41; --paper: #16181b; } }
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
-       max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
-p.lead { color: var(--soft); }
-table { border-collapse: collapse; } td, th { padding: .3rem .9rem .3rem 0; text-align: left; vertical-align: top;
-       border-bottom: 1px solid var(--line); } td.number, th.number { text-align: right;
-       font-variant-numeric: tabular-nums; }
-.wide { overflow-x: auto; } .grid td { border: 0; padding: .2rem .3rem .2rem 0; max-width: 7.2rem; font-size: .8rem;
-       color: var(--soft); } .grid th { border: 0; font-weight: 600; font-size: .85rem; white-space: nowrap; }
-img { max-width: 100%; } .grid img { width: 7rem; height: auto; aspect-ratio: 1; border-radius: 4px; display: block; }
-details { margin-top: 1rem; } code { font-size: .85rem; overflow-wrap: anywhere; }
-"""
+from pipeline.sampling.generate import Samples, Scorer
 
 
 def write_report(
@@ -47,32 +21,29 @@ def write_report(
     settings: dict[str, Any],
     metrics: list[dict[str, Any]],
     rows: dict[str, Samples],
+    scorer: Scorer,
 ) -> None:
     """Write out/report.html.
 
     `metrics` are the lines of metrics.jsonl; `rows` maps the name of a model to its samples, the
-    teacher's first, all of the same prompts. No rows leave the pictures out.
+    teacher's first, all of the same prompts. No rows leave the pictures out. `scorer` judges the images.
     """
-    pictures = {name: samples.images for name, samples in rows.items()}
-    prompts = next(iter(rows.values())).prompts if rows else []
     sections = [
         f"<p class=lead>{html.escape(_lead(metrics))}</p>",
-        *(("<h2>Pictures</h2>", grid(prompts, pictures), "<h2>Cost and score</h2>", _comparison(rows)) if rows else ()),
-        "<h2>Loss</h2>", _losses(metrics),
+        *_images_and_cost(rows, scorer),
+        "<h2>Loss</h2>",
+        _losses(metrics),
         folded_settings(settings),
-    ]  # fmt: skip
+    ]
     write_page(out, title, sections)
 
 
-def write_page(out: Path, title: str, sections: list[str]) -> None:
-    """Write out/report.html: a title, and sections of HTML below it."""
-    page = (
-        "<!doctype html><html lang=en><head><meta charset=utf-8>"
-        "<meta name=viewport content='width=device-width, initial-scale=1'><link rel=icon href='data:,'>"
-        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body><h1>{html.escape(title)}</h1>"
-        f"{''.join(sections)}</body></html>\n"
-    )
-    write_bytes(out / REPORT, page.encode())
+def _images_and_cost(rows: dict[str, Samples], scorer: Scorer) -> list[str]:
+    if not rows:
+        return []
+    images = {name: samples.images for name, samples in rows.items()}
+    prompts = next(iter(rows.values())).prompts
+    return ["<h2>Images</h2>", grid(prompts, images), "<h2>Cost and score</h2>", _comparison(rows, scorer)]
 
 
 def _lead(metrics: list[dict[str, Any]]) -> str:
@@ -80,26 +51,10 @@ def _lead(metrics: list[dict[str, Any]]) -> str:
     return f"{last['step']:,} steps, {last['epoch']:.1f} epochs over the cache; last loss {last['loss']:.4g}."
 
 
-def grid(prompts: list[str], rows: dict[str, list[Image.Image]]) -> str:
-    """One row a model, one column a prompt: the first GRID_PICTURES of them."""
-    prompts = prompts[:GRID_PICTURES]
-    head = "".join(f"<td>{html.escape(prompt)}</td>" for prompt in prompts)
-    lines = [
-        f"<tr><th>{html.escape(name)}</th>"
-        + "".join(
-            f'<td><img alt="{html.escape(name)}: {html.escape(prompt)}" src="{_data_uri(image)}"></td>'
-            for image, prompt in zip(images, prompts, strict=False)
-        )
-        + "</tr>"
-        for name, images in rows.items()
-    ]
-    return f"<div class=wide><table class=grid>{''.join(lines)}<tr><th></th>{head}</tr></table></div>"
-
-
-def _comparison(rows: dict[str, Samples]) -> str:
+def _comparison(rows: dict[str, Samples], scorer: Scorer) -> str:
     """Parameters, size, time, memory and, for scenes, the oracle's score, beside the first row's."""
     first = next(iter(rows.values()))
-    scores = {name: oracle_score(samples) for name, samples in rows.items()}
+    scores = {name: scorer(samples.images, samples.prompts) for name, samples in rows.items()}
     scored = all(score is not None for score in scores.values())
     head = ["", "U-Net parameters", "fp16 size, MB", "seconds a picture", "peak memory, MB", "drawn on"]
     head += ["facts that hold"] if scored else []
@@ -140,48 +95,3 @@ def _losses(metrics: list[dict[str, Any]]) -> str:
         if names
     }
     return curves(plots, "step", "loss curves")
-
-
-def curves(plots: dict[str, dict[str, tuple[list[float], list[float]]]], xlabel: str, alt: str) -> str:
-    """Plots side by side, {title: {label: (x, y)}}; y on a log scale where all of it is above 0."""
-    figure, axes = pyplot.subplots(1, len(plots), figsize=(6 * len(plots), 4.4), squeeze=False, layout="constrained")
-    for axis, (title, lines) in zip(axes[0], plots.items(), strict=True):
-        for label, (x, y) in lines.items():
-            axis.plot(x, y, label=label, linewidth=1.3)
-        positive = all(value > 0 for _, y in lines.values() for value in y)
-        axis.set(title=title, xlabel=xlabel, yscale="log" if positive else "linear")
-        axis.legend(fontsize=7, frameon=False, labelcolor=INK, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16))
-        axis.tick_params(colors=INK, which="both")
-        axis.title.set_color(INK)
-        axis.xaxis.label.set_color(INK)
-        axis.set_facecolor("none")
-        for side, spine in axis.spines.items():
-            spine.set_visible(side in ("left", "bottom"))
-            spine.set_color(INK)
-    stream = io.BytesIO()
-    figure.savefig(stream, format="svg", transparent=True)
-    pyplot.close(figure)
-    encoded = base64.b64encode(stream.getvalue()).decode()
-    return f'<img alt="{html.escape(alt)}" src="data:image/svg+xml;base64,{encoded}">'
-
-
-def folded_settings(settings: dict[str, Any]) -> str:
-    lines = (
-        f"<tr><td>{html.escape(str(name))}</td><td><code>{html.escape(json.dumps(value))}</code></td></tr>"
-        for name, value in settings.items()
-    )
-    return f"<details><summary>Settings</summary><table>{''.join(lines)}</table></details>"
-
-
-def _data_uri(image: Image.Image) -> str:
-    """A small picture inlined as PNG, a large one shrunk and inlined as JPEG."""
-    stream = io.BytesIO()
-    if max(image.size) > GRID_SIDE:
-        shrunk = image.copy()
-        shrunk.thumbnail((2 * GRID_SIDE, 2 * GRID_SIDE))
-        shrunk.save(stream, "JPEG", quality=88)
-        kind = "jpeg"
-    else:
-        image.save(stream, "PNG")
-        kind = "png"
-    return f"data:image/{kind};base64,{base64.b64encode(stream.getvalue()).decode()}"

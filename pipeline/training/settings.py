@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from diffusers.optimization import SchedulerType
 
-from pipeline.models.load import DEVICES
+from pipeline.system.device import DEVICES
 from pipeline.system.errors import UserError
 from pipeline.system.settings import REQUIRED, Settings, option
 
@@ -29,9 +29,10 @@ class TrainingSettings(Settings):
     learning_rate: float = option(1e-5, "Learning rate after warm-up.", above=0.0)
     scale_lr: bool = option(False, "Multiply the learning rate by the entries of a step, over all processes.")
     lr_scheduler: str = option(
-        "constant", "Course of the learning rate.",
+        "constant",
+        "Course of the learning rate.",
         choices=tuple(s.value for s in SchedulerType if s != SchedulerType.PIECEWISE_CONSTANT),
-    )  # fmt: skip
+    )
     lr_warmup_steps: int = option(0, "Optimiser steps of linear warm-up.", low=0)
     max_grad_norm: float = option(1.0, "Norm that gradients are clipped to.", above=0.0)
     adam_beta1: float = option(0.9, "AdamW's first decay.", low=0.0, below=1.0)
@@ -68,10 +69,23 @@ class TrainingSettings(Settings):
 
 # What may differ between two runs that continue one another: none of it changes a step, but by rounding.
 FREE = (
-    "out", "train_batch_size", "gradient_accumulation_steps", "max_train_steps", "num_train_epochs",
-    "checkpointing_steps", "checkpoints_total_limit", "logging_steps", "dataloader_num_workers", "device",
-    "gradient_checkpointing", "compile", "report_to", "validation_prompts", "validation_steps", "push_to_hub",
-)  # fmt: skip
+    "out",
+    "train_batch_size",
+    "gradient_accumulation_steps",
+    "max_train_steps",
+    "num_train_epochs",
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+    "logging_steps",
+    "dataloader_num_workers",
+    "device",
+    "gradient_checkpointing",
+    "compile",
+    "report_to",
+    "validation_prompts",
+    "validation_steps",
+    "push_to_hub",
+)
 
 
 Chosen = TypeVar("Chosen", bound=TrainingSettings)

@@ -31,16 +31,20 @@ from diffusers import UNet2DConditionModel
 from online import OnlineBatches, stored_inputs
 
 from pipeline import distill
-from pipeline.demo import teacher_folder
+from pipeline.models.bundled import teacher_folder
 from shards.files import write_json
 from shards.reader import ShardSet, read_sidecar
 from shards.schema import COLUMNS, TAP_PREFIX
 
 LEVEL = "sd_small"
 STUDENT = {
-    "level": LEVEL, "train-batch-size": 16, "learning-rate": 1e-3, "use-ema": True,
-    "output-weight": 5.0, "feature-weight": 0.1,
-}  # fmt: skip
+    "level": LEVEL,
+    "train-batch-size": 16,
+    "learning-rate": 1e-3,
+    "use-ema": True,
+    "output-weight": 5.0,
+    "feature-weight": 0.1,
+}
 """Options of `distill`, those of the Makefile's demo."""
 ONLINE = "online"
 
@@ -165,8 +169,10 @@ def main(work: Path, steps: int, scenes: int, captions: int, seeds: tuple[int, .
             click.echo(f"{name}, seed {seed}: {results[name][str(seed)]}", err=True)
 
     machine = f"{os.cpu_count()} cores, {torch.get_num_threads()} torch threads"
-    print(f"{machine}; Python {platform.python_version()}, torch {torch.__version__}; {scenes} scenes, "
-          f"{steps} steps of {STUDENT['train-batch-size']}, {captions} captions\n")  # fmt: skip
+    print(
+        f"{machine}; Python {platform.python_version()}, torch {torch.__version__}; {scenes} scenes, "
+        f"{steps} steps of {STUDENT['train-batch-size']}, {captions} captions\n"
+    )
     print(table(results, bytes_of_taps(reference)))
 
 

@@ -175,8 +175,10 @@ def main(work: Path) -> None:
     student = UNet2DConditionModel.from_pretrained(work / "cache" / "students" / "sd_small")
     noise_scheduler = diffusers.DDPMScheduler.from_config(dataset.shards.manifest.spec["noise_scheduler"])
 
-    print(f"{os.cpu_count()} cores, {torch.get_num_threads()} torch threads; Python {platform.python_version()}, "
-          f"numpy {np.__version__}, zstandard {zstandard.__version__}")  # fmt: skip
+    print(
+        f"{os.cpu_count()} cores, {torch.get_num_threads()} torch threads; Python {platform.python_version()}, "
+        f"numpy {np.__version__}, zstandard {zstandard.__version__}"
+    )
     for title, features in (("Gaussian, 320 x 64 x 64", gaussian), ("Taps of the demo teacher", taps)):
         print(f"\n{title}:\n\n" + "\n".join(rows(features)))
     print(f"\nChange of the gradient of an untrained sd_small, a batch of {len(batch.keys)}:\n")

@@ -32,8 +32,8 @@ from torch import Tensor
 
 from pipeline.core.diffusion import add_noise
 from pipeline.core.losses import mse
-from pipeline.demo import teacher_folder
 from pipeline.demo.evaluate import captions_of, judge
+from pipeline.models.bundled import teacher_folder
 from pipeline.sampling.generate import Sampler, draw_samples
 from shards.dataset import CacheDataset
 from shards.files import write_json
@@ -42,10 +42,16 @@ GUIDANCE = 5.0
 HELD_OUT_SEED = 77
 HELD_OUT_SCENES = 256
 START = {
-    "level": "sd_small", "train-batch-size": 32, "use-ema": True,
-    "learning-rate": 1e-3, "lr-scheduler": "constant", "lr-warmup-steps": 0,
-    "output-weight": 0.5, "feature-weight": 0.5, "feature-loss": "mse",
-}  # fmt: skip
+    "level": "sd_small",
+    "train-batch-size": 32,
+    "use-ema": True,
+    "learning-rate": 1e-3,
+    "lr-scheduler": "constant",
+    "lr-warmup-steps": 0,
+    "output-weight": 0.5,
+    "feature-weight": 0.5,
+    "feature-loss": "mse",
+}
 """Options of `distill`, the losses' weights as in the seeds; a case replaces some. `cache` names one of CACHES;
 `steps` multiplies the steps."""
 
@@ -70,10 +76,13 @@ CASES = {
     "1 in 10 without a caption": UNCAPTIONED,
     "1 in 10 without a caption, output weight 5, feature weight 0.1": {**UNCAPTIONED, **BALANCED},
     "1 in 5 without a caption, output weight 5, feature weight 0.1": {
-        "cache": "4 rounds, 1 in 5 without a caption", **BALANCED,
+        "cache": "4 rounds, 1 in 5 without a caption",
+        **BALANCED,
     },
     "1 in 10 without a caption, output weight 5, feature weight 0.02": {
-        **UNCAPTIONED, "output-weight": 5.0, "feature-weight": 0.02,
+        **UNCAPTIONED,
+        "output-weight": 5.0,
+        "feature-weight": 0.02,
     },
     "found: 1 in 10 without a caption, output weight 5, feature weight 0.1, batch 16, steps x 2": FOUND,
     "found, relative features, output weight 20": {**FOUND, "feature-loss": "relative", "output-weight": 20.0},
@@ -89,7 +98,7 @@ CASES = {
     "found, 1 round": {**FOUND, "cache": "1 round, 1 in 10 without a caption"},
     "found, exact features": {**FOUND, "cache": "4 rounds, 1 in 10 without a caption, exact"},
     "found, steps x 2": {**FOUND, "steps": 4},
-}  # fmt: skip
+}
 
 
 def make(*variables: str) -> None:
@@ -221,8 +230,10 @@ def main(work: Path, steps: int, scenes: int, captions: int, cases: tuple[str, .
         click.echo(f"{name}: {results[name]}", err=True)
 
     done = {name: results[name] for name in CASES if name in results}
-    print(f"{os.cpu_count()} cores, {torch.get_num_threads()} torch threads; Python {platform.python_version()}, "
-          f"torch {torch.__version__}; {scenes} scenes, {captions} captions\n")  # fmt: skip
+    print(
+        f"{os.cpu_count()} cores, {torch.get_num_threads()} torch threads; Python {platform.python_version()}, "
+        f"torch {torch.__version__}; {scenes} scenes, {captions} captions\n"
+    )
     print(f"Teacher's score: {results['teacher']:.3f}\n")
     print(table(done, results["teacher"]))
 

@@ -31,9 +31,12 @@ from shards.schema import TAP_PREFIX
 def entries_per_second(dataset: CacheDataset, batch_size: int, workers: int, batches: int) -> float:
     """Of the batches after the first of each worker: starting the processes is not in it."""
     loader = DataLoader(
-        dataset, batch_sampler=EpochBatches(len(dataset), batch_size, seed=0), collate_fn=dataset.collate,
-        num_workers=workers, multiprocessing_context="forkserver" if workers else None,
-    )  # fmt: skip
+        dataset,
+        batch_sampler=EpochBatches(len(dataset), batch_size, seed=0),
+        collate_fn=dataset.collate,
+        num_workers=workers,
+        multiprocessing_context="forkserver" if workers else None,
+    )
     stream = iter(loader)
     for _ in range(max(1, 2 * workers)):
         next(stream)
@@ -86,8 +89,10 @@ def main(cache: Path, level: str, batch_size: int, batches: int, workers: tuple[
     size = sum(path.stat().st_size for path in paths)
     per_entry = size / len(dataset) / 1e6
     versions = f"Python {platform.python_version()}, torch {torch.__version__}"
-    print(f"{os.cpu_count()} cores; {versions}; {len(dataset)} entries "
-          f"of {1e3 * per_entry:.1f} kB, batches of {batch_size}\n")  # fmt: skip
+    print(
+        f"{os.cpu_count()} cores; {versions}; {len(dataset)} entries "
+        f"of {1e3 * per_entry:.1f} kB, batches of {batch_size}\n"
+    )
     print("| what | entries a second | MB a second |")
     print("|---|---|---|")
     for count in workers:

@@ -13,8 +13,9 @@ from torch import Tensor
 from pipeline import distill
 from pipeline.core.diffusion import add_noise
 from pipeline.core.taps import Taps
-from pipeline.models.families.sd import teacher_taps
-from pipeline.models.load import encode_images, encode_prompts, latents_shape, load_base, load_unet
+from pipeline.models.encoders import encode_images, latents_shape
+from pipeline.models.families.sd import encode_prompts, teacher_taps
+from pipeline.models.load import load_base, load_unet
 from shards.dataset import Batch, CacheDataset, EpochBatches, Feature
 from shards.reader import ShardSet
 from shards.schema import LATENTS, PROMPT_EMBEDS
@@ -59,9 +60,15 @@ class OnlineBatches:
     """
 
     def __init__(
-        self, folder: Path, level: str, images: int, inputs: Inputs, device: torch.device, dtype: torch.dtype,
+        self,
+        folder: Path,
+        level: str,
+        images: int,
+        inputs: Inputs,
+        device: torch.device,
+        dtype: torch.dtype,
         cast_teacher: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         teacher, weights = load_unet(folder, None), dtype if cast_teacher else torch.float32
         self.teacher = teacher.to(device, weights, memory_format=torch.channels_last).eval().requires_grad_(False)
         self.taps = Taps(teacher, teacher_taps((level,)))

@@ -80,8 +80,10 @@ def main(work: Path, pictures: int, workers: tuple[int, ...], repeats: int) -> N
         for name, function in rows.items():
             seconds[name].append(seconds_of(function))
     size = statistics.mean(file.stat().st_size for file in files)
-    print(f"{os.cpu_count()} cores; Python {platform.python_version()}, Pillow {PIL.__version__}; {pictures} JPEGs of "
-          f"{SIZE[0]} x {SIZE[1]}, {size / 1e3:.0f} kB, to {RESOLUTION}\n")  # fmt: skip
+    print(
+        f"{os.cpu_count()} cores; Python {platform.python_version()}, Pillow {PIL.__version__}; {pictures} JPEGs of "
+        f"{SIZE[0]} x {SIZE[1]}, {size / 1e3:.0f} kB, to {RESOLUTION}\n"
+    )
     print("| what | pictures a second | over Pillow |")
     print("|---|---|---|")
     for name, each in seconds.items():

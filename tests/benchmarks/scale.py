@@ -77,17 +77,36 @@ def watched(stage, settings) -> list[Point]:
 
 
 def run_encode(work: Path, entries_per_shard: int) -> list[Point]:
-    return watched(encode, EncodeSettings(
-        teacher=str(work / "teacher"), data=str(work / "pictures"), out=work / "latents", resolution=32,
-        batch_size=BATCH, entries_per_shard=entries_per_shard, workers=2, device="cpu",
-    ))  # fmt: skip
+    return watched(
+        encode,
+        EncodeSettings(
+            teacher=str(work / "teacher"),
+            data=str(work / "pictures"),
+            out=work / "latents",
+            resolution=32,
+            batch_size=BATCH,
+            entries_per_shard=entries_per_shard,
+            workers=2,
+            device="cpu",
+        ),
+    )
 
 
 def run_teacher_cache(work: Path, entries_per_shard: int) -> list[Point]:
-    return watched(teacher_cache, TeacherCacheSettings(
-        teacher=str(work / "teacher"), latents=work / "latents", out=work / "cache", rounds=1, token_min=8, samples=0,
-        batch_size=BATCH, entries_per_shard=entries_per_shard, device="cpu",
-    ))  # fmt: skip
+    return watched(
+        teacher_cache,
+        TeacherCacheSettings(
+            teacher=str(work / "teacher"),
+            latents=work / "latents",
+            out=work / "cache",
+            rounds=1,
+            token_min=8,
+            samples=0,
+            batch_size=BATCH,
+            entries_per_shard=entries_per_shard,
+            device="cpu",
+        ),
+    )
 
 
 def run_reading(work: Path, entries_per_shard: int) -> list[Point]:
@@ -112,9 +131,8 @@ def tenths(points: list[Point]) -> list[tuple[float, float]]:
     total = points[-1][0]
     ends = [next(p for p in points if p[0] >= total * tenth / TENTHS) for tenth in range(TENTHS + 1)]
     return [
-        (1e6 * (end[1] - start[1]) / (end[0] - start[0]), end[2])
-        for start, end in zip(ends, ends[1:], strict=False)
-    ]  # fmt: skip
+        (1e6 * (end[1] - start[1]) / (end[0] - start[0]), end[2]) for start, end in zip(ends, ends[1:], strict=False)
+    ]
 
 
 @click.command()
@@ -128,8 +146,10 @@ def main(work: Path, images: int) -> None:
     points = {name: in_process(stage, work, images // 50) for name, stage in stages.items()}
     columns = [tenths(each) for each in points.values()]
     counts = ", ".join(f"{name} {each[-1][0]:,}" for name, each in points.items())
-    print(f"{os.cpu_count()} cores, {torch.get_num_threads()} torch threads; Python {platform.python_version()}, "
-          f"torch {torch.__version__}; entries: {counts}\n")  # fmt: skip
+    print(
+        f"{os.cpu_count()} cores, {torch.get_num_threads()} torch threads; Python {platform.python_version()}, "
+        f"torch {torch.__version__}; entries: {counts}\n"
+    )
     print(f"| tenth | {' | '.join(f'{name}, µs an entry | MB' for name in stages)} |")
     print("|---" * (1 + 2 * len(stages)) + "|")
     for tenth, row in enumerate(zip(*columns, strict=True), 1):

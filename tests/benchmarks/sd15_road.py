@@ -122,19 +122,63 @@ def main(work: Path, images: int, device: str) -> None:
     for stale in (latents, work / "cache", work / "student"):
         shutil.rmtree(stale, ignore_errors=True)
 
-    stages = [("encode", run_stage("encode", "--teacher", teacher, "--data", pictures, "--out", latents,
-                                   "--batch-size", "1", "--device", device))]  # fmt: skip
+    stages = [
+        (
+            "encode",
+            run_stage(
+                "encode",
+                "--teacher",
+                teacher,
+                "--data",
+                pictures,
+                "--out",
+                latents,
+                "--batch-size",
+                "1",
+                "--device",
+                device,
+            ),
+        )
+    ]
     sizes = []
     for name, options in CODECS.items():
         shutil.rmtree(work / "cache", ignore_errors=True)
-        measured = run_stage("teacher-cache", "--teacher", teacher, "--latents", latents, "--out", work / "cache",
-                             "--rounds", "1", "--samples", "0", "--batch-size", "1", "--device", device,
-                             *options)  # fmt: skip
+        measured = run_stage(
+            "teacher-cache",
+            "--teacher",
+            teacher,
+            "--latents",
+            latents,
+            "--out",
+            work / "cache",
+            "--rounds",
+            "1",
+            "--samples",
+            "0",
+            "--batch-size",
+            "1",
+            "--device",
+            device,
+            *options,
+        )
         stages.append((f"teacher-cache, {name}", measured))
         sizes.append((name, *member_bytes(work / "cache")))
         click.echo(f"{name}: {sizes[-1]} {measured}", err=True)
-    measured = run_stage("distill", "--cache", work / "cache", "--out", work / "student", "--level", "sd_small",
-                         "--max-train-steps", TRAIN_STEPS, "--train-batch-size", "1", "--device", device)  # fmt: skip
+    measured = run_stage(
+        "distill",
+        "--cache",
+        work / "cache",
+        "--out",
+        work / "student",
+        "--level",
+        "sd_small",
+        "--max-train-steps",
+        TRAIN_STEPS,
+        "--train-batch-size",
+        "1",
+        "--device",
+        device,
+    )
     stages.append(("distill, sd_small", measured))
 
     threads, versions = torch.get_num_threads(), f"Python {platform.python_version()}, torch {torch.__version__}"

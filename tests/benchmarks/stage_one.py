@@ -26,10 +26,11 @@ from accelerate.state import AcceleratorState, PartialState
 from sd15_road import random_checkpoint, random_images
 
 from pipeline import encode, teacher_cache
-from pipeline.demo import teacher_folder
 from pipeline.demo.scenes import write_folder
 from pipeline.encode import EncodeSettings
-from pipeline.models.load import encode_images, encode_prompts, latents_shape
+from pipeline.models.bundled import teacher_folder
+from pipeline.models.encoders import encode_images, latents_shape
+from pipeline.models.families.sd import encode_prompts
 from pipeline.teacher_cache import TeacherCacheSettings
 
 RESOLUTIONS = {"demo": 64, "sd15": 512}
@@ -131,7 +132,7 @@ def synchronise(device: torch.device) -> None:
 @click.option("--repeats", default=3, show_default=True, help="Times that each stage and its bare passes are run.")
 def main(
     work: Path, arch: str, images: int, batch_size: int, device: str, workers: tuple[int, ...], repeats: int
-) -> None:  # fmt: skip
+) -> None:
     shutil.rmtree(work, ignore_errors=True)
     if arch == "demo":
         teacher, _ = teacher_folder(), write_folder(work / "images", images)
@@ -159,8 +160,10 @@ def main(
         shutil.rmtree(cache)
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() and device == "auto" else "no GPU"
-    print(f"{os.cpu_count()} cores, {torch.get_num_threads()} torch threads, {gpu}, Python {platform.python_version()},"
-          f" torch {torch.__version__}; {arch}, {images} pictures in batches of {batch_size}\n")  # fmt: skip
+    print(
+        f"{os.cpu_count()} cores, {torch.get_num_threads()} torch threads, {gpu}, Python {platform.python_version()},"
+        f" torch {torch.__version__}; {arch}, {images} pictures in batches of {batch_size}\n"
+    )
     print("| stage | entries a second | bare forward, entries a second | ratio |")
     print("|---|---|---|---|")
     for stage, entries, seconds, bare in sorted(rows):

@@ -34,11 +34,11 @@ from online import OnlineBatches, encoded_inputs, stored_inputs
 from sd15_road import random_checkpoint, random_images
 
 from pipeline import distill, encode, teacher_cache
-from pipeline.demo import teacher_folder
 from pipeline.demo.scenes import write_folder
 from pipeline.encode import EncodeSettings
+from pipeline.models.bundled import teacher_folder
 from pipeline.models.families.sd import LEVELS
-from pipeline.models.load import use_cpu
+from pipeline.system.device import use_cpu
 from pipeline.teacher_cache import TeacherCacheSettings
 from pipeline.training import loop
 from pipeline.training.loop import make_accelerator, train
@@ -81,11 +81,17 @@ class Case:
 
     def settings(self) -> distill.DistillSettings:
         return distill.DistillSettings(
-            cache=self.work / "cache", out=self.work / "student", level=self.level, report=False,
-            max_train_steps=WARM_UP + self.steps, train_batch_size=self.batch_size, device=self.device,
-            mixed_precision=self.mixed_precision, gradient_checkpointing=self.gradient_checkpointing,
+            cache=self.work / "cache",
+            out=self.work / "student",
+            level=self.level,
+            report=False,
+            max_train_steps=WARM_UP + self.steps,
+            train_batch_size=self.batch_size,
+            device=self.device,
+            mixed_precision=self.mixed_precision,
+            gradient_checkpointing=self.gradient_checkpointing,
             dataloader_num_workers=self.workers,
-        )  # fmt: skip
+        )
 
 
 def prepare(case: Case, images: int) -> None:
@@ -96,13 +102,22 @@ def prepare(case: Case, images: int) -> None:
         random_images(case.work / "images", images)
         random_checkpoint(case.teacher)
     common = {"teacher": str(case.teacher), "batch_size": min(8, images), "device": case.device}
-    encode.run(EncodeSettings(
-        data=str(case.work / "images"), out=case.work / "latents", resolution=RESOLUTIONS[case.arch], **common
-    ))  # fmt: skip
-    teacher_cache.run(TeacherCacheSettings(
-        latents=case.work / "latents", out=case.work / "cache", rounds=1, samples=0,
-        students=("sd_small", "sd_tiny"), token_min=TOKEN_MIN[case.arch], **common,
-    ))  # fmt: skip
+    encode.run(
+        EncodeSettings(
+            data=str(case.work / "images"), out=case.work / "latents", resolution=RESOLUTIONS[case.arch], **common
+        )
+    )
+    teacher_cache.run(
+        TeacherCacheSettings(
+            latents=case.work / "latents",
+            out=case.work / "cache",
+            rounds=1,
+            samples=0,
+            students=("sd_small", "sd_tiny"),
+            token_min=TOKEN_MIN[case.arch],
+            **common,
+        )
+    )
 
 
 def source_of(row: str, case: Case, device: torch.device) -> Callable:
@@ -196,15 +211,26 @@ def table(runs: dict[str, list[Run]], batch_size: int) -> str:
 @click.option("--gradient-checkpointing/--no-gradient-checkpointing", default=False, show_default=True)
 @click.option("--workers", type=int, help="Processes that read the cache; by default as `distill` has it.")
 def main(
-    work: Path, arch: str, levels: str, batch_sizes: tuple[int, ...], steps: int, repeats: int, images: int,
-    device: str, mixed_precision: str, gradient_checkpointing: bool, workers: int | None,
-) -> None:  # fmt: skip
+    work: Path,
+    arch: str,
+    levels: str,
+    batch_sizes: tuple[int, ...],
+    steps: int,
+    repeats: int,
+    images: int,
+    device: str,
+    mixed_precision: str,
+    gradient_checkpointing: bool,
+    workers: int | None,
+) -> None:
     shutil.rmtree(work, ignore_errors=True)
     common = (steps, device, mixed_precision, gradient_checkpointing, workers)
     in_process(prepare, Case(work, arch, "sd_small", batch_sizes[0], *common), images)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() and device == "auto" else "no GPU"
-    print(f"{os.cpu_count()} cores, {torch.get_num_threads()} torch threads, {gpu}; Python {platform.python_version()},"
-          f" torch {torch.__version__}; {arch}, precision {mixed_precision}")  # fmt: skip
+    print(
+        f"{os.cpu_count()} cores, {torch.get_num_threads()} torch threads, {gpu}; Python {platform.python_version()},"
+        f" torch {torch.__version__}; {arch}, precision {mixed_precision}"
+    )
     for level, batch_size in itertools.product(levels.split(","), batch_sizes):
         case = Case(work, arch, level, batch_size, *common)
         runs: dict[str, list[Run]] = {row: [] for row in ROWS if row != CAST or mixed_precision != "no"}

@@ -25,11 +25,12 @@ import torch
 from diffusers import UNet2DConditionModel
 from sd15_road import SD15_UNET
 
-from pipeline.demo import teacher_folder
 from pipeline.evaluation.cost import count_macs, unet_inputs
+from pipeline.models.bundled import teacher_folder
 from pipeline.models.families.sd import student_config
-from pipeline.models.load import DEVICES, DTYPES, device_name, resolve_dtype, unet_config, use_cpu
-from pipeline.sampling.generate import peak_memory
+from pipeline.models.load import unet_config
+from pipeline.system.device import DEVICES, DTYPES, device_name, resolve_dtype, use_cpu
+from pipeline.system.memory import peak_memory
 
 ROWS = ("teacher", "sd_small", "bk_small", "sd_tiny")
 REFERENCE = "teacher"
@@ -125,21 +126,28 @@ def lines(runs: dict[str, list[Run]], case: Case) -> list[str]:
 @click.command()
 @click.option("--arch", type=click.Choice(list(TOKENS)), default="sd15", show_default=True)
 @click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True)
-@click.option("--dtype", type=click.Choice(["auto", *DTYPES]), default="auto", show_default=True,
-              help="auto is fp16 on a GPU, else fp32.")  # fmt: skip
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", *DTYPES]),
+    default="auto",
+    show_default=True,
+    help="auto is fp16 on a GPU, else fp32.",
+)
 @click.option("--batch-size", "batch_sizes", multiple=True, default=(1, 4), show_default=True)
 @click.option("--compile/--no-compile", "also_compiled", default=True, show_default=True, help="torch.compile as well.")
 @click.option("--repeats", default=3, show_default=True, help="Turns of all rows.")
-def main(
-    arch: str, device: str, dtype: str, batch_sizes: tuple[int, ...], also_compiled: bool, repeats: int
-) -> None:  # fmt: skip
+def main(arch: str, device: str, dtype: str, batch_sizes: tuple[int, ...], also_compiled: bool, repeats: int) -> None:
     place = torch.device("cpu" if use_cpu(device) else "cuda")
     dtype = resolve_dtype(dtype, place)
-    print(f"{os.cpu_count()} cores, {torch.get_num_threads()} torch threads, {device_name(place)}, {dtype}; "
-          f"Python {platform.python_version()}, torch {torch.__version__}; {arch}, random weights, "
-          f"{repeats} turns\n")  # fmt: skip
-    print("| U-Net | parameters, M | GMAC a picture | batch | compiled | seconds a forward | times as fast "
-          "| peak memory, GB | of the teacher's |\n|---|---|---|---|---|---|---|---|---|")  # fmt: skip
+    print(
+        f"{os.cpu_count()} cores, {torch.get_num_threads()} torch threads, {device_name(place)}, {dtype}; "
+        f"Python {platform.python_version()}, torch {torch.__version__}; {arch}, random weights, "
+        f"{repeats} turns\n"
+    )
+    print(
+        "| U-Net | parameters, M | GMAC a picture | batch | compiled | seconds a forward | times as fast "
+        "| peak memory, GB | of the teacher's |\n|---|---|---|---|---|---|---|---|---|"
+    )
     for compiled, batch_size in itertools.product((False, True) if also_compiled else (False,), batch_sizes):
         case = Case(arch, place.type, dtype, batch_size, compiled)
         print("\n".join(lines(turns(case, repeats), case)), flush=True)

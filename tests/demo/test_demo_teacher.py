@@ -10,20 +10,25 @@ from click.testing import CliRunner
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 
 from pipeline.core.taps import Taps
-from pipeline.demo import CHECKSUMS, TEACHER, teacher_folder
 from pipeline.demo.evaluate import captions_of, evaluate, judge, table
 from pipeline.demo.scenes import make_scene
 from pipeline.demo.train import command
 from pipeline.demo.trainer import Trainer
+from pipeline.models.bundled import CHECKSUMS, TEACHER, teacher_folder
 from pipeline.models.families.sd import LEVELS, student_config, student_weights
 from pipeline.sampling.generate import Sampler, draw_samples
 from pipeline.system.errors import UserError
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 SIZES = {
-    "--scenes": 24, "--autoencoder-steps": 2, "--autoencoder-batch": 4, "--text-steps": 2, "--text-batch": 4,
-    "--steps": 2, "--batch": 4,
-}  # fmt: skip
+    "--scenes": 24,
+    "--autoencoder-steps": 2,
+    "--autoencoder-batch": 4,
+    "--text-steps": 2,
+    "--text-batch": 4,
+    "--steps": 2,
+    "--batch": 4,
+}
 TRAINING = [*(str(word) for pair in SIZES.items() for word in pair), "--evaluate", "0", "--checkpoint-every", "1"]
 # Well under what the README beside the weights reports, for the chance of few captions.
 FLOOR = 0.85

@@ -57,17 +57,17 @@ def test_equal_captions_have_pictures_of_their_own():
 
 def test_held_out_combinations_never_appear_in_training():
     def combinations(split):
-        return {
-            (item.colour, item.shape) for i in range(1500) for item in make_scene(0, i, split).facts.objects
-        }  # fmt: skip
+        return {(item.colour, item.shape) for i in range(1500) for item in make_scene(0, i, split).facts.objects}
 
     assert not combinations("train") & HELD_OUT
     assert combinations("heldout") >= HELD_OUT
     assert {shape for _, shape in HELD_OUT} == set(SHAPES)
 
 
-@pytest.mark.parametrize("caption", ["", "a photo of a cat", "a red circle", "a red cube on a white background",
-                                     "red circle on a white background"])  # fmt: skip
+@pytest.mark.parametrize(
+    "caption",
+    ["", "a photo of a cat", "a red circle", "a red cube on a white background", "red circle on a white background"],
+)
 def test_a_caption_of_another_kind_is_refused_with_its_words(caption):
     with pytest.raises(ValueError, match="caption"):
         parse_caption(caption)
@@ -147,9 +147,10 @@ CHANGES = {
     "count 1": ("two red circles on a gray background", "three red circles on a gray background"),
     "size 1": ("a small red circle on a gray background", "a large red circle on a gray background"),
     "relation": (
-        "a red circle above a blue star on a gray background", "a red circle below a blue star on a gray background",
+        "a red circle above a blue star on a gray background",
+        "a red circle below a blue star on a gray background",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("fact", CHANGES)

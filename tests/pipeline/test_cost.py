@@ -90,8 +90,9 @@ def test_actions_take_turns_and_the_first_turn_does_not_count(monkeypatch):
         return act
 
     assert in_turns({"teacher": action("teacher", 3.0), "student": action("student", 2.0)}, 3) == {
-        "teacher": pytest.approx(3.0), "student": pytest.approx(2.0),
-    }  # fmt: skip
+        "teacher": pytest.approx(3.0),
+        "student": pytest.approx(2.0),
+    }
     assert turns == ["teacher", "student"] * 4
 
 

@@ -123,9 +123,11 @@ def test_losses_and_gradients_equal_the_online_ones(
     source = {"epsilon": teacher, "v_prediction": v_teacher}[prediction_type]
     student = UNet2DConditionModel.from_pretrained(cache / "students" / level).train()
     expected = online(source, student, PAIRS[level], batch, prediction_type)
-    (expected["task"] + 0.5 * expected["output"] + 0.25 * sum(
-        term for name, term in expected.items() if name.startswith("feature/")
-    )).backward()  # fmt: skip
+    (
+        expected["task"]
+        + 0.5 * expected["output"]
+        + 0.25 * sum(term for name, term in expected.items() if name.startswith("feature/"))
+    ).backward()
 
     assert {n: t.item() for n, t in terms.items()} == approx({n: t.item() for n, t in expected.items()}, rel=tolerance)
     flat = torch.cat([gradients[name].flatten() for name, _ in student.named_parameters()])
@@ -190,9 +192,15 @@ def test_the_student_makes_an_image_as_in_the_seeds_usage_snippet(cache, tmp_pat
     assert len(pipe.unet.config.down_block_types) == {"sd_small": 4, "sd_tiny": 3}[level]
     with torch.inference_mode():
         image = pipe(
-            prompt="a portrait", negative_prompt="bad anatomy", width=32, height=32, num_inference_steps=25,
-            guidance_scale=7, num_images_per_prompt=1, generator=torch.Generator().manual_seed(1674753452),
-        ).images[0]  # fmt: skip
+            prompt="a portrait",
+            negative_prompt="bad anatomy",
+            width=32,
+            height=32,
+            num_inference_steps=25,
+            guidance_scale=7,
+            num_images_per_prompt=1,
+            generator=torch.Generator().manual_seed(1674753452),
+        ).images[0]
     assert image.size == (32, 32)
     pipe.save_pretrained(tmp_path / "again")
     again = UNet2DConditionModel.from_pretrained(tmp_path / "again", subfolder="unet")
@@ -267,8 +275,14 @@ class Stopped(Exception):
 
 @pytest.mark.parametrize(("stop_at", "lr_scheduler"), [(1, "constant"), (5, "cosine"), (6, "linear")])
 def test_a_stopped_run_goes_on_bit_for_bit(cache, tmp_path, monkeypatch, stop_at, lr_scheduler):
-    settings = {"max_train_steps": 8, "checkpointing_steps": 2, "use_ema": True, "lr_scheduler": lr_scheduler,
-                "gradient_accumulation_steps": 2, "checkpoints_total_limit": 9}  # fmt: skip
+    settings = {
+        "max_train_steps": 8,
+        "checkpointing_steps": 2,
+        "use_ema": True,
+        "lr_scheduler": lr_scheduler,
+        "gradient_accumulation_steps": 2,
+        "checkpoints_total_limit": 9,
+    }
     whole = run_distill(cache, tmp_path / "whole", **settings)
     real = total_loss
     calls = []
@@ -335,18 +349,27 @@ def test_the_learning_rate_can_be_scaled_by_the_entries_of_a_step(cache, tmp_pat
 )
 def test_the_schedule_counts_optimiser_steps(cache, tmp_path, lr_scheduler, warmup, expected):
     out = run_distill(
-        cache, tmp_path / "out", lr_scheduler=lr_scheduler, lr_warmup_steps=warmup, gradient_accumulation_steps=3,
+        cache,
+        tmp_path / "out",
+        lr_scheduler=lr_scheduler,
+        lr_warmup_steps=warmup,
+        gradient_accumulation_steps=3,
         train_batch_size=1,
-    )  # fmt: skip
+    )
     assert [line["learning_rate"] / 1e-3 for line in metrics(out)] == approx(expected)
 
 
 def test_the_saved_student_is_the_average_when_there_is_one(cache, tmp_path):
     """By hand: diffusers' decay min(0.9, (1 + s) / (10 + s)), from the initialised student's first step on."""
     out = run_distill(
-        cache, tmp_path / "out", use_ema=True, ema_decay=0.9, max_train_steps=3, checkpointing_steps=1,
+        cache,
+        tmp_path / "out",
+        use_ema=True,
+        ema_decay=0.9,
+        max_train_steps=3,
+        checkpointing_steps=1,
         checkpoints_total_limit=9,
-    )  # fmt: skip
+    )
     steps = [state_dict_of(out / "checkpoints" / f"step-{s:07d}" / "unet") for s in (1, 2, 3)]
     average = dict(steps[0])
     for s in (1, 2):
@@ -594,8 +617,9 @@ def test_loader_workers_change_nothing(cache, tmp_path):
 def test_batches_hold_what_the_entries_hold_for_any_position(cache, tmp_path):
     from accelerate import Accelerator
 
-    settings = DistillSettings(cache=cache, out=tmp_path, level="sd_small", train_batch_size=4, device="cpu",
-                               dataloader_num_workers=0)  # fmt: skip
+    settings = DistillSettings(
+        cache=cache, out=tmp_path, level="sd_small", train_batch_size=4, device="cpu", dataloader_num_workers=0
+    )
     dataset = distill.open_cache(settings)
     stream = first(distill.batches(settings, dataset, Accelerator(cpu=True), 0), 14)
     keys = [key for batch in stream for key in batch.keys]

@@ -31,9 +31,12 @@ def test_latents_are_the_vaes_posterior_sample_scaled(teacher, images, latents):
     for sample in samples(latents, "latents", ["latents"]):
         name = sample.meta["source_id"]
         pixels, crop = square(
-            decode((images / name).read_bytes()), 32, center_crop=False, random_flip=False,
+            decode((images / name).read_bytes()),
+            32,
+            center_crop=False,
+            random_flip=False,
             draw=draws.generator(0, name, 0, "crop"),
-        )  # fmt: skip
+        )
         assert sample.meta["crop"] == crop.as_json()
         with torch.no_grad():
             image = torch.tensor(pixels).permute(2, 0, 1)[None] / 127.5 - 1
@@ -144,8 +147,9 @@ def test_skipped_pictures_that_can_be_read_by_now_are_taken_up(teacher, images, 
     after = shard_files(out)
     assert {name for name in after if after[name] != before[name]} == {"s00000.tar", "s00000.json"}
     assert [json.loads(line)["source_id"] for line in (out / "skipped.jsonl").read_text().splitlines()] == [
-        "004.png", "008.png",
-    ]  # fmt: skip
+        "004.png",
+        "008.png",
+    ]
     for name, data_of in good.items():
         (data / name).write_bytes(data_of)
     assert shard_files(run_encode(teacher, data, out, retry_skipped=True)) == shard_files(
@@ -217,8 +221,14 @@ def test_every_source_gives_the_same_tensors_for_the_same_pictures(teacher, tmp_
     dataset = datasets.Dataset.from_dict(columns, features=features)
     dataset.save_to_disk(tmp_path / "saved")
     datasets.load_from_disk(tmp_path / "saved").to_parquet(tmp_path / "data.parquet")
-    sources = [folder, beside, tmp_path / "tars", tmp_path / "tars" / "{00000..00002}.tar", tmp_path / "saved",
-               tmp_path / "data.parquet"]  # fmt: skip
+    sources = [
+        folder,
+        beside,
+        tmp_path / "tars",
+        tmp_path / "tars" / "{00000..00002}.tar",
+        tmp_path / "saved",
+        tmp_path / "data.parquet",
+    ]
     written = [
         shard_files(run_encode(teacher, data, tmp_path / f"out{i}", random_flip=True, entries_per_shard=20))
         for i, data in enumerate(sources)

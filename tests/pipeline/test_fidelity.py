@@ -110,8 +110,10 @@ def test_each_picture_has_one_timestep_of_its_own_in_each_part():
         assert its[0] == timesteps[7]
 
 
-@pytest.mark.parametrize(("level", "found"), [("sd_small", ["sd_small", "bk_base"]), ("bk_small", ["bk_small"]),
-                                              ("sd_tiny", ["sd_tiny", "bk_tiny"])])  # fmt: skip
+@pytest.mark.parametrize(
+    ("level", "found"),
+    [("sd_small", ["sd_small", "bk_base"]), ("bk_small", ["bk_small"]), ("sd_tiny", ["sd_tiny", "bk_tiny"])],
+)
 def test_a_level_is_known_by_its_layers(level, found):
     teacher = tiny_unet()
     assert levels_of(student_of(teacher, level), teacher) == found

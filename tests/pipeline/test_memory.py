@@ -43,9 +43,13 @@ with drawing_apart(Model(Path("base"), Path("unet"), torch.device("cpu"), torch.
 def printed_bytes(script: str) -> int:
     """The number that a script ends with, in a process of its own without a GPU."""
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True,
-        cwd=Path(__file__).parents[2], env={"PYTHONPATH": ".", "CUDA_VISIBLE_DEVICES": ""},
-    )  # fmt: skip
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[2],
+        env={"PYTHONPATH": ".", "CUDA_VISIBLE_DEVICES": ""},
+    )
     return int(done.stdout.splitlines()[-1])
 
 

@@ -30,8 +30,15 @@ CACHE = {
     "libraries": {"torch": "2.0"},
     "latents": {"resolution": 512},
 }
-SETTINGS = {"level": "sd_tiny", "cache": "/home/me/cache", "out": "/home/me/out", "max_train_steps": 15000,
-            "use_ema": True, "snr_gamma": None, "init_from": "/home/me/earlier"}  # fmt: skip
+SETTINGS = {
+    "level": "sd_tiny",
+    "cache": "/home/me/cache",
+    "out": "/home/me/out",
+    "max_train_steps": 15000,
+    "use_ema": True,
+    "snr_gamma": None,
+    "init_from": "/home/me/earlier",
+}
 KNOWN = Known(SETTINGS, CACHE, 4, 323384964)
 
 

@@ -138,7 +138,7 @@ SKIPPED = {
     "archive.png": (b"PK\x03\x04" + bytes(300), "not decodable"),
     "vector.png": (b"<svg xmlns='http://www.w3.org/2000/svg' width='9' height='9'/>", "not decodable"),
     "postscript.png": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(/etc/hostname) run\n", "not decodable"),
-}  # fmt: skip
+}
 
 
 def test_the_corpus_is_large():
@@ -167,9 +167,11 @@ def test_every_picture_is_taken_or_skipped_with_its_reason(teacher, tmp_path):
         item["source_id"]: item["reason"] for item in map(json.loads, (out / "skipped.jsonl").read_text().splitlines())
     }
     expected = {name: reason for name, (_, reason) in SKIPPED.items()} | {
-        "link out.png": "lies outside", "link to nothing.png": "No such file", "folder.png": "Is a directory",
+        "link out.png": "lies outside",
+        "link to nothing.png": "No such file",
+        "folder.png": "Is a directory",
         "link to itself.png": "",
-    }  # fmt: skip
+    }
     assert set(reasons) == set(expected)
     for name, reason in expected.items():
         assert reason in reasons[name], (name, reasons[name])

@@ -9,18 +9,27 @@ from click.testing import CliRunner
 from helpers import reset_accelerate
 
 from pipeline.cache import sizes, trial
-from pipeline.cache.output import require_space
 from pipeline.cache.trial import Trial
 from pipeline.commands.plan import LADDER, PERIODS, PlanSettings, bytes_of, command, cost_of, fit, in_time
 from pipeline.models.families.sd import teacher_taps
-from pipeline.models.load import TeacherShapes
+from pipeline.models.shapes import TeacherShapes
+from pipeline.system.disk import in_words, require_space
 from pipeline.system.errors import UserError
 from shards.codec import encode_npy, pack_quantised, quantise
 from shards.writer import Entry, write_shard
 
 # Stable Diffusion 1.x at 512 px: the taps of sd_small in the order of `teacher_taps`.
-SD15_TAPS = ((320, 32, 32), (640, 16, 16), (1280, 8, 8), (1280, 8, 8), (1280, 8, 8), (1280, 16, 16), (1280, 32, 32),
-             (640, 64, 64), (320, 64, 64))  # fmt: skip
+SD15_TAPS = (
+    (320, 32, 32),
+    (640, 16, 16),
+    (1280, 8, 8),
+    (1280, 8, 8),
+    (1280, 8, 8),
+    (1280, 16, 16),
+    (1280, 32, 32),
+    (640, 64, 64),
+    (320, 64, 64),
+)
 SD15 = TeacherShapes((4, 64, 64), (77, 768), dict(zip(teacher_taps(("sd_small",)), SD15_TAPS, strict=True)))
 
 
@@ -31,11 +40,22 @@ def settings(**changes):
 def sd15_entry(key, codec, snr_db, stride):
     """An entry of SD-1.x's shapes with random values, as the teacher stage writes one."""
     draw = np.random.default_rng(3)
-    meta = {"caption": "a lighthouse at dusk", "source_id": "pictures/0001.jpg", "crop": [0, 0, 512], "round": 0,
-            "timestep": 501, "unconditional": False, "taps": {}}  # fmt: skip
+    meta = {
+        "caption": "a lighthouse at dusk",
+        "source_id": "pictures/0001.jpg",
+        "crop": [0, 0, 512],
+        "round": 0,
+        "timestep": 501,
+        "unconditional": False,
+        "taps": {},
+    }
     entry = Entry(key, meta)
-    for name, shape in (("latents", SD15.latents), ("noise", SD15.latents), ("teacher_pred", SD15.latents),
-                        ("prompt_embeds", SD15.prompt_embeds)):  # fmt: skip
+    for name, shape in (
+        ("latents", SD15.latents),
+        ("noise", SD15.latents),
+        ("teacher_pred", SD15.latents),
+        ("prompt_embeds", SD15.prompt_embeds),
+    ):
         entry.add_array(name, draw.standard_normal(shape).astype(np.float16))
     for name, (channels, height, width) in SD15.taps.items():
         s = stride if height >= 32 else 1
@@ -96,7 +116,7 @@ def test_what_is_no_size_is_refused(size):
 
 def test_sizes_are_decimal():
     assert bytes_of("1.5TB") == 1_500_000_000_000
-    assert [sizes.in_words(x) for x in (0, 999, 1234567, 2e12)] == ["0 bytes", "999 bytes", "1.23 MB", "2 TB"]
+    assert [in_words(x) for x in (0, 999, 1234567, 2e12)] == ["0 bytes", "999 bytes", "1.23 MB", "2 TB"]
 
 
 def test_the_command_needs_no_weights(teacher, tmp_path):
@@ -117,9 +137,25 @@ def test_a_disk_that_is_too_small_is_said_before_anything_is_computed(tmp_path):
 def test_a_trial_runs_the_teacher_and_says_how_long_the_rounds_take(teacher, monkeypatch, codec):
     monkeypatch.setattr(trial, "SECONDS", 0.0)
     result = CliRunner().invoke(
-        command, ["--teacher", str(teacher), "--images", "100", "--rounds", "3", "--resolution", "32", "--trial",
-                  "--batch-size", "2", "--device", "cpu", "--codec", codec],
-    )  # fmt: skip
+        command,
+        [
+            "--teacher",
+            str(teacher),
+            "--images",
+            "100",
+            "--rounds",
+            "3",
+            "--resolution",
+            "32",
+            "--trial",
+            "--batch-size",
+            "2",
+            "--device",
+            "cpu",
+            "--codec",
+            codec,
+        ],
+    )
     reset_accelerate()
     assert result.exit_code == 0, result.output
     line = result.output.splitlines()[-1]

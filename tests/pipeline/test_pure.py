@@ -173,11 +173,15 @@ class TestLosses:
 
     def test_terms_and_their_weights(self):
         one, two, three = (torch.full((2, 4, 8, 8), float(v)) for v in (1, 2, 3))
-        terms = distillation_losses(one, two, three, {"s": one, "t": two}, {"S": three, "T": three},
-                                    (("s", "S"), ("t", "T")))  # fmt: skip
+        terms = distillation_losses(
+            one, two, three, {"s": one, "t": two}, {"S": three, "T": three}, (("s", "S"), ("t", "T"))
+        )
         assert {name: term.item() for name, term in terms.items()} == {
-            "task": 1, "output": 4, "feature/s": 4, "feature/t": 1,
-        }  # fmt: skip
+            "task": 1,
+            "output": 4,
+            "feature/s": 4,
+            "feature/t": 1,
+        }
         assert total_loss(terms, 0.5, 0.25).item() == 1 + 0.5 * 4 + 0.25 * 5
 
     def test_the_relative_loss_is_each_entrys_share_of_the_teachers_power(self):

@@ -116,10 +116,13 @@ def clip_folder(tmp_path_factory):
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     layers = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     torch.manual_seed(4)
-    model = CLIPModel(CLIPConfig(
-        text_config={**layers, **ends, "vocab_size": len(tokenizer), "max_position_embeddings": 8},
-        vision_config={**layers, "image_size": 32, "patch_size": 16}, projection_dim=8,
-    ))  # fmt: skip
+    model = CLIPModel(
+        CLIPConfig(
+            text_config={**layers, **ends, "vocab_size": len(tokenizer), "max_position_embeddings": 8},
+            vision_config={**layers, "image_size": 32, "patch_size": 16},
+            projection_dim=8,
+        )
+    )
     crop = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     folder = tmp_path_factory.mktemp("clip")
     model.save_pretrained(folder)
@@ -132,9 +135,7 @@ def test_the_clip_score_is_that_of_transformers(clip_folder, tmp_path):
     files, prompts = pictures(tmp_path, 3, (48, 48)), ["a cat", "dogs", "many long words indeed"]
     model, processor = CLIPModel.from_pretrained(clip_folder), CLIPProcessor.from_pretrained(clip_folder)
     images = [Image.open(file) for file in files]
-    inputs = processor(
-        text=prompts, images=images, return_tensors="pt", padding=True, truncation=True, max_length=8
-    )  # fmt: skip
+    inputs = processor(text=prompts, images=images, return_tensors="pt", padding=True, truncation=True, max_length=8)
     with torch.no_grad():
         outputs = model(**inputs)
     cosines = (outputs.image_embeds * outputs.text_embeds).sum(dim=1)

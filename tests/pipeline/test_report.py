@@ -14,18 +14,11 @@ from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
 from helpers import run_distill, run_encode, run_teacher_cache
 from PIL import Image
 
+from pipeline.demo.oracle import score_scenes
 from pipeline.demo.scenes import make_scene
-from pipeline.sampling.generate import (
-    Model,
-    Sampler,
-    Samples,
-    draw_apart,
-    draw_samples,
-    load_samples,
-    oracle_score,
-    peak_memory,
-    save_samples,
-)
+from pipeline.sampling.generate import Sampler, Samples, draw_samples, load_samples, save_samples
+from pipeline.sampling.process import Model, draw_apart
+from pipeline.system.memory import peak_memory
 from pipeline.training.report import write_report
 
 PROMPTS = [f"picture {i}" for i in range(5)]
@@ -77,9 +70,9 @@ def test_samples_come_back_as_they_were_saved(tmp_path):
 def test_the_oracle_scores_scenes_and_nothing_else():
     scenes = [make_scene(5, i) for i in range(6)]
     images, captions = [Image.fromarray(s.picture) for s in scenes], [s.caption for s in scenes]
-    assert oracle_score(Samples(images, captions, 1.0, 1, "cpu")) == 1.0
-    assert oracle_score(Samples(images, captions[1:] + captions[:1], 1.0, 1, "cpu")) < 0.6
-    assert oracle_score(Samples(images, ["a photo of a cat", *captions[1:]], 1.0, 1, "cpu")) is None
+    assert score_scenes(images, captions) == 1.0
+    assert score_scenes(images, captions[1:] + captions[:1]) < 0.6
+    assert score_scenes(images, ["a photo of a cat", *captions[1:]]) is None
 
 
 @pytest.fixture(scope="module")
@@ -141,14 +134,14 @@ def test_the_report_stands_alone(student):
 def test_scenes_are_scored_in_the_report(tmp_path):
     scenes = [make_scene(5, i) for i in range(4)]
     samples = Samples([Image.fromarray(s.picture) for s in scenes], [s.caption for s in scenes], 0.5, 1000, "cpu")
-    write_report(tmp_path, "title", {}, METRICS, {"teacher": samples, "student": samples})
+    write_report(tmp_path, "title", {}, METRICS, {"teacher": samples, "student": samples}, score_scenes)
     page = (tmp_path / "report.html").read_text()
     assert "facts that hold" in page
     assert "100.0% of 4 pictures&#x27;" in page or "100.0% of 4 pictures'" in page
 
 
 def test_a_report_without_samples_has_the_curves_alone(tmp_path):
-    write_report(tmp_path, "<script>", {"level": "<b>"}, METRICS, {})
+    write_report(tmp_path, "<script>", {"level": "<b>"}, METRICS, {}, score_scenes)
     page = (tmp_path / "report.html").read_text()
     assert "<h2>Pictures" not in page
     assert 'alt="loss curves"' in page
@@ -168,11 +161,21 @@ def test_a_browser_shows_every_picture_and_logs_nothing(student, tmp_path, theme
     probed = tmp_path / "report.html"
     probed.write_text(page.read_text().replace("</body>", probe))
     command = [
-        BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-        "--disable-background-networking", "--disable-component-update", "--disable-sync", "--enable-logging=stderr",
-        f"--user-data-dir={tmp_path / 'profile'}", f"--blink-settings=preferredColorScheme={int(theme == 'light')}",
-        "--dump-dom", f"file://{probed}",
-    ]  # fmt: skip
+        BROWSER,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        "--enable-logging=stderr",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        f"--blink-settings=preferredColorScheme={int(theme == 'light')}",
+        "--dump-dom",
+        f"file://{probed}",
+    ]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert "CONSOLE" not in result.stderr
     title = re.search(r"<title>(.*?)</title>", result.stdout)[1].replace("&quot;", '"')

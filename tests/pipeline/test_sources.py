@@ -33,8 +33,9 @@ def test_records_are_sorted_and_blank_lines_left_out(tmp_path):
 def test_a_file_listed_again_is_a_record_of_its_own(tmp_path):
     source = open_folder(folder(tmp_path, row("a.png", "one"), row("a.png", "two")))
     assert [(r.source_id, r.location, r.caption) for r in source.records] == [
-        ("a.png", "a.png", "one"), ("a.png#2", "a.png", "two"),
-    ]  # fmt: skip
+        ("a.png", "a.png", "one"),
+        ("a.png#2", "a.png", "two"),
+    ]
 
 
 def test_of_several_captions_the_first_all_or_one_at_random(tmp_path):
@@ -43,8 +44,11 @@ def test_of_several_captions_the_first_all_or_one_at_random(tmp_path):
     assert {record.caption for record in open_folder(data).records} == {"one"}
     everything = open_folder(data, captions="all").records
     assert [(r.source_id, r.caption) for r in everything[:4]] == [
-        ("0.png", "one"), ("0.png#2", "two"), ("0.png#3", "three"), ("1.png", "one"),
-    ]  # fmt: skip
+        ("0.png", "one"),
+        ("0.png#2", "two"),
+        ("0.png#3", "three"),
+        ("1.png", "one"),
+    ]
     drawn = [record.caption for record in open_folder(data, captions="random").records]
     assert len(drawn) == 30
     assert set(drawn) == {"one", "two", "three"}
@@ -113,10 +117,16 @@ def test_other_columns(tmp_path):
 
 @pytest.mark.parametrize(
     ("caption", "problem"),
-    [(None, "there is no caption"), (3, "the caption is 3, not text"), (["a", 4], "the caption is 4, not text"),
-     ("", "the caption is empty"), (" \n", "the caption is empty"), ([], "the caption is empty"),
-     ({"en": "a"}, "the caption is {'en': 'a'}, not text")],
-)  # fmt: skip
+    [
+        (None, "there is no caption"),
+        (3, "the caption is 3, not text"),
+        (["a", 4], "the caption is 4, not text"),
+        ("", "the caption is empty"),
+        (" \n", "the caption is empty"),
+        ([], "the caption is empty"),
+        ({"en": "a"}, "the caption is {'en': 'a'}, not text"),
+    ],
+)
 def test_a_caption_that_is_no_text_is_a_problem_of_that_record(tmp_path, caption, problem):
     source = open_folder(folder(tmp_path, row("a.png", caption), row("b.png")))
     assert source.records[0].problem == problem
@@ -133,7 +143,7 @@ def test_a_caption_that_is_no_text_is_a_problem_of_that_record(tmp_path, caption
         ((row(7),), "'file_name' is 7, not a file name"),
         ((), "lists no images"),
     ],
-)  # fmt: skip
+)
 def test_a_line_that_cannot_be_used_is_named(tmp_path, lines, message):
     with pytest.raises(UserError, match=message):
         open_folder(folder(tmp_path, *lines))

@@ -62,8 +62,11 @@ def test_every_student_tensor_has_a_teacher_tensor_of_its_shape(config, level):
 def test_tap_pairs_have_equal_shapes(config, level):
     teacher = on_meta(config)
     student = on_meta(student_config(dict(teacher.config), level))
-    inputs = {"sample": torch.empty(1, 4, 64, 64, device="meta"), "timestep": torch.zeros(1, device="meta"),
-              "encoder_hidden_states": torch.empty(1, 77, config["cross_attention_dim"], device="meta")}  # fmt: skip
+    inputs = {
+        "sample": torch.empty(1, 4, 64, 64, device="meta"),
+        "timestep": torch.zeros(1, device="meta"),
+        "encoder_hidden_states": torch.empty(1, 77, config["cross_attention_dim"], device="meta"),
+    }
     pairs = LEVELS[level].taps
     with Taps(teacher, teacher_taps((level,))).recording() as of_teacher:
         teacher(**inputs)
@@ -143,9 +146,16 @@ def test_a_teacher_of_another_family_is_refused(changes, message):
 
 def test_the_taps_of_several_levels_are_listed_once_in_forward_order():
     assert teacher_taps(("sd_small",)) == [
-        "down_blocks.0", "down_blocks.1", "down_blocks.2", "down_blocks.3", "mid_block",
-        "up_blocks.0", "up_blocks.1", "up_blocks.2", "up_blocks.3",
-    ]  # fmt: skip
+        "down_blocks.0",
+        "down_blocks.1",
+        "down_blocks.2",
+        "down_blocks.3",
+        "mid_block",
+        "up_blocks.0",
+        "up_blocks.1",
+        "up_blocks.2",
+        "up_blocks.3",
+    ]
     assert "mid_block" not in teacher_taps(("bk_base",))
     assert len(teacher_taps(tuple(LEVELS))) == 10
 

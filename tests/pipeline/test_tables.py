@@ -85,10 +85,12 @@ def test_other_columns_and_several_captions(tmp_path):
 
 @pytest.mark.parametrize(
     ("chosen", "message"),
-    [({"image_column": "jpg"}, "has no column 'jpg'; it has 'image', 'text': choose one with --image-column"),
-     ({"caption_column": "label"}, "has no column 'label'.*--caption-column"),
-     ({"image_column": "text"}, "column 'text' holds .*, no images: choose another with --image-column")],
-)  # fmt: skip
+    [
+        ({"image_column": "jpg"}, "has no column 'jpg'; it has 'image', 'text': choose one with --image-column"),
+        ({"caption_column": "label"}, "has no column 'label'.*--caption-column"),
+        ({"image_column": "text"}, "column 'text' holds .*, no images: choose another with --image-column"),
+    ],
+)
 def test_columns_that_cannot_be_used(tmp_path, chosen, message):
     rows().to_parquet(tmp_path / "data.parquet")
     with pytest.raises(UserError, match=message):

@@ -39,9 +39,12 @@ def fields(**values):
 def test_samples_as_img2dataset_writes_them(tmp_path):
     tar = write_tar(
         tmp_path / "00000.tar",
-        ("000000000.jpg", b"first"), ("000000000.json", fields(caption="no", key="0")), ("000000000.txt", b"one\n"),
-        ("000000002.jpg", b"second"), ("000000002.json", fields(caption="two")),
-    )  # fmt: skip
+        ("000000000.jpg", b"first"),
+        ("000000000.json", fields(caption="no", key="0")),
+        ("000000000.txt", b"one\n"),
+        ("000000002.jpg", b"second"),
+        ("000000002.json", fields(caption="two")),
+    )
     source = open_tars(tar)
     assert listed(source) == [("000000000.jpg", "one", None), ("000000002.jpg", "two", None)]
     assert [source.read(record) for record in source.records] == [b"first", b"second"]
@@ -69,8 +72,11 @@ def test_commands_and_addresses_are_not_opened(data, tmp_path, monkeypatch):
 def test_columns_choose_the_picture_and_the_caption(tmp_path):
     tar = write_tar(
         tmp_path / "a.tar",
-        ("x.seg.png", b"mask"), ("x.jpg", b"photo"), ("x.json", fields(generated_caption="better")), ("x.txt", b"alt"),
-    )  # fmt: skip
+        ("x.seg.png", b"mask"),
+        ("x.jpg", b"photo"),
+        ("x.json", fields(generated_caption="better")),
+        ("x.txt", b"alt"),
+    )
     assert open_tars(tar).read(open_tars(tar).records[0]) == b"mask"
     chosen = open_tars(tar, image_column="jpeg;jpg", caption_column="generated_caption")
     assert listed(chosen) == [("x.jpg", "better", None)]
@@ -82,12 +88,17 @@ def test_what_makes_no_picture_with_a_caption_says_why(tmp_path):
         tmp_path / "a.tar",
         ("a.json", fields(caption="no picture")),
         ("b.jpg", b"x"),
-        ("c.jpg", b"x"), ("c.txt", b"\xff"),
-        ("d.jpg", b"x"), ("d.json", b"{broken"),
-        ("e.jpg", b"x"), ("e.json", b"[1]"),
-        ("f.jpg", b"x"), ("f.txt", b"y" * (1 << 20) + b"y"),
-        ("g.jpg", b"x"), ("g.json", fields(caption=["two", "captions"])),
-    )  # fmt: skip
+        ("c.jpg", b"x"),
+        ("c.txt", b"\xff"),
+        ("d.jpg", b"x"),
+        ("d.json", b"{broken"),
+        ("e.jpg", b"x"),
+        ("e.json", b"[1]"),
+        ("f.jpg", b"x"),
+        ("f.txt", b"y" * (1 << 20) + b"y"),
+        ("g.jpg", b"x"),
+        ("g.json", fields(caption=["two", "captions"])),
+    )
     found = {record.source_id: record.problem or record.caption for record in open_tars(tar).records}
     assert found == {
         "a": "there is no picture in the sample, which has .json",
@@ -109,10 +120,12 @@ def link(name, target, kind=tarfile.SYMTYPE):
 def test_links_and_devices_in_a_tar_are_not_followed(tmp_path):
     tar = write_tar(
         tmp_path / "a.tar",
-        link("a.jpg", "/etc/hostname"), link("b.jpg", "/etc/hostname", tarfile.LNKTYPE),
+        link("a.jpg", "/etc/hostname"),
+        link("b.jpg", "/etc/hostname", tarfile.LNKTYPE),
         link("c.jpg", "", tarfile.CHRTYPE),
-        ("../../d.jpg", b"inside"), ("../../d.txt", b"a name is only a name"),
-    )  # fmt: skip
+        ("../../d.jpg", b"inside"),
+        ("../../d.txt", b"a name is only a name"),
+    )
     source = open_tars(tar)
     assert listed(source) == [("../../d.jpg", "a name is only a name", None)]
     assert source.read(source.records[0]) == b"inside"

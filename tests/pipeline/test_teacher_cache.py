@@ -98,11 +98,12 @@ def test_two_runs_write_the_same_bytes(teacher, latents, cache, tmp_path):
 def test_batch_sizes_change_nothing_but_rounding(teacher, latents, tmp_path):
     one, seven = (
         samples(
-            run_teacher_cache(teacher, latents, tmp_path / str(size), batch_size=size, codec="fp32"), "cache",
+            run_teacher_cache(teacher, latents, tmp_path / str(size), batch_size=size, codec="fp32"),
+            "cache",
             [*TENSORS, "tap.up_blocks.3"],
         )
         for size in (1, 7)
-    )  # fmt: skip
+    )
     assert [(s.key, s.meta) for s in one] == [(s.key, s.meta) for s in seven]
     for a, b in zip(one, seven, strict=True):
         np.testing.assert_array_equal(a.tensors["noise"].values, b.tensors["noise"].values)
@@ -152,8 +153,13 @@ def test_initial_students_and_base_are_written(teacher, latents, tmp_path):
         assert torch.equal(student.state_dict()["conv_in.weight"], weights["conv_in.weight"])
     assert len(json.loads((out / "manifest.json").read_text())["spec"]["taps"]) == 10
     assert {path.name for path in (out / "base").iterdir()} == {
-        "model_index.json", "vae", "text_encoder", "tokenizer", "scheduler", "checksums.json",
-    }  # fmt: skip
+        "model_index.json",
+        "vae",
+        "text_encoder",
+        "tokenizer",
+        "scheduler",
+        "checksums.json",
+    }
 
 
 def test_unconditional_entries_hold_the_empty_prompt(teacher, latents, tmp_path):

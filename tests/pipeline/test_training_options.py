@@ -15,7 +15,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 
-from pipeline.distill_settings import DistillSettings
+from pipeline.distill import DistillSettings
 from pipeline.sampling.generate import Sampler, draw_samples
 from pipeline.system.errors import UserError
 from pipeline.training.settings import worked_out
@@ -72,8 +72,14 @@ def test_what_is_no_student_is_refused(cache, tmp_path):
     [(1, 4, 1, 1, 4), (2, 4, 1, 1, 7), (1, 13, 1, 1, 1), (3, 2, 2, 2, 5), (None, 4, 1, 1, 15000)],
 )
 def test_epochs_are_steps_that_show_every_entry_so_often(epochs, batch, accumulation, processes, steps):
-    settings = DistillSettings(cache="c", out="o", level="sd_small", num_train_epochs=epochs, train_batch_size=batch,
-                               gradient_accumulation_steps=accumulation)  # fmt: skip
+    settings = DistillSettings(
+        cache="c",
+        out="o",
+        level="sd_small",
+        num_train_epochs=epochs,
+        train_batch_size=batch,
+        gradient_accumulation_steps=accumulation,
+    )
     assert worked_out(settings, 13, processes).max_train_steps == steps
 
 

@@ -64,9 +64,12 @@ def test_error_never_exceeds_half_a_step_at_any_scale(name, snr_db):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    exponent=st.floats(-8, 8), mean=st.floats(-100, 100), snr_db=st.floats(-10, 60), seed=st.integers(0, 1000),
+    exponent=st.floats(-8, 8),
+    mean=st.floats(-100, 100),
+    snr_db=st.floats(-10, 60),
+    seed=st.integers(0, 1000),
     offset=st.integers(0, codec.DITHER_TABLE_SIZE - 1),
-)  # fmt: skip
+)
 def test_error_is_bounded_for_any_gaussian(exponent, mean, snr_db, seed, offset):
     x = gaussian(seed, 10.0**exponent, mean * 10.0**exponent)
     decoded, step = round_trip(x, snr_db, offset)

@@ -11,12 +11,19 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
 INNERMOST_STAGE_FIELDS = (
-    "attention_head_dim", "block_out_channels", "cross_attention_dim", "down_block_types", "layers_per_block",
-    "num_attention_heads", "only_cross_attention", "transformer_layers_per_block",
-)  # fmt: skip
+    "attention_head_dim",
+    "block_out_channels",
+    "cross_attention_dim",
+    "down_block_types",
+    "layers_per_block",
+    "num_attention_heads",
+    "only_cross_attention",
+    "transformer_layers_per_block",
+)
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,7 @@ def check_teacher(config: dict[str, Any]) -> None:
         (config["mid_block_type"] == "UNetMidBlock2DCrossAttn", f"mid_block_type is {config['mid_block_type']}"),
         (config["in_channels"] == 4, f"it takes {config['in_channels']} input channels, not 4"),
         (not config["addition_embed_type"], f"it needs {config['addition_embed_type']} conditioning, as SDXL's does"),
-    ]  # fmt: skip
+    ]
     for fine, what in problems:
         if not fine:
             raise ValueError(f"the teacher's U-Net is not of the SD-1.x or SD-2.x family: {what}")
@@ -126,3 +133,24 @@ def teacher_taps(levels: tuple[str, ...]) -> list[str]:
     wanted = {teacher for level in levels for _, teacher in LEVELS[level].taps}
     order = (*DOWN[:3], _BK_TINY_MIDDLE[1], DOWN[3], "mid_block", *UP)
     return [tap for tap in order if tap in wanted]
+
+
+def encode_prompts(base: DiffusionPipeline, captions: list[str]) -> Tensor:
+    """(B, L, D) float32: the text encoder's last hidden state, as StableDiffusionPipeline uses it."""
+    tokenizer, text_encoder = base.tokenizer, base.text_encoder
+    tokens = tokenizer(
+        captions, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+    )
+    device = text_encoder.device
+    uses_mask = getattr(text_encoder.config, "use_attention_mask", False)
+    mask = tokens.attention_mask.to(device) if uses_mask else None
+    return text_encoder(tokens.input_ids.to(device), attention_mask=mask)[0].float()
+
+
+def count_cut_prompts(base: DiffusionPipeline, captions: list[str]) -> int:
+    """How many captions have more tokens than the text encoder takes, begin and end included."""
+    tokenizer, cut = base.tokenizer, 0
+    for first in range(0, len(captions), 1000):
+        tokens = tokenizer(captions[first : first + 1000], truncation=False, verbose=False).input_ids
+        cut += sum(len(each) > tokenizer.model_max_length for each in tokens)
+    return cut

@@ -1,0 +1,31 @@
+"""Room on the disk."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+
+from pipeline.system.errors import UserError
+
+
+def free_bytes(out: Path) -> int:
+    """What is free on the disk where `out` is or will be."""
+    there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    return shutil.disk_usage(there).free
+
+
+def require_space(out: Path, needed: int, remedy: str) -> None:
+    """Raise UserError, before anything is computed, if `needed` bytes more do not fit."""
+    free = free_bytes(out)
+    if needed > free:
+        raise UserError(
+            f"{out} needs about {in_words(needed)} more, and its disk has {in_words(free)} free: "
+            f"make room, choose an --out on another disk, or {remedy}"
+        )
+
+
+def in_words(size: float) -> str:
+    """Bytes in decimal units: 1234567 -> '1.23 MB'."""
+    power = min(4, max(0, int(math.log10(max(size, 1)) // 3)))
+    return f"{size / 1000**power:.3g} {('bytes', 'kB', 'MB', 'GB', 'TB')[power]}"
