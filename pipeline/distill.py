@@ -23,8 +23,8 @@ from pipeline.models.hub import upload
 from pipeline.models.load import MODEL_INDEX
 from pipeline.models.provenance import CARD
 from pipeline.models.save import save_pipeline
-from pipeline.sampling.generate import SAMPLES, load_samples
-from pipeline.sampling.process import Model, draw_apart
+from pipeline.sampling.generate import SAMPLES, load_images
+from pipeline.sampling.process import PipelineRef, generate_in_process
 from pipeline.system.command import stage_command
 from pipeline.system.device import DTYPES, resolve_dtype
 from pipeline.system.errors import UserError
@@ -45,7 +45,7 @@ from pipeline.training.loop import (
     run_training,
 )
 from pipeline.training.report import write_report
-from pipeline.training.settings import TrainingSettings, what_decides, worked_out
+from pipeline.training.settings import TrainingSettings, resolve_steps_and_lr, resume_fingerprint
 from shards.dataset import CacheDataset
 from shards.manifest import read_manifest
 
@@ -56,14 +56,14 @@ class DistillSettings(TrainingSettings):
     rounds: int | None = option(
         None,
         "Train on the cache's first N rounds alone; later ones may still be being written. By default on all.",
-        low=1,
+        ge=1,
     )
     level: str = option(REQUIRED, "The student's architecture and tap pairs.", choices=tuple(LEVELS))
     init_from: Path | None = option(
         None, "Saved student, or its pipeline, to train on; by default the cache's, filled from the teacher."
     )
-    output_weight: float = option(0.5, "Weight of the loss to the teacher's prediction.", low=0.0)
-    feature_weight: float = option(0.5, "Weight of the sum of the taps' losses.", low=0.0)
+    output_weight: float = option(0.5, "Weight of the loss to the teacher's prediction.", ge=0.0)
+    feature_weight: float = option(0.5, "Weight of the sum of the taps' losses.", ge=0.0)
     feature_loss: str = option(
         "mse",
         "A tap's loss: mean square error, or that as a share of the teacher's mean square.",
@@ -78,7 +78,7 @@ def run(settings: DistillSettings) -> None:
     """Train a student from a cache; ends with a whole diffusers pipeline."""
     accelerator = make_accelerator(settings)
     dataset = open_cache(settings)
-    settings = worked_out(settings, len(dataset), accelerator.num_processes)
+    settings = resolve_steps_and_lr(settings, len(dataset), accelerator.num_processes)
     with accelerator.main_process_first():
         claim(settings, training_spec(settings, accelerator.num_processes))
     done = finished_step(settings.out)
@@ -128,15 +128,15 @@ def save_report(settings: DistillSettings, device: torch.device) -> None:
     """report.html, with the student's pictures beside the teacher's of the cache and the untrained student's."""
     rows = {}
     if (settings.cache / SAMPLES).is_dir():
-        rows["teacher"], sampler = load_samples(settings.cache / SAMPLES)
+        rows["teacher"], sampler = load_images(settings.cache / SAMPLES)
         folders = {
             "untrained student": settings.cache / "students" / settings.level,
             "student": settings.out / "unet",
         }
         dtype = DTYPES[resolve_dtype("auto", device)]
         for name, folder in folders.items():
-            model = Model(settings.cache / "base", folder, device, dtype)
-            rows[name] = draw_apart(model, rows["teacher"].prompts, sampler, name)
+            model = PipelineRef(settings.cache / "base", folder, device, dtype)
+            rows[name] = generate_in_process(model, rows["teacher"].prompts, sampler, name)
     lines = (settings.out / METRICS).read_text(encoding="utf-8").splitlines()
     title = f"{settings.level}, distilled from {settings.cache}"
     write_report(settings.out, title, settings.as_json(), [json.loads(line) for line in lines], rows, score_scenes)
@@ -173,7 +173,7 @@ def start(settings: DistillSettings) -> tuple[UNet2DConditionModel, dict[str, An
 def plan(settings: DistillSettings) -> list[str]:
     """What a run would do."""
     dataset = open_cache(settings)
-    settings = worked_out(settings, len(dataset), 1)
+    settings = resolve_steps_and_lr(settings, len(dataset), 1)
     done = max([step for step, _ in list_checkpoints(settings.out / CHECKPOINTS)], default=0)
     batch = settings.train_batch_size * settings.gradient_accumulation_steps
     left = max(0, settings.max_train_steps - done)
@@ -192,7 +192,7 @@ def pairs_of(settings: DistillSettings) -> tuple[tuple[str, str], ...]:
 
 def training_spec(settings: DistillSettings, processes: int) -> dict[str, Any]:
     """What the training is, for whoever would go on with it."""
-    spec = what_decides(settings, processes, free=("cache", "report"))
+    spec = resume_fingerprint(settings, processes, free=("cache", "report"))
     if settings.init_from is not None:
         spec["init_from"] = weights_sha256s(settings.init_from)
     manifest = read_manifest(settings.cache, "cache")

@@ -28,15 +28,15 @@ from pipeline.cache.output import (
     unfinished_shards,
 )
 from pipeline.core import draws
-from pipeline.data.loading import Framing, Loaded, load_records, without_skipped
+from pipeline.data.loading import Framing, LoadedImage, load_images, without_skipped
 from pipeline.data.source import DataSettings, OpenSource, Record, inputs_sha256, open_source
 from pipeline.models.encoders import encode_images, latents_shape
-from pipeline.models.families.sd import count_cut_prompts, encode_prompts
+from pipeline.models.families.sd import count_truncated, encode_prompts
 from pipeline.models.hashing import library_versions, weights_sha256
 from pipeline.models.load import find_pipeline, load_base
 from pipeline.system.command import stage_command
-from pipeline.system.device import DEVICES, DTYPES, computes_beside, process_state
-from pipeline.system.disk import free_bytes, in_words, require_space
+from pipeline.system.device import DEVICES, DTYPES, is_accelerator, process_state
+from pipeline.system.disk import format_bytes, free_bytes, require_space
 from pipeline.system.errors import UserError
 from pipeline.system.settings import REQUIRED, option, write_settings
 from pipeline.system.threads import in_background
@@ -45,7 +45,7 @@ from shards.files import atomic_file
 from shards.manifest import Manifest, refuse_other_spec
 from shards.reader import read_sidecar
 from shards.schema import EMPTY_PROMPT, LATENTS, PROMPT_EMBEDS, image_key, shard_names, sidecar_name
-from shards.writer import Entry, is_finished, write_shard
+from shards.writer import EntryBuilder, is_finished, write_shard
 
 SKIPPED = "skipped.jsonl"
 
@@ -54,17 +54,15 @@ SKIPPED = "skipped.jsonl"
 class EncodeSettings(DataSettings):
     teacher: str = option(REQUIRED, "Stable Diffusion pipeline: a folder in diffusers layout, a hub's name, or demo.")
     out: Path = option(REQUIRED, "Directory to write the latents to.")
-    resolution: int = option(512, "Side of the square training pictures, in pixels.", low=8)
+    resolution: int = option(512, "Side of the square training pictures, in pixels.", ge=8)
     center_crop: bool = option(False, "Crop the centre instead of a random place.")
     random_flip: bool = option(False, "Mirror half of the pictures, drawn at random.")
-    batch_size: int = option(8, "Pictures in one forward pass.", low=1)
+    batch_size: int = option(8, "Pictures in one forward pass.", ge=1)
     dtype: str = option("fp32", "Precision of the VAE and the text encoder.", choices=tuple(DTYPES))
     device: str = option("auto", "auto takes the GPU if there is one.", choices=DEVICES)
-    workers: int = option(4, "Threads that decode and resize pictures.", low=1)
-    entries_per_shard: int = option(1000, "Pictures in one shard.", low=1)
-    max_skipped: float = option(
-        0.5, "Share of a shard's pictures that may be skipped; more stop the run.", low=0, high=1
-    )
+    workers: int = option(4, "Threads that decode and resize pictures.", ge=1)
+    entries_per_shard: int = option(1000, "Pictures in one shard.", ge=1)
+    max_skipped: float = option(0.5, "Share of a shard's pictures that may be skipped; more stop the run.", ge=0, le=1)
     retry_skipped: bool = option(False, "Write those shards again that lack a picture which can be read by now.")
     shard_range: str | None = option(None, "Write only these of the planned shards, as 0:50: for jobs side by side.")
     revision: str | None = option(None, "Revision of the teacher on the hub.")
@@ -108,13 +106,13 @@ def run(settings: EncodeSettings) -> None:
     require_space(settings.out, pictures * sizes.stored_bytes(entry_sizes(spec)), "give a smaller --resolution")
     if state.is_main_process:
         write_settings(settings.out, "encode", settings)
-        say_cut_captions(source, base)
+        warn_truncated_captions(source, base)
     planned = sum(len(shard_records(source, settings, names.index(shard))) for shard in mine)
     with tqdm(total=planned, unit="image", desc="encode", disable=not state.is_main_process) as progress:
         for shard in mine:
             skipped: list[dict[str, str]] = []
             entries = shard_entries(source, settings, names.index(shard), base, skipped, progress.update)
-            if computes_beside(state.device):
+            if is_accelerator(state.device):
                 entries = in_background(entries, 2 * settings.batch_size)
             write_shard(settings.out, shard, manifest.spec_sha256, entries, skipped)
     state.wait_for_everyone()
@@ -122,9 +120,9 @@ def run(settings: EncodeSettings) -> None:
         report(settings.out, manifest, "")
 
 
-def say_cut_captions(source: OpenSource, base: DiffusionPipeline) -> None:
+def warn_truncated_captions(source: OpenSource, base: DiffusionPipeline) -> None:
     """Tell how many captions the text encoder does not take in whole."""
-    cut = count_cut_prompts(base, [record.caption for record in source.records])
+    cut = count_truncated(base, [record.caption for record in source.records])
     if cut:
         tokens = base.tokenizer.model_max_length
         click.echo(f"note: {cut} of {len(source.records)} captions are longer than {tokens} tokens, and cut there")
@@ -166,7 +164,7 @@ def take_up_skipped(source: OpenSource, settings: EncodeSettings, manifest: Mani
         lacking = {item["source_id"] for item in read_sidecar(settings.out, shard, manifest.spec_sha256).skipped}
         records = shard_records(source, settings, names.index(shard))
         again = [record for record in records if record[1].source_id in lacking]
-        found = [item for item in load_records(source, settings.framing, again, 1, 1) if item.problem is None]
+        found = [item for item in load_images(source, settings.framing, again, 1, 1) if item.problem is None]
         if found:
             click.echo(f"{shard} is written again: {len(found)} of its {len(lacking)} skipped pictures can be read now")
             (settings.out / sidecar_name(shard)).unlink()
@@ -179,11 +177,11 @@ def shard_entries(
     base: DiffusionPipeline,
     skipped: list[dict[str, str]],
     advance: Callable[[int], Any],
-) -> Iterator[Entry]:
+) -> Iterator[EntryBuilder]:
     """The entries of one shard; what has no pixels goes to `skipped`. Batches end with the shard."""
     records = shard_records(source, settings, shard)
     ahead = 2 * max(settings.batch_size, settings.workers)
-    loaded = load_records(source, settings.framing, records, settings.workers, ahead)
+    loaded = load_images(source, settings.framing, records, settings.workers, ahead)
     readable = without_skipped(loaded, skipped, settings.max_skipped * len(records), advance)
     while batch := list(itertools.islice(readable, settings.batch_size)):
         yield from encode_batch(batch, settings, base)
@@ -191,7 +189,7 @@ def shard_entries(
 
 
 @torch.inference_mode()
-def encode_batch(batch: list[Loaded], settings: EncodeSettings, base: DiffusionPipeline) -> list[Entry]:
+def encode_batch(batch: list[LoadedImage], settings: EncodeSettings, base: DiffusionPipeline) -> list[EntryBuilder]:
     """One forward pass of the VAE's encoder and one of the text encoder."""
     shape = latents_shape(base.vae, settings.resolution)
     ids = [item.record.source_id for item in batch]
@@ -205,9 +203,9 @@ def encode_batch(batch: list[Loaded], settings: EncodeSettings, base: DiffusionP
     ]
 
 
-def entry_of(item: Loaded, arrays: dict[str, np.ndarray], settings: EncodeSettings) -> Entry:
+def entry_of(item: LoadedImage, arrays: dict[str, np.ndarray], settings: EncodeSettings) -> EntryBuilder:
     record = item.record
-    entry = Entry(
+    entry = EntryBuilder(
         image_key(item.index),
         {"source_id": record.source_id, "caption": record.caption, "crop": item.crop.as_json()},
     )
@@ -257,7 +255,7 @@ def plan(settings: EncodeSettings) -> list[str]:
     return [
         f"entries: {spec['entries']} in {len(shards)} shards, {len(left)} of them still to write",
         *sizes.lines(entry_sizes(spec), spec["entries"]),
-        f"free where it goes: {in_words(free_bytes(settings.out))}",
+        f"free where it goes: {format_bytes(free_bytes(settings.out))}",
     ]
 
 

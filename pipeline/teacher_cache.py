@@ -20,7 +20,7 @@ from tqdm import tqdm
 from pipeline.cache import sizes
 from pipeline.cache.latents import check_encoders, open_latents
 from pipeline.cache.output import claim, existing_manifest, finished_sidecars, range_of, share_unfinished
-from pipeline.cache.targets import Answer, Teacher, ask, finish
+from pipeline.cache.targets import BatchTargets, Teacher, compress_targets, run_teacher
 from pipeline.core.diffusion import PREDICTION_TYPES
 from pipeline.core.taps import Taps, token_stride
 from pipeline.models.checksums import write_checksums
@@ -30,11 +30,11 @@ from pipeline.models.load import find_pipeline, load_base, load_noise_scheduler,
 from pipeline.models.provenance import write_origin
 from pipeline.models.save import save_base
 from pipeline.models.shapes import tap_shapes
-from pipeline.sampling.generate import SAMPLES, Sampler, save_samples
-from pipeline.sampling.process import Model, draw_apart
+from pipeline.sampling.generate import SAMPLES, Sampler, save_images
+from pipeline.sampling.process import PipelineRef, generate_in_process
 from pipeline.system.command import stage_command
-from pipeline.system.device import DEVICES, DTYPES, computes_beside, process_state, resolve_dtype
-from pipeline.system.disk import free_bytes, in_words, require_space
+from pipeline.system.device import DEVICES, DTYPES, is_accelerator, process_state, resolve_dtype
+from pipeline.system.disk import format_bytes, free_bytes, require_space
 from pipeline.system.errors import UserError
 from pipeline.system.settings import REQUIRED, Settings, option, write_settings
 from pipeline.system.threads import in_background, ordered_map
@@ -43,7 +43,7 @@ from shards.files import atomic_directory
 from shards.manifest import Manifest, read_file, refuse_other_spec
 from shards.reader import ShardSet
 from shards.schema import EMPTY_PROMPT, LATENTS, PROMPT_EMBEDS, shard_names
-from shards.writer import Entry, write_shard
+from shards.writer import EntryBuilder, write_shard
 
 # Threads that compress what the teacher said; zstd lets go of the interpreter's lock.
 PACKERS = 2
@@ -54,19 +54,19 @@ class TeacherCacheSettings(Settings):
     teacher: str = option(REQUIRED, "The pipeline that the latents were made with: a folder, a hub's name, or demo.")
     latents: Path = option(REQUIRED, "Directory that `encode` wrote.")
     out: Path = option(REQUIRED, "Directory to write the cache to.")
-    rounds: int = option(4, "Passes over the latents, each with its own noise and timesteps.", low=1)
+    rounds: int = option(4, "Passes over the latents, each with its own noise and timesteps.", ge=1)
     students: tuple[str, ...] = option(("sd_small",), "Levels the cache shall serve.", choices=tuple(LEVELS))
     codec: str = option("dither", "How features are stored: fp16 and fp32 are exact.", choices=CODECS)
-    snr_db: float = option(10.0, "Signal-to-noise ratio of the dither codec, in decibels.", low=-10.0, high=MAX_SNR_DB)
-    token_stride: int = option(4, "Keep one position of each N x N cell of a large tap.", low=1)
-    token_min: int = option(32, "Rows from which on a tap counts as large.", low=1)
-    samples: int = option(8, "Pictures to draw with the teacher, for the students' reports; 0 draws none.", low=0)
-    samples_guidance: float = option(7.0, "Classifier-free guidance of those pictures.", low=1.0)
-    batch_size: int = option(8, "Entries in one forward pass.", low=1)
-    seed: int = option(0, "Seed of noise, timesteps, dither and what is drawn beside.", low=0)
-    noise_offset: float = option(0.0, "Strength of a noise offset for each channel.", low=0.0)
-    input_perturbation: float = option(0.0, "Strength of noise in the input that is not to be predicted.", low=0.0)
-    uncond_fraction: float = option(0.0, "Share of entries that get the empty prompt.", low=0.0, high=1.0)
+    snr_db: float = option(10.0, "Signal-to-noise ratio of the dither codec, in decibels.", ge=-10.0, le=MAX_SNR_DB)
+    token_stride: int = option(4, "Keep one position of each N x N cell of a large tap.", ge=1)
+    token_min: int = option(32, "Rows from which on a tap counts as large.", ge=1)
+    samples: int = option(8, "Pictures to draw with the teacher, for the students' reports; 0 draws none.", ge=0)
+    samples_guidance: float = option(7.0, "Classifier-free guidance of those pictures.", ge=1.0)
+    batch_size: int = option(8, "Entries in one forward pass.", ge=1)
+    seed: int = option(0, "Seed of noise, timesteps, dither and what is drawn beside.", ge=0)
+    noise_offset: float = option(0.0, "Strength of a noise offset for each channel.", ge=0.0)
+    input_perturbation: float = option(0.0, "Strength of noise in the input that is not to be predicted.", ge=0.0)
+    uncond_fraction: float = option(0.0, "Share of entries that get the empty prompt.", ge=0.0, le=1.0)
     prediction_type: str | None = option(
         None, "What the teacher predicts; by default what its scheduler says.", choices=PREDICTION_TYPES
     )
@@ -74,7 +74,7 @@ class TeacherCacheSettings(Settings):
         "auto", "Precision of the teacher; auto is fp16 on a CUDA GPU, else fp32.", choices=("auto", *DTYPES)
     )
     device: str = option("auto", "auto takes the GPU if there is one.", choices=DEVICES)
-    entries_per_shard: int = option(250, "Entries in one shard.", low=1)
+    entries_per_shard: int = option(250, "Entries in one shard.", ge=1)
     shard_range: str | None = option(None, "Write only these of the planned shards, as 0:50: for jobs side by side.")
     revision: str | None = option(None, "Revision of the teacher on the hub.")
     variant: str | None = option(None, "Variant of the teacher's weight files, such as fp16.")
@@ -130,17 +130,17 @@ def run(settings: TeacherCacheSettings) -> None:
     if state.is_main_process:
         if wants_samples:
             del teacher, unet
-            model = Model(settings.out / "base", folder / "unet", state.device, dtype, settings.variant)
+            model = PipelineRef(settings.out / "base", folder / "unet", state.device, dtype, settings.variant)
             save_teacher_samples(settings, latents, model)
         report(settings.out, manifest, "")
 
 
-def save_teacher_samples(settings: TeacherCacheSettings, latents: ShardSet, model: Model) -> None:
+def save_teacher_samples(settings: TeacherCacheSettings, latents: ShardSet, model: PipelineRef) -> None:
     """Pictures of the teacher in the cache, of captions spread over the input: students are shown beside them."""
     chosen = np.linspace(0, len(latents) - 1, min(settings.samples, len(latents))).astype(int)
     prompts = [latents.read(int(i), ()).meta["caption"] for i in chosen]
     sampler = Sampler(guidance_scale=settings.samples_guidance)
-    save_samples(draw_apart(model, prompts, sampler, "teacher's samples"), sampler, settings.out / SAMPLES)
+    save_images(generate_in_process(model, prompts, sampler, "teacher's samples"), sampler, settings.out / SAMPLES)
 
 
 def cache_spec(
@@ -231,18 +231,18 @@ def place_of(manifest: Manifest, shard: str) -> tuple[int, range]:
 
 def cache_entries(
     shards: list[str], manifest: Manifest, latents: ShardSet, teacher: Teacher, settings: TeacherCacheSettings
-) -> Iterator[tuple[str, Entry]]:
+) -> Iterator[tuple[str, EntryBuilder]]:
     """(shard, entry) of the shards in order. While a GPU computes a batch, the ones before it are compressed."""
 
-    def answers() -> Iterator[tuple[str, Answer]]:
+    def answers() -> Iterator[tuple[str, BatchTargets]]:
         for shard in shards:
             round_index, indices = place_of(manifest, shard)
             for first in range(0, len(indices), settings.batch_size):
                 chosen = indices[first : first + settings.batch_size]
                 samples = [latents.read(i, (LATENTS, PROMPT_EMBEDS)) for i in chosen]
-                yield shard, ask(samples, round_index, manifest.spec, teacher)
+                yield shard, run_teacher(samples, round_index, manifest.spec, teacher)
 
-    if computes_beside(teacher.unet.device):
+    if is_accelerator(teacher.unet.device):
         compressed = ordered_map(compress, in_background(answers(), 2), PACKERS, PACKERS + 1)
     else:
         compressed = map(compress, answers())
@@ -250,13 +250,13 @@ def cache_entries(
         yield from ((shard, entry) for entry in entries)
 
 
-def compress(answer: tuple[str, Answer]) -> tuple[str, list[Entry]]:
+def compress(answer: tuple[str, BatchTargets]) -> tuple[str, list[EntryBuilder]]:
     """The finished entries of a batch, with the shard that they belong to."""
     shard, batch = answer
-    return shard, finish(batch)
+    return shard, compress_targets(batch)
 
 
-def counted(entries: Iterable[tuple[str, Entry]], advance: Callable[[int], Any]) -> Iterator[Entry]:
+def counted(entries: Iterable[tuple[str, EntryBuilder]], advance: Callable[[int], Any]) -> Iterator[EntryBuilder]:
     for _, entry in entries:
         yield entry
         advance(1)
@@ -287,7 +287,7 @@ def plan(settings: TeacherCacheSettings) -> list[str]:
     return [
         f"entries: {len(latents)} images x {settings.rounds} rounds = {entries}",
         *sizes.lines(entry_sizes(latents.manifest.spec, taps, settings), entries),
-        f"free where it goes: {in_words(free_bytes(settings.out))}",
+        f"free where it goes: {format_bytes(free_bytes(settings.out))}",
         "beside them: the teacher's other parts and the students' initial weights",
         f"teacher forward passes: {entries}, in batches of {settings.batch_size}",
     ]

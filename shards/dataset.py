@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from shards import device_codec
-from shards.reader import Sample, ShardSet
+from shards.reader import ShardSet, StoredEntry
 from shards.schema import INPUT_NOISE, LATENTS, NOISE, PROMPT_EMBEDS, TEACHER_PRED, ShardError, tap_member
 
 
@@ -111,10 +111,10 @@ class CacheDataset(Dataset):
     def __len__(self) -> int:
         return len(self.shards)
 
-    def __getitem__(self, index: int) -> Sample:
+    def __getitem__(self, index: int) -> StoredEntry:
         return self.shards.read(index, [*self.tensors, *map(tap_member, self.taps)])
 
-    def collate(self, samples: list[Sample]) -> Batch:
+    def collate(self, samples: list[StoredEntry]) -> Batch:
         def stack(name: str) -> Tensor | None:
             if name not in self.tensors:
                 return None
@@ -131,7 +131,7 @@ class CacheDataset(Dataset):
             input_noise=stack(INPUT_NOISE),
         )
 
-    def _collate_tap(self, samples: list[Sample], tap: str) -> Feature:
+    def _collate_tap(self, samples: list[StoredEntry], tap: str) -> Feature:
         member = tap_member(tap)
         records = [sample.meta["taps"][tap] for sample in samples]
         stored = [sample.tensors[member] for sample in samples]

@@ -54,7 +54,7 @@ class StoredTensor:
 
 
 @dataclass(frozen=True)
-class Sample:
+class StoredEntry:
     """One entry: its key, its .json member, and the tensors asked for, by name without file ending."""
 
     key: str
@@ -106,7 +106,7 @@ class ShardSet:
         shard = bisect.bisect_right(self._ends, index)
         return self.shards[shard], index - (self._ends[shard] - self.counts[shard])
 
-    def read(self, index: int, tensors: Iterable[str]) -> Sample:
+    def read(self, index: int, tensors: Iterable[str]) -> StoredEntry:
         """Entry `index` with the tensors named; ShardError if one is not there, is damaged or not as the spec says."""
         shard, place = self.locate(index)
         sidecar = _cached_sidecar(self.directory, shard, self.manifest.spec_sha256)
@@ -115,7 +115,7 @@ class ShardSet:
 
 def read_entry(
     directory: Path, sidecar: Sidecar, place: int, tensors: Iterable[str], expected: dict[str, Expected]
-) -> Sample:
+) -> StoredEntry:
     """One entry of a shard with the tensors named, each held against what is `expected` of it; else ShardError."""
     key, members = sidecar.keys[place], sidecar.locate(place)
     path = directory / sidecar.shard
@@ -123,7 +123,7 @@ def read_entry(
         descriptor = stream.fileno()
         meta = _read_meta(path, descriptor, key, members)
         found = {name: _read_tensor(path, descriptor, key, name, members, expected.get(name)) for name in tensors}
-    return Sample(key, meta, found)
+    return StoredEntry(key, meta, found)
 
 
 @functools.lru_cache(maxsize=256)

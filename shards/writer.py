@@ -18,7 +18,7 @@ from shards.schema import BLOCK, COLUMNS, FORMAT_VERSION, sidecar_name
 
 
 @dataclass
-class Entry:
+class EntryBuilder:
     """One sample on its way into a shard. Add tensors with `add`, then write it."""
 
     key: str
@@ -39,7 +39,7 @@ def is_finished(directory: Path, shard: str) -> bool:
 
 
 def write_shard(
-    directory: Path, shard: str, spec_sha256: str, entries: Iterable[Entry], skipped: list[dict[str, str]]
+    directory: Path, shard: str, spec_sha256: str, entries: Iterable[EntryBuilder], skipped: list[dict[str, str]]
 ) -> None:
     """Write `entries` as directory/shard, then its sidecar; nothing appears under either name before.
 
@@ -73,7 +73,7 @@ def write_shard(
     write_json(directory / sidecar_name(shard), sidecar, indent=None)
 
 
-def _write_entry(tar: webdataset.TarWriter, entry: Entry) -> dict[str, list[int]]:
+def _write_entry(tar: webdataset.TarWriter, entry: EntryBuilder) -> dict[str, list[int]]:
     """Append one entry; returns, for each member, its row of the table: [offset, length, raw_bytes, crc32]."""
     meta = json.dumps(entry.meta, allow_nan=False, ensure_ascii=False).encode()
     members = {"json": meta, **entry.members}

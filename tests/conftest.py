@@ -1,41 +1,16 @@
 """Small random models and pictures that every test may use. Nothing here needs a network or a GPU."""
 
-import json
 import os
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import numpy as np
 import pytest
-import torch
 from accelerate.state import AcceleratorState, PartialState
-from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from support.tiny import tiny_pipeline, write_images
 
-SD15 = {
-    "sample_size": 64,
-    "block_out_channels": (320, 640, 1280, 1280),
-    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-    "layers_per_block": 2,
-    "cross_attention_dim": 768,
-    "attention_head_dim": 8,
-}
 LONGEST = ("test_readme.py", "test_kill.py", "test_cli.py", "test_distill.py", "test_training_options.py")
-SD21 = {**SD15, "cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True}
-# Stages narrower towards the outside, as in SD, so that a wrong key map shows in the shapes.
-TINY = {
-    **SD15,
-    "sample_size": 16,
-    "block_out_channels": (8, 12, 16, 16),
-    "cross_attention_dim": 10,
-    "attention_head_dim": 2,
-    "norm_num_groups": 4,
-}
-RESOLUTION = 32
 
 
 @pytest.fixture(autouse=True)
@@ -44,57 +19,6 @@ def _fresh_accelerate():
     yield
     AcceleratorState._reset_state(True)
     PartialState._reset_state()
-
-
-def tiny_unet(seed: int = 0, **changes) -> UNet2DConditionModel:
-    torch.manual_seed(seed)
-    return UNet2DConditionModel(**{**TINY, **changes})
-
-
-def tiny_pipeline(seed: int = 0, prediction_type: str = "epsilon", **unet_changes) -> StableDiffusionPipeline:
-    """A whole Stable Diffusion in miniature: 32 px pictures, 4 x 16 x 16 latents, 8 tokens of width 10."""
-    unet = tiny_unet(seed, **unet_changes)
-    torch.manual_seed(seed + 1)
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=RESOLUTION,
-    )
-    letters = [*"abcdefghijklmnopqrstuvwxyz"]
-    vocabulary = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    tokenizer = CLIPTokenizer(
-        vocab={token: number for number, token in enumerate(vocabulary)},
-        merges=[],
-        unk_token="<|endoftext|>",
-        pad_token="<|endoftext|>",
-        model_max_length=8,
-    )
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=unet.config.cross_attention_dim,
-            intermediate_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            max_position_embeddings=8,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-    ).eval()
-    scheduler = PNDMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        skip_prk_steps=True,
-        steps_offset=1,
-        prediction_type=prediction_type,
-    )
-    return StableDiffusionPipeline(
-        vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
-    )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -114,19 +38,6 @@ def teacher(tmp_path_factory) -> Path:
 def v_teacher(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("v-teacher")
     tiny_pipeline(prediction_type="v_prediction").save_pretrained(folder)
-    return folder
-
-
-def write_images(folder: Path, count: int, seed: int = 0) -> Path:
-    """Pictures of several sizes with their metadata.jsonl, listed out of order."""
-    folder.mkdir(parents=True, exist_ok=True)
-    draw = np.random.default_rng(seed)
-    rows = []
-    for i in range(count):
-        size = (36 + 4 * (i % 5), 40)
-        Image.fromarray(draw.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(folder / f"{i:03d}.png")
-        rows.append({"file_name": f"{i:03d}.png", "text": f"picture {i}"})
-    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in reversed(rows)))
     return folder
 
 

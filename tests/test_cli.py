@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import write_images
-from helpers import run_encode, run_teacher_cache, shard_files, state_dict_of, tree
+from support.stages import run_encode, run_teacher_cache, shard_files, state_dict_of, tree
+from support.tiny import write_images
 
 from pipeline.cli import main
 from pipeline.distill import DistillSettings

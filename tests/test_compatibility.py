@@ -5,10 +5,10 @@ import pytest
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline, StableDiffusionPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
-from helpers import pruned_pipeline
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
+from support.stages import pruned_pipeline
 
 LEVELS = ("sd_small", "sd_tiny")
 

@@ -6,9 +6,9 @@ import re
 import shutil
 
 import pytest
-from conftest import write_images
-from damage import DAMAGES, VICTIM, Place, bomb, look, read_all, same, verify
-from helpers import run_distill, run_encode, run_teacher_cache, shard_files, tree
+from support.damage import DAMAGES, VICTIM, Place, bomb, look, read_all, same, verify
+from support.stages import run_distill, run_encode, run_teacher_cache, shard_files, tree
+from support.tiny import write_images
 
 from pipeline.system.errors import UserError
 from shards import codec
@@ -202,7 +202,7 @@ def test_an_exact_codec_is_held_to_the_rounding_of_its_type(teacher, latents, tm
 
 
 def test_the_teacher_must_be_the_caches_own(cache, latents, v_teacher, tmp_path):
-    from conftest import tiny_pipeline
+    from support.tiny import tiny_pipeline
 
     tiny_pipeline(seed=3).save_pretrained(tmp_path / "stranger")
     status, output = verify(cache, "--recompute", "1", "--teacher", str(tmp_path / "stranger"), "--device", "cpu")

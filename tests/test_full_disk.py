@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 from click.testing import CliRunner
-from helpers import reset_accelerate, run_encode, run_teacher_cache, shard_files
+from support.stages import reset_accelerate, run_encode, run_teacher_cache, shard_files
 
 from pipeline.cli import main
 from pipeline.training.loop import finished_step

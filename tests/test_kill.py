@@ -15,8 +15,8 @@ import time
 
 import pytest
 import torch
-from conftest import write_images
-from helpers import metrics, run_distill, run_encode, run_teacher_cache, samples, shard_files, tree
+from support.stages import metrics, run_distill, run_encode, run_teacher_cache, samples, shard_files, tree
+from support.tiny import write_images
 from tqdm import tqdm
 
 from shards.files import HashingFile, remove_leftovers

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import datasets
 import pytest
-from web import IMG2DATASET, serving, write_list
+from support.web import IMG2DATASET, serving, write_list
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -3,7 +3,7 @@
 import multiprocessing
 
 import pytest
-from helpers import run_encode, run_teacher_cache, shard_files, tree
+from support.stages import run_encode, run_teacher_cache, shard_files, tree
 
 from pipeline.cache.output import range_of
 from pipeline.system.errors import UserError
@@ -52,8 +52,8 @@ def test_jobs_side_by_side_write_what_one_job_writes(teacher, images, tmp_path, 
 def test_what_is_written_while_the_device_computes_is_the_same(teacher, images, tmp_path, monkeypatch):
     latents = run_encode(teacher, images, tmp_path / "latents")
     cache = run_teacher_cache(teacher, latents, tmp_path / "cache")
-    monkeypatch.setattr("pipeline.encode.computes_beside", lambda device: True)
-    monkeypatch.setattr("pipeline.teacher_cache.computes_beside", lambda device: True)
+    monkeypatch.setattr("pipeline.encode.is_accelerator", lambda device: True)
+    monkeypatch.setattr("pipeline.teacher_cache.is_accelerator", lambda device: True)
     assert shard_files(run_encode(teacher, images, tmp_path / "latents beside")) == shard_files(latents)
     assert shard_files(run_teacher_cache(teacher, latents, tmp_path / "cache beside")) == shard_files(cache)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from pipeline.core.diffusion import add_noise
 from pipeline.core.taps import Taps, sample_tokens
 from shards.codec import dequantise
-from shards.reader import Sample, StoredTensor
+from shards.reader import StoredEntry, StoredTensor
 from shards.schema import LATENTS, PROMPT_EMBEDS, TEACHER_PRED, added_noise, tap_member
 
 # Two runs of one network differ by rounding, with the batch and the device: up to this share of a tensor's peak.
@@ -40,21 +40,21 @@ class Deviation:
 
 
 def deviations(
-    samples: Iterable[Sample], spec: dict[str, Any], unet: UNet2DConditionModel, alphas_cumprod: Tensor
+    samples: Iterable[StoredEntry], spec: dict[str, Any], unet: UNet2DConditionModel, alphas_cumprod: Tensor
 ) -> list[Deviation]:
     """One for teacher_pred and one for each tap. `alphas_cumprod` (T,) float32, on the U-Net's device."""
     taps = Taps(unet, spec["taps"])
     found: dict[str, list[Deviation]] = {}
     for sample in samples:
-        for name, now in ask_again(sample, spec, unet, taps, alphas_cumprod).items():
+        for name, now in recompute_entry(sample, spec, unet, taps, alphas_cumprod).items():
             found.setdefault(name, []).append(deviation(name, sample, now, ARITHMETIC[spec["dtype"]]))
     taps.remove()
     return [_worst(each) for each in found.values()]
 
 
 @torch.inference_mode()
-def ask_again(
-    sample: Sample, spec: dict[str, Any], unet: UNet2DConditionModel, taps: Taps, alphas_cumprod: Tensor
+def recompute_entry(
+    sample: StoredEntry, spec: dict[str, Any], unet: UNet2DConditionModel, taps: Taps, alphas_cumprod: Tensor
 ) -> dict[str, np.ndarray]:
     """What the teacher says of one entry, (C, H, W) float32 by tensor name: taps at the positions that were kept."""
     latents, noise, prompt_embeds = (
@@ -72,7 +72,7 @@ def ask_again(
     return {name: tensor[0].float().cpu().numpy() for name, tensor in now.items()}
 
 
-def deviation(name: str, sample: Sample, now: np.ndarray, arithmetic: float) -> Deviation:
+def deviation(name: str, sample: StoredEntry, now: np.ndarray, arithmetic: float) -> Deviation:
     """A stored tensor against what the teacher says `now`: the codec's bound, and an allowance for its arithmetic."""
     stored, promise = decoded(name, sample, sample.tensors[name])
     error = np.abs(stored - now)
@@ -83,7 +83,7 @@ def deviation(name: str, sample: Sample, now: np.ndarray, arithmetic: float) -> 
     return Deviation(name, float(error.max()), float(error.mean()), *limits, float(shares[nearest]))
 
 
-def decoded(name: str, sample: Sample, tensor: StoredTensor) -> tuple[np.ndarray, np.ndarray]:
+def decoded(name: str, sample: StoredEntry, tensor: StoredTensor) -> tuple[np.ndarray, np.ndarray]:
     """The stored values, float32, and how far each may be from what was encoded.
 
     That is half a step of the quantiser, or half the distance to the next number of the exact type.

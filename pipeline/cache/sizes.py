@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.system.disk import in_words
+from pipeline.system.disk import format_bytes
 from shards.codec import EXACT_DTYPES, pack_quantised, quantise
 from shards.expected import NPY_HEADER
 from shards.schema import BLOCK, INPUT_NOISE, LATENTS, NOISE, PROMPT_EMBEDS, TEACHER_PRED
@@ -91,5 +91,5 @@ def lines(members: Mapping[str, int], entries: int) -> list[str]:
         "bytes per entry, about:",
         *(f"  {name:<{width}} {size:>12,}" for name, size in members.items()),
         f"  {'on disk':<{width}} {stored:>12,}",
-        f"total: about {in_words(entries * stored)}",
+        f"total: about {format_bytes(entries * stored)}",
     ]

@@ -20,9 +20,9 @@ from pipeline.core.taps import Taps, sample_tokens
 from pipeline.system.errors import UserError
 from shards import device_codec
 from shards.codec import EXACT_DTYPES, decode_npy, pack_quantised
-from shards.reader import Sample
+from shards.reader import StoredEntry
 from shards.schema import INPUT_NOISE, LATENTS, NOISE, PROMPT_EMBEDS, TEACHER_PRED, added_noise, entry_key, tap_member
-from shards.writer import Entry
+from shards.writer import EntryBuilder
 
 
 @dataclass(frozen=True)
@@ -36,18 +36,18 @@ class Teacher:
 
 
 @dataclass(frozen=True)
-class Answer:
+class BatchTargets:
     """What the teacher said of a batch: its entries, and what is still to be compressed into them.
 
     `quantised` holds (entry, tensor name, q (C, H, W) integers, mu (C,) float32).
     """
 
-    entries: list[Entry]
-    quantised: list[tuple[Entry, str, np.ndarray, np.ndarray]]
+    entries: list[EntryBuilder]
+    quantised: list[tuple[EntryBuilder, str, np.ndarray, np.ndarray]]
 
 
 @torch.inference_mode()
-def ask(samples: list[Sample], round_index: int, spec: dict[str, Any], teacher: Teacher) -> Answer:
+def run_teacher(samples: list[StoredEntry], round_index: int, spec: dict[str, Any], teacher: Teacher) -> BatchTargets:
     """One forward pass of the teacher: B images at one timestep each."""
     entries = [new_entry(sample, round_index, spec, teacher) for sample in samples]
     added = added_noise(spec)
@@ -65,13 +65,13 @@ def ask(samples: list[Sample], round_index: int, spec: dict[str, Any], teacher: 
 
     exact = EXACT_DTYPES.get(spec["codec"]["name"], np.dtype(np.float16))
     add_exact(entries, TEACHER_PRED, prediction, exact)
-    answer = Answer(entries, [])
+    answer = BatchTargets(entries, [])
     for tap, tap_spec in spec["taps"].items():
         add_feature(answer, tap, features[tap], tap_spec["stride"], spec)
     return answer
 
 
-def new_entry(sample: Sample, round_index: int, spec: dict[str, Any], teacher: Teacher) -> Entry:
+def new_entry(sample: StoredEntry, round_index: int, spec: dict[str, Any], teacher: Teacher) -> EntryBuilder:
     """What an entry holds before the teacher has seen it: its draws, its latents and its prompt."""
     seed, source_id = spec["seed"], sample.meta["source_id"]
     latents = sample.tensors[LATENTS].values
@@ -84,7 +84,7 @@ def new_entry(sample: Sample, round_index: int, spec: dict[str, Any], teacher: T
         "unconditional": unconditional,
         "taps": {},
     }
-    entry = Entry(entry_key(sample.key, round_index), meta)
+    entry = EntryBuilder(entry_key(sample.key, round_index), meta)
     entry.add_array(LATENTS, latents)
     noise = draws.noise(seed, source_id, round_index, latents.shape, spec["noise_offset"])
     entry.add_array(NOISE, noise.astype(np.float16))
@@ -95,7 +95,7 @@ def new_entry(sample: Sample, round_index: int, spec: dict[str, Any], teacher: T
     return entry
 
 
-def add_exact(entries: list[Entry], name: str, values: Tensor, dtype: np.dtype) -> None:
+def add_exact(entries: list[EntryBuilder], name: str, values: Tensor, dtype: np.dtype) -> None:
     """Add (B, ...) `values` to the entries, unquantised."""
     check_finite(entries, name, values)
     with np.errstate(over="ignore"):
@@ -107,7 +107,7 @@ def add_exact(entries: list[Entry], name: str, values: Tensor, dtype: np.dtype) 
         entry.add_array(name, array)
 
 
-def add_feature(answer: Answer, tap: str, features: Tensor, stride: int, spec: dict[str, Any]) -> None:
+def add_feature(answer: BatchTargets, tap: str, features: Tensor, stride: int, spec: dict[str, Any]) -> None:
     """Sample (B, C, H, W) `features`, quantise them, and add them with what decoding needs to the entries."""
     entries = answer.entries
     draw = [(spec["seed"], entry.meta["source_id"], entry.meta["round"], tap) for entry in entries]
@@ -128,7 +128,7 @@ def add_feature(answer: Answer, tap: str, features: Tensor, stride: int, spec: d
         entry.meta["taps"][tap] = record
 
 
-def check_finite(entries: list[Entry], name: str, values: Tensor) -> None:
+def check_finite(entries: list[EntryBuilder], name: str, values: Tensor) -> None:
     fine = torch.isfinite(values).flatten(1).all(dim=1).tolist()
     if not all(fine):
         entry = entries[fine.index(False)]
@@ -138,7 +138,7 @@ def check_finite(entries: list[Entry], name: str, values: Tensor) -> None:
         )
 
 
-def finish(answer: Answer) -> list[Entry]:
+def compress_targets(answer: BatchTargets) -> list[EntryBuilder]:
     """The entries of a batch with what was still to be compressed: work for the CPU alone."""
     for entry, name, q, mu in answer.quantised:
         entry.add_compressed(name, *pack_quantised(q, mu))

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
 
-from pipeline.cache.targets import Teacher, ask, finish
+from pipeline.cache.targets import Teacher, compress_targets, run_teacher
 from pipeline.core.taps import Taps
 from pipeline.models.shapes import TeacherShapes
-from pipeline.system.device import computes_beside
-from shards.reader import Sample, StoredTensor
+from pipeline.system.device import is_accelerator
+from shards.reader import StoredEntry, StoredTensor
 from shards.schema import LATENTS, PROMPT_EMBEDS, image_key
 
 SECONDS, BATCHES = 10.0, 3
@@ -57,23 +57,23 @@ def try_teacher(
     asking, compressing, batches = 0.0, 0.0, -1
     while batches < BATCHES or asking + compressing < SECONDS:
         started = time.perf_counter()
-        answer = ask(samples, 0, spec, teacher)
+        answer = run_teacher(samples, 0, spec, teacher)
         computed = time.perf_counter()
-        finish(answer)
+        compress_targets(answer)
         batches += 1
         if batches:
             asking += computed - started
             compressing += time.perf_counter() - computed
     teacher.taps.remove()
     entries = batches * batch_size
-    return Trial(asking / entries, compressing / entries, computes_beside(unet.device))
+    return Trial(asking / entries, compressing / entries, is_accelerator(unet.device))
 
 
-def random_sample(index: int, shapes: TeacherShapes) -> Sample:
+def random_sample(index: int, shapes: TeacherShapes) -> StoredEntry:
     """A picture of Gaussian latents and prompt embeddings, as `encode` would have stored it."""
     draw = np.random.default_rng(index)
     tensors = {
         name: StoredTensor(draw.standard_normal(shape, np.float32).astype(np.float16))
         for name, shape in ((LATENTS, shapes.latents), (PROMPT_EMBEDS, shapes.prompt_embeds))
     }
-    return Sample(image_key(index), {"source_id": str(index)}, tensors)
+    return StoredEntry(image_key(index), {"source_id": str(index)}, tensors)

@@ -18,9 +18,9 @@ from pipeline.demo.oracle import score_scenes
 from pipeline.evaluation.cost import (
     sample_size,
 )
-from pipeline.evaluation.measure import Task, kept, measure_cost, measure_fidelity, measure_quality, read_store
+from pipeline.evaluation.measure import Task, cached_result, measure_cost, measure_fidelity, measure_quality, read_store
 from pipeline.evaluation.model_card import add_evaluation
-from pipeline.evaluation.pair import level_of, open_model
+from pipeline.evaluation.pair import level_of, load_named_pipeline
 from pipeline.evaluation.quality import (
     Clip,
     Inception,
@@ -34,11 +34,11 @@ from pipeline.evaluation.report import write_evaluation
 from pipeline.evaluation.settings import COST, EVALUATION, FIDELITY, EvaluateSettings
 from pipeline.evaluation.table import markdown, rows_of
 from pipeline.models.provenance import CARD
-from pipeline.sampling.folder import draw_pictures, missing_pictures
+from pipeline.sampling.folder import count_missing, generate_missing
 from pipeline.sampling.process import load_pipeline
 from pipeline.system.command import stage_command
 from pipeline.system.device import DTYPES, device_name, process_state, resolve_dtype
-from pipeline.system.disk import free_bytes, in_words, require_space
+from pipeline.system.disk import format_bytes, free_bytes, require_space
 from pipeline.system.prompts import read_prompts
 from pipeline.system.settings import write_settings
 from shards.files import remove_leftovers, write_json
@@ -58,9 +58,9 @@ def run(settings: EvaluateSettings) -> None:
     settings.out.mkdir(parents=True, exist_ok=True)
     remove_leftovers(settings.out, *(settings.out / PICTURES / name for name in task.both))
     write_settings(settings.out, "evaluate", settings)
-    cost = kept(settings.out / COST, task.specs["cost"], lambda: measure_cost(settings, task))
+    cost = cached_result(settings.out / COST, task.specs["cost"], lambda: measure_cost(settings, task))
     if task.latents:
-        near = kept(settings.out / FIDELITY, task.specs["fidelity"], lambda: measure_fidelity(settings, task))
+        near = cached_result(settings.out / FIDELITY, task.specs["fidelity"], lambda: measure_fidelity(settings, task))
     else:
         near = {"missing": "needs --latents DIR, which `distill-sd encode` writes of pictures not trained on"}
     quality = {"missing": "needs --prompts FILE, a text file with one prompt a line"}
@@ -92,8 +92,8 @@ def open_task(settings: EvaluateSettings) -> Task:
     reference = open_reference(settings.reference) if settings.reference else None
     device = process_state(settings.device).device
     dtype = DTYPES[resolve_dtype(settings.dtype, device)]
-    teacher = open_model(settings.teacher, "--teacher", settings.revision, settings.variant, device, dtype)
-    student = open_model(settings.student, "--student", None, None, device, dtype)
+    teacher = load_named_pipeline(settings.teacher, "--teacher", settings.revision, settings.variant, device, dtype)
+    student = load_named_pipeline(settings.student, "--student", None, None, device, dtype)
     level = level_of(teacher, student, settings.level)
     if latents is not None:
         check_encoders(latents, teacher.pipe, f"--teacher {settings.teacher}")
@@ -153,9 +153,9 @@ def draw(settings: EvaluateSettings, task: Task, name: str) -> list[Path]:
     """The files of one model's pictures, drawn where they are missing."""
     folder = settings.out / PICTURES / name
     require_space(folder, missing_bytes(settings, task, name), "give fewer prompts")
-    kept(folder / PICTURES_INDEX, task.specs[name], lambda: {"model": task.both[name].name})
+    cached_result(folder / PICTURES_INDEX, task.specs[name], lambda: {"model": task.both[name].name})
     sampler = settings.sampler(settings.batch_size)
-    return draw_pictures(
+    return generate_missing(
         folder, lambda: load_pipeline(task.both[name].model), task.prompts, sampler, f"{name}'s pictures"
     )
 
@@ -164,7 +164,7 @@ def missing_bytes(settings: EvaluateSettings, task: Task, name: str) -> int:
     """About what the pictures still to draw take on disk."""
     pipe = task.both[name].pipe
     height, width = (side * pipe.vae_scale_factor for side in sample_size(pipe.unet.config))
-    return int(missing_pictures(settings.out / PICTURES / name, len(task.prompts)) * 3 * height * width * PNG_SHARE)
+    return int(count_missing(settings.out / PICTURES / name, len(task.prompts)) * 3 * height * width * PNG_SHARE)
 
 
 def plan(settings: EvaluateSettings) -> list[str]:
@@ -177,10 +177,10 @@ def plan(settings: EvaluateSettings) -> list[str]:
         lines.append(f"fidelity: {'measured already' if there['fidelity'].is_file() else f'{passes} U-Net forwards'}")
     if task.prompts:
         folders = {name: settings.out / PICTURES / name for name in task.both}
-        left = sum(missing_pictures(folder, len(task.prompts)) for folder in folders.values())
-        size = in_words(sum(missing_bytes(settings, task, name) for name in task.both))
+        left = sum(count_missing(folder, len(task.prompts)) for folder in folders.values())
+        size = format_bytes(sum(missing_bytes(settings, task, name) for name in task.both))
         lines.append(f"pictures: {2 * len(task.prompts)}, {left} of them still to draw, about {size}")
-    return [*lines, f"free where it goes: {in_words(free_bytes(settings.out))}"]
+    return [*lines, f"free where it goes: {format_bytes(free_bytes(settings.out))}"]
 
 
 command = stage_command("evaluate", EvaluateSettings, plan, run)

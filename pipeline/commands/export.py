@@ -27,7 +27,7 @@ from pipeline.models.families.sd import encode_prompts
 from pipeline.models.load import find_pipeline, load_base, load_unet
 from pipeline.system.command import stage_command
 from pipeline.system.device import DTYPES, device_name, process_state
-from pipeline.system.disk import in_words, require_space
+from pipeline.system.disk import format_bytes, require_space
 from pipeline.system.errors import UserError
 from pipeline.system.settings import REQUIRED, Settings, option
 from shards.files import atomic_directory, atomic_file
@@ -84,7 +84,7 @@ def export_single_file(settings: ExportSettings, folder: Path) -> None:
         # safetensors takes a name: this is the hidden one beside --out.
         save_file(weights, stream.name, metadata={"format": "pt"})
     click.echo(
-        f"{settings.out} holds U-Net, VAE and text encoder, {in_words(settings.out.stat().st_size)}; load it with "
+        f"{settings.out} holds U-Net, VAE and text encoder, {format_bytes(settings.out.stat().st_size)}; load it with "
         f'StableDiffusionPipeline.from_single_file("{settings.out}", config="{folder}")'
     )
 

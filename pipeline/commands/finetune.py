@@ -32,18 +32,18 @@ from pipeline.training.loop import (
     Training,
     claim,
     finished_step,
-    loaded,
     make_accelerator,
+    make_loader,
     nothing_left,
     prepare_training,
     run_training,
 )
 from pipeline.training.lora import add_lora, load_adapter, save_adapter, save_lora
-from pipeline.training.settings import TrainingSettings, what_decides, worked_out
+from pipeline.training.settings import TrainingSettings, resolve_steps_and_lr, resume_fingerprint
 from shards.codec import decode_npy
 from shards.dataset import Batch
 from shards.manifest import read_file
-from shards.reader import Sample
+from shards.reader import StoredEntry
 from shards.schema import EMPTY_PROMPT, LATENTS, PROMPT_EMBEDS
 
 
@@ -51,10 +51,10 @@ from shards.schema import EMPTY_PROMPT, LATENTS, PROMPT_EMBEDS
 class FinetuneSettings(TrainingSettings):
     model: str = option(REQUIRED, "Pipeline whose U-Net is trained: a student's folder, a hub's name, or demo.")
     latents: Path = option(REQUIRED, "Directory that `encode` wrote, with the model's own VAE and text encoder.")
-    lora_rank: int | None = option(None, "Train LoRA adapters of this rank instead of the whole U-Net.", low=1)
-    noise_offset: float = option(0.0, "Standard deviation of a shift of each channel's noise.", low=0.0)
-    input_perturbation: float = option(0.0, "Strength of noise in the input that is not to be predicted.", low=0.0)
-    uncond_fraction: float = option(0.1, "Share of the entries that get the empty prompt.", low=0.0, high=1.0)
+    lora_rank: int | None = option(None, "Train LoRA adapters of this rank instead of the whole U-Net.", ge=1)
+    noise_offset: float = option(0.0, "Standard deviation of a shift of each channel's noise.", ge=0.0)
+    input_perturbation: float = option(0.0, "Strength of noise in the input that is not to be predicted.", ge=0.0)
+    uncond_fraction: float = option(0.1, "Share of the entries that get the empty prompt.", ge=0.0, le=1.0)
     prediction_type: str | None = option(
         None, "What the U-Net predicts, where its scheduler says it wrongly.", choices=("epsilon", "v_prediction")
     )
@@ -75,10 +75,10 @@ class LatentsDataset(Dataset):
     def __len__(self) -> int:
         return len(self.shards)
 
-    def __getitem__(self, index: int) -> Sample:
+    def __getitem__(self, index: int) -> StoredEntry:
         return self.shards.read(index, [LATENTS, PROMPT_EMBEDS])
 
-    def collate(self, samples: list[Sample]) -> list[Sample]:
+    def collate(self, samples: list[StoredEntry]) -> list[StoredEntry]:
         return samples
 
 
@@ -86,7 +86,7 @@ def run(settings: FinetuneSettings) -> None:
     """Train a pipeline's U-Net on latents; ends with a whole pipeline, or with LoRA weights."""
     accelerator = make_accelerator(settings)
     dataset = LatentsDataset(settings.latents)
-    settings = worked_out(settings, len(dataset), accelerator.num_processes)
+    settings = resolve_steps_and_lr(settings, len(dataset), accelerator.num_processes)
     folder = find_pipeline(settings.model, settings.revision, settings.variant, "--model")
     unet = load_unet(folder, settings.variant)
     with accelerator.main_process_first():
@@ -113,7 +113,7 @@ def finetune_spec(
     settings: FinetuneSettings, unet: UNet2DConditionModel, dataset: LatentsDataset, processes: int
 ) -> dict[str, Any]:
     """What the training is, for whoever would go on with it."""
-    spec = what_decides(settings, processes, free=("model", "latents", "revision", "variant"))
+    spec = resume_fingerprint(settings, processes, free=("model", "latents", "revision", "variant"))
     return {"latents": dataset.shards.manifest.spec_sha256, "model": weights_sha256(unet), **spec}
 
 
@@ -152,7 +152,7 @@ def batches(
     empty = decode_npy(read_file(settings.latents, dataset.shards.manifest, EMPTY_PROMPT))
     size = settings.train_batch_size
     first = position + accelerator.process_index * size
-    for samples in loaded(settings, dataset, accelerator, position):
+    for samples in make_loader(settings, dataset, accelerator, position):
         visits = [(first + place) // len(dataset) for place in range(size)]
         drawn = [
             draw(settings, sample, visit, train_timesteps, empty) for sample, visit in zip(samples, visits, strict=True)
@@ -165,7 +165,7 @@ def batches(
 
 
 def draw(
-    settings: FinetuneSettings, sample: Sample, visit: int, train_timesteps: int, empty: np.ndarray
+    settings: FinetuneSettings, sample: StoredEntry, visit: int, train_timesteps: int, empty: np.ndarray
 ) -> tuple[np.ndarray, ...]:
     """Of one visit to a picture: timestep int64, noise (C, H, W), noise added to it and prompt embedding (L, D)."""
     seed, source_id = settings.seed, sample.meta["source_id"]
@@ -190,7 +190,7 @@ def plan(settings: FinetuneSettings) -> list[str]:
     """What a run would do."""
     dataset = LatentsDataset(settings.latents)
     folder = find_pipeline(settings.model, settings.revision, settings.variant, "--model")
-    settings = worked_out(settings, len(dataset), 1)
+    settings = resolve_steps_and_lr(settings, len(dataset), 1)
     unet = load_unet(folder, settings.variant)
     if settings.lora_rank:
         add_lora(unet, settings.lora_rank)

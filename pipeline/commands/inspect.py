@@ -22,7 +22,7 @@ from pipeline.system.settings import REQUIRED, Settings, option
 from shards.expected import expected_tensors
 from shards.files import atomic_directory
 from shards.manifest import Manifest, read_manifest
-from shards.reader import Sample, read_entry, read_sidecar, sound_sidecar
+from shards.reader import StoredEntry, read_entry, read_sidecar, sound_sidecar
 from shards.schema import LATENTS
 from shards.writer import is_finished
 
@@ -50,7 +50,7 @@ class InspectSettings(Settings):
 
 def run(settings: InspectSettings) -> None:
     """Show what latents or a cache hold: DIR is what `encode` or `teacher-cache` wrote."""
-    shards = take_stock(settings.directory)
+    shards = take_inventory(settings.directory)
     click.echo("\n".join([*spec_lines(shards.manifest), *count_lines(shards), *member_lines(shards)]))
     if not shards.entries:
         raise UserError(f"{settings.directory} holds no entries yet: run its stage again to write them")
@@ -64,7 +64,7 @@ def run(settings: InspectSettings) -> None:
 
 
 @dataclass
-class Stock:
+class Inventory:
     """The finished shards of a directory and their entries; `member_bytes` by member, headers not counted."""
 
     directory: Path
@@ -79,7 +79,7 @@ class Stock:
     def entries(self) -> int:
         return sum(self.counts)
 
-    def spread(self, count: int, tensors: tuple[str, ...] = ()) -> Iterator[Sample]:
+    def spread(self, count: int, tensors: tuple[str, ...] = ()) -> Iterator[StoredEntry]:
         """Up to `count` entries with the tensors named, evenly spread over all of them."""
         expected = expected_tensors(self.manifest.spec)
         ends = np.cumsum(self.counts)
@@ -92,9 +92,9 @@ class Stock:
                 yield read_entry(self.directory, sidecar, place, tensors, expected)
 
 
-def take_stock(directory: Path) -> Stock:
+def take_inventory(directory: Path) -> Inventory:
     """Raises ShardError for a directory or a finished shard that is damaged; shards that are missing are left out."""
-    stock = Stock(directory, read_manifest(directory))
+    stock = Inventory(directory, read_manifest(directory))
     for shard in stock.manifest.shard_names():
         if is_finished(directory, shard):
             sidecar = sound_sidecar(directory, shard, stock.manifest.spec_sha256)
@@ -120,7 +120,7 @@ def _short(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def count_lines(stock: Stock) -> list[str]:
+def count_lines(stock: Inventory) -> list[str]:
     rounds, planned = stock.manifest.rounds, len(stock.manifest.shard_names())
     unfinished = "" if len(stock.shards) == planned else " (unfinished)"
     skipped = f", {stock.skipped} skipped" if stock.skipped else ""
@@ -128,7 +128,7 @@ def count_lines(stock: Stock) -> list[str]:
     return [f"rounds: {rounds}", *lines] if rounds else lines
 
 
-def member_lines(stock: Stock) -> list[str]:
+def member_lines(stock: Inventory) -> list[str]:
     """Bytes of each member, mean over the entries and in all; then of the tars, with their headers."""
     totals = {**stock.member_bytes, "tars, with headers": stock.bytes}
     width = max(map(len, totals))
@@ -146,7 +146,7 @@ def histogram(values: list[int], end: int) -> list[str]:
     return [f"\ntimesteps of {len(values)} entries", *lines]
 
 
-def save_images(stock: Stock, out: Path) -> int:
+def save_images(stock: Inventory, out: Path) -> int:
     """Some entries' latents as PNGs named by their keys. Raises UserError if there is no VAE to decode them with."""
     base = stock.directory / "base"
     if not (base / "vae").is_dir():
@@ -162,7 +162,7 @@ def save_images(stock: Stock, out: Path) -> int:
 
 
 @torch.inference_mode()
-def decode_latents(pipe: DiffusionPipeline, sample: Sample) -> Image.Image:
+def decode_latents(pipe: DiffusionPipeline, sample: StoredEntry) -> Image.Image:
     """latents (C, H, W), scaled -> an RGB picture."""
     latents = torch.tensor(sample.tensors[LATENTS].values, dtype=torch.float32)[None]
     decoded = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample[0]

@@ -18,7 +18,7 @@ from pipeline.models.load import find_pipeline, load_unet
 from pipeline.models.shapes import TeacherShapes, teacher_shapes
 from pipeline.system.command import stage_command
 from pipeline.system.device import DEVICES, DTYPES, device_name, process_state, resolve_dtype
-from pipeline.system.disk import free_bytes, in_words
+from pipeline.system.disk import format_bytes, free_bytes
 from pipeline.system.errors import UserError
 from pipeline.system.settings import REQUIRED, Settings, option
 from shards.codec import CODECS, MAX_SNR_DB
@@ -32,17 +32,17 @@ LADDER = ((10.0, 4), (5.0, 4), (0.0, 4))
 @dataclass(frozen=True, kw_only=True)
 class PlanSettings(Settings):
     teacher: str = option(REQUIRED, "The teacher: a folder (its configs suffice), a hub's name, or demo.")
-    images: int = option(REQUIRED, "Pictures to train on.", low=1)
-    rounds: int = option(4, "Passes over the pictures; with a budget, the fewest to look for.", low=1)
-    resolution: int = option(512, "Side of the pictures, in pixels.", low=8)
+    images: int = option(REQUIRED, "Pictures to train on.", ge=1)
+    rounds: int = option(4, "Passes over the pictures; with a budget, the fewest to look for.", ge=1)
+    resolution: int = option(512, "Side of the pictures, in pixels.", ge=8)
     students: tuple[str, ...] = option(("sd_small",), "Levels the cache shall serve.", choices=tuple(LEVELS))
     codec: str = option("dither", "How features are stored.", choices=CODECS)
-    snr_db: float = option(10.0, "Signal-to-noise ratio of the dither codec, in decibels.", low=-10.0, high=MAX_SNR_DB)
-    token_stride: int = option(4, "Keep one position of each N x N cell of a large tap.", low=1)
-    token_min: int = option(32, "Rows from which on a tap counts as large.", low=1)
+    snr_db: float = option(10.0, "Signal-to-noise ratio of the dither codec, in decibels.", ge=-10.0, le=MAX_SNR_DB)
+    token_stride: int = option(4, "Keep one position of each N x N cell of a large tap.", ge=1)
+    token_min: int = option(32, "Rows from which on a tap counts as large.", ge=1)
     budget: str | None = option(None, "Bytes for latents and cache, as 500GB: chooses decibels, stride and rounds.")
     trial: bool = option(False, "Run the teacher on some batches here, and estimate the time; takes its weights.")
-    batch_size: int = option(8, "Entries in one forward pass of the trial.", low=1)
+    batch_size: int = option(8, "Entries in one forward pass of the trial.", ge=1)
     dtype: str = option("auto", "Precision of the trial, as of teacher-cache.", choices=("auto", *DTYPES))
     device: str = option("auto", "Device of the trial; auto takes the GPU if there is one.", choices=DEVICES)
     out: Path = option(Path("."), "Where the cache would go: its free space is shown.")
@@ -106,7 +106,7 @@ def fit(settings: PlanSettings, shapes: TeacherShapes) -> PlanSettings:
     if rounds < 1:
         raise UserError(
             f"--budget {settings.budget} does not hold one round of {settings.images} images: "
-            f"it takes {in_words(cost.total(settings.images, 1))}; give fewer --images or a larger budget"
+            f"it takes {format_bytes(cost.total(settings.images, 1))}; give fewer --images or a larger budget"
         )
     return replace(candidate, rounds=rounds)
 
@@ -123,9 +123,9 @@ def plan(settings: PlanSettings) -> list[str]:
         *([f"chosen for {settings.budget}: teacher-cache {flags}"] if settings.budget else []),
         f"entries: {chosen.images} images x {chosen.rounds} rounds = {entries}",
         *sizes.lines(cost.entry, entries),
-        f"latents: {cost.latents:,} bytes a picture, {in_words(chosen.images * cost.latents)}",
-        f"latents and cache: {in_words(cost.total(chosen.images, chosen.rounds))}, "
-        f"and {in_words(free_bytes(chosen.out))} are free in {chosen.out}",
+        f"latents: {cost.latents:,} bytes a picture, {format_bytes(chosen.images * cost.latents)}",
+        f"latents and cache: {format_bytes(cost.total(chosen.images, chosen.rounds))}, "
+        f"and {format_bytes(free_bytes(chosen.out))} are free in {chosen.out}",
         f"teacher forward passes: {entries}",
         *([time_of(chosen, folder, shapes, entries)] if chosen.trial else []),
     ]
@@ -140,12 +140,12 @@ def time_of(settings: PlanSettings, folder: Path, shapes: TeacherShapes, entries
     trial = try_teacher(unet, shapes, taps, settings.codec, settings.snr_db, settings.batch_size)
     rate = 1 / trial.seconds(1)
     return (
-        f"time: about {in_time(trial.seconds(entries))} at {rate:.3g} entries a second, as one process on "
+        f"time: about {format_duration(trial.seconds(entries))} at {rate:.3g} entries a second, as one process on "
         f"{device_name(device)} tried it in batches of {settings.batch_size}"
     )
 
 
-def in_time(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """45 -> '45 seconds'; 5000 -> '1.4 hours'."""
     name, length = next((n, s) for n, s in PERIODS if seconds >= 2 * s or s == 1)
     return f"{seconds / length:.3g} {name}"

@@ -10,8 +10,8 @@ import click
 from PIL import Image
 
 from pipeline.models.load import find_pipeline
-from pipeline.sampling.generate import SCHEDULERS, Sampler, draw_samples, save_samples
-from pipeline.sampling.process import Model, load_pipeline
+from pipeline.sampling.generate import SCHEDULERS, Sampler, generate, save_images
+from pipeline.sampling.process import PipelineRef, load_pipeline
 from pipeline.system.command import stage_command
 from pipeline.system.device import DEVICES, DTYPES, process_state, resolve_dtype
 from pipeline.system.errors import UserError
@@ -30,14 +30,14 @@ class SampleSettings(Settings):
         REQUIRED, "A prompt, or a text file with one a line; may be repeated.", repeated=True
     )
     out: Path = option(REQUIRED, "Folder to make for the pictures.")
-    num_inference_steps: int = option(25, "Steps of the sampler.", low=1)
-    guidance_scale: float = option(7.0, "Classifier-free guidance; 1 is none.", low=1.0)
+    num_inference_steps: int = option(25, "Steps of the sampler.", ge=1)
+    guidance_scale: float = option(7.0, "Classifier-free guidance; 1 is none.", ge=1.0)
     negative_prompt: str | None = option(None, "What the pictures shall not be.")
     scheduler: str = option("dpm", "The sampler.", choices=tuple(SCHEDULERS))
-    height: int | None = option(None, "Height of the pictures, in pixels; the model's own by default.", low=8)
-    width: int | None = option(None, "Width of the pictures, in pixels; the model's own by default.", low=8)
-    batch_size: int = option(4, "Pictures in one forward pass; it changes none of them.", low=1)
-    seed: int = option(0, "Seed of the first picture; each next one has the next.", low=0)
+    height: int | None = option(None, "Height of the pictures, in pixels; the model's own by default.", ge=8)
+    width: int | None = option(None, "Width of the pictures, in pixels; the model's own by default.", ge=8)
+    batch_size: int = option(4, "Pictures in one forward pass; it changes none of them.", ge=1)
+    seed: int = option(0, "Seed of the first picture; each next one has the next.", ge=0)
     dtype: str = option("auto", "Precision; auto is fp16 on a CUDA GPU, else fp32.", choices=("auto", *DTYPES))
     device: str = option("auto", "auto takes the GPU if there is one.", choices=DEVICES)
     revision: str | None = option(None, "Revision of the model on the hub.")
@@ -60,7 +60,7 @@ def run(settings: SampleSettings) -> None:
     folder = find_pipeline(settings.model, settings.revision, settings.variant, "--model")
     device = process_state(settings.device).device
     dtype = DTYPES[resolve_dtype(settings.dtype, device)]
-    pipe = load_pipeline(Model(folder, folder / "unet", device, dtype, settings.variant, settings.variant))
+    pipe = load_pipeline(PipelineRef(folder, folder / "unet", device, dtype, settings.variant, settings.variant))
     sampler = Sampler(
         settings.num_inference_steps,
         settings.guidance_scale,
@@ -70,8 +70,8 @@ def run(settings: SampleSettings) -> None:
         (settings.height, settings.width) if settings.height else None,
         settings.seed,
     )
-    samples = draw_samples(pipe, prompts, sampler, "sample")
-    save_samples(samples, sampler, settings.out)
+    samples = generate(pipe, prompts, sampler, "sample")
+    save_images(samples, sampler, settings.out)
     contact_sheet(samples.images).save(settings.out / SHEET)
     click.echo(f"{settings.out} holds {len(prompts)} pictures and {SHEET}, {samples.seconds:.2f} seconds a picture")
 

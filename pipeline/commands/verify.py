@@ -35,9 +35,9 @@ from shards.survey import Problem, Survey, check_contents, remove_shard, survey
 class VerifySettings(Settings):
     directory: Path = option(REQUIRED, "Directory that `encode` or `teacher-cache` wrote.", argument=True)
     full: bool = option(False, "Read every byte: checksums, and every member decoded.")
-    recompute: int | None = option(None, "Entries to run the teacher on again, drawn at random.", low=1)
+    recompute: int | None = option(None, "Entries to run the teacher on again, drawn at random.", ge=1)
     teacher: str | None = option(None, "The teacher of the cache, for --recompute: a folder, a hub's name, or demo.")
-    seed: int = option(0, "Seed of the draw of --recompute.", low=0)
+    seed: int = option(0, "Seed of the draw of --recompute.", ge=0)
     remove_damaged: bool = option(False, "Delete damaged shards, for the stage to write again.")
     device: str = option("auto", "auto takes the GPU if there is one.", choices=DEVICES)
     revision: str | None = option(None, "Revision of the teacher on the hub.")

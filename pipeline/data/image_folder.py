@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.images import is_picture
-from pipeline.data.records import Picture, is_unicode
+from pipeline.data.images import is_image_name
+from pipeline.data.records import ListedImage, is_unicode
 from pipeline.system.errors import UserError
 
 METADATA = "metadata.jsonl"
@@ -27,7 +27,7 @@ class ImageFolder:
         self.folder = folder
         self.columns = image_column, caption_column
 
-    def pictures(self) -> list[Picture]:
+    def pictures(self) -> list[ListedImage]:
         metadata = self.folder / METADATA
         if metadata.is_file():
             image_column, caption_column = self.columns
@@ -54,7 +54,7 @@ def _inside(folder: Path, location: str | Path) -> Path:
     return path
 
 
-def _listed(metadata: Path, image_column: str, caption_column: str) -> list[Picture]:
+def _listed(metadata: Path, image_column: str, caption_column: str) -> list[ListedImage]:
     pictures = [_picture(row, metadata, number, image_column, caption_column) for number, row in _rows(metadata)]
     if not pictures:
         raise UserError(
@@ -64,8 +64,8 @@ def _listed(metadata: Path, image_column: str, caption_column: str) -> list[Pict
     return pictures
 
 
-def _beside_captions(folder: Path) -> list[Picture]:
-    paths = [path for path in folder.rglob("*") if is_picture(path.name) and path.is_file()]
+def _beside_captions(folder: Path) -> list[ListedImage]:
+    paths = [path for path in folder.rglob("*") if is_image_name(path.name) and path.is_file()]
     pictures = [_with_caption(folder, path.relative_to(folder)) for path in paths]
     if not any(picture.problem is None for picture in pictures):
         raise UserError(
@@ -76,7 +76,7 @@ def _beside_captions(folder: Path) -> list[Picture]:
     return pictures
 
 
-def _with_caption(folder: Path, relative: Path) -> Picture:
+def _with_caption(folder: Path, relative: Path) -> ListedImage:
     # A file's name can be any bytes; a record's is text.
     name = relative.as_posix().encode(errors="replace").decode()
     beside = relative.with_suffix(".txt")
@@ -89,7 +89,7 @@ def _with_caption(folder: Path, relative: Path) -> Picture:
         problem = f"there is no caption: {beside} is not there"
     except OSError as error:
         problem = f"the caption cannot be read: {error}"
-    return Picture(name, str(relative), caption, problem)
+    return ListedImage(name, str(relative), caption, problem)
 
 
 def _rows(path: Path) -> list[tuple[int, dict]]:
@@ -112,7 +112,7 @@ def _rows(path: Path) -> list[tuple[int, dict]]:
     return rows
 
 
-def _picture(row: dict[str, Any], path: Path, number: int, image_column: str, caption_column: str) -> Picture:
+def _picture(row: dict[str, Any], path: Path, number: int, image_column: str, caption_column: str) -> ListedImage:
     for column, flag in ((image_column, "--image-column"), (caption_column, "--caption-column")):
         if column not in row:
             raise UserError(
@@ -121,4 +121,4 @@ def _picture(row: dict[str, Any], path: Path, number: int, image_column: str, ca
     name = row[image_column]
     if not isinstance(name, str) or not name or not is_unicode(name):
         raise UserError(f"{path}, line {number}: {image_column!r} is {name!r}, not a file name")
-    return Picture(name, name, row[caption_column])
+    return ListedImage(name, name, row[caption_column])

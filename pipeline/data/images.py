@@ -33,7 +33,7 @@ class Crop:
         return {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}
 
 
-def is_picture(name: str) -> bool:
+def is_image_name(name: str) -> bool:
     """Whether a file's name ends as that of a picture that Pillow can open."""
     return os.path.splitext(name)[1].lower() in _endings()
 

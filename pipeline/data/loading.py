@@ -27,7 +27,7 @@ class Framing:
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedImage:
     """A record with its square pixels (resolution, resolution, 3) uint8, or with the reason it has none."""
 
     index: int
@@ -37,17 +37,17 @@ class Loaded:
     problem: str | None = None
 
 
-def load_records(
+def load_images(
     source: OpenSource, framing: Framing, records: list[tuple[int, Record]], workers: int, ahead: int
-) -> Iterator[Loaded]:
+) -> Iterator[LoadedImage]:
     """The pictures of (index, record) pairs, decoded and cropped in `workers` threads, in order."""
-    return ordered_map(functools.partial(load_record, source, framing), records, workers, ahead)
+    return ordered_map(functools.partial(load_image, source, framing), records, workers, ahead)
 
 
-def load_record(source: OpenSource, framing: Framing, indexed: tuple[int, Record]) -> Loaded:
+def load_image(source: OpenSource, framing: Framing, indexed: tuple[int, Record]) -> LoadedImage:
     index, record = indexed
     if record.problem:
-        return Loaded(index, record, problem=record.problem)
+        return LoadedImage(index, record, problem=record.problem)
     draw = draws.generator(framing.seed, record.source_id, 0, "crop")
     try:
         pixels, crop = square(
@@ -58,13 +58,13 @@ def load_record(source: OpenSource, framing: Framing, indexed: tuple[int, Record
             draw=draw,
         )
     except (OSError, ValueError) as error:
-        return Loaded(index, record, problem=str(error))
-    return Loaded(index, record, pixels, crop)
+        return LoadedImage(index, record, problem=str(error))
+    return LoadedImage(index, record, pixels, crop)
 
 
 def without_skipped(
-    loaded: Iterable[Loaded], skipped: list[dict[str, str]], allowed: float, advance: Callable[[int], Any]
-) -> Iterator[Loaded]:
+    loaded: Iterable[LoadedImage], skipped: list[dict[str, str]], allowed: float, advance: Callable[[int], Any]
+) -> Iterator[LoadedImage]:
     """Those with pixels; the others go to `skipped`. Raises UserError once more than `allowed` have gone there."""
     for seen, item in enumerate(loaded, 1):
         if item.problem is None:

@@ -16,7 +16,7 @@ from pipeline.data.settings import DataSettings
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
+class ListedImage:
     """A picture as its source lists it.
 
     `name` is the same wherever the picture is found, where the source knows one: every random draw hangs on it.
@@ -43,20 +43,20 @@ class Record:
 class Source(Protocol):
     """A new kind of input is a class with these two."""
 
-    def pictures(self) -> list[Picture]:
+    def pictures(self) -> list[ListedImage]:
         """All pictures, in an order that stays. Raises UserError for an input that cannot be used."""
 
     def read(self, location: Any) -> bytes:
         """The encoded image. Raises OSError if it is not there."""
 
 
-def records_of(pictures: list[Picture], settings: DataSettings) -> list[Record]:
+def records_of(pictures: list[ListedImage], settings: DataSettings) -> list[Record]:
     """The records of the pictures that are taken, in their order; captions and views of one picture side by side."""
     records = numbered(record for picture in taken(pictures, settings) for record in captioned(picture, settings))
     return [view for record in records for view in views(record, settings.views)]
 
 
-def taken(pictures: list[Picture], settings: DataSettings) -> list[Picture]:
+def taken(pictures: list[ListedImage], settings: DataSettings) -> list[ListedImage]:
     """`--max-samples` of them, drawn by the seed, in their order."""
     count = settings.max_samples
     if count is None or count >= len(pictures):
@@ -65,7 +65,7 @@ def taken(pictures: list[Picture], settings: DataSettings) -> list[Picture]:
     return [pictures[i] for i in np.sort(draw.choice(len(pictures), count, replace=False))]
 
 
-def captioned(picture: Picture, settings: DataSettings) -> list[Record]:
+def captioned(picture: ListedImage, settings: DataSettings) -> list[Record]:
     """A record for each caption that is taken; a picture that has none gives one with its problem."""
     captions, problem = _texts(picture.captions)
     problem = picture.problem or problem

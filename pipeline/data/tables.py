@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.records import Picture
+from pipeline.data.records import ListedImage
 from pipeline.data.settings import DataSettings
 from pipeline.system.errors import UserError
 
@@ -39,10 +39,12 @@ class Table:
         self.dataset = _undecoded(dataset, self.image_column, settings)
         self.paths_are_its_own = paths_are_its_own
 
-    def pictures(self) -> list[Picture]:
+    def pictures(self) -> list[ListedImage]:
         captions = self.dataset.data.column(self.caption_column).to_pylist()
         names = _names(self.dataset, self.image_column)
-        return [Picture(name, row, caption) for row, (name, caption) in enumerate(zip(names, captions, strict=True))]
+        return [
+            ListedImage(name, row, caption) for row, (name, caption) in enumerate(zip(names, captions, strict=True))
+        ]
 
     @classmethod
     def of_files(cls, tables: list[Path], settings: DataSettings) -> Table:

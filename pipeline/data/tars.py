@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 from webdataset.shardlists import expand_urls
 
-from pipeline.data.images import is_picture
-from pipeline.data.records import Picture, is_unicode
+from pipeline.data.images import is_image_name
+from pipeline.data.records import ListedImage, is_unicode
 from pipeline.system.errors import UserError
 
 # A caption or its json beyond this is no caption.
@@ -44,7 +44,7 @@ class Tars:
         self.image_endings = image_column.lower().split(";") if image_column else None
         self.caption_column = caption_column
 
-    def pictures(self) -> list[Picture]:
+    def pictures(self) -> list[ListedImage]:
         return [picture for place in range(len(self.tars)) for picture in self._list(place)]
 
     def read(self, location: tuple[int, int, int]) -> bytes:
@@ -55,26 +55,26 @@ class Tars:
             raise OSError(f"{self.tars[place]} has become shorter")
         return data
 
-    def _list(self, place: int) -> Iterator[Picture]:
+    def _list(self, place: int) -> Iterator[ListedImage]:
         with open(self.tars[place], "rb") as stream:
             for key, members in groupby(_members(self.tars[place]), key=lambda member: member.key):
                 yield self._picture(place, key, list(members), stream.fileno())
 
-    def _picture(self, place: int, key: str, members: list[Member], fd: int) -> Picture:
+    def _picture(self, place: int, key: str, members: list[Member], fd: int) -> ListedImage:
         image = next((member for member in members if self._is_image(member)), None)
         if image is None:
             endings = ", ".join(f".{member.ending}" for member in members)
-            return Picture(key, None, None, f"there is no picture in the sample, which has {endings}")
+            return ListedImage(key, None, None, f"there is no picture in the sample, which has {endings}")
         location = (place, image.offset, image.length)
         try:
             caption = _caption({member.ending: member for member in members}, self.caption_column, fd)
         except ValueError as error:
-            return Picture(f"{key}.{image.ending}", location, None, str(error))
-        return Picture(f"{key}.{image.ending}", location, caption)
+            return ListedImage(f"{key}.{image.ending}", location, None, str(error))
+        return ListedImage(f"{key}.{image.ending}", location, caption)
 
     def _is_image(self, member: Member) -> bool:
         if self.image_endings is None:
-            return is_picture(f"_.{member.ending}")
+            return is_image_name(f"_.{member.ending}")
         return member.ending in self.image_endings
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from pipeline.demo.oracle import Verdict, score
 from pipeline.demo.scenes import SPLITS, caption_of, draw_facts, generator
-from pipeline.sampling.generate import Sampler, draw_samples
+from pipeline.sampling.generate import Sampler, generate
 
 STEPS = 25
 BATCH = 50
@@ -71,7 +71,7 @@ def evaluate(
         captions = captions_of(split, count)
         for guidance in guidances:
             sampler = Sampler(STEPS, guidance, BATCH)
-            samples = draw_samples(pipeline, captions, sampler, f"{split}, guidance {guidance:g}")
+            samples = generate(pipeline, captions, sampler, f"{split}, guidance {guidance:g}")
             scores[split, guidance] = judge(samples.images, captions)
     return scores
 

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.models.load import MODEL_INDEX
 from pipeline.sampling.generate import Sampler
-from pipeline.sampling.process import Model, drawing_apart
+from pipeline.sampling.process import PipelineRef, generating_process
 
 # What is drawn does not change what drawing it costs.
 PROMPT = "a picture"
@@ -87,11 +87,11 @@ def in_turns(actions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, f
     return {name: median(each[1:]) for name, each in seconds.items()}
 
 
-def picture_costs(models: dict[str, Model], sampler: Sampler, repeats: int) -> dict[str, dict[str, Any]]:
+def image_costs(models: dict[str, PipelineRef], sampler: Sampler, repeats: int) -> dict[str, dict[str, Any]]:
     """By name, the median seconds of a batch's picture and the peak memory in bytes, each in a process of its own."""
     prompts, memory = [PROMPT] * sampler.batch_size, {}
     with ExitStack() as stack:
-        processes = {name: stack.enter_context(drawing_apart(model)) for name, model in models.items()}
+        processes = {name: stack.enter_context(generating_process(model)) for name, model in models.items()}
 
         def draw(name: str) -> None:
             memory[name] = processes[name](prompts, sampler, None).peak_memory

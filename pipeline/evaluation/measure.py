@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from PIL import Image
 
-from pipeline.evaluation.cost import folder_bytes, forward_seconds, parameters, picture_costs, pipeline_bytes, unet_macs
+from pipeline.evaluation.cost import folder_bytes, forward_seconds, image_costs, parameters, pipeline_bytes, unet_macs
 from pipeline.evaluation.fidelity import fidelity, pairs_of, read_held_out
-from pipeline.evaluation.pair import Opened, ready
+from pipeline.evaluation.pair import LoadedPipeline, on_device
 from pipeline.evaluation.quality import (
     INCEPTION_SCORE_SPLITS,
     Clip,
@@ -39,8 +39,8 @@ from shards.reader import ShardSet
 class Task:
     """All that a run was given, opened and checked before anything is computed."""
 
-    teacher: Opened
-    student: Opened
+    teacher: LoadedPipeline
+    student: LoadedPipeline
     level: str
     latents: ShardSet | None
     prompts: list[str]
@@ -48,7 +48,7 @@ class Task:
     specs: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
-    def both(self) -> dict[str, Opened]:
+    def both(self) -> dict[str, LoadedPipeline]:
         return {"teacher": self.teacher, "student": self.student}
 
 
@@ -60,7 +60,7 @@ def read_store(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is damaged ({error!r}): delete it, and it is made again") from None
 
 
-def kept(path: Path, spec: dict[str, Any], measure: Callable[[], Any]) -> Any:
+def cached_result(path: Path, spec: dict[str, Any], measure: Callable[[], Any]) -> Any:
     """What an earlier run measured for the same `spec`, from `path`; else measured now, and written there."""
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,9 +71,9 @@ def kept(path: Path, spec: dict[str, Any], measure: Callable[[], Any]) -> Any:
 def measure_cost(settings: EvaluateSettings, task: Task) -> dict[str, Any]:
     """Of each the figures that evaluation_table.COSTS names; timed in turns."""
     models_of = {name: opened.model for name, opened in task.both.items()}
-    pictures = picture_costs(models_of, settings.sampler(settings.timing_batch_size), settings.repeats)
+    pictures = image_costs(models_of, settings.sampler(settings.timing_batch_size), settings.repeats)
     tokens = task.teacher.pipe.tokenizer.model_max_length
-    unets = {name: ready(opened).unet for name, opened in task.both.items()}
+    unets = {name: on_device(opened).unet for name, opened in task.both.items()}
     seconds = forward_seconds(unets, settings.timing_batch_size, tokens, settings.repeats)
     device = f"{device_name(task.teacher.model.device)}, {str(task.teacher.model.dtype).removeprefix('torch.')}"
     cost: dict[str, Any] = {"device": device, "batch_size": settings.timing_batch_size}
@@ -95,7 +95,7 @@ def measure_cost(settings: EvaluateSettings, task: Task) -> dict[str, Any]:
 def measure_fidelity(settings: EvaluateSettings, task: Task) -> dict[str, Any]:
     held_out = read_held_out(task.latents, settings.entries)
     alphas_cumprod = load_noise_scheduler(task.teacher.folder, None).alphas_cumprod
-    teacher, student = (ready(opened).unet for opened in (task.teacher, task.student))
+    teacher, student = (on_device(opened).unet for opened in (task.teacher, task.student))
     return fidelity(
         held_out,
         teacher,

@@ -45,7 +45,7 @@ TRAINING = (
 
 
 @dataclass(frozen=True)
-class Known:
+class CardInputs:
     """All that a card is made from.
 
     `settings` are distill's with the `global_batch_size` of its spec, `cache` the cache's spec, `rounds` how many of
@@ -72,7 +72,7 @@ def write_model_card(out: Path, settings: dict[str, Any]) -> None:
     settings = {**settings, "global_batch_size": spec["global_batch_size"]}
     lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     evaluation = out / EVALUATION
-    known = Known(
+    known = CardInputs(
         settings,
         manifest.spec,
         settings.get("rounds") or manifest.rounds,
@@ -99,7 +99,7 @@ def add_evaluation(out: Path, evaluation: dict[str, Any]) -> bool:
     return True
 
 
-def model_card(known: Known) -> str:
+def model_card(known: CardInputs) -> str:
     """The whole text of README.md."""
     sections = [
         f"---\n{yaml.safe_dump(head(known), sort_keys=False, allow_unicode=True)}---",
@@ -113,7 +113,7 @@ def model_card(known: Known) -> str:
     return "\n\n".join(sections) + "\n"
 
 
-def head(known: Known) -> dict[str, Any]:
+def head(known: CardInputs) -> dict[str, Any]:
     """The hub's fields. Without a known licence there is none, and without a hub's name no base model."""
     teacher, data = known.origin.get("teacher", {}), known.origin.get("data", {})
     licence = {key: value for key, value in teacher.items() if key.startswith("license")}
@@ -127,12 +127,12 @@ def head(known: Known) -> dict[str, Any]:
     }
 
 
-def _teacher_name(known: Known) -> str:
+def _teacher_name(known: CardInputs) -> str:
     name = known.origin.get("teacher", {}).get("name", "a teacher without a name")
     return "the demo teacher of distill-sd" if name == "demo" else name
 
 
-def _lead(known: Known) -> str:
+def _lead(known: CardInputs) -> str:
     return (
         f"A text-to-image pipeline whose U-Net, of {known.parameters:,} parameters, was distilled offline from "
         f"{_teacher_name(known)}: {_left_out(known.settings['level'])}. Its VAE, text encoder and tokenizer are the "
@@ -150,7 +150,7 @@ def _left_out(level: str) -> str:
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
-def _usage(known: Known) -> str:
+def _usage(known: CardInputs) -> str:
     name = known.settings.get("push_to_hub") or "path/to/this/folder"
     return (
         "## Usage\n\n```python\nfrom diffusers import DiffusionPipeline\n\n"
@@ -159,7 +159,7 @@ def _usage(known: Known) -> str:
     )
 
 
-def _made(known: Known) -> dict[str, Any]:
+def _made(known: CardInputs) -> dict[str, Any]:
     """What the table of the making says, by name."""
     cache, latents = known.cache, known.cache["latents"]
     codec = cache["codec"]
@@ -187,7 +187,7 @@ def _named(name: str, value: str | None) -> dict[str, str]:
     return {name: value} if value else {}
 
 
-def _figures(known: Known) -> str:
+def _figures(known: CardInputs) -> str:
     """The evaluation where there is one, and the last losses."""
     losses = {name: value for name, value in known.metrics.items() if name in ("loss", "task", "output")}
     feature = sum(value for name, value in known.metrics.items() if name.startswith("feature/"))
@@ -203,7 +203,7 @@ def _figures(known: Known) -> str:
     return "\n\n".join(parts) or "None were measured."
 
 
-def _licence(known: Known) -> str:
+def _licence(known: CardInputs) -> str:
     teacher = known.origin.get("teacher", {})
     name = teacher.get("license_name") or teacher.get("license")
     if not name:

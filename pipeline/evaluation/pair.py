@@ -13,12 +13,12 @@ from pipeline.evaluation.fidelity import levels_of
 from pipeline.models.families.sd import LEVELS, check_teacher
 from pipeline.models.hashing import weights_sha256
 from pipeline.models.load import find_pipeline, load_base, open_unet
-from pipeline.sampling.process import Model
+from pipeline.sampling.process import PipelineRef
 from pipeline.system.errors import UserError
 
 
 @dataclass(frozen=True)
-class Opened:
+class LoadedPipeline:
     """A pipeline of the two, on the CPU, and `model` to load it again as it is to run.
 
     The U-Net of `pipe` has the precision to run in, the rest is float32.
@@ -27,7 +27,7 @@ class Opened:
     name: str
     folder: Path
     pipe: DiffusionPipeline
-    model: Model
+    model: PipelineRef
 
     @property
     def spec(self) -> dict[str, Any]:
@@ -37,22 +37,22 @@ class Opened:
         return {**parts, "scheduler": config}
 
 
-def open_model(
+def load_named_pipeline(
     name: str, flag: str, revision: str | None, variant: str | None, device: torch.device, dtype: torch.dtype
-) -> Opened:
+) -> LoadedPipeline:
     """The pipeline `name`, which the option `flag` gave. Raises UserError if it cannot be loaded."""
     folder = find_pipeline(name, revision, variant, flag)
     pipe = load_base(folder, variant, open_unet(folder / "unet", variant, dtype))
-    return Opened(name, folder, pipe, Model(folder, folder / "unet", device, dtype, variant, variant))
+    return LoadedPipeline(name, folder, pipe, PipelineRef(folder, folder / "unet", device, dtype, variant, variant))
 
 
-def ready(opened: Opened) -> DiffusionPipeline:
+def on_device(opened: LoadedPipeline) -> DiffusionPipeline:
     """Its U-Net moved to where it is to run."""
     opened.pipe.unet.to(opened.model.device, memory_format=torch.channels_last).eval()
     return opened.pipe
 
 
-def level_of(teacher: Opened, student: Opened, wanted: str | None) -> str:
+def level_of(teacher: LoadedPipeline, student: LoadedPipeline, wanted: str | None) -> str:
     """The student's level, of several that it may be the `wanted` one.
 
     Raises UserError if it is no student of the teacher's, or not of that level.

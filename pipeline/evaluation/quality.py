@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPModel, CLIPProcessor
 
-from pipeline.data.images import ImageProblem, decode, is_picture
+from pipeline.data.images import ImageProblem, decode, is_image_name
 from pipeline.system.errors import UserError
 
 FILTERS = {filter.name.lower(): filter for filter in Image.Resampling}
@@ -158,7 +158,7 @@ def open_reference(path: Path) -> Statistics | list[Path]:
     Raises UserError for a path that is neither.
     """
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if is_picture(file.name))
+        files = sorted(file for file in path.rglob("*") if is_image_name(file.name))
         if len(files) < 2:
             raise UserError(f"--reference {path} holds {len(files)} pictures: give a folder with at least two")
         return files
@@ -198,18 +198,18 @@ def read_batches(files: list[Path], side: int, filter: str, batch_size: int) -> 
     """uint8 (B, 3, side, side) of picture files, in order. Raises UserError for one that cannot be decoded."""
     rest = iter(files)
     while batch := list(itertools.islice(rest, batch_size)):
-        pixels = np.stack([np.asarray(square(read_picture(file), side, filter)) for file in batch])
+        pixels = np.stack([np.asarray(center_square(read_image(file), side, filter)) for file in batch])
         yield torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
 
-def read_picture(file: Path) -> Image.Image:
+def read_image(file: Path) -> Image.Image:
     try:
         return decode(file.read_bytes())
     except (OSError, ImageProblem) as error:
         raise UserError(f"{file} cannot be used ({error}): mend it or take it out") from None
 
 
-def square(image: Image.Image, side: int, filter: str) -> Image.Image:
+def center_square(image: Image.Image, side: int, filter: str) -> Image.Image:
     """The centre of a picture, its shorter side resized to `side` by one of FILTERS."""
     short = min(image.size)
     size = tuple(max(side, round(length * side / short)) for length in image.size)

@@ -8,7 +8,7 @@ from typing import Any
 from PIL import Image
 
 from pipeline.evaluation.table import as_html, rows_of
-from pipeline.sampling.folder import picture_files
+from pipeline.sampling.folder import image_files
 from pipeline.system.page import GRID_PICTURES, curves, folded_settings, grid, write_page
 
 
@@ -19,7 +19,7 @@ def write_evaluation(out: Path, evaluation: dict[str, Any], prompts: list[str], 
         sections += ["<h2>Error to the teacher over timesteps</h2>", _errors(evaluation["fidelity"]["bins"])]
     if prompts:
         shown = {
-            name: [Image.open(file) for file in picture_files(folder, len(prompts))[:GRID_PICTURES]]
+            name: [Image.open(file) for file in image_files(folder, len(prompts))[:GRID_PICTURES]]
             for name, folder in folders.items()
         }
         sections += ["<h2>Pictures</h2>", grid(prompts, shown)]

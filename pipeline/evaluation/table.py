@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.system.disk import in_words
+from pipeline.system.disk import format_bytes
 
 HEAD = ("", "teacher", "student", "student / teacher", "")
 NOT_MEASURED = "not measured: "
@@ -34,9 +34,9 @@ COSTS: dict[str, tuple[str, Callable[[Any], str], str]] = {
     "macs": ("MACs of a U-Net forward", lambda macs: f"{macs / 1e9:,.4g} G", "of one picture's latents"),
     "forward_seconds": ("seconds of a U-Net forward", "{:.3g}".format, ""),
     "picture_seconds": ("seconds of a picture", "{:.3g}".format, ""),
-    "peak_memory": ("peak memory", in_words, "of drawing, in a process of its own"),
-    "unet_bytes": ("U-Net's files", in_words, ""),
-    "pipeline_bytes": ("pipeline's files", in_words, ""),
+    "peak_memory": ("peak memory", format_bytes, "of drawing, in a process of its own"),
+    "unet_bytes": ("U-Net's files", format_bytes, ""),
+    "pipeline_bytes": ("pipeline's files", format_bytes, ""),
 }
 SCORES = {
     "fid": ("FID", "{:.2f}", "less is better"),

@@ -38,7 +38,7 @@ Scorer = Callable[[Iterable[Image.Image], list[str]], float | None]
 
 
 @dataclass(frozen=True)
-class Samples:
+class GeneratedImages:
     """Pictures and prompts, in one order.
 
     `seconds` is for one picture; `parameters` are the U-Net's; `device` names what drew them and in which
@@ -83,7 +83,7 @@ SCHEDULERS = {
 
 
 @torch.inference_mode()
-def draw_samples(pipe: DiffusionPipeline, prompts: list[str], sampler: Sampler, description: str | None) -> Samples:
+def generate(pipe: DiffusionPipeline, prompts: list[str], sampler: Sampler, description: str | None) -> GeneratedImages:
     """One picture a prompt. Each has a seed of its own, whatever the batch. No description, no progress bar."""
     scheduler = SCHEDULERS[sampler.scheduler].from_config(pipe.scheduler.config)
     height, width = sampler.size or (None, None)
@@ -109,14 +109,16 @@ def draw_samples(pipe: DiffusionPipeline, prompts: list[str], sampler: Sampler, 
     pipe.scheduler = kept
     seconds = (time.perf_counter() - started) / len(prompts)
     parameters = sum(p.numel() for p in pipe.unet.parameters())
-    return Samples(images, prompts, seconds, parameters, f"{device_name(pipe.device)}, {_name(pipe.unet.dtype)}")
+    return GeneratedImages(
+        images, prompts, seconds, parameters, f"{device_name(pipe.device)}, {_name(pipe.unet.dtype)}"
+    )
 
 
 def _name(dtype: torch.dtype) -> str:
     return next(name for name, known in DTYPES.items() if known == dtype)
 
 
-def save_samples(samples: Samples, sampler: Sampler, out: Path) -> None:
+def save_images(samples: GeneratedImages, sampler: Sampler, out: Path) -> None:
     """Write them, whole or not at all."""
     with atomic_directory(out) as folder:
         for i, image in enumerate(samples.images):
@@ -125,9 +127,9 @@ def save_samples(samples: Samples, sampler: Sampler, out: Path) -> None:
         write_json(folder / INDEX, {**about, "sampler": asdict(sampler)})
 
 
-def load_samples(folder: Path) -> tuple[Samples, Sampler]:
+def load_images(folder: Path) -> tuple[GeneratedImages, Sampler]:
     about = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     how = about.pop("sampler")
     sampler = Sampler(**{**how, "size": tuple(how["size"]) if how.get("size") else None})
     images = [Image.open(folder / f"{i:04d}.png").convert("RGB") for i in range(len(about["prompts"]))]
-    return Samples(images, **about), sampler
+    return GeneratedImages(images, **about), sampler

@@ -15,12 +15,12 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from pipeline.models.load import load_base, open_unet
-from pipeline.sampling.generate import Sampler, Samples, draw_samples
+from pipeline.sampling.generate import GeneratedImages, Sampler, generate
 from pipeline.system.memory import give_back_freed_memory, peak_memory
 
 
 @dataclass(frozen=True)
-class Model:
+class PipelineRef:
     """Where a whole pipeline is: the folder of `base`, a U-Net's folder to put in it, and how to run them.
 
     `variant` names the U-Net's weight files, `base_variant` those of the other parts.
@@ -34,15 +34,15 @@ class Model:
     base_variant: str | None = None
 
 
-def draw_apart(model: Model, prompts: list[str], sampler: Sampler, description: str) -> Samples:
-    """`draw_samples` in a fresh process, whose peak memory is the drawing's alone."""
-    with drawing_apart(model) as draw:
+def generate_in_process(model: PipelineRef, prompts: list[str], sampler: Sampler, description: str) -> GeneratedImages:
+    """`generate` in a fresh process, whose peak memory is the drawing's alone."""
+    with generating_process(model) as draw:
         return draw(prompts, sampler, description)
 
 
 @contextmanager
-def drawing_apart(model: Model) -> Iterator[Callable[[list[str], Sampler, str | None], Samples]]:
-    """`draw_samples` with a pipeline that is loaded once, in a process that lives as long as the block.
+def generating_process(model: PipelineRef) -> Iterator[Callable[[list[str], Sampler, str | None], GeneratedImages]]:
+    """`generate` with a pipeline that is loaded once, in a process that lives as long as the block.
 
     What this process has freed is given back to the system for it.
     """
@@ -54,20 +54,20 @@ def drawing_apart(model: Model) -> Iterator[Callable[[list[str], Sampler, str | 
         yield lambda *request: pool.submit(_draw_here, model, *request).result()
 
 
-def _draw_here(model: Model, prompts: list[str], sampler: Sampler, description: str | None) -> Samples:
+def _draw_here(model: PipelineRef, prompts: list[str], sampler: Sampler, description: str | None) -> GeneratedImages:
     pipe, before = _loaded(model)
-    samples = draw_samples(pipe, prompts, sampler, description)
+    samples = generate(pipe, prompts, sampler, description)
     return replace(samples, peak_memory=peak_memory(model.device) - before)
 
 
 @functools.cache
-def _loaded(model: Model) -> tuple[DiffusionPipeline, int]:
+def _loaded(model: PipelineRef) -> tuple[DiffusionPipeline, int]:
     """The pipeline, and the memory in bytes that the process had held before it."""
     before = peak_memory(model.device)
     return load_pipeline(model), before
 
 
-def load_pipeline(model: Model) -> DiffusionPipeline:
+def load_pipeline(model: PipelineRef) -> DiffusionPipeline:
     """The pipeline, ready to draw."""
     unet = open_unet(model.unet, model.variant, model.dtype)
     pipe = load_base(model.base, model.base_variant, unet)

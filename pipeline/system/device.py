@@ -41,6 +41,6 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def computes_beside(device: torch.device) -> bool:
+def is_accelerator(device: torch.device) -> bool:
     """Whether a device leaves the CPU's cores to other threads while it computes."""
     return device.type != "cpu"

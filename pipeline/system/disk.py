@@ -20,12 +20,12 @@ def require_space(out: Path, needed: int, remedy: str) -> None:
     free = free_bytes(out)
     if needed > free:
         raise UserError(
-            f"{out} needs about {in_words(needed)} more, and its disk has {in_words(free)} free: "
+            f"{out} needs about {format_bytes(needed)} more, and its disk has {format_bytes(free)} free: "
             f"make room, choose an --out on another disk, or {remedy}"
         )
 
 
-def in_words(size: float) -> str:
+def format_bytes(size: float) -> str:
     """Bytes in decimal units: 1234567 -> '1.23 MB'."""
     power = min(4, max(0, int(math.log10(max(size, 1)) // 3)))
     return f"{size / 1000**power:.3g} {('bytes', 'kB', 'MB', 'GB', 'TB')[power]}"

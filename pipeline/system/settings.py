@@ -27,18 +27,18 @@ def option(
     help: str,
     *,
     choices: tuple[str, ...] | None = None,
-    low: float | None = None,
-    high: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
+    ge: float | None = None,
+    le: float | None = None,
+    gt: float | None = None,
+    lt: float | None = None,
     argument: bool = False,
     repeated: bool = False,
 ) -> Any:
-    """A settings field. `low` and `high` are allowed values, those at `above` and `below` are not.
+    """A settings field. Limits are named as in annotated-types: `ge` (at least), `le` (at most), `gt`, `lt`.
 
-    An `argument` stands on the command line without its name; what is `repeated` is a tuple, one value each time.
+    An `argument` is positional on the command line; a `repeated` option is a tuple, one value each time it is given.
     """
-    metadata = {"help": help, "choices": choices, "low": low, "high": high, "above": above, "below": below}
+    metadata = {"help": help, "choices": choices, "ge": ge, "le": le, "gt": gt, "lt": lt}
     metadata |= {"argument": argument, "repeated": repeated}
     return field(default=default, metadata=metadata)
 
@@ -66,20 +66,20 @@ def flag(name: str) -> str:
 
 
 def _check(name: str, value: Any, limits: typing.Mapping[str, Any]) -> None:
-    choices, low, high, above, below = (limits.get(key) for key in ("choices", "low", "high", "above", "below"))
+    choices, ge, le, gt, lt = (limits.get(key) for key in ("choices", "ge", "le", "gt", "lt"))
     for item in value if isinstance(value, tuple) else (value,):
         if choices and item not in choices:
             raise UserError(f"{name} {item!r} is not one of {', '.join(choices)}")
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{name} is {value}; it must be a finite number")
-    if low is not None and value < low:
-        raise UserError(f"{name} is {value}; it must be at least {low}")
-    if high is not None and value > high:
-        raise UserError(f"{name} is {value}; it must be at most {high}")
-    if above is not None and value <= above:
-        raise UserError(f"{name} is {value}; it must be more than {above}")
-    if below is not None and value >= below:
-        raise UserError(f"{name} is {value}; it must be less than {below}")
+    if ge is not None and value < ge:
+        raise UserError(f"{name} is {value}; it must be at least {ge}")
+    if le is not None and value > le:
+        raise UserError(f"{name} is {value}; it must be at most {le}")
+    if gt is not None and value <= gt:
+        raise UserError(f"{name} is {value}; it must be more than {gt}")
+    if lt is not None and value >= lt:
+        raise UserError(f"{name} is {value}; it must be less than {lt}")
 
 
 def _plain(value: Any) -> Any:

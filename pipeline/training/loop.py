@@ -28,7 +28,7 @@ from pipeline.core.diffusion import add_noise, min_snr_weights, target
 from pipeline.core.losses import distillation_losses, total_loss
 from pipeline.core.taps import Taps, sample_tokens
 from pipeline.models.hub import open_repository
-from pipeline.system.device import PATIENCE, computes_beside, use_cpu
+from pipeline.system.device import PATIENCE, is_accelerator, use_cpu
 from pipeline.system.errors import UserError
 from pipeline.system.memory import keep_freed_memory
 from pipeline.system.prompts import read_prompts
@@ -36,9 +36,9 @@ from pipeline.system.settings import write_settings
 from pipeline.training.checkpoint import list_checkpoints, save_checkpoint
 from pipeline.training.interrupts import Interrupts
 from pipeline.training.metrics import Metrics
-from pipeline.training.optimizer import lay_out_moments, make_optimizer
+from pipeline.training.optimizer import make_optimizer, match_memory_format
 from pipeline.training.settings import TrainingSettings
-from pipeline.training.validation import draw_validation
+from pipeline.training.validation import generate_validation
 from shards.dataset import Batch, EpochBatches
 from shards.files import remove_leftovers, write_json
 from shards.manifest import refuse_other_spec
@@ -113,7 +113,7 @@ class Training:
     def load_state(self, state: dict[str, Any]) -> None:
         self.step, self.position = state["step"], state["position"]
         self.optimizer.load_state_dict(state["optimizer"])
-        lay_out_moments(self.optimizer)
+        match_memory_format(self.optimizer)
         self.lr_scheduler.load_state_dict(state["lr_scheduler"])
         if self.ema:
             self.ema.load_state_dict(state["ema"])
@@ -263,7 +263,7 @@ def validate(settings: TrainingSettings, accelerator: Accelerator, training: Tra
     """Pictures of the student at this step, drawn by the main process while the others wait."""
     if accelerator.is_main_process:
         name = f"step-{training.step:07d}"
-        draw_validation(
+        generate_validation(
             training.student,
             training.trained,
             training.ema,
@@ -312,11 +312,11 @@ def step_losses(training: Training, settings: TrainingSettings, batch: Batch) ->
 
 def batches(settings: TrainingSettings, dataset: Dataset, accelerator: Accelerator, position: int) -> Iterator[Batch]:
     """Batches of this process on its device, without end, from sample `position` of the stream on."""
-    for batch in loaded(settings, dataset, accelerator, position):
+    for batch in make_loader(settings, dataset, accelerator, position):
         yield batch.to(accelerator.device)
 
 
-def loaded(settings: TrainingSettings, dataset: Dataset, accelerator: Accelerator, position: int) -> DataLoader:
+def make_loader(settings: TrainingSettings, dataset: Dataset, accelerator: Accelerator, position: int) -> DataLoader:
     """What `dataset.collate` makes of this process's batches, without end, from sample `position` on."""
     order = EpochBatches(
         len(dataset),
@@ -329,7 +329,7 @@ def loaded(settings: TrainingSettings, dataset: Dataset, accelerator: Accelerato
     workers = settings.dataloader_num_workers
     if workers is None:
         # Processes beside a student that trains on all cores cost it more than reading between its steps does.
-        workers = 2 if computes_beside(accelerator.device) else 0
+        workers = 2 if is_accelerator(accelerator.device) else 0
     return DataLoader(
         dataset,
         batch_sampler=order,

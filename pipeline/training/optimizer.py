@@ -29,7 +29,7 @@ def make_optimizer(
     return bitsandbytes.optim.AdamW8bit(parameters, **options)
 
 
-def lay_out_moments(optimizer: torch.optim.Optimizer) -> None:
+def match_memory_format(optimizer: torch.optim.Optimizer) -> None:
     """Give moments that were loaded the memory format of their parameters.
 
     A checkpoint of another device may have another, and fused steps take it for the same: on a CPU they are silently

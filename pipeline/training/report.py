@@ -12,7 +12,7 @@ from pipeline.system.page import curves, folded_settings, grid, write_page
 
 matplotlib.use("Agg")
 
-from pipeline.sampling.generate import Samples, Scorer
+from pipeline.sampling.generate import GeneratedImages, Scorer
 
 
 def write_report(
@@ -20,7 +20,7 @@ def write_report(
     title: str,
     settings: dict[str, Any],
     metrics: list[dict[str, Any]],
-    rows: dict[str, Samples],
+    rows: dict[str, GeneratedImages],
     scorer: Scorer,
 ) -> None:
     """Write out/report.html.
@@ -38,7 +38,7 @@ def write_report(
     write_page(out, title, sections)
 
 
-def _images_and_cost(rows: dict[str, Samples], scorer: Scorer) -> list[str]:
+def _images_and_cost(rows: dict[str, GeneratedImages], scorer: Scorer) -> list[str]:
     if not rows:
         return []
     images = {name: samples.images for name, samples in rows.items()}
@@ -51,7 +51,7 @@ def _lead(metrics: list[dict[str, Any]]) -> str:
     return f"{last['step']:,} steps, {last['epoch']:.1f} epochs over the cache; last loss {last['loss']:.4g}."
 
 
-def _comparison(rows: dict[str, Samples], scorer: Scorer) -> str:
+def _comparison(rows: dict[str, GeneratedImages], scorer: Scorer) -> str:
     """Parameters, size, time, memory and, for scenes, the oracle's score, beside the first row's."""
     first = next(iter(rows.values()))
     scores = {name: scorer(samples.images, samples.prompts) for name, samples in rows.items()}
@@ -75,7 +75,7 @@ def _comparison(rows: dict[str, Samples], scorer: Scorer) -> str:
     return f"<div class=wide><table><tr>{header}</tr>{''.join(lines)}</table></div><p class=lead>{note}</p>"
 
 
-def _memory(samples: Samples, first: Samples) -> str:
+def _memory(samples: GeneratedImages, first: GeneratedImages) -> str:
     if samples.peak_memory is None or not first.peak_memory:
         return "not measured"
     return f"{samples.peak_memory / 1e6:,.0f} ({samples.peak_memory / first.peak_memory:.0%})"

@@ -21,42 +21,42 @@ OPEN_ENDED = ("constant", "constant_with_warmup")
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings(Settings):
     out: Path = option(REQUIRED, "Directory to write the student's pipeline to.")
-    max_train_steps: int | None = option(None, "Optimiser steps; 15000 unless epochs are given.", low=1)
-    num_train_epochs: int | None = option(None, "Passes over the cache, in place of --max-train-steps.", low=1)
-    train_batch_size: int = option(8, "Entries in one forward pass, on each process.", low=1)
-    gradient_accumulation_steps: int = option(1, "Forward passes in one optimiser step.", low=1)
-    snr_gamma: float | None = option(None, "Min-SNR weights of task and output; 5.0 is usual.", above=0.0)
-    learning_rate: float = option(1e-5, "Learning rate after warm-up.", above=0.0)
+    max_train_steps: int | None = option(None, "Optimiser steps; 15000 unless epochs are given.", ge=1)
+    num_train_epochs: int | None = option(None, "Passes over the cache, in place of --max-train-steps.", ge=1)
+    train_batch_size: int = option(8, "Entries in one forward pass, on each process.", ge=1)
+    gradient_accumulation_steps: int = option(1, "Forward passes in one optimiser step.", ge=1)
+    snr_gamma: float | None = option(None, "Min-SNR weights of task and output; 5.0 is usual.", gt=0.0)
+    learning_rate: float = option(1e-5, "Learning rate after warm-up.", gt=0.0)
     scale_lr: bool = option(False, "Multiply the learning rate by the entries of a step, over all processes.")
     lr_scheduler: str = option(
         "constant",
         "Course of the learning rate.",
         choices=tuple(s.value for s in SchedulerType if s != SchedulerType.PIECEWISE_CONSTANT),
     )
-    lr_warmup_steps: int = option(0, "Optimiser steps of linear warm-up.", low=0)
-    max_grad_norm: float = option(1.0, "Norm that gradients are clipped to.", above=0.0)
-    adam_beta1: float = option(0.9, "AdamW's first decay.", low=0.0, below=1.0)
-    adam_beta2: float = option(0.999, "AdamW's second decay.", low=0.0, below=1.0)
-    adam_weight_decay: float = option(1e-2, "AdamW's weight decay.", low=0.0)
-    adam_epsilon: float = option(1e-8, "AdamW's epsilon.", above=0.0)
+    lr_warmup_steps: int = option(0, "Optimiser steps of linear warm-up.", ge=0)
+    max_grad_norm: float = option(1.0, "Norm that gradients are clipped to.", gt=0.0)
+    adam_beta1: float = option(0.9, "AdamW's first decay.", ge=0.0, lt=1.0)
+    adam_beta2: float = option(0.999, "AdamW's second decay.", ge=0.0, lt=1.0)
+    adam_weight_decay: float = option(1e-2, "AdamW's weight decay.", ge=0.0)
+    adam_epsilon: float = option(1e-8, "AdamW's epsilon.", gt=0.0)
     use_8bit_adam: bool = option(False, "AdamW with 8-bit moments: less memory; takes the package bitsandbytes.")
     use_ema: bool = option(False, "Keep a moving average of the weights, and save that as the student.")
-    ema_decay: float = option(0.9999, "Largest decay of the average; it warms up to it.", low=0.0, high=1.0)
+    ema_decay: float = option(0.9999, "Largest decay of the average; it warms up to it.", ge=0.0, le=1.0)
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass: less memory, more time.")
     mixed_precision: str = option("no", "Precision of the student's arithmetic.", choices=("no", "fp16", "bf16"))
     compile: bool = option(False, "Compile the student with torch.compile: minutes at the start, faster steps.")
     allow_tf32: bool = option(False, "Let an NVIDIA GPU multiply float32 in TF32: faster, 10 bits of mantissa.")
-    checkpointing_steps: int = option(500, "Optimiser steps between checkpoints.", low=1)
-    checkpoints_total_limit: int = option(2, "Checkpoints to keep, the newest.", low=1)
-    logging_steps: int = option(10, "Optimiser steps between lines of metrics.jsonl.", low=1)
+    checkpointing_steps: int = option(500, "Optimiser steps between checkpoints.", ge=1)
+    checkpoints_total_limit: int = option(2, "Checkpoints to keep, the newest.", ge=1)
+    logging_steps: int = option(10, "Optimiser steps between lines of metrics.jsonl.", ge=1)
     validation_prompts: Path | None = option(None, "Text file, one prompt a line, to draw while training.")
-    validation_steps: int = option(500, "Optimiser steps from one drawing of the prompts to the next.", low=1)
+    validation_steps: int = option(500, "Optimiser steps from one drawing of the prompts to the next.", ge=1)
     report_to: str = option("none", "Also log the metrics to this tracker.", choices=("none", *TRACKERS))
     push_to_hub: str | None = option(None, "Repository on the model hub, as owner/name, to upload the student to.")
     dataloader_num_workers: int | None = option(
-        None, "Processes that read and decompress; 0 reads in the training loop. By default 2, on a CPU 0.", low=0
+        None, "Processes that read and decompress; 0 reads in the training loop. By default 2, on a CPU 0.", ge=0
     )
-    seed: int = option(0, "Seed of the order of entries.", low=0)
+    seed: int = option(0, "Seed of the order of entries.", ge=0)
     device: str = option("auto", "auto takes the GPU if there is one.", choices=DEVICES)
 
     def __post_init__(self) -> None:
@@ -68,7 +68,7 @@ class TrainingSettings(Settings):
 
 
 # What may differ between two runs that continue one another: none of it changes a step, but by rounding.
-FREE = (
+MAY_CHANGE_ON_RESUME = (
     "out",
     "train_batch_size",
     "gradient_accumulation_steps",
@@ -91,7 +91,7 @@ FREE = (
 Chosen = TypeVar("Chosen", bound=TrainingSettings)
 
 
-def worked_out(settings: Chosen, entries: int, processes: int) -> Chosen:
+def resolve_steps_and_lr(settings: Chosen, entries: int, processes: int) -> Chosen:
     """The settings with steps and learning rate as they follow from the rest.
 
     An epoch is as many steps as show every entry once; `scale_lr` multiplies by the entries of a step, as diffusers'
@@ -110,12 +110,12 @@ def global_batch_size(settings: TrainingSettings, processes: int) -> int:
     return settings.train_batch_size * settings.gradient_accumulation_steps * processes
 
 
-def what_decides(settings: TrainingSettings, processes: int, free: tuple[str, ...]) -> dict[str, Any]:
+def resume_fingerprint(settings: TrainingSettings, processes: int, free: tuple[str, ...]) -> dict[str, Any]:
     """What decides the weights at a given step. The length counts only where the lr schedule hangs on it.
 
     Of the batch only the whole counts, over processes and accumulation: a step sees the same entries.
     """
-    spec = {key: value for key, value in settings.as_json().items() if key not in (*FREE, *free)}
+    spec = {key: value for key, value in settings.as_json().items() if key not in (*MAY_CHANGE_ON_RESUME, *free)}
     spec["global_batch_size"] = global_batch_size(settings, processes)
     if settings.lr_scheduler not in OPEN_ENDED:
         spec["max_train_steps"] = settings.max_train_steps

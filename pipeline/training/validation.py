@@ -10,10 +10,10 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 
 from pipeline.models.load import load_base
-from pipeline.sampling.generate import Sampler, draw_samples, save_samples
+from pipeline.sampling.generate import Sampler, generate, save_images
 
 
-def draw_validation(
+def generate_validation(
     student: UNet2DConditionModel,
     trained: list[nn.Parameter],
     ema: EMAModel | None,
@@ -32,9 +32,9 @@ def draw_validation(
     student.eval()
     pipe = load_base(base, unet=student).to(student.device)
     sampler = Sampler()
-    samples = draw_samples(pipe, prompts, sampler, name)
+    samples = generate(pipe, prompts, sampler, name)
     student.train()
     if ema:
         ema.restore(trained)
     shutil.rmtree(folder, ignore_errors=True)
-    save_samples(samples, sampler, folder)
+    save_images(samples, sampler, folder)

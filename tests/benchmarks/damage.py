@@ -16,9 +16,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from conftest import tiny_pipeline, write_images
-from damage import DAMAGES, Outcome, Place, look, read_all, verify
-from helpers import run_encode, run_teacher_cache, shard_files
+from support.damage import DAMAGES, Outcome, Place, look, read_all, verify
+from support.stages import run_encode, run_teacher_cache, shard_files
+from support.tiny import tiny_pipeline, write_images
 
 
 def make_caches(work: Path) -> Place:

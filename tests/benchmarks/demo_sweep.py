@@ -34,7 +34,7 @@ from pipeline.core.diffusion import add_noise
 from pipeline.core.losses import mse
 from pipeline.demo.evaluate import captions_of, judge
 from pipeline.models.bundled import teacher_folder
-from pipeline.sampling.generate import Sampler, draw_samples
+from pipeline.sampling.generate import Sampler, generate
 from shards.dataset import CacheDataset
 from shards.files import write_json
 
@@ -170,7 +170,7 @@ def score(folder: Path, captions: int) -> float:
     pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
     prompts = captions_of("train", captions)
     return judge(
-        draw_samples(pipeline, prompts, Sampler(guidance_scale=GUIDANCE, batch_size=32), "score").images, prompts
+        generate(pipeline, prompts, Sampler(guidance_scale=GUIDANCE, batch_size=32), "score").images, prompts
     ).score
 
 

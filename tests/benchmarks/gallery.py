@@ -14,7 +14,7 @@ from PIL import Image
 
 from pipeline.demo.evaluate import captions_of
 from pipeline.models.load import find_pipeline, load_base, load_unet
-from pipeline.sampling.generate import Sampler, draw_samples
+from pipeline.sampling.generate import Sampler, generate
 
 GAP = 4
 
@@ -43,7 +43,7 @@ def main(names: tuple[str, ...], prompts: int, guidance_scale: float, side: int,
     for name in names:
         folder = find_pipeline(name, None, None, "--model")
         pipe = load_base(folder, unet=load_unet(folder, None).to(memory_format=torch.channels_last))
-        rows.append(draw_samples(pipe, captions, sampler, name).images)
+        rows.append(generate(pipe, captions, sampler, name).images)
     sheet(rows, side).save(out, optimize=True)
     for caption in captions:
         print(caption)

@@ -23,7 +23,7 @@ import numpy as np
 import PIL
 from PIL import Image
 
-from pipeline.data.loading import Framing, load_records
+from pipeline.data.loading import Framing, load_images
 from pipeline.data.source import DataSettings, open_source
 
 SIZE, RESOLUTION = (1280, 960), 512
@@ -73,7 +73,7 @@ def main(work: Path, pictures: int, workers: tuple[int, ...], repeats: int) -> N
     rows: dict[str, Callable[[], object]] = {"Pillow": lambda: with_pillow(files)}
     for count in workers:
         rows[f"{count} workers"] = lambda count=count: [
-            item.index for item in load_records(source, framing, records, count, 2 * max(8, count))
+            item.index for item in load_images(source, framing, records, count, 2 * max(8, count))
         ]
     seconds: dict[str, list[float]] = {name: [] for name in rows}
     for _ in range(repeats):

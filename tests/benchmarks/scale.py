@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from conftest import tiny_pipeline
+from support.tiny import tiny_pipeline
 
 from pipeline import encode, teacher_cache
 from pipeline.encode import EncodeSettings

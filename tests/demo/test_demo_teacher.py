@@ -16,7 +16,7 @@ from pipeline.demo.train import command
 from pipeline.demo.trainer import Trainer
 from pipeline.models.bundled import CHECKSUMS, TEACHER, teacher_folder
 from pipeline.models.families.sd import LEVELS, student_config, student_weights
-from pipeline.sampling.generate import Sampler, draw_samples
+from pipeline.sampling.generate import Sampler, generate
 from pipeline.system.errors import UserError
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -77,7 +77,7 @@ def test_every_student_can_be_made_of_the_bundled_teacher(pipeline, level):
 
 def test_the_bundled_teacher_follows_captions(pipeline):
     captions = captions_of("train", 24)
-    samples = draw_samples(pipeline, captions, Sampler(guidance_scale=BEST_GUIDANCE), "test")
+    samples = generate(pipeline, captions, Sampler(guidance_scale=BEST_GUIDANCE), "test")
     assert judge(samples.images, captions).score >= FLOOR
 
 

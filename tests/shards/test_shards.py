@@ -21,13 +21,13 @@ from shards.manifest import (
 )
 from shards.reader import ShardSet, read_sidecar
 from shards.schema import ShardError, shard_names
-from shards.writer import Entry, is_finished, write_shard
+from shards.writer import EntryBuilder, is_finished, write_shard
 
 SPEC = {"stage": "latents", "entries": 5, "entries_per_shard": 3}
 
 
-def make_entry(index: int) -> Entry:
-    entry = Entry(f"{index:09d}", {"caption": f"ein Bild – {index}", "source_id": f"{index}.png"})
+def make_entry(index: int) -> EntryBuilder:
+    entry = EntryBuilder(f"{index:09d}", {"caption": f"ein Bild – {index}", "source_id": f"{index}.png"})
     entry.add_array("latents", np.full((4, 3), index, np.float16))
     q = np.arange(24).reshape(2, 3, 4) * (index + 1)
     entry.add_compressed("tap.down_blocks.0", *pack_quantised(q, np.array([0.5, index], np.float32)))

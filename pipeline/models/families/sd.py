@@ -147,7 +147,7 @@ def encode_prompts(base: DiffusionPipeline, captions: list[str]) -> Tensor:
     return text_encoder(tokens.input_ids.to(device), attention_mask=mask)[0].float()
 
 
-def count_cut_prompts(base: DiffusionPipeline, captions: list[str]) -> int:
+def count_truncated(base: DiffusionPipeline, captions: list[str]) -> int:
     """How many captions have more tokens than the text encoder takes, begin and end included."""
     tokenizer, cut = base.tokenizer, 0
     for first in range(0, len(captions), 1000):

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 import yaml
-from conftest import RESOLUTION
-from helpers import run_distill, run_encode, run_teacher_cache
+from support.stages import run_distill, run_encode, run_teacher_cache
+from support.tiny import RESOLUTION
 
-from pipeline.evaluation.model_card import Known, model_card
+from pipeline.evaluation.model_card import CardInputs, model_card
 from pipeline.models.provenance import licence, read_origin, teacher_origin, write_origin
 
 TEACHER_CARD = """---
@@ -39,7 +39,7 @@ SETTINGS = {
     "snr_gamma": None,
     "init_from": "/home/me/earlier",
 }
-KNOWN = Known(SETTINGS, CACHE, 4, 323384964)
+KNOWN = CardInputs(SETTINGS, CACHE, 4, 323384964)
 
 
 def head_of(card):

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import SD15, SD21, tiny_unet
 from diffusers import UNet2DConditionModel
+from support.tiny import SD15, SD21, tiny_unet
 
 from pipeline.core.taps import Taps
 from pipeline.models.families.sd import (

@@ -10,15 +10,15 @@ import pytest
 import torch
 import torch._dynamo
 from diffusers import DiffusionPipeline
-from helpers import metrics, prepared, run_distill, run_encode, run_teacher_cache, state_dict_of
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
+from support.stages import metrics, prepared, run_distill, run_encode, run_teacher_cache, state_dict_of
 
 from pipeline.distill import DistillSettings
-from pipeline.sampling.generate import Sampler, draw_samples
+from pipeline.sampling.generate import Sampler, generate
 from pipeline.system.errors import UserError
-from pipeline.training.settings import worked_out
+from pipeline.training.settings import resolve_steps_and_lr
 from shards.schema import ShardError
 
 
@@ -80,7 +80,7 @@ def test_epochs_are_steps_that_show_every_entry_so_often(epochs, batch, accumula
         train_batch_size=batch,
         gradient_accumulation_steps=accumulation,
     )
-    assert worked_out(settings, 13, processes).max_train_steps == steps
+    assert resolve_steps_and_lr(settings, 13, processes).max_train_steps == steps
 
 
 def test_an_epoch_is_trained_and_going_on_takes_more_of_them(cache, tmp_path):
@@ -206,7 +206,7 @@ def test_the_pictures_are_those_of_the_saved_student(cache, tmp_path):
     prompts.write_text("a red cat")
     out = run_distill(cache, tmp_path / "out", use_ema=True, validation_prompts=prompts, validation_steps=4)
     pipe = DiffusionPipeline.from_pretrained(out)
-    expected = draw_samples(pipe, ["a red cat"], Sampler(), "again").images[0]
+    expected = generate(pipe, ["a red cat"], Sampler(), "again").images[0]
     drawn = Image.open(out / "validation" / "step-0000004" / "0000.png")
     np.testing.assert_allclose(np.asarray(drawn, float), np.asarray(expected, float), atol=1)
 

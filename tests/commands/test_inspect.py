@@ -6,9 +6,9 @@ import shutil
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from conftest import write_images
-from helpers import run_encode, run_teacher_cache, samples, tree
 from PIL import Image
+from support.stages import run_encode, run_teacher_cache, samples, tree
+from support.tiny import write_images
 
 from pipeline.cli import main
 from pipeline.commands.inspect import histogram

@@ -8,8 +8,17 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from helpers import first, metrics, reset_accelerate, run_distill, run_encode, run_teacher_cache, state_dict_of, tree
 from safetensors.torch import load_file
+from support.stages import (
+    first,
+    metrics,
+    reset_accelerate,
+    run_distill,
+    run_encode,
+    run_teacher_cache,
+    state_dict_of,
+    tree,
+)
 
 from pipeline.commands import finetune
 from pipeline.commands.finetune import FinetuneSettings, LatentsDataset
@@ -186,7 +195,7 @@ def test_another_training_in_the_same_place_is_refused(student, latents, tmp_pat
 
 
 def test_latents_of_another_model_are_refused(student, v_teacher, images, tmp_path):
-    from conftest import tiny_pipeline
+    from support.tiny import tiny_pipeline
 
     torch.manual_seed(5)
     other = tiny_pipeline()

@@ -9,10 +9,10 @@ import zlib
 
 import numpy as np
 import pytest
-from helpers import run_encode, samples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from support.stages import run_encode, samples
 
 from pipeline.core.draws import generator
 from pipeline.data.images import ImageProblem, decode, square

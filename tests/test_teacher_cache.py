@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 import webdataset
-from conftest import tiny_pipeline, tiny_unet, write_images
 from diffusers import DDPMScheduler, UNet2DConditionModel
-from helpers import run_encode, run_teacher_cache, samples, shard_files, tree
+from support.stages import run_encode, run_teacher_cache, samples, shard_files, tree
+from support.tiny import tiny_pipeline, tiny_unet, write_images
 
 from pipeline.commands import verify
 from pipeline.commands.verify import VerifySettings

@@ -8,9 +8,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from click.testing import CliRunner
-from helpers import tree
 from PIL import Image
-from web import IMG2DATASET, Server, serving, write_list
+from support.stages import tree
+from support.web import IMG2DATASET, Server, serving, write_list
 
 from pipeline.cli import main
 from pipeline.data.source import DataSettings, open_source

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_unet
 from diffusers import DDPMScheduler, UNet2DConditionModel
-from helpers import run_encode
+from support.stages import run_encode
+from support.tiny import tiny_unet
 
 from pipeline.core import draws
 from pipeline.evaluation.fidelity import (

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import tiny_pipeline
 from diffusers import DiffusionPipeline, UNet2DConditionModel
-from helpers import reset_accelerate, run_distill, run_encode, run_teacher_cache, tree
 from PIL import Image
+from support.stages import reset_accelerate, run_distill, run_encode, run_teacher_cache, tree
+from support.tiny import tiny_pipeline
 
 from pipeline.cli import main
 from pipeline.commands import evaluate
@@ -21,7 +21,7 @@ from pipeline.demo.scenes import make_scene
 from pipeline.evaluation.table import HEAD, Row, as_html, markdown, rows_of
 from pipeline.models.families.sd import student_config, student_weights
 from pipeline.sampling import folder
-from pipeline.sampling.generate import Sampler, draw_samples
+from pipeline.sampling.generate import Sampler, generate
 
 PROMPTS = ["a red cat", "a dog", "three birds", "a house", "the sea"]
 
@@ -166,7 +166,7 @@ def test_the_report_holds_the_table_the_curves_and_the_pictures(done):
 def test_the_pictures_are_those_of_the_pipelines(done, place):
     sampler = Sampler(steps=2, guidance_scale=7.5, batch_size=2, scheduler="pndm")
     for name in ("teacher", "student"):
-        drawn = draw_samples(DiffusionPipeline.from_pretrained(place / name), PROMPTS, sampler, None).images
+        drawn = generate(DiffusionPipeline.from_pretrained(place / name), PROMPTS, sampler, None).images
         for i, image in enumerate(drawn):
             stored = Image.open(done[0] / "pictures" / name / f"{i:06d}.png")
             np.testing.assert_allclose(np.asarray(stored, int), np.asarray(image, int), atol=1)
@@ -174,7 +174,7 @@ def test_the_pictures_are_those_of_the_pipelines(done, place):
 
 def test_a_stopped_run_keeps_its_pictures_and_ends_in_the_same_bytes(done, copied, place, monkeypatch):
     shutil.rmtree(copied / "pictures")
-    save, saved = folder.save_picture, []
+    save, saved = folder.save_image, []
 
     def stop_at_the_seventh(image, file):
         if len(saved) == 6:

@@ -7,8 +7,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 from diffusers import DiffusionPipeline, PNDMScheduler
-from helpers import reset_accelerate
 from PIL import Image
+from support.stages import reset_accelerate
 
 from pipeline.cli import main
 from pipeline.commands.sample import contact_sheet

@@ -6,17 +6,17 @@ import shutil
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from helpers import reset_accelerate
+from support.stages import reset_accelerate
 
 from pipeline.cache import sizes, trial
 from pipeline.cache.trial import Trial
-from pipeline.commands.plan import LADDER, PERIODS, PlanSettings, bytes_of, command, cost_of, fit, in_time
+from pipeline.commands.plan import LADDER, PERIODS, PlanSettings, bytes_of, command, cost_of, fit, format_duration
 from pipeline.models.families.sd import teacher_taps
 from pipeline.models.shapes import TeacherShapes
-from pipeline.system.disk import in_words, require_space
+from pipeline.system.disk import format_bytes, require_space
 from pipeline.system.errors import UserError
 from shards.codec import encode_npy, pack_quantised, quantise
-from shards.writer import Entry, write_shard
+from shards.writer import EntryBuilder, write_shard
 
 # Stable Diffusion 1.x at 512 px: the taps of sd_small in the order of `teacher_taps`.
 SD15_TAPS = (
@@ -49,7 +49,7 @@ def sd15_entry(key, codec, snr_db, stride):
         "unconditional": False,
         "taps": {},
     }
-    entry = Entry(key, meta)
+    entry = EntryBuilder(key, meta)
     for name, shape in (
         ("latents", SD15.latents),
         ("noise", SD15.latents),
@@ -116,7 +116,7 @@ def test_what_is_no_size_is_refused(size):
 
 def test_sizes_are_decimal():
     assert bytes_of("1.5TB") == 1_500_000_000_000
-    assert [in_words(x) for x in (0, 999, 1234567, 2e12)] == ["0 bytes", "999 bytes", "1.23 MB", "2 TB"]
+    assert [format_bytes(x) for x in (0, 999, 1234567, 2e12)] == ["0 bytes", "999 bytes", "1.23 MB", "2 TB"]
 
 
 def test_the_command_needs_no_weights(teacher, tmp_path):
@@ -176,4 +176,4 @@ def test_where_the_cpu_is_free_the_slower_of_asking_and_compressing_decides():
     ("seconds", "words"), [(0.5, "0.5 seconds"), (119, "119 seconds"), (300, "5 minutes"), (86400 * 3, "3 days")]
 )
 def test_a_time_in_words(seconds, words):
-    assert in_time(seconds) == words
+    assert format_duration(seconds) == words

@@ -10,9 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from conftest import tiny_pipeline
 from diffusers import DDPMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, UNet2DConditionModel
-from helpers import (
+from support.stages import (
     first,
     metrics,
     prepared,
@@ -22,6 +21,7 @@ from helpers import (
     state_dict_of,
     tree,
 )
+from support.tiny import tiny_pipeline
 
 from pipeline import distill
 from pipeline.core.diffusion import min_snr_weights

@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from pipeline.cli import main
 from shards.expected import expected_tensors
 from shards.manifest import read_manifest, sha256_of_json
-from shards.reader import Sample, ShardSet, _cached_sidecar
+from shards.reader import ShardSet, StoredEntry, _cached_sidecar
 from shards.schema import MANIFEST, ShardError, sidecar_name
 
 VICTIM = "r0001-s00001.tar"
@@ -209,7 +209,7 @@ def verify(cache: Path, *options: str) -> tuple[int, str]:
     return result.exit_code, result.output
 
 
-def read_all(cache: Path) -> tuple[dict[str, Sample], list[str]]:
+def read_all(cache: Path) -> tuple[dict[str, StoredEntry], list[str]]:
     """Every entry that can be read, by key, and the messages of those that cannot."""
     _cached_sidecar.cache_clear()
     shards = ShardSet(cache, "cache")
@@ -225,7 +225,7 @@ def read_all(cache: Path) -> tuple[dict[str, Sample], list[str]]:
     return found, messages
 
 
-def look(cache: Path, whole: dict[str, Sample]) -> Outcome:
+def look(cache: Path, whole: dict[str, StoredEntry]) -> Outcome:
     """Open, read and verify a damaged cache; `whole` is what it held before."""
     outcome = Outcome()
     try:
@@ -240,7 +240,7 @@ def look(cache: Path, whole: dict[str, Sample]) -> Outcome:
     return outcome
 
 
-def same(a: Sample, b: Sample) -> bool:
+def same(a: StoredEntry, b: StoredEntry) -> bool:
     return a.meta == b.meta and all(
         np.array_equal(tensor.values, b.tensors[name].values) and np.array_equal(tensor.mu, b.tensors[name].mu)
         if tensor.mu is not None

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import tiny_pipeline
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
-from helpers import pruned_pipeline, reset_accelerate
 from safetensors import safe_open
+from support.stages import pruned_pipeline, reset_accelerate
+from support.tiny import tiny_pipeline
 from transformers import CLIPTextModelWithProjection
 
 from pipeline.cli import main

@@ -8,9 +8,9 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_pipeline, write_images
 from diffusers import StableDiffusionPipeline
-from helpers import reset_accelerate, run_encode, samples, shard_files, tree
+from support.stages import reset_accelerate, run_encode, samples, shard_files, tree
+from support.tiny import tiny_pipeline, write_images
 
 from pipeline.core import draws
 from pipeline.data.images import decode, square

@@ -9,15 +9,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_pipeline
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
-from helpers import run_distill, run_encode, run_teacher_cache
 from PIL import Image
+from support.stages import run_distill, run_encode, run_teacher_cache
+from support.tiny import tiny_pipeline
 
 from pipeline.demo.oracle import score_scenes
 from pipeline.demo.scenes import make_scene
-from pipeline.sampling.generate import Sampler, Samples, draw_samples, load_samples, save_samples
-from pipeline.sampling.process import Model, draw_apart
+from pipeline.sampling.generate import GeneratedImages, Sampler, generate, load_images, save_images
+from pipeline.sampling.process import PipelineRef, generate_in_process
 from pipeline.system.memory import peak_memory
 from pipeline.training.report import write_report
 
@@ -37,14 +37,14 @@ def pixels(samples):
 
 def test_a_picture_depends_on_its_prompt_and_seed_not_on_the_batch():
     pipe = tiny_pipeline()
-    one, three = (draw_samples(pipe, PROMPTS, Sampler(steps=3, batch_size=size), "samples") for size in (1, 3))
+    one, three = (generate(pipe, PROMPTS, Sampler(steps=3, batch_size=size), "samples") for size in (1, 3))
     assert np.abs(pixels(one) - pixels(three)).max() <= 1
     assert np.abs(pixels(one)[0] - pixels(one)[1]).mean() > 1
 
 
 def test_samples_are_those_of_the_diffusers_pipeline():
     pipe = tiny_pipeline()
-    drawn = draw_samples(pipe, PROMPTS[:1], Sampler(steps=4, guidance_scale=3.0), "samples")
+    drawn = generate(pipe, PROMPTS[:1], Sampler(steps=4, guidance_scale=3.0), "samples")
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     expected = pipe(PROMPTS[0], num_inference_steps=4, guidance_scale=3.0, generator=torch.Generator().manual_seed(0))
     assert np.array_equal(np.asarray(drawn.images[0]), np.asarray(expected.images[0]))
@@ -53,15 +53,15 @@ def test_samples_are_those_of_the_diffusers_pipeline():
 def test_drawing_leaves_the_pipelines_scheduler():
     pipe = tiny_pipeline()
     before = pipe.scheduler
-    draw_samples(pipe, PROMPTS[:1], Sampler(steps=2), "samples")
+    generate(pipe, PROMPTS[:1], Sampler(steps=2), "samples")
     assert pipe.scheduler is before
 
 
 def test_samples_come_back_as_they_were_saved(tmp_path):
     sampler = Sampler(steps=2, guidance_scale=2.5, batch_size=2)
-    samples = draw_samples(tiny_pipeline(), PROMPTS, sampler, "samples")
-    save_samples(samples, sampler, tmp_path / "samples")
-    again, same = load_samples(tmp_path / "samples")
+    samples = generate(tiny_pipeline(), PROMPTS, sampler, "samples")
+    save_images(samples, sampler, tmp_path / "samples")
+    again, same = load_images(tmp_path / "samples")
     assert same == sampler
     assert replace(again, images=[]) == replace(samples, images=[])
     assert np.array_equal(pixels(again), pixels(samples))
@@ -85,9 +85,9 @@ def student(teacher, images, tmp_path_factory):
 
 
 def test_the_cache_holds_pictures_of_the_teacher_itself(student, teacher):
-    stored, sampler = load_samples(student.parent / "cache" / "samples")
+    stored, sampler = load_images(student.parent / "cache" / "samples")
     assert stored.prompts == ["picture 0", "picture 6", "picture 12"]
-    drawn = draw_samples(DiffusionPipeline.from_pretrained(teacher), stored.prompts, sampler, "again")
+    drawn = generate(DiffusionPipeline.from_pretrained(teacher), stored.prompts, sampler, "again")
     assert np.abs(pixels(stored) - pixels(drawn)).max() <= 1
     assert stored.parameters == sum(p.numel() for p in DiffusionPipeline.from_pretrained(teacher).unet.parameters())
 
@@ -111,10 +111,10 @@ def test_the_cost_of_all_three_is_measured_and_set_against_the_teachers(student)
 
 
 def test_peak_memory_is_that_of_the_drawing_alone(teacher):
-    model = Model(teacher, teacher / "unet", torch.device("cpu"), torch.float32)
-    first = draw_apart(model, PROMPTS[:2], Sampler(steps=2), "samples")
+    model = PipelineRef(teacher, teacher / "unet", torch.device("cpu"), torch.float32)
+    first = generate_in_process(model, PROMPTS[:2], Sampler(steps=2), "samples")
     held = np.ones(500_000_000, np.uint8)
-    second = draw_apart(model, PROMPTS[:2], Sampler(steps=2), "samples")
+    second = generate_in_process(model, PROMPTS[:2], Sampler(steps=2), "samples")
     assert np.array_equal(pixels(first), pixels(second))
     assert second.peak_memory < first.peak_memory + held.nbytes / 2
 
@@ -133,7 +133,9 @@ def test_the_report_stands_alone(student):
 
 def test_scenes_are_scored_in_the_report(tmp_path):
     scenes = [make_scene(5, i) for i in range(4)]
-    samples = Samples([Image.fromarray(s.picture) for s in scenes], [s.caption for s in scenes], 0.5, 1000, "cpu")
+    samples = GeneratedImages(
+        [Image.fromarray(s.picture) for s in scenes], [s.caption for s in scenes], 0.5, 1000, "cpu"
+    )
     write_report(tmp_path, "title", {}, METRICS, {"teacher": samples, "student": samples}, score_scenes)
     page = (tmp_path / "report.html").read_text()
     assert "facts that hold" in page

@@ -5,9 +5,9 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_unet
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
+from support.tiny import tiny_unet
 
 from pipeline.core import diffusion, draws
 from pipeline.core.losses import distillation_losses, mse, relative_mse, total_loss

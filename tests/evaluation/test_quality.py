@@ -8,14 +8,15 @@ import types
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_pipeline
 from PIL import Image
 from safetensors.torch import save_file
+from support.tiny import tiny_pipeline
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor
 
 from pipeline.evaluation.quality import (
     Missing,
     Statistics,
+    center_square,
     check_tensors_only,
     clip_score,
     frechet_distance,
@@ -26,7 +27,6 @@ from pipeline.evaluation.quality import (
     open_reference,
     open_torchmetrics,
     read_batches,
-    square,
 )
 from pipeline.system.errors import UserError
 
@@ -100,13 +100,13 @@ def pictures(folder, count, size=(16, 16)):
 def test_pictures_are_resized_by_the_filter_that_is_named(name):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
     expected = image.resize((32, 32), Image.Resampling[name.upper()])
-    assert np.array_equal(np.asarray(square(image, 32, name)), np.asarray(expected))
+    assert np.array_equal(np.asarray(center_square(image, 32, name)), np.asarray(expected))
 
 
 def test_of_a_long_picture_the_centre_is_taken():
     image = Image.new("RGB", (300, 100), "red")
     image.paste("blue", (100, 0, 200, 100))
-    assert square(image, 50, "nearest").getcolors() == [(2500, (0, 0, 255))]
+    assert center_square(image, 50, "nearest").getcolors() == [(2500, (0, 0, 255))]
 
 
 @pytest.fixture(scope="module")

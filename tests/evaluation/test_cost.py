@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import SD15, TINY, tiny_pipeline, tiny_unet
+from support.tiny import SD15, TINY, tiny_pipeline, tiny_unet
 from torch import nn
 
 from pipeline.evaluation.cost import (

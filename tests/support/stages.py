@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from conftest import tiny_pipeline
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from pipeline import distill, encode, teacher_cache
@@ -16,6 +15,7 @@ from pipeline.encode import EncodeSettings
 from pipeline.models.families.sd import student_config, student_weights
 from pipeline.teacher_cache import TeacherCacheSettings
 from shards.reader import ShardSet, _cached_sidecar
+from support.tiny import tiny_pipeline
 
 
 def reset_accelerate() -> None:

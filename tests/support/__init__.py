@@ -1,0 +1,1 @@
+"""What the tests share: small models and images, running the stages, damage, a web server."""
