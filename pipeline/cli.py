@@ -19,7 +19,7 @@ COMMANDS = {
     "verify": ("pipeline.commands.verify", "Check latents or a cache for damage."),
     "inspect": ("pipeline.commands.inspect", "Show what latents or a cache hold."),
     "demo-scenes": ("pipeline.commands.demo_scenes", "Captioned pictures of shapes, to try the stages on."),
-    "demo-teacher": ("pipeline.demo.train", "Train the bundled demo teacher once more."),
+    "demo-teacher": ("pipeline.commands.demo_teacher", "Train the bundled demo teacher once more."),
 }
 
 

@@ -35,9 +35,10 @@ from pipeline.models.families.sd import count_truncated, encode_prompts
 from pipeline.models.hashing import library_versions, weights_sha256
 from pipeline.models.load import find_pipeline, load_base
 from pipeline.system.command import stage_command
-from pipeline.system.device import DEVICES, DTYPES, is_accelerator, process_state
+from pipeline.system.device import DTYPES, is_accelerator, process_state
 from pipeline.system.disk import format_bytes, free_bytes, require_space
 from pipeline.system.errors import UserError
+from pipeline.system.options import DeviceOptions, HubOptions
 from pipeline.system.settings import REQUIRED, option, write_settings
 from pipeline.system.threads import in_background
 from shards.codec import encode_npy
@@ -51,7 +52,7 @@ SKIPPED = "skipped.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncodeSettings(DataSettings):
+class EncodeSettings(DataSettings, DeviceOptions, HubOptions):
     teacher: str = option(REQUIRED, "Stable Diffusion pipeline: a folder in diffusers layout, a hub's name, or demo.")
     out: Path = option(REQUIRED, "Directory to write the latents to.")
     resolution: int = option(512, "Side of the square training pictures, in pixels.", ge=8)
@@ -59,14 +60,11 @@ class EncodeSettings(DataSettings):
     random_flip: bool = option(False, "Mirror half of the pictures, drawn at random.")
     batch_size: int = option(8, "Pictures in one forward pass.", ge=1)
     dtype: str = option("fp32", "Precision of the VAE and the text encoder.", choices=tuple(DTYPES))
-    device: str = option("auto", "auto takes the GPU if there is one.", choices=DEVICES)
     workers: int = option(4, "Threads that decode and resize pictures.", ge=1)
     entries_per_shard: int = option(1000, "Pictures in one shard.", ge=1)
     max_skipped: float = option(0.5, "Share of a shard's pictures that may be skipped; more stop the run.", ge=0, le=1)
     retry_skipped: bool = option(False, "Write those shards again that lack a picture which can be read by now.")
     shard_range: str | None = option(None, "Write only these of the planned shards, as 0:50: for jobs side by side.")
-    revision: str | None = option(None, "Revision of the teacher on the hub.")
-    variant: str | None = option(None, "Variant of the teacher's weight files, such as fp16.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

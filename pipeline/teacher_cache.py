@@ -20,6 +20,7 @@ from tqdm import tqdm
 from pipeline.cache import sizes
 from pipeline.cache.latents import check_encoders, open_latents
 from pipeline.cache.output import claim, existing_manifest, finished_sidecars, range_of, share_unfinished
+from pipeline.cache.settings import CacheFormat
 from pipeline.cache.targets import BatchTargets, Teacher, compress_targets, run_teacher
 from pipeline.core.diffusion import PREDICTION_TYPES
 from pipeline.core.taps import Taps, token_stride
@@ -33,12 +34,13 @@ from pipeline.models.shapes import tap_shapes
 from pipeline.sampling.generate import SAMPLES, Sampler, save_images
 from pipeline.sampling.process import PipelineRef, generate_in_process
 from pipeline.system.command import stage_command
-from pipeline.system.device import DEVICES, DTYPES, is_accelerator, process_state, resolve_dtype
+from pipeline.system.device import DTYPES, is_accelerator, process_state, resolve_dtype
 from pipeline.system.disk import format_bytes, free_bytes, require_space
 from pipeline.system.errors import UserError
-from pipeline.system.settings import REQUIRED, Settings, option, write_settings
+from pipeline.system.options import HubOptions, PrecisionOptions
+from pipeline.system.settings import REQUIRED, option, write_settings
 from pipeline.system.threads import in_background, ordered_map
-from shards.codec import CODECS, MAX_SNR_DB, decode_npy
+from shards.codec import decode_npy
 from shards.files import atomic_directory
 from shards.manifest import Manifest, read_file, refuse_other_spec
 from shards.reader import ShardSet
@@ -50,16 +52,11 @@ PACKERS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class TeacherCacheSettings(Settings):
+class TeacherCacheSettings(CacheFormat, PrecisionOptions, HubOptions):
     teacher: str = option(REQUIRED, "The pipeline that the latents were made with: a folder, a hub's name, or demo.")
     latents: Path = option(REQUIRED, "Directory that `encode` wrote.")
     out: Path = option(REQUIRED, "Directory to write the cache to.")
     rounds: int = option(4, "Passes over the latents, each with its own noise and timesteps.", ge=1)
-    students: tuple[str, ...] = option(("sd_small",), "Levels the cache shall serve.", choices=tuple(LEVELS))
-    codec: str = option("dither", "How features are stored: fp16 and fp32 are exact.", choices=CODECS)
-    snr_db: float = option(10.0, "Signal-to-noise ratio of the dither codec, in decibels.", ge=-10.0, le=MAX_SNR_DB)
-    token_stride: int = option(4, "Keep one position of each N x N cell of a large tap.", ge=1)
-    token_min: int = option(32, "Rows from which on a tap counts as large.", ge=1)
     samples: int = option(8, "Pictures to draw with the teacher, for the students' reports; 0 draws none.", ge=0)
     samples_guidance: float = option(7.0, "Classifier-free guidance of those pictures.", ge=1.0)
     batch_size: int = option(8, "Entries in one forward pass.", ge=1)
@@ -70,14 +67,8 @@ class TeacherCacheSettings(Settings):
     prediction_type: str | None = option(
         None, "What the teacher predicts; by default what its scheduler says.", choices=PREDICTION_TYPES
     )
-    dtype: str = option(
-        "auto", "Precision of the teacher; auto is fp16 on a CUDA GPU, else fp32.", choices=("auto", *DTYPES)
-    )
-    device: str = option("auto", "auto takes the GPU if there is one.", choices=DEVICES)
     entries_per_shard: int = option(250, "Entries in one shard.", ge=1)
     shard_range: str | None = option(None, "Write only these of the planned shards, as 0:50: for jobs side by side.")
-    revision: str | None = option(None, "Revision of the teacher on the hub.")
-    variant: str | None = option(None, "Variant of the teacher's weight files, such as fp16.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

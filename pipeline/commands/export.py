@@ -29,7 +29,8 @@ from pipeline.system.command import stage_command
 from pipeline.system.device import DTYPES, device_name, process_state
 from pipeline.system.disk import format_bytes, require_space
 from pipeline.system.errors import UserError
-from pipeline.system.settings import REQUIRED, Settings, option
+from pipeline.system.options import HubOptions
+from pipeline.system.settings import REQUIRED, option
 from shards.files import atomic_directory, atomic_file
 
 SUFFIX = ".safetensors"
@@ -40,13 +41,11 @@ CAPTIONS = ["a red bicycle against a wall", "portrait of an old sailor"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportSettings(Settings):
+class ExportSettings(HubOptions):
     model: str = option(REQUIRED, "Pipeline to export: a folder, a hub's name, or demo.")
     format: str = option(REQUIRED, "What to write.", choices=("single-file", "onnx", "int8"))
     out: Path = option(REQUIRED, f"File ({SUFFIX}, of single-file) or folder to make.")
     dtype: str = option("fp32", "Precision of the weights, of int8 those of the rest.", choices=tuple(DTYPES))
-    revision: str | None = option(None, "Revision of the model on the hub.")
-    variant: str | None = option(None, "Variant of the model's weight files, such as fp16.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

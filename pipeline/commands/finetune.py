@@ -20,11 +20,13 @@ from torch.utils.data import Dataset
 
 from pipeline.cache.latents import check_encoders, open_latents
 from pipeline.core import draws
+from pipeline.core.diffusion import PREDICTION_TYPES
 from pipeline.models.hashing import weights_sha256
 from pipeline.models.hub import upload
 from pipeline.models.load import find_pipeline, load_base, load_noise_scheduler, load_unet
 from pipeline.models.save import save_pipeline
 from pipeline.system.command import stage_command
+from pipeline.system.options import HubOptions
 from pipeline.system.settings import REQUIRED, option
 from pipeline.training.checkpoint import list_checkpoints, load_checkpoint
 from pipeline.training.loop import (
@@ -48,7 +50,7 @@ from shards.schema import EMPTY_PROMPT, LATENTS, PROMPT_EMBEDS
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneSettings(TrainingSettings):
+class FinetuneSettings(TrainingSettings, HubOptions):
     model: str = option(REQUIRED, "Pipeline whose U-Net is trained: a student's folder, a hub's name, or demo.")
     latents: Path = option(REQUIRED, "Directory that `encode` wrote, with the model's own VAE and text encoder.")
     lora_rank: int | None = option(None, "Train LoRA adapters of this rank instead of the whole U-Net.", ge=1)
@@ -56,10 +58,8 @@ class FinetuneSettings(TrainingSettings):
     input_perturbation: float = option(0.0, "Strength of noise in the input that is not to be predicted.", ge=0.0)
     uncond_fraction: float = option(0.1, "Share of the entries that get the empty prompt.", ge=0.0, le=1.0)
     prediction_type: str | None = option(
-        None, "What the U-Net predicts, where its scheduler says it wrongly.", choices=("epsilon", "v_prediction")
+        None, "What the U-Net predicts, where its scheduler says it wrongly.", choices=PREDICTION_TYPES
     )
-    variant: str | None = option(None, "Variant of the model's weight files, such as fp16.")
-    revision: str | None = option(None, "Revision of the model on the hub.")
 
     command = "finetune"
     # The loss is the task's alone.

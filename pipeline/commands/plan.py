@@ -11,17 +11,18 @@ import click
 import torch
 
 from pipeline.cache import sizes
+from pipeline.cache.settings import CacheFormat
 from pipeline.cache.trial import try_teacher
 from pipeline.core.taps import token_stride
-from pipeline.models.families.sd import LEVELS, teacher_taps
+from pipeline.models.families.sd import teacher_taps
 from pipeline.models.load import find_pipeline, load_unet
 from pipeline.models.shapes import TeacherShapes, teacher_shapes
 from pipeline.system.command import stage_command
-from pipeline.system.device import DEVICES, DTYPES, device_name, process_state, resolve_dtype
+from pipeline.system.device import DTYPES, device_name, process_state, resolve_dtype
 from pipeline.system.disk import format_bytes, free_bytes
 from pipeline.system.errors import UserError
-from pipeline.system.settings import REQUIRED, Settings, option
-from shards.codec import CODECS, MAX_SNR_DB
+from pipeline.system.options import HubOptions, PrecisionOptions
+from pipeline.system.settings import REQUIRED, option
 
 UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12}
 PERIODS = (("days", 86400), ("hours", 3600), ("minutes", 60), ("seconds", 1))
@@ -30,24 +31,15 @@ LADDER = ((10.0, 4), (5.0, 4), (0.0, 4))
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanSettings(Settings):
+class PlanSettings(CacheFormat, PrecisionOptions, HubOptions):
     teacher: str = option(REQUIRED, "The teacher: a folder (its configs suffice), a hub's name, or demo.")
     images: int = option(REQUIRED, "Pictures to train on.", ge=1)
     rounds: int = option(4, "Passes over the pictures; with a budget, the fewest to look for.", ge=1)
     resolution: int = option(512, "Side of the pictures, in pixels.", ge=8)
-    students: tuple[str, ...] = option(("sd_small",), "Levels the cache shall serve.", choices=tuple(LEVELS))
-    codec: str = option("dither", "How features are stored.", choices=CODECS)
-    snr_db: float = option(10.0, "Signal-to-noise ratio of the dither codec, in decibels.", ge=-10.0, le=MAX_SNR_DB)
-    token_stride: int = option(4, "Keep one position of each N x N cell of a large tap.", ge=1)
-    token_min: int = option(32, "Rows from which on a tap counts as large.", ge=1)
     budget: str | None = option(None, "Bytes for latents and cache, as 500GB: chooses decibels, stride and rounds.")
     trial: bool = option(False, "Run the teacher on some batches here, and estimate the time; takes its weights.")
     batch_size: int = option(8, "Entries in one forward pass of the trial.", ge=1)
-    dtype: str = option("auto", "Precision of the trial, as of teacher-cache.", choices=("auto", *DTYPES))
-    device: str = option("auto", "Device of the trial; auto takes the GPU if there is one.", choices=DEVICES)
     out: Path = option(Path("."), "Where the cache would go: its free space is shown.")
-    revision: str | None = option(None, "Revision of the teacher on the hub.")
-    variant: str | None = option(None, "Variant of the teacher's weight files, such as fp16.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -13,10 +13,11 @@ from pipeline.models.load import find_pipeline
 from pipeline.sampling.generate import SCHEDULERS, Sampler, generate, save_images
 from pipeline.sampling.process import PipelineRef, load_pipeline
 from pipeline.system.command import stage_command
-from pipeline.system.device import DEVICES, DTYPES, process_state, resolve_dtype
+from pipeline.system.device import DTYPES, process_state, resolve_dtype
 from pipeline.system.errors import UserError
+from pipeline.system.options import HubOptions, PrecisionOptions
 from pipeline.system.prompts import gather_prompts
-from pipeline.system.settings import REQUIRED, Settings, option
+from pipeline.system.settings import REQUIRED, option
 
 SHEET = "sheet.png"
 # Pictures on a contact sheet at most, and their longer side there.
@@ -24,7 +25,7 @@ SHOWN, THUMBNAIL = 64, 256
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleSettings(Settings):
+class SampleSettings(PrecisionOptions, HubOptions):
     model: str = option(REQUIRED, "Pipeline to draw with: a folder, a hub's name, or demo.")
     prompts: tuple[str, ...] = option(
         REQUIRED, "A prompt, or a text file with one a line; may be repeated.", repeated=True
@@ -38,10 +39,6 @@ class SampleSettings(Settings):
     width: int | None = option(None, "Width of the pictures, in pixels; the model's own by default.", ge=8)
     batch_size: int = option(4, "Pictures in one forward pass; it changes none of them.", ge=1)
     seed: int = option(0, "Seed of the first picture; each next one has the next.", ge=0)
-    dtype: str = option("auto", "Precision; auto is fp16 on a CUDA GPU, else fp32.", choices=("auto", *DTYPES))
-    device: str = option("auto", "auto takes the GPU if there is one.", choices=DEVICES)
-    revision: str | None = option(None, "Revision of the model on the hub.")
-    variant: str | None = option(None, "Variant of the model's weight files, such as fp16.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

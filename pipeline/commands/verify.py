@@ -21,9 +21,10 @@ from pipeline.models.families.sd import LEVELS
 from pipeline.models.hashing import weights_sha256
 from pipeline.models.load import MODEL_INDEX, find_pipeline, load_unet
 from pipeline.system.command import stage_command
-from pipeline.system.device import DEVICES, DTYPES, use_cpu
+from pipeline.system.device import DTYPES, use_cpu
 from pipeline.system.errors import UserError
-from pipeline.system.settings import REQUIRED, Settings, option
+from pipeline.system.options import DeviceOptions, HubOptions
+from pipeline.system.settings import REQUIRED, option
 from shards.expected import expected_tensors
 from shards.manifest import STAGE_COMMANDS, Manifest, read_manifest
 from shards.reader import ShardSet
@@ -32,16 +33,13 @@ from shards.survey import Problem, Survey, check_contents, remove_shard, survey
 
 
 @dataclass(frozen=True, kw_only=True)
-class VerifySettings(Settings):
+class VerifySettings(DeviceOptions, HubOptions):
     directory: Path = option(REQUIRED, "Directory that `encode` or `teacher-cache` wrote.", argument=True)
     full: bool = option(False, "Read every byte: checksums, and every member decoded.")
     recompute: int | None = option(None, "Entries to run the teacher on again, drawn at random.", ge=1)
     teacher: str | None = option(None, "The teacher of the cache, for --recompute: a folder, a hub's name, or demo.")
     seed: int = option(0, "Seed of the draw of --recompute.", ge=0)
     remove_damaged: bool = option(False, "Delete damaged shards, for the stage to write again.")
-    device: str = option("auto", "auto takes the GPU if there is one.", choices=DEVICES)
-    revision: str | None = option(None, "Revision of the teacher on the hub.")
-    variant: str | None = option(None, "Variant of the teacher's weight files, such as fp16.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -8,8 +8,6 @@ Everything on the way lies in the work folder. Running the same command again go
 import json
 from pathlib import Path
 
-import click
-import diffusers
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -18,7 +16,6 @@ from torch import nn
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from pipeline.demo.evaluate import evaluate, table
 from pipeline.demo.networks import (
     LATENT_SIDE,
     make_autoencoder,
@@ -32,7 +29,6 @@ from pipeline.demo.scenes import SIDE, make_scene, parse_caption
 from pipeline.demo.text import Reader, answers_of, reading_loss
 from pipeline.demo.trainer import TeacherSettings, Trainer
 from pipeline.models.bundled import CHECKSUMS
-from pipeline.system.command import stage_command
 from pipeline.system.errors import UserError
 from shards.files import atomic_file, file_sha256, write_json
 
@@ -44,28 +40,6 @@ FREE = {"out", "work", "steps", "checkpoint_every", "evaluate"}
 # raised to a power below 1, which makes high ones more frequent.
 LOSS_POWER, DRAW_POWER = 0.75, 2 / 3
 GUIDANCES = (3.0, 5.0)
-
-
-def run(settings: TeacherSettings) -> None:
-    """Train the bundled demo's teacher anew: hours on a CPU, and needed only to change it."""
-    diffusers.utils.logging.set_verbosity_error()
-    _claim(settings)
-    teacher = train_diffusion(settings.work, settings)
-    export(teacher, settings.out)
-    click.echo(f"wrote {settings.out}")
-    if settings.evaluate:
-        click.echo(table(evaluate(teacher, settings.evaluate, GUIDANCES)))
-
-
-def plan(settings: TeacherSettings) -> list[str]:
-    """What `run` would do, in lines."""
-    return [
-        f"draw {settings.scenes} scenes and train in {settings.work}:",
-        f"  autoencoder, {settings.autoencoder_steps} steps of {settings.autoencoder_batch} pictures",
-        f"  text encoder and U-Net, {settings.steps} steps of {settings.batch} latents",
-        f"write the pipeline to {settings.out}",
-        f"judge {settings.evaluate} captions of each split at guidance {', '.join(f'{g:g}' for g in GUIDANCES)}",
-    ]
 
 
 def _claim(settings: TeacherSettings) -> None:
@@ -232,6 +206,3 @@ def export(teacher: StableDiffusionPipeline, out: Path) -> None:
     teacher.to(dtype)
     weights = sorted(out.rglob("*.safetensors"))
     write_json(out / CHECKSUMS, {file.relative_to(out).as_posix(): file_sha256(file) for file in weights})
-
-
-command = stage_command("demo-teacher", TeacherSettings, plan, run)

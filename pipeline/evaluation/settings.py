@@ -8,16 +8,16 @@ from pathlib import Path
 from pipeline.evaluation.quality import FILTERS
 from pipeline.models.families.sd import LEVELS
 from pipeline.sampling.generate import SCHEDULERS, Sampler
-from pipeline.system.device import DEVICES, DTYPES
 from pipeline.system.errors import UserError
-from pipeline.system.settings import REQUIRED, Settings, option
+from pipeline.system.options import HubOptions, PrecisionOptions
+from pipeline.system.settings import REQUIRED, option
 
 # The files of an evaluation.
 EVALUATION, COST, FIDELITY = "evaluation.json", "cost.json", "fidelity.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateSettings(Settings):
+class EvaluateSettings(PrecisionOptions, HubOptions):
     student: str = option(REQUIRED, "The student's pipeline: a folder or a hub's name.")
     teacher: str = option(REQUIRED, "Its teacher's pipeline: a folder, a hub's name, or demo.")
     out: Path = option(REQUIRED, "Directory to write the table, the report and the pictures to.")
@@ -42,10 +42,6 @@ class EvaluateSettings(Settings):
     timing_batch_size: int = option(1, "Pictures in one forward pass when they are timed.", ge=1)
     batch_size: int = option(8, "Pictures in one forward pass otherwise.", ge=1)
     seed: int = option(0, "Seed of the first picture, each next one has the next; and of the held-out noise.", ge=0)
-    dtype: str = option("auto", "Precision; auto is fp16 on a CUDA GPU, else fp32.", choices=("auto", *DTYPES))
-    device: str = option("auto", "auto takes the GPU if there is one.", choices=DEVICES)
-    revision: str | None = option(None, "Revision of the teacher on the hub.")
-    variant: str | None = option(None, "Variant of the teacher's weight files, such as fp16.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

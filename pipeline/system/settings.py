@@ -7,6 +7,7 @@ written as JSON beside the output.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 import types
 import typing
@@ -98,10 +99,10 @@ class CommaSeparated(click.ParamType):
 
 
 def click_options(settings: type[Settings]) -> list[click.Parameter]:
-    """One click option (or argument) for each field, in the order of the class but for what is required: that first."""
-    hints = typing.get_type_hints(settings)
-    required_first = sorted(fields(settings), key=lambda setting: setting.default is not REQUIRED)
-    return [_click_option(setting, hints[setting.name]) for setting in required_first]
+    """One click option (or argument) per field: the required ones first, then the class's own, then inherited ones."""
+    hints, own = typing.get_type_hints(settings), inspect.get_annotations(settings)
+    ordered = sorted(fields(settings), key=lambda field: (field.default is not REQUIRED, field.name not in own))
+    return [_click_option(setting, hints[setting.name]) for setting in ordered]
 
 
 def _click_option(setting: dataclasses.Field, hint: Any) -> click.Parameter:

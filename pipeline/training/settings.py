@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 
 from diffusers.optimization import SchedulerType
 
-from pipeline.system.device import DEVICES
 from pipeline.system.errors import UserError
-from pipeline.system.settings import REQUIRED, Settings, option
+from pipeline.system.options import DeviceOptions
+from pipeline.system.settings import REQUIRED, option
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
 DEFAULT_STEPS = 15000
@@ -19,7 +19,7 @@ OPEN_ENDED = ("constant", "constant_with_warmup")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingSettings(Settings):
+class TrainingSettings(DeviceOptions):
     out: Path = option(REQUIRED, "Directory to write the student's pipeline to.")
     max_train_steps: int | None = option(None, "Optimiser steps; 15000 unless epochs are given.", ge=1)
     num_train_epochs: int | None = option(None, "Passes over the cache, in place of --max-train-steps.", ge=1)
@@ -57,7 +57,6 @@ class TrainingSettings(Settings):
         None, "Processes that read and decompress; 0 reads in the training loop. By default 2, on a CPU 0.", ge=0
     )
     seed: int = option(0, "Seed of the order of entries.", ge=0)
-    device: str = option("auto", "auto takes the GPU if there is one.", choices=DEVICES)
 
     def __post_init__(self) -> None:
         super().__post_init__()

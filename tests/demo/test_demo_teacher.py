@@ -9,10 +9,10 @@ import torch
 from click.testing import CliRunner
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 
+from pipeline.commands.demo_teacher import command
 from pipeline.core.taps import Taps
 from pipeline.demo.evaluate import captions_of, evaluate, judge, table
 from pipeline.demo.scenes import make_scene
-from pipeline.demo.train import command
 from pipeline.demo.trainer import Trainer
 from pipeline.models.bundled import CHECKSUMS, TEACHER, teacher_folder
 from pipeline.models.families.sd import LEVELS, student_config, student_weights
