@@ -1,4 +1,4 @@
-"""`distill-sd`: the stages under one name."""
+"""`distill-sd`: all commands under one name."""
 
 from __future__ import annotations
 
@@ -7,24 +7,27 @@ import importlib
 import click
 
 COMMANDS = {
-    "plan": ("pipeline.commands.plan", "What a cache will take, and what fits a budget."),
-    "download": ("pipeline.commands.download", "A list of addresses and captions to tars, through img2dataset."),
-    "encode": ("pipeline.encode", "Images and captions to latents and prompt embeddings."),
-    "teacher-cache": ("pipeline.teacher_cache", "Latents to the teacher's predictions and features."),
+    "plan": ("pipeline.commands.plan", "Estimate what a cache will cost and what fits a budget."),
+    "download": (
+        "pipeline.commands.download",
+        "Download a list of image URLs and captions into tars with img2dataset.",
+    ),
+    "encode": ("pipeline.encode", "Encode images and captions into latents and prompt embeddings."),
+    "teacher-cache": ("pipeline.teacher_cache", "Run the teacher on latents and store its predictions and features."),
     "distill": ("pipeline.distill", "Train a student from a cache."),
-    "finetune": ("pipeline.commands.finetune", "Train a pipeline's U-Net on latents, whole or with LoRA."),
-    "sample": ("pipeline.commands.sample", "Pictures from a model, a teacher or a student."),
-    "evaluate": ("pipeline.commands.evaluate", "A student beside its teacher: cost, fidelity, quality."),
-    "export": ("pipeline.commands.export", "A model as a single file, as ONNX, or with int8 weights."),
+    "finetune": ("pipeline.commands.finetune", "Train a pipeline's U-Net on latents, in full or with LoRA."),
+    "sample": ("pipeline.commands.sample", "Generate images with any model, teacher or student."),
+    "evaluate": ("pipeline.commands.evaluate", "Compare a student with its teacher: cost, fidelity, quality."),
+    "export": ("pipeline.commands.export", "Export a model as a single file, as ONNX, or with int8 weights."),
     "verify": ("pipeline.commands.verify", "Check latents or a cache for damage."),
-    "inspect": ("pipeline.commands.inspect", "Show what latents or a cache hold."),
-    "demo-scenes": ("pipeline.commands.demo_scenes", "Captioned pictures of shapes, to try the stages on."),
-    "demo-teacher": ("pipeline.commands.demo_teacher", "Train the bundled demo teacher once more."),
+    "inspect": ("pipeline.commands.inspect", "Show the contents of latents or a cache."),
+    "demo-scenes": ("pipeline.commands.demo_scenes", "Write captioned images of shapes, to try the stages on."),
+    "demo-teacher": ("pipeline.commands.demo_teacher", "Retrain the bundled demo teacher."),
 }
 
 
 class LazyGroup(click.Group):
-    """Imports a stage only when it is asked for: `distill-sd --help` needs no torch."""
+    """Imports a command only when it is needed, so that `distill-sd --help` does not import torch."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -42,8 +45,8 @@ class LazyGroup(click.Group):
 def main() -> None:
     """Distil Stable Diffusion U-Nets into small, fast students, offline.
 
-    The three stages, in order: encode, teacher-cache, distill. Each resumes where it stopped when the
-    same command is run again.
+    The three stages, in order: encode, teacher-cache, distill. Rerun the same command to resume a stage
+    where it stopped.
     """
 
 

@@ -1,6 +1,6 @@
-"""Stage one, first half. Images + captions -> latents/: VAE latents and prompt embeddings, in shards.
+"""Stage one, first half. Images + captions -> latents/: VAE latents and conditioning, in shards.
 
-picture -> RGB -> square uint8 -> VAE posterior -> latents (sampled, scaled, fp16); caption -> prompt_embeds (fp16).
+image -> RGB -> square uint8 -> VAE posterior -> latents (sampled, scaled, fp16); caption -> prompt_embeds (fp16).
 """
 
 from __future__ import annotations
@@ -19,21 +19,16 @@ from diffusers import DiffusionPipeline
 from tqdm import tqdm
 
 from pipeline.cache import sizes
-from pipeline.cache.output import (
-    claim,
-    existing_manifest,
-    finished_sidecars,
-    range_of,
-    share_unfinished,
-    unfinished_shards,
-)
+from pipeline.cache.output import claim, existing_manifest, finished_sidecars, range_of, share_unfinished
 from pipeline.core import draws
 from pipeline.data.loading import Framing, LoadedImage, load_images, without_skipped
-from pipeline.data.source import DataSettings, OpenSource, Record, inputs_sha256, open_source
+from pipeline.data.records import Record, inputs_sha256
+from pipeline.data.settings import DataSettings
+from pipeline.data.source import OpenSource, open_source
 from pipeline.models.encoders import encode_images, latents_shape
-from pipeline.models.families.sd import count_truncated, encode_prompts
+from pipeline.models.families import Family
 from pipeline.models.hashing import library_versions, weights_sha256
-from pipeline.models.load import find_pipeline, load_base
+from pipeline.models.load import family_of, find_pipeline, load_base
 from pipeline.system.command import stage_command
 from pipeline.system.device import DTYPES, is_accelerator, process_state
 from pipeline.system.disk import format_bytes, free_bytes, require_space
@@ -44,9 +39,11 @@ from pipeline.system.threads import in_background
 from shards.codec import encode_npy
 from shards.files import atomic_file
 from shards.manifest import Manifest, refuse_other_spec
+from shards.plan import PlannedShard, ShardPlan, count_entries
 from shards.reader import read_sidecar
-from shards.schema import EMPTY_PROMPT, LATENTS, PROMPT_EMBEDS, image_key, shard_names, sidecar_name
-from shards.writer import EntryBuilder, is_finished, write_shard
+from shards.schema import LATENTS, conditioning_shapes, empty_prompt_file, image_key, sidecar_name, stated_shapes
+from shards.store import open_store
+from shards.writer import EntryBuilder, write_shard
 
 SKIPPED = "skipped.jsonl"
 
@@ -55,24 +52,26 @@ SKIPPED = "skipped.jsonl"
 class EncodeSettings(DataSettings, DeviceOptions, HubOptions):
     teacher: str = option(REQUIRED, "Stable Diffusion pipeline: a folder in diffusers layout, a hub's name, or demo.")
     out: Path = option(REQUIRED, "Directory to write the latents to.")
-    resolution: int = option(512, "Side of the square training pictures, in pixels.", ge=8)
-    center_crop: bool = option(False, "Crop the centre instead of a random place.")
-    random_flip: bool = option(False, "Mirror half of the pictures, drawn at random.")
-    batch_size: int = option(8, "Pictures in one forward pass.", ge=1)
+    resolution: int = option(512, "Side of the square training images, in pixels.", ge=8)
+    center_crop: bool = option(False, "Crop at the centre instead of a random position.")
+    random_flip: bool = option(False, "Mirror a random half of the images.")
+    batch_size: int = option(8, "Images per forward pass.", ge=1)
     dtype: str = option("fp32", "Precision of the VAE and the text encoder.", choices=tuple(DTYPES))
-    workers: int = option(4, "Threads that decode and resize pictures.", ge=1)
-    entries_per_shard: int = option(1000, "Pictures in one shard.", ge=1)
-    max_skipped: float = option(0.5, "Share of a shard's pictures that may be skipped; more stop the run.", ge=0, le=1)
-    retry_skipped: bool = option(False, "Write those shards again that lack a picture which can be read by now.")
-    shard_range: str | None = option(None, "Write only these of the planned shards, as 0:50: for jobs side by side.")
+    workers: int = option(4, "Threads that decode and resize images.", ge=1)
+    entries_per_shard: int = option(1000, "Images per shard.", ge=1)
+    max_skipped: float = option(0.5, "Largest share of a shard's images that may be skipped.", ge=0, le=1)
+    retry_skipped: bool = option(False, "Rewrite the shards that skipped an image which can be read now.")
+    shard_range: str | None = option(
+        None, "Write only these of the planned shards, such as 0:50, to split the work over several jobs."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         range_of(self.shard_range)
         if self.views > 1 and self.center_crop and not self.random_flip:
             raise UserError(
-                f"--views {self.views} with --center-crop gives the same pixels each time: "
-                "add --random-flip, or leave one of the two out"
+                f"--views {self.views} with --center-crop gives the same pixels every time. "
+                "Add --random-flip or drop one of the two."
             )
 
     @property
@@ -81,17 +80,17 @@ class EncodeSettings(DataSettings, DeviceOptions, HubOptions):
 
 
 def run(settings: EncodeSettings) -> None:
-    """Images and captions to latents and prompt embeddings, in shards."""
+    """Encode images and captions into latents and prompt embeddings, in shards."""
     state = process_state(settings.device)
     source = open_source(settings)
     folder = find_pipeline(settings.teacher, settings.revision, settings.variant)
-    base = load_base(folder, settings.variant)
-    spec = latents_spec(settings, source, base)
+    family, base = family_of(folder), load_base(folder, settings.variant)
+    spec = latents_spec(settings, source, folder, base)
     with state.main_process_first():
-        manifest = claim(settings.out, "latents", spec, files={EMPTY_PROMPT: empty_prompt_npy(base)})
+        manifest = claim(settings.out, "latents", spec, files=empty_prompt_files(base, family))
         if settings.retry_skipped and state.is_main_process:
-            take_up_skipped(source, settings, manifest)
-    unfinished, mine = share_unfinished(settings.out, manifest, state, settings.shard_range)
+            reopen_skipped(source, settings, manifest)
+    unfinished, own = share_unfinished(settings.out, manifest, state, settings.shard_range)
     if not unfinished:
         if state.is_main_process:
             report(settings.out, manifest, "already finished, nothing to do: ")
@@ -99,37 +98,37 @@ def run(settings: EncodeSettings) -> None:
 
     base.to(state.device, DTYPES[settings.dtype])
     base.vae.to(memory_format=torch.channels_last)
-    names = manifest.shard_names()
-    pictures = sum(len(shard_records(source, settings, names.index(shard))) for shard in unfinished)
-    require_space(settings.out, pictures * sizes.stored_bytes(entry_sizes(spec)), "give a smaller --resolution")
+    needed = count_entries(unfinished) * sizes.stored_bytes(entry_sizes(spec))
+    require_space(settings.out, needed, "use a smaller --resolution")
     if state.is_main_process:
         write_settings(settings.out, "encode", settings)
-        warn_truncated_captions(source, base)
-    planned = sum(len(shard_records(source, settings, names.index(shard))) for shard in mine)
-    with tqdm(total=planned, unit="image", desc="encode", disable=not state.is_main_process) as progress:
-        for shard in mine:
+        warn_truncated_captions(source, base, family)
+    with tqdm(total=count_entries(own), unit="image", desc="encode", disable=not state.is_main_process) as progress:
+        for shard in own:
             skipped: list[dict[str, str]] = []
-            entries = shard_entries(source, settings, names.index(shard), base, skipped, progress.update)
+            entries = shard_entries(source, settings, shard, base, family, skipped, progress.update)
             if is_accelerator(state.device):
                 entries = in_background(entries, 2 * settings.batch_size)
-            write_shard(settings.out, shard, manifest.spec_sha256, entries, skipped)
+            write_shard(open_store(settings.out), shard.name, manifest.spec_sha256, entries, skipped)
     state.wait_for_everyone()
     if state.is_main_process:
         report(settings.out, manifest, "")
 
 
-def warn_truncated_captions(source: OpenSource, base: DiffusionPipeline) -> None:
-    """Tell how many captions the text encoder does not take in whole."""
-    cut = count_truncated(base, [record.caption for record in source.records])
-    if cut:
+def warn_truncated_captions(source: OpenSource, base: DiffusionPipeline, family: Family) -> None:
+    """Print how many captions are longer than the text encoder reads."""
+    truncated = family.count_truncated(base, [record.caption for record in source.records])
+    if truncated:
         tokens = base.tokenizer.model_max_length
-        click.echo(f"note: {cut} of {len(source.records)} captions are longer than {tokens} tokens, and cut there")
+        click.echo(f"note: {truncated} of {len(source.records)} captions exceed {tokens} tokens and were truncated")
 
 
-def latents_spec(settings: EncodeSettings, source: OpenSource, base: DiffusionPipeline) -> dict[str, Any]:
-    """What the latents are, apart from how they are computed."""
+def latents_spec(settings: EncodeSettings, source: OpenSource, folder: Path, base: DiffusionPipeline) -> dict[str, Any]:
+    """What the latents are, whatever computes them."""
+    family = family_of(folder)
     return {
         "stage": "latents",
+        **family.spec,
         "entries": len(source.records),
         "entries_per_shard": settings.entries_per_shard,
         "inputs_sha256": inputs_sha256(source.records),
@@ -138,93 +137,94 @@ def latents_spec(settings: EncodeSettings, source: OpenSource, base: DiffusionPi
         "center_crop": settings.center_crop,
         "random_flip": settings.random_flip,
         "dtype": settings.dtype,
-        "latents_shape": latents_shape(base.vae, settings.resolution),
-        "prompt_embeds_shape": (base.tokenizer.model_max_length, base.text_encoder.config.hidden_size),
+        **stated_shapes(latents_shape(base.vae, settings.resolution), family.conditioning_shapes(folder)),
         "scaling_factor": base.vae.config.scaling_factor,
-        "vae_sha256": weights_sha256(base.vae),
-        "text_encoder_sha256": weights_sha256(base.text_encoder),
+        **{f"{part}_sha256": weights_sha256(getattr(base, part)) for part in family.encoders},
         "libraries": library_versions(),
     }
 
 
-def shard_records(source: OpenSource, settings: EncodeSettings, shard: int) -> list[tuple[int, Record]]:
-    """(place in the whole input, record) of one shard."""
-    first = shard * settings.entries_per_shard
-    return list(enumerate(source.records[first : first + settings.entries_per_shard], first))
+def shard_records(source: OpenSource, shard: PlannedShard) -> list[tuple[int, Record]]:
+    """(place in the input, record) for each image of a shard."""
+    return [(index, source.records[index]) for index in shard.indices]
 
 
-def take_up_skipped(source: OpenSource, settings: EncodeSettings, manifest: Manifest) -> None:
-    """Let the finished shards count as unfinished that lack a picture which can be read by now."""
-    names = manifest.shard_names()
-    for shard in names[range_of(settings.shard_range)]:
-        if not is_finished(settings.out, shard):
+def reopen_skipped(source: OpenSource, settings: EncodeSettings, manifest: Manifest) -> None:
+    """Mark the finished shards as unfinished that skipped an image which can be read now."""
+    store, part = open_store(settings.out), range_of(settings.shard_range)
+    unfinished = set(manifest.plan.unfinished(store, part))
+    for shard in manifest.plan.shards[part]:
+        if shard in unfinished:
             continue
-        lacking = {item["source_id"] for item in read_sidecar(settings.out, shard, manifest.spec_sha256).skipped}
-        records = shard_records(source, settings, names.index(shard))
-        again = [record for record in records if record[1].source_id in lacking]
-        found = [item for item in load_images(source, settings.framing, again, 1, 1) if item.problem is None]
+        missing = {item["source_id"] for item in read_sidecar(store, shard.name, manifest.spec_sha256).skipped}
+        records = [record for record in shard_records(source, shard) if record[1].source_id in missing]
+        found = [image for image in load_images(source, settings.framing, records, 1, 1) if image.problem is None]
         if found:
-            click.echo(f"{shard} is written again: {len(found)} of its {len(lacking)} skipped pictures can be read now")
-            (settings.out / sidecar_name(shard)).unlink()
+            click.echo(f"rewriting {shard.name}: {len(found)} of its {len(missing)} skipped images can be read now")
+            store.delete(sidecar_name(shard.name))
 
 
 def shard_entries(
     source: OpenSource,
     settings: EncodeSettings,
-    shard: int,
+    shard: PlannedShard,
     base: DiffusionPipeline,
+    family: Family,
     skipped: list[dict[str, str]],
     advance: Callable[[int], Any],
 ) -> Iterator[EntryBuilder]:
-    """The entries of one shard; what has no pixels goes to `skipped`. Batches end with the shard."""
-    records = shard_records(source, settings, shard)
+    """The entries of one shard. Images without pixels are appended to `skipped`. No batch crosses a shard."""
+    records = shard_records(source, shard)
     ahead = 2 * max(settings.batch_size, settings.workers)
     loaded = load_images(source, settings.framing, records, settings.workers, ahead)
     readable = without_skipped(loaded, skipped, settings.max_skipped * len(records), advance)
     while batch := list(itertools.islice(readable, settings.batch_size)):
-        yield from encode_batch(batch, settings, base)
+        yield from encode_batch(batch, settings, base, family)
         advance(len(batch))
 
 
 @torch.inference_mode()
-def encode_batch(batch: list[LoadedImage], settings: EncodeSettings, base: DiffusionPipeline) -> list[EntryBuilder]:
+def encode_batch(
+    batch: list[LoadedImage], settings: EncodeSettings, base: DiffusionPipeline, family: Family
+) -> list[EntryBuilder]:
     """One forward pass of the VAE's encoder and one of the text encoder."""
     shape = latents_shape(base.vae, settings.resolution)
-    ids = [item.record.source_id for item in batch]
-    drawn = [draws.standard_normal(settings.seed, name, 0, "posterior", shape) for name in ids]
-    pixels = torch.from_numpy(np.stack([item.pixels for item in batch]))
-    latents = encode_images(base.vae, pixels, torch.from_numpy(np.stack(drawn)))
-    prompt_embeds = encode_prompts(base, [item.record.caption for item in batch])
-    stored = {LATENTS: latents.half().cpu().numpy(), PROMPT_EMBEDS: prompt_embeds.half().cpu().numpy()}
+    ids = [image.record.source_id for image in batch]
+    noise = [draws.standard_normal(settings.seed, source_id, 0, "posterior", shape) for source_id in ids]
+    pixels = torch.from_numpy(np.stack([image.pixels for image in batch]))
+    latents = encode_images(base.vae, pixels, torch.from_numpy(np.stack(noise)))
+    conditioning = family.encode_prompts(base, [image.record.caption for image in batch])
+    stored = {name: t.half().cpu().numpy() for name, t in {LATENTS: latents, **conditioning}.items()}
     return [
-        entry_of(item, {name: array[i] for name, array in stored.items()}, settings) for i, item in enumerate(batch)
+        new_entry(image, {name: array[i] for name, array in stored.items()}, settings) for i, image in enumerate(batch)
     ]
 
 
-def entry_of(item: LoadedImage, arrays: dict[str, np.ndarray], settings: EncodeSettings) -> EntryBuilder:
-    record = item.record
+def new_entry(image: LoadedImage, arrays: dict[str, np.ndarray], settings: EncodeSettings) -> EntryBuilder:
+    record = image.record
     entry = EntryBuilder(
-        image_key(item.index),
-        {"source_id": record.source_id, "caption": record.caption, "crop": item.crop.as_json()},
+        image_key(image.index),
+        {"source_id": record.source_id, "caption": record.caption, "crop": image.crop.as_json()},
     )
     for name, array in arrays.items():
         if not np.isfinite(array).all():
             raise UserError(
-                f"the {name} of {record.source_id} hold NaN or Inf in {settings.dtype}, or do not fit fp16: "
-                "run with --dtype fp32, or take the image out"
+                f"the {name} of {record.source_id} contain NaN or Inf in {settings.dtype}, or do not fit in fp16. "
+                "Run with --dtype fp32, or remove the image."
             )
         entry.add_array(name, array)
     return entry
 
 
 @torch.inference_mode()
-def empty_prompt_npy(base: DiffusionPipeline) -> bytes:
-    """The embedding (L, D) fp16 of the empty prompt, which the teacher stage gives to unconditional entries."""
-    return encode_npy(encode_prompts(base, [""])[0].half().numpy())
+def empty_prompt_files(base: DiffusionPipeline, family: Family) -> dict[str, bytes]:
+    """The conditioning of the empty prompt, fp16, as files by name. Unconditional entries get it."""
+    empty = family.encode_prompts(base, [""])
+    return {empty_prompt_file(name): encode_npy(tensor[0].half().numpy()) for name, tensor in empty.items()}
 
 
 def report(out: Path, manifest: Manifest, prefix: str) -> None:
-    """Say what the directory holds and list what was skipped. Raises UserError if nothing was encoded."""
+    """Print what the directory holds, and list skipped images. Raises UserError if nothing was encoded."""
     sidecars = finished_sidecars(out, manifest)
     if sidecars is None:
         return
@@ -233,8 +233,8 @@ def report(out: Path, manifest: Manifest, prefix: str) -> None:
     with atomic_file(out / SKIPPED) as stream:
         stream.writelines(json.dumps(item, ensure_ascii=False).encode() + b"\n" for item in skipped)
     if not encoded:
-        raise UserError(f"none of the {len(skipped)} images could be read: the reasons are in {out / SKIPPED}")
-    listed = f", {len(skipped)} skipped (reasons in {out / SKIPPED})" if skipped else ""
+        raise UserError(f"none of the {len(skipped)} images could be read. See {out / SKIPPED} for the reasons.")
+    listed = f", {len(skipped)} skipped (see {out / SKIPPED} for the reasons)" if skipped else ""
     size = sum(sidecar.bytes for sidecar in sidecars)
     click.echo(f"{prefix}{out} holds {encoded} images in {len(sidecars)} shards, {size / 1e6:.1f} MB{listed}")
 
@@ -243,22 +243,21 @@ def plan(settings: EncodeSettings) -> list[str]:
     """What a run would write."""
     source = open_source(settings)
     folder = find_pipeline(settings.teacher, settings.revision, settings.variant)
-    base = load_base(folder, settings.variant)
-    spec = latents_spec(settings, source, base)
+    spec = latents_spec(settings, source, folder, load_base(folder, settings.variant))
     found = existing_manifest(settings.out, "latents")
     if found is not None:
         refuse_other_spec(settings.out, found.spec, spec)
-    shards = shard_names(spec["entries"], spec["entries_per_shard"])
-    left = shards if found is None else unfinished_shards(settings.out, found)
+    shards = ShardPlan(spec["entries"], spec["entries_per_shard"])
+    left = shards.unfinished(open_store(settings.out))
     return [
         f"entries: {spec['entries']} in {len(shards)} shards, {len(left)} of them still to write",
         *sizes.lines(entry_sizes(spec), spec["entries"]),
-        f"free where it goes: {format_bytes(free_bytes(settings.out))}",
+        f"free on that disk: {format_bytes(free_bytes(settings.out))}",
     ]
 
 
 def entry_sizes(spec: dict[str, Any]) -> dict[str, int]:
-    return sizes.latents_entry(spec["latents_shape"], spec["prompt_embeds_shape"])
+    return sizes.latents_entry(spec["latents_shape"], conditioning_shapes(spec))
 
 
 command = stage_command("encode", EncodeSettings, plan, run)

@@ -1,6 +1,6 @@
 """Stage one, second half. latents/ -> cache/: the teacher's predictions and features at sampled timesteps.
 
-(latents, prompt_embeds) x rounds -> the teacher's answers -> entries, in shards.
+(latents, conditioning) x rounds -> the teacher's targets -> entries, in shards.
 """
 
 from __future__ import annotations
@@ -18,19 +18,20 @@ from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from tqdm import tqdm
 
 from pipeline.cache import sizes
-from pipeline.cache.latents import check_encoders, open_latents
+from pipeline.cache.latents import check_encoders, open_latents, unconditional_conditioning
 from pipeline.cache.output import claim, existing_manifest, finished_sidecars, range_of, share_unfinished
 from pipeline.cache.settings import CacheFormat
 from pipeline.cache.targets import BatchTargets, Teacher, compress_targets, run_teacher
 from pipeline.core.diffusion import PREDICTION_TYPES
-from pipeline.core.taps import Taps, token_stride
+from pipeline.core.taps import Taps
 from pipeline.models.checksums import write_checksums
-from pipeline.models.families.sd import LEVELS, check_teacher, student_config, student_weights, teacher_taps
+from pipeline.models.families import LEVELS, family_of_spec
 from pipeline.models.hashing import library_versions, weights_sha256
 from pipeline.models.load import find_pipeline, load_base, load_noise_scheduler, load_unet, unet_config
 from pipeline.models.provenance import write_origin
 from pipeline.models.save import save_base
 from pipeline.models.shapes import tap_shapes
+from pipeline.models.students import initialised_student, teacher_taps
 from pipeline.sampling.generate import SAMPLES, Sampler, save_images
 from pipeline.sampling.process import PipelineRef, generate_in_process
 from pipeline.system.command import stage_command
@@ -40,14 +41,15 @@ from pipeline.system.errors import UserError
 from pipeline.system.options import HubOptions, PrecisionOptions
 from pipeline.system.settings import REQUIRED, option, write_settings
 from pipeline.system.threads import in_background, ordered_map
-from shards.codec import decode_npy
 from shards.files import atomic_directory
-from shards.manifest import Manifest, read_file, refuse_other_spec
+from shards.manifest import Manifest, refuse_other_spec
+from shards.plan import PlannedShard, count_entries
 from shards.reader import ShardSet
-from shards.schema import EMPTY_PROMPT, LATENTS, PROMPT_EMBEDS, shard_names
+from shards.schema import LATENTS, conditioning_shapes
+from shards.store import open_store
 from shards.writer import EntryBuilder, write_shard
 
-# Threads that compress what the teacher said; zstd lets go of the interpreter's lock.
+# Threads that compress the teacher's targets. zstd releases the interpreter's lock.
 PACKERS = 2
 
 
@@ -57,28 +59,30 @@ class TeacherCacheSettings(CacheFormat, PrecisionOptions, HubOptions):
     latents: Path = option(REQUIRED, "Directory that `encode` wrote.")
     out: Path = option(REQUIRED, "Directory to write the cache to.")
     rounds: int = option(4, "Passes over the latents, each with its own noise and timesteps.", ge=1)
-    samples: int = option(8, "Pictures to draw with the teacher, for the students' reports; 0 draws none.", ge=0)
-    samples_guidance: float = option(7.0, "Classifier-free guidance of those pictures.", ge=1.0)
-    batch_size: int = option(8, "Entries in one forward pass.", ge=1)
-    seed: int = option(0, "Seed of noise, timesteps, dither and what is drawn beside.", ge=0)
-    noise_offset: float = option(0.0, "Strength of a noise offset for each channel.", ge=0.0)
-    input_perturbation: float = option(0.0, "Strength of noise in the input that is not to be predicted.", ge=0.0)
+    samples: int = option(8, "Images to generate with the teacher for the students' reports; 0 for none.", ge=0)
+    samples_guidance: float = option(7.0, "Classifier-free guidance of those images.", ge=1.0)
+    batch_size: int = option(8, "Entries per forward pass.", ge=1)
+    seed: int = option(0, "Seed for noise, timesteps, dither and all other random draws.", ge=0)
+    noise_offset: float = option(0.0, "Standard deviation of an offset added to each channel of the noise.", ge=0.0)
+    input_perturbation: float = option(0.0, "Strength of extra input noise that is not part of the target.", ge=0.0)
     uncond_fraction: float = option(0.0, "Share of entries that get the empty prompt.", ge=0.0, le=1.0)
     prediction_type: str | None = option(
-        None, "What the teacher predicts; by default what its scheduler says.", choices=PREDICTION_TYPES
+        None, "The teacher's prediction type; by default as in its scheduler's config.", choices=PREDICTION_TYPES
     )
-    entries_per_shard: int = option(250, "Entries in one shard.", ge=1)
-    shard_range: str | None = option(None, "Write only these of the planned shards, as 0:50: for jobs side by side.")
+    entries_per_shard: int = option(250, "Entries per shard.", ge=1)
+    shard_range: str | None = option(
+        None, "Write only these of the planned shards, such as 0:50, to split the work over several jobs."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.students:
-            raise UserError(f"--students names no level; choose of {', '.join(LEVELS)}")
+            raise UserError(f"--students names no level. Choose from {', '.join(LEVELS)}.")
         range_of(self.shard_range)
 
 
 def run(settings: TeacherCacheSettings) -> None:
-    """Latents to the teacher's predictions and features, in rounds."""
+    """Run the teacher on latents, in rounds, and store its predictions and features."""
     state = process_state(settings.device)
     latents = open_latents(settings.latents)
     folder = find_pipeline(settings.teacher, settings.revision, settings.variant)
@@ -88,50 +92,55 @@ def run(settings: TeacherCacheSettings) -> None:
     spec = cache_spec(settings, latents, unet, noise_scheduler, state.device)
     with state.main_process_first():
         manifest = claim(settings.out, "cache", spec, rounds=settings.rounds)
-        save_what_students_need(settings, base, unet, noise_scheduler)
+        save_students(settings, base, unet, noise_scheduler)
         write_origin(settings.out, settings.teacher, folder, settings.revision, settings.latents)
     del base
-    unfinished, mine = share_unfinished(settings.out, manifest, state, settings.shard_range)
-    # Of jobs side by side none knows whether it is the last: the pictures are left to a run without a range.
+    unfinished, own = share_unfinished(settings.out, manifest, state, settings.shard_range)
+    # None of several jobs knows whether it is the last, so the images are left to a run without a range.
     wants_samples = settings.samples > 0 and not settings.shard_range and not (settings.out / SAMPLES).is_dir()
     if not unfinished and not wants_samples:
         if state.is_main_process:
             report(settings.out, manifest, "already finished, nothing to do: ")
         return
 
-    entries = sum(len(place_of(manifest, shard)[1]) for shard in unfinished)
-    stored = sizes.stored_bytes(entry_sizes(latents.manifest.spec, spec["taps"], settings))
-    require_space(settings.out, entries * stored, "give fewer --rounds, a lower --snr-db or a larger --token-stride")
+    needed = count_entries(unfinished) * sizes.stored_bytes(entry_sizes(latents.manifest.spec, spec["taps"], settings))
+    require_space(settings.out, needed, "use fewer --rounds, a lower --snr-db or a larger --token-stride")
     if state.is_main_process:
         write_settings(settings.out, "teacher-cache", settings)
     dtype = DTYPES[spec["dtype"]]
     unet.to(state.device, dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
     teacher = Teacher(
         unet,
+        family_of_spec(spec),
         Taps(unet, spec["taps"]),
         noise_scheduler.alphas_cumprod.to(state.device),
-        decode_npy(read_file(settings.latents, latents.manifest, EMPTY_PROMPT)),
+        unconditional_conditioning(latents),
     )
-    planned = sum(len(place_of(manifest, shard)[1]) for shard in mine)
-    with tqdm(total=planned, unit="entry", desc="teacher-cache", disable=not state.is_main_process) as progress:
-        entries = cache_entries(mine, manifest, latents, teacher, settings)
-        for shard, own in itertools.groupby(entries, key=lambda pair: pair[0]):
-            write_shard(settings.out, shard, manifest.spec_sha256, counted(own, progress.update), [])
+    with tqdm(
+        total=count_entries(own), unit="entry", desc="teacher-cache", disable=not state.is_main_process
+    ) as progress:
+        entries = cache_entries(own, manifest, latents, teacher, settings)
+        for shard, of_shard in itertools.groupby(entries, key=lambda pair: pair[0]):
+            write_shard(open_store(settings.out), shard, manifest.spec_sha256, counted(of_shard, progress.update), [])
     state.wait_for_everyone()
     if state.is_main_process:
         if wants_samples:
             del teacher, unet
-            model = PipelineRef(settings.out / "base", folder / "unet", state.device, dtype, settings.variant)
-            save_teacher_samples(settings, latents, model)
+            pipeline = PipelineRef(settings.out / "base", folder / "unet", state.device, dtype, settings.variant)
+            save_teacher_samples(settings, latents, pipeline)
         report(settings.out, manifest, "")
 
 
-def save_teacher_samples(settings: TeacherCacheSettings, latents: ShardSet, model: PipelineRef) -> None:
-    """Pictures of the teacher in the cache, of captions spread over the input: students are shown beside them."""
+def save_teacher_samples(settings: TeacherCacheSettings, latents: ShardSet, pipeline: PipelineRef) -> None:
+    """Generate images with the teacher into the cache, from captions spread over the input.
+
+    Students' reports show them next to their own.
+    """
     chosen = np.linspace(0, len(latents) - 1, min(settings.samples, len(latents))).astype(int)
     prompts = [latents.read(int(i), ()).meta["caption"] for i in chosen]
     sampler = Sampler(guidance_scale=settings.samples_guidance)
-    save_images(generate_in_process(model, prompts, sampler, "teacher's samples"), sampler, settings.out / SAMPLES)
+    images = generate_in_process(pipeline, prompts, sampler, "teacher's samples")
+    save_images(images, sampler, settings.out / SAMPLES)
 
 
 def cache_spec(
@@ -141,12 +150,12 @@ def cache_spec(
     noise_scheduler: DDPMScheduler,
     device: torch.device,
 ) -> dict[str, Any]:
-    """What the entries are. `strata` is the number of rounds of the first run and never changes after."""
+    """What the entries are. `strata` is the number of rounds of the first run and never changes."""
     prediction_type = noise_scheduler.config.prediction_type
     if prediction_type not in PREDICTION_TYPES:
         raise UserError(
-            f"the teacher's scheduler says prediction type {prediction_type!r}; "
-            f"set --prediction-type to one of {', '.join(PREDICTION_TYPES)}"
+            f"the teacher's scheduler has prediction type {prediction_type!r}, which is not supported. "
+            f"Set --prediction-type to one of {', '.join(PREDICTION_TYPES)}."
         )
     found = existing_manifest(settings.out, "cache")
     config = dict(noise_scheduler.config)
@@ -171,29 +180,28 @@ def cache_spec(
 
 
 def wanted_taps(taps: dict[str, Any], found: Manifest | None) -> dict[str, Any]:
-    """The taps of the spec: those of a cache that is there, when it already holds all that are wanted."""
+    """The taps of the spec: those of the existing cache, if it already has all that are wanted."""
     stored = found.spec["taps"] if found else {}
     return stored if all(stored.get(tap) == tap_spec for tap, tap_spec in taps.items()) else taps
 
 
 def tap_specs(settings: TeacherCacheSettings, latents: ShardSet, config: dict[str, Any]) -> dict[str, Any]:
-    """For each tap: `shape` (C, H, W) of the module's output, and the `stride` of its token sampling."""
+    """The taps of the cache's spec. Raises UserError for a teacher that the levels do not fit."""
+    spec = latents.manifest.spec
+    family = family_of_spec(spec)
     try:
-        check_teacher(config)
+        family.check(config)
     except ValueError as error:
         raise UserError(f"--teacher {settings.teacher}: {error}") from None
-    spec = latents.manifest.spec
-    shapes = tap_shapes(config, spec["latents_shape"], spec["prompt_embeds_shape"], teacher_taps(settings.students))
-    return {
-        tap: {"shape": list(s), "stride": token_stride(s[1], s[2], settings.token_stride, settings.token_min)}
-        for tap, s in shapes.items()
-    }
+    taps = teacher_taps(settings.students)
+    shapes = tap_shapes(config, spec["latents_shape"], conditioning_shapes(spec), taps, family)
+    return settings.tap_specs(shapes)
 
 
-def save_what_students_need(
+def save_students(
     settings: TeacherCacheSettings, base: DiffusionPipeline, unet: UNet2DConditionModel, noise_scheduler: DDPMScheduler
 ) -> None:
-    """base/ and students/<level>/ in the cache, each whole with its checksums or not at all, unless it is there."""
+    """Write base/ and students/<level>/ to the cache, each with its checksums, unless they exist."""
     if not (settings.out / "base").is_dir():
         save_base(base, noise_scheduler, settings.out / "base")
     teacher_weights = unet.state_dict()
@@ -201,11 +209,8 @@ def save_what_students_need(
         folder = settings.out / "students" / level
         if folder.is_dir():
             continue
-        with torch.device("meta"):
-            student = UNet2DConditionModel.from_config(student_config(dict(unet.config), level))
-        shapes = {name: tuple(tensor.shape) for name, tensor in student.state_dict().items()}
         try:
-            student.load_state_dict(student_weights(shapes, teacher_weights, level), strict=True, assign=True)
+            student = initialised_student(dict(unet.config), teacher_weights, level)
         except ValueError as error:
             raise UserError(f"--teacher {settings.teacher}: {error}") from None
         with atomic_directory(folder, exist_ok=True) as temporary:
@@ -213,37 +218,32 @@ def save_what_students_need(
             write_checksums(temporary)
 
 
-def place_of(manifest: Manifest, shard: str) -> tuple[int, range]:
-    """The round of a shard, and the entries of the latents it is made from."""
-    entries, size = manifest.spec["entries"], manifest.spec["entries_per_shard"]
-    round_index, place = divmod(manifest.shard_names().index(shard), len(shard_names(entries, size)))
-    return round_index, range(place * size, min((place + 1) * size, entries))
-
-
 def cache_entries(
-    shards: list[str], manifest: Manifest, latents: ShardSet, teacher: Teacher, settings: TeacherCacheSettings
+    shards: list[PlannedShard], manifest: Manifest, latents: ShardSet, teacher: Teacher, settings: TeacherCacheSettings
 ) -> Iterator[tuple[str, EntryBuilder]]:
     """(shard, entry) of the shards in order. While a GPU computes a batch, the ones before it are compressed."""
+    tensors = [LATENTS, *conditioning_shapes(latents.manifest.spec)]
 
-    def answers() -> Iterator[tuple[str, BatchTargets]]:
+    def targets() -> Iterator[tuple[str, BatchTargets]]:
         for shard in shards:
-            round_index, indices = place_of(manifest, shard)
-            for first in range(0, len(indices), settings.batch_size):
-                chosen = indices[first : first + settings.batch_size]
-                samples = [latents.read(i, (LATENTS, PROMPT_EMBEDS)) for i in chosen]
-                yield shard, run_teacher(samples, round_index, manifest.spec, teacher)
+            assert shard.round is not None
+            for first in range(0, len(shard.indices), settings.batch_size):
+                chosen = shard.indices[first : first + settings.batch_size]
+                images = [latents.read(i, tensors) for i in chosen]
+                yield shard.name, run_teacher(images, shard.round, manifest.spec, teacher)
 
+    compressed: Iterable[tuple[str, list[EntryBuilder]]]
     if is_accelerator(teacher.unet.device):
-        compressed = ordered_map(compress, in_background(answers(), 2), PACKERS, PACKERS + 1)
+        compressed = ordered_map(compress, in_background(targets(), 2), PACKERS, PACKERS + 1)
     else:
-        compressed = map(compress, answers())
+        compressed = map(compress, targets())
     for shard, entries in compressed:
         yield from ((shard, entry) for entry in entries)
 
 
-def compress(answer: tuple[str, BatchTargets]) -> tuple[str, list[EntryBuilder]]:
+def compress(targets: tuple[str, BatchTargets]) -> tuple[str, list[EntryBuilder]]:
     """The finished entries of a batch, with the shard that they belong to."""
-    shard, batch = answer
+    shard, batch = targets
     return shard, compress_targets(batch)
 
 
@@ -254,7 +254,7 @@ def counted(entries: Iterable[tuple[str, EntryBuilder]], advance: Callable[[int]
 
 
 def report(out: Path, manifest: Manifest, prefix: str) -> None:
-    """Say what the cache holds."""
+    """Print what the cache holds."""
     sidecars = finished_sidecars(out, manifest)
     if sidecars is None:
         return
@@ -278,14 +278,14 @@ def plan(settings: TeacherCacheSettings) -> list[str]:
     return [
         f"entries: {len(latents)} images x {settings.rounds} rounds = {entries}",
         *sizes.lines(entry_sizes(latents.manifest.spec, taps, settings), entries),
-        f"free where it goes: {format_bytes(free_bytes(settings.out))}",
-        "beside them: the teacher's other parts and the students' initial weights",
+        f"free on that disk: {format_bytes(free_bytes(settings.out))}",
+        "plus the rest of the teacher's pipeline and the students' initial weights",
         f"teacher forward passes: {entries}, in batches of {settings.batch_size}",
     ]
 
 
 def entry_sizes(latents_spec: dict[str, Any], taps: dict[str, Any], settings: TeacherCacheSettings) -> dict[str, int]:
-    shapes = latents_spec["latents_shape"], latents_spec["prompt_embeds_shape"]
+    shapes = latents_spec["latents_shape"], conditioning_shapes(latents_spec)
     return sizes.cache_entry(*shapes, taps, settings.codec, settings.snr_db, settings.input_perturbation > 0)
 
 

@@ -1,14 +1,13 @@
-"""Entries as training batches: a map-style dataset, the order of an epoch, and the collating.
+"""Entries as training batches: a map-style dataset, the order of an epoch, and collation.
 
-Loader workers read, check and decompress; what they hand over is still quantised, and becomes float32
-on the device, in the step.
+Loader workers read, check and decompress. Features stay quantised until the training step, which decodes them to
+float32 on the device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,11 +17,12 @@ from torch.utils.data import Dataset
 
 from shards import device_codec
 from shards.reader import ShardSet, StoredEntry
-from shards.schema import INPUT_NOISE, LATENTS, NOISE, PROMPT_EMBEDS, TEACHER_PRED, ShardError, tap_member
+from shards.schema import INPUT_NOISE, LATENTS, NOISE, TEACHER_PRED, ShardError, conditioning_shapes, tap_member
+from shards.store import Store
 
 
-def _map_tensors(value: Any, function) -> Any:
-    """A copy of a batch in which `function` was applied to every tensor, one level of dict deep or more."""
+def _map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """A copy of a batch with `function` applied to every tensor in it."""
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, dict):
@@ -37,9 +37,9 @@ def _map_tensors(value: Any, function) -> Any:
 class Feature:
     """One tap of a batch, as stored.
 
-    `values` (B, C, h, w): floats when exact, integers when quantised, then with `mu` (B, C) and `step`
-    (B,) float32 and the dither `offsets`. With `stride` s > 1 it holds one position of each s x s cell
-    of the full map: row and column `rows`, `columns`. These three lists (B,) stay on the host.
+    `values` (B, C, h, w) are floats if exact. If quantised they are integers, with `mu` (B, C) and `quant_step` (B,)
+    float32 and the dither's `offsets`. With `stride` s > 1 they are one position per s x s cell of the full map, at
+    row and column `rows`, `columns` of each cell. `offsets`, `rows` and `columns` have B items and stay on the host.
     """
 
     values: Tensor
@@ -47,29 +47,30 @@ class Feature:
     columns: tuple[int, ...]
     stride: int
     mu: Tensor | None = None
-    step: Tensor | None = None
+    quant_step: Tensor | None = None
     offsets: tuple[int, ...] | None = None
 
     def decode(self) -> Tensor:
-        """(B, C, h, w) float32, on the device that the values are on."""
-        if self.mu is None:
+        """(B, C, h, w) float32, on the device of the values."""
+        if self.mu is None or self.quant_step is None or self.offsets is None:
             return self.values.float()
-        return device_codec.dequantise(self.values, self.mu, self.step, self.offsets)
+        return device_codec.dequantise(self.values, self.mu, self.quant_step, self.offsets)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """B entries. Tensors as stored: latents, noise, teacher_pred (B, C, H, W), prompt_embeds (B, L, D).
+    """B entries, their tensors as stored: latents, noise, teacher_pred (B, C, H, W), timesteps (B,) int64.
 
-    `timesteps` (B,) int64. `features` by the teacher's tap name. `input_noise` is what was added to the latents where
-    that is not the noise (see `draws.perturbed`).
+    `conditioning` holds the U-Net's other inputs by name, such as prompt_embeds (B, L, D); `features` the taps by the
+    teacher's tap name. `input_noise` is the noise that was added to the latents, if that is not `noise` (see
+    `draws.perturbed`).
     """
 
     keys: tuple[str, ...]
     timesteps: Tensor
     latents: Tensor
     noise: Tensor
-    prompt_embeds: Tensor
+    conditioning: dict[str, Tensor]
     teacher_pred: Tensor | None
     features: dict[str, Feature]
     input_noise: Tensor | None = None
@@ -86,27 +87,30 @@ class Batch:
 
 
 class CacheDataset(Dataset):
-    """The entries of a cache, with only the taps named. `with_teacher_pred` False leaves that unread.
+    """The entries of a cache, of which only the named taps are read, and teacher_pred unless `with_teacher_pred` is
+    False.
 
-    `rounds` N takes the first N rounds alone, which may be all that is finished.
+    `rounds` N uses the first N rounds only; later ones may still be unfinished.
     """
 
     def __init__(
-        self, cache: Path, taps: Sequence[str], with_teacher_pred: bool = True, rounds: int | None = None
+        self, cache: Store, taps: Sequence[str], with_teacher_pred: bool = True, rounds: int | None = None
     ) -> None:
         self.shards = ShardSet(cache, "cache", rounds)
         known = self.shards.manifest.spec["taps"]
         absent = [tap for tap in taps if tap not in known]
         if absent:
             raise ShardError(
-                f"{cache} holds no features of {', '.join(absent)}: "
-                "make a cache with `distill-sd teacher-cache --students` naming every level that it shall serve"
+                f"{cache} has no features of {', '.join(absent)}. "
+                "Make a cache with `distill-sd teacher-cache --students` and every level it must serve."
             )
         if not len(self.shards):
-            raise ShardError(f"{cache} holds no entries: every image was skipped when its latents were encoded")
+            raise ShardError(f"{cache} has no entries: `encode` skipped every image. See skipped.jsonl in its output.")
         self.taps = tuple(taps)
         optional = {TEACHER_PRED: with_teacher_pred, INPUT_NOISE: self.shards.manifest.spec.get("input_perturbation")}
-        self.tensors = [LATENTS, NOISE, PROMPT_EMBEDS, *(name for name, wanted in optional.items() if wanted)]
+        self.conditioning = list(conditioning_shapes(self.shards.manifest.spec))
+        stored = [LATENTS, NOISE, *self.conditioning]
+        self.tensors = [*stored, *(name for name, wanted in optional.items() if wanted)]
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -114,47 +118,48 @@ class CacheDataset(Dataset):
     def __getitem__(self, index: int) -> StoredEntry:
         return self.shards.read(index, [*self.tensors, *map(tap_member, self.taps)])
 
-    def collate(self, samples: list[StoredEntry]) -> Batch:
-        def stack(name: str) -> Tensor | None:
-            if name not in self.tensors:
-                return None
-            return torch.from_numpy(np.stack([sample.tensors[name].values for sample in samples]))
-
+    def collate(self, entries: list[StoredEntry]) -> Batch:
+        stacked = stack_tensors(entries, self.tensors)
         return Batch(
-            keys=tuple(sample.key for sample in samples),
-            timesteps=torch.tensor([sample.meta["timestep"] for sample in samples]),
-            latents=stack(LATENTS),
-            noise=stack(NOISE),
-            prompt_embeds=stack(PROMPT_EMBEDS),
-            teacher_pred=stack(TEACHER_PRED),
-            features={tap: self._collate_tap(samples, tap) for tap in self.taps},
-            input_noise=stack(INPUT_NOISE),
+            keys=tuple(entry.key for entry in entries),
+            timesteps=torch.tensor([entry.meta["timestep"] for entry in entries]),
+            latents=stacked[LATENTS],
+            noise=stacked[NOISE],
+            conditioning={name: stacked[name] for name in self.conditioning},
+            teacher_pred=stacked.get(TEACHER_PRED),
+            features={tap: self._collate_tap(entries, tap) for tap in self.taps},
+            input_noise=stacked.get(INPUT_NOISE),
         )
 
-    def _collate_tap(self, samples: list[StoredEntry], tap: str) -> Feature:
+    def _collate_tap(self, entries: list[StoredEntry], tap: str) -> Feature:
         member = tap_member(tap)
-        records = [sample.meta["taps"][tap] for sample in samples]
-        stored = [sample.tensors[member] for sample in samples]
+        records = [entry.meta["taps"][tap] for entry in entries]
+        stored = [entry.tensors[member] for entry in entries]
         quantised = stored[0].mu is not None
         return Feature(
-            # Entries whose q needed more byte planes widen their batch: stacking promotes.
+            # An entry whose q needed more byte planes widens its batch: stacking promotes the dtype.
             values=torch.from_numpy(np.stack([tensor.values for tensor in stored])),
             rows=tuple(record["row"] for record in records),
             columns=tuple(record["column"] for record in records),
             stride=self.shards.manifest.spec["taps"][tap]["stride"],
             mu=torch.from_numpy(np.stack([tensor.mu for tensor in stored])) if quantised else None,
-            step=torch.tensor([record["step"] for record in records]) if quantised else None,
+            quant_step=torch.tensor([record["step"] for record in records]) if quantised else None,
             offsets=tuple(record["dither"] for record in records) if quantised else None,
         )
+
+
+def stack_tensors(entries: list[StoredEntry], names: Sequence[str]) -> dict[str, Tensor]:
+    """The entries' exact tensors, stacked: (B, ...) by name, in the dtype they are stored in."""
+    return {name: torch.from_numpy(np.stack([entry.tensors[name].values for entry in entries])) for name in names}
 
 
 class EpochBatches:
     """An endless stream of index lists for one process, exact from any position.
 
-    All epochs form one line of positions: epoch e is a permutation of the entries drawn from
-    (seed, e). A global batch is the next `batch_size * world_size` positions, of which process `rank`
-    takes its run; so every entry comes once an epoch, no batch is partial, and the order of entries
-    depends neither on the number of processes nor on that of loader workers.
+    All epochs form one line of positions: epoch e is a permutation of the entries drawn from (seed, e). A global batch
+    is the next `batch_size * world_size` positions, of which process `rank` takes its own run. So every entry comes
+    once per epoch, no batch is partial, and the order of entries depends neither on the number of processes nor on the
+    number of loader workers.
     """
 
     def __init__(

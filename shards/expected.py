@@ -1,4 +1,4 @@
-"""What a spec says of each entry: its tensors with their shapes and types, its key, and its .json member."""
+"""What a spec promises about each entry: its tensors with their shapes and dtypes, its key, its .json member."""
 
 from __future__ import annotations
 
@@ -10,17 +10,25 @@ from typing import Any
 import numpy as np
 
 from shards.codec import DITHER_TABLE_SIZE, EXACT_DTYPES
-from shards.schema import INPUT_NOISE, LATENTS, NOISE, PROMPT_EMBEDS, TEACHER_PRED, ShardError, tap_member
+from shards.schema import (
+    INPUT_NOISE,
+    LATENTS,
+    NOISE,
+    TEACHER_PRED,
+    ShardError,
+    conditioning_shapes,
+    tap_member,
+)
 
 KEY = re.compile(r"\d{9}(?:-r(\d{4,}))?")
-# A .npy header of format 1.0, as numpy writes it for shapes of a few dimensions.
+# The bytes of a .npy header of format 1.0, as numpy writes it for shapes of a few dimensions.
 NPY_HEADER = 128
 BYTE_PLANES = (1, 2, 4)
 
 
 @dataclass(frozen=True)
 class Expected:
-    """A tensor's `shape`, and its `dtype` when it is stored exactly; None when it is quantised."""
+    """A tensor's `shape`, and its `dtype` if it is stored exactly; None if it is quantised."""
 
     shape: tuple[int, ...]
     dtype: np.dtype | None
@@ -30,13 +38,13 @@ class Expected:
         return ".npy" if self.dtype else ".npy.zst"
 
     def check_size(self, raw_bytes: int) -> None:
-        """Raise ShardError unless a quantised member may be of that size, before it is decompressed."""
+        """Raise ShardError, before decompressing, unless a quantised member may have that size."""
         sizes = [2 * NPY_HEADER + 4 * self.shape[0] + planes * math.prod(self.shape) for planes in BYTE_PLANES]
         if self.dtype is None and raw_bytes not in sizes:
-            raise ShardError(f"it states {raw_bytes} bytes, and {list(self.shape)} values take one of {sizes}")
+            raise ShardError(f"it states {raw_bytes} bytes, but values of shape {list(self.shape)} take one of {sizes}")
 
     def check_values(self, values: np.ndarray) -> None:
-        """Raise ShardError unless `values`, exact or quantised, have the shape and the type."""
+        """Raise ShardError unless `values`, exact or quantised, have this shape and dtype."""
         fits = values.dtype == self.dtype if self.dtype else values.dtype.kind == "i"
         if values.shape != self.shape or not fits:
             wanted = self.dtype or "integers"
@@ -44,13 +52,14 @@ class Expected:
 
 
 def expected_tensors(spec: dict[str, Any]) -> dict[str, Expected]:
-    """Every tensor of an entry of latents or of a cache, by name without file ending."""
+    """Every tensor of an entry of latents or of a cache, by name without file ending; images' tensors are fp16."""
     half = np.dtype(np.float16)
     latents = spec.get("latents", spec)
     if "latents_shape" not in latents:
         return {}
     shape = tuple(latents["latents_shape"])
-    tensors = {LATENTS: Expected(shape, half), PROMPT_EMBEDS: Expected(tuple(latents["prompt_embeds_shape"]), half)}
+    tensors = {LATENTS: Expected(shape, half)}
+    tensors |= {name: Expected(stated, half) for name, stated in conditioning_shapes(spec).items()}
     if spec["stage"] == "latents":
         return tensors
     exact = EXACT_DTYPES.get(spec["codec"]["name"])
@@ -61,20 +70,20 @@ def expected_tensors(spec: dict[str, Any]) -> dict[str, Expected]:
 
 
 def sampled_shape(tap_spec: dict[str, Any]) -> tuple[int, int, int]:
-    """(C, H/stride, W/stride): what is left of a tap when one position of each cell is kept."""
+    """(C, H/stride, W/stride): the shape of a tap of which one position per cell is kept."""
     channels, height, width = tap_spec["shape"]
     return channels, height // tap_spec["stride"], width // tap_spec["stride"]
 
 
 def check_key(key: str, round_index: int | None) -> None:
-    """Raise ShardError unless `key` is one that a shard of that round (None for latents) may hold."""
+    """Raise ShardError unless a shard of that round (None for latents) may hold `key`."""
     match = KEY.fullmatch(key)
     if not match or (None if match[1] is None else int(match[1])) != round_index:
         raise ShardError(f"key {key!r} does not belong in this shard")
 
 
 def check_meta(meta: Any, spec: dict[str, Any], round_index: int | None) -> None:
-    """Raise ShardError unless an entry's .json says all that training reads, within its limits."""
+    """Raise ShardError unless an entry's .json has every field that training reads, within its limits."""
     try:
         problems = [name for name in ("source_id", "caption") if not isinstance(meta[name], str)]
         if spec["stage"] == "cache":
@@ -83,15 +92,15 @@ def check_meta(meta: Any, spec: dict[str, Any], round_index: int | None) -> None
             if not 0 <= meta["timestep"] < spec["noise_scheduler"]["num_train_timesteps"]:
                 problems.append("timestep")
             for tap, tap_spec in spec["taps"].items():
-                if not _record_is_fine(meta["taps"][tap], tap_spec["stride"], spec["codec"]["name"] == "dither"):
+                if not _is_valid_record(meta["taps"][tap], tap_spec["stride"], spec["codec"]["name"] == "dither"):
                     problems.append(f"taps.{tap}")
     except (KeyError, TypeError) as error:
-        raise ShardError(f"it lacks what an entry says ({error!r})") from None
+        raise ShardError(f"its .json lacks a field ({error!r})") from None
     if problems:
-        raise ShardError(f"{', '.join(problems)} cannot be right")
+        raise ShardError(f"invalid {', '.join(problems)} in its .json")
 
 
-def _record_is_fine(record: dict[str, Any], stride: int, quantised: bool) -> bool:
+def _is_valid_record(record: dict[str, Any], stride: int, quantised: bool) -> bool:
     placed = all(0 <= record[name] < stride for name in ("row", "column"))
     if not quantised:
         return placed

@@ -1,10 +1,9 @@
-"""Writing files so that a crash leaves either the old one or the new one, never a part."""
+"""Writing local files so that a crash leaves either the old file or the new one, never a part of it."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -14,7 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-# A name that no two live processes share, on one disk or on a shared one.
+from shards.schema import json_bytes
+
+# The name carries host and process id, so that no two live processes share one, on a local disk or a shared one.
 LEFTOVER = re.compile(r"\..+\.([^.]+)\.(\d+)\.partial")
 
 
@@ -22,7 +23,7 @@ LEFTOVER = re.compile(r"\..+\.([^.]+)\.(\d+)\.partial")
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     """A binary file that takes its name only when the block ends well; otherwise it is removed.
 
-    An OSError out of a write names no file of itself; here it gets this one's name.
+    The OSError of a failed write does not name a file; here it gets the name of this one.
     """
     temporary = partial_name(path)
     try:
@@ -43,7 +44,7 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
 def atomic_directory(path: Path, *, exist_ok: bool = False) -> Iterator[Path]:
     """A directory that takes its name only when the block ends well.
 
-    `path` must not exist by then; with `exist_ok` what another process made there meanwhile stays.
+    `path` must not exist by then. With `exist_ok`, a directory that another process made there meanwhile stays.
     """
     temporary = partial_name(path)
     shutil.rmtree(temporary, ignore_errors=True)
@@ -65,10 +66,10 @@ def atomic_directory(path: Path, *, exist_ok: bool = False) -> Iterator[Path]:
 
 
 def remove_leftovers(*directories: Path) -> None:
-    """Delete what killed processes of this machine left half written in `directories`.
+    """Delete the partial files that killed processes of this machine left in `directories`.
 
-    A live process keeps its own, and so does another machine. This process has none yet: call it before writing.
-    (In a container the killed process may have had this one's number.)
+    Those of live processes and of other machines stay. Call this before this process writes anything. (In a container,
+    a killed process may have had the same id as this one.)
     """
     for path in [path for directory in directories if directory.is_dir() for path in directory.iterdir()]:
         match = LEFTOVER.fullmatch(path.name)
@@ -81,7 +82,7 @@ def remove_leftovers(*directories: Path) -> None:
 
 
 def partial_name(path: Path) -> Path:
-    """Where this process writes what shall become `path`: a hidden name beside it."""
+    """The hidden name next to `path` under which this process writes it."""
     return path.with_name(f".{path.name}.{_host()}.{os.getpid()}.partial")
 
 
@@ -109,38 +110,21 @@ def fsync_directory(path: Path) -> None:
 
 
 def write_bytes(path: Path, data: bytes) -> str:
-    """Write `data` atomically; returns its sha256."""
+    """Write `data` atomically. Returns its sha256."""
     with atomic_file(path) as stream:
         stream.write(data)
     return hashlib.sha256(data).hexdigest()
 
 
 def write_json(path: Path, value: Any, *, indent: int | None = 1) -> None:
-    """Write `value` atomically as JSON; NaN and Inf are refused, being no JSON."""
-    write_bytes(path, json.dumps(value, indent=indent, allow_nan=False, ensure_ascii=False).encode() + b"\n")
+    """Write `value` atomically as JSON."""
+    write_bytes(path, json_bytes(value, indent))
 
 
 def file_sha256(path: Path) -> str:
-    """The sha256 of a file's bytes, read a megabyte at a time."""
+    """The sha256 of a file, read a megabyte at a time."""
     digest = hashlib.sha256()
     with open(path, "rb") as stream:
         while chunk := stream.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-class HashingFile:
-    """A binary stream that takes the sha256 and the length of what is written through it."""
-
-    def __init__(self, stream: IO[bytes]) -> None:
-        self._stream = stream
-        self._sha256 = hashlib.sha256()
-        self.length = 0
-
-    def write(self, data: bytes) -> int:
-        self._sha256.update(data)
-        self.length += len(data)
-        return self._stream.write(data)
-
-    def hexdigest(self) -> str:
-        return self._sha256.hexdigest()

@@ -1,16 +1,14 @@
-"""Reading a finished shard set by position: one seek and one read a member, checked before use."""
+"""Reading a finished shard set by position: one range per member, checked before use."""
 
 from __future__ import annotations
 
 import bisect
-import functools
 import itertools
 import json
-import os
 import zlib
+from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,15 +16,18 @@ import numpy as np
 from shards.codec import decode_npy, unpack_quantised
 from shards.expected import Expected, check_key, expected_tensors
 from shards.manifest import STAGE_COMMANDS, Manifest, read_manifest
-from shards.schema import BLOCK, COLUMNS, FORMAT_VERSION, ShardError, round_of, sidecar_name
+from shards.schema import BLOCK, COLUMNS, FORMAT_VERSION, MANIFEST, ShardError, round_of, sidecar_name
+from shards.store import Store
 
-# A tar's header begins with the member's name.
+# The header of a tar member begins with its name.
 NAME_BYTES = 100
+# Parsed sidecars that a ShardSet keeps. One of 1,000 entries takes about 100 kB.
+CACHED_SIDECARS = 256
 
 
 @dataclass(frozen=True)
 class Sidecar:
-    """The index of one finished shard. `table` (entries, members, 4) int64 has schema.COLUMNS."""
+    """The index of one finished shard. `table` (entries, members, 4) int64 has the columns of schema.COLUMNS."""
 
     shard: str
     bytes: int
@@ -47,7 +48,7 @@ class Sidecar:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor as it lies in the shard. An exact one has `values` alone; a quantised one its mu too."""
+    """A tensor as it is stored. An exact one has only `values`; a quantised one has `mu` as well."""
 
     values: np.ndarray
     mu: np.ndarray | None = None
@@ -55,7 +56,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class StoredEntry:
-    """One entry: its key, its .json member, and the tensors asked for, by name without file ending."""
+    """One entry: its key, its .json member, and the requested tensors, by name without file ending."""
 
     key: str
     meta: dict[str, Any]
@@ -63,38 +64,39 @@ class StoredEntry:
 
 
 class ForeignShardError(ShardError):
-    """A shard whose sidecar was written for another spec than the manifest's."""
+    """The sidecar of a shard was written for another spec than the manifest's."""
 
 
 class ShardSet:
-    """The entries of a finished directory, numbered from 0 in the order of the plan.
+    """The entries of a finished set, numbered from 0 in the order of the plan.
 
-    With `rounds` N, those of a cache's first N rounds alone, whether or not later ones are finished.
-    Opening one reads the manifest and every sidecar once for its count; memory stays flat after that.
-    Raises ShardError for a set that is unfinished, mixed from several specs, or cut short.
+    With `rounds` N, only the entries of a cache's first N rounds, whether or not later rounds are finished. Opening a
+    set reads the manifest and the count of every sidecar once; after that memory stays flat.
+    Raises ShardError for a set that is unfinished, mixed from several specs, or truncated.
     """
 
-    def __init__(self, directory: Path, stage: str, rounds: int | None = None) -> None:
-        self.directory = Path(directory)
-        manifest = read_manifest(self.directory, stage)
-        if rounds is not None and rounds > manifest.rounds:
+    def __init__(self, store: Store, stage: str, rounds: int | None = None) -> None:
+        self.store = store
+        manifest = read_manifest(store, stage)
+        if rounds is not None and rounds > (manifest.rounds or 0):
             raise ShardError(
-                f"{self.directory} has {manifest.rounds} rounds, not {rounds}: run `teacher-cache --rounds {rounds}`, "
-                "with the other settings as they were, to add them"
+                f"{store} has {manifest.rounds} rounds, not {rounds}. To add rounds, run `teacher-cache --rounds "
+                f"{rounds}` with the other settings unchanged."
             )
         self.manifest: Manifest = manifest if rounds is None else replace(manifest, rounds=rounds)
-        self.shards = self.manifest.shard_names()
-        missing = [s for s in self.shards if not (self.directory / sidecar_name(s)).is_file()]
+        missing = self.manifest.plan.unfinished(store)
         if missing:
-            finished = round_of(missing[0])
+            finished = missing[0].round
             raise ShardError(
-                f"{self.directory} is unfinished: {len(missing)} of {len(self.shards)} shards are missing, "
-                f"the first {missing[0]}; run the same `distill-sd {STAGE_COMMANDS[stage]}` again to complete it"
-                + (f", or `distill-sd distill --rounds {finished}` to train on what is finished" if finished else "")
+                f"{store} is unfinished: {len(missing)} of {len(self.manifest.plan)} shards are missing, the first is "
+                f"{missing[0].name}. Rerun the same `distill-sd {STAGE_COMMANDS[stage]}` to complete it"
+                + (f", or train on the finished rounds with `distill --rounds {finished}`." if finished else ".")
             )
         self.expected = expected_tensors(self.manifest.spec)
-        self.counts = [sound_sidecar(self.directory, shard, self.manifest.spec_sha256).count for shard in self.shards]
+        self.shards = self.manifest.plan.names()
+        self.counts = [sound_sidecar(store, shard, self.manifest.spec_sha256).count for shard in self.shards]
         self._ends = list(itertools.accumulate(self.counts))
+        self._sidecars: OrderedDict[str, Sidecar] = OrderedDict()
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -107,55 +109,73 @@ class ShardSet:
         return self.shards[shard], index - (self._ends[shard] - self.counts[shard])
 
     def read(self, index: int, tensors: Iterable[str]) -> StoredEntry:
-        """Entry `index` with the tensors named; ShardError if one is not there, is damaged or not as the spec says."""
+        """Entry `index` with the named tensors. Raises ShardError for one that is missing, damaged or not as the spec
+        says."""
         shard, place = self.locate(index)
-        sidecar = _cached_sidecar(self.directory, shard, self.manifest.spec_sha256)
-        return read_entry(self.directory, sidecar, place, tensors, self.expected)
+        return read_entry(self.store, self._sidecar(shard), place, tensors, self.expected)
+
+    def _sidecar(self, shard: str) -> Sidecar:
+        """The sidecar of a shard; the most recently used ones are kept."""
+        if shard not in self._sidecars:
+            if len(self._sidecars) >= CACHED_SIDECARS:
+                self._sidecars.popitem(last=False)
+            self._sidecars[shard] = read_sidecar(self.store, shard, self.manifest.spec_sha256)
+        self._sidecars.move_to_end(shard)
+        return self._sidecars[shard]
 
 
 def read_entry(
-    directory: Path, sidecar: Sidecar, place: int, tensors: Iterable[str], expected: dict[str, Expected]
+    store: Store, sidecar: Sidecar, place: int, tensors: Iterable[str], expected: dict[str, Expected]
 ) -> StoredEntry:
-    """One entry of a shard with the tensors named, each held against what is `expected` of it; else ShardError."""
-    key, members = sidecar.keys[place], sidecar.locate(place)
-    path = directory / sidecar.shard
-    with open(path, "rb", buffering=0) as stream:
-        descriptor = stream.fileno()
-        meta = _read_meta(path, descriptor, key, members)
-        found = {name: _read_tensor(path, descriptor, key, name, members, expected.get(name)) for name in tensors}
+    """One entry of a shard with the named tensors, each checked against what is `expected`; else ShardError."""
+    key, members, path = sidecar.keys[place], sidecar.locate(place), f"{store}/{sidecar.shard}"
+    names = {tensor: _member_name(tensor, members) for tensor in tensors}
+    for name in names.values():
+        if name not in members:
+            raise ShardError(f"{path} holds no {name} for entry {key}; it has {', '.join(sorted(members))}")
+    wanted = ["json", *names.values()]
+    # A member is read together with its header, which is the block before it.
+    ranges = [(members[name][0] - BLOCK, BLOCK + members[name][1]) for name in wanted]
+    try:
+        blocks = store.read_ranges(sidecar.shard, ranges)
+    except FileNotFoundError:
+        raise damaged(path, "it is missing") from None
+    data = {
+        name: _member_bytes(path, key, name, members[name], block) for name, block in zip(wanted, blocks, strict=True)
+    }
+    meta = _parse_meta(path, key, data["json"])
+    found = {
+        tensor: _parse_tensor(path, key, name, members[name][2], data[name], expected.get(tensor))
+        for tensor, name in names.items()
+    }
     return StoredEntry(key, meta, found)
 
 
-@functools.lru_cache(maxsize=256)
-def _cached_sidecar(directory: Path, shard: str, spec_sha256: str) -> Sidecar:
-    return read_sidecar(directory, shard, spec_sha256)
-
-
-def sound_sidecar(directory: Path, shard: str, spec_sha256: str) -> Sidecar:
-    """The sidecar of a shard whose tar is there with the size that it states; else ShardError."""
-    sidecar = read_sidecar(directory, shard, spec_sha256)
-    path = directory / shard
-    size = path.stat().st_size if path.is_file() else None
+def sound_sidecar(store: Store, shard: str, spec_sha256: str) -> Sidecar:
+    """The sidecar of a shard whose tar exists and has the size that the sidecar states; else ShardError."""
+    sidecar = read_sidecar(store, shard, spec_sha256)
+    size = store.size(shard)
     if size != sidecar.bytes:
-        raise damaged(path, "it is missing" if size is None else f"it has {size} bytes, not {sidecar.bytes}")
+        what = "it is missing" if size is None else f"it has {size} bytes, not {sidecar.bytes}"
+        raise damaged(f"{store}/{shard}", what)
     return sidecar
 
 
-def read_sidecar(directory: Path, shard: str, spec_sha256: str) -> Sidecar:
-    """The sidecar of `shard`; ShardError when it is damaged or belongs to another spec."""
-    path = directory / sidecar_name(shard)
+def read_sidecar(store: Store, shard: str, spec_sha256: str) -> Sidecar:
+    """The sidecar of `shard`. Raises ShardError if it is damaged or belongs to another spec."""
+    path = f"{store}/{sidecar_name(shard)}"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(store.read(sidecar_name(shard)).decode("utf-8"))
         if content["format"] != FORMAT_VERSION or content["spec_sha256"] != spec_sha256:
             raise ForeignShardError(
-                f"{path} belongs to another shard set than {directory}/manifest.json: "
-                "delete it and its tar, and run the stage again"
+                f"{path} belongs to another shard set than {store}/{MANIFEST}. "
+                "Delete it together with its tar and rerun the stage."
             )
         keys, members = list(content["keys"]), list(content["members"])
         table = np.array(content["table"], np.int64).reshape(len(keys), len(members), len(COLUMNS))
         sidecar = Sidecar(shard, content["bytes"], content["sha256"], content["skipped"], keys, members, table)
         if content["shard"] != shard or content["count"] != len(keys):
-            raise ValueError("it does not describe that shard")
+            raise ValueError("it describes another shard")
         for key in keys:
             check_key(key, round_of(shard))
         outside = (table[..., 0] < BLOCK) | (table[..., 0] + table[..., 1] > sidecar.bytes)
@@ -170,27 +190,40 @@ def read_sidecar(directory: Path, shard: str, spec_sha256: str) -> Sidecar:
         raise damaged(path, f"{error!r}") from None
 
 
-def _read_meta(path: Path, descriptor: int, key: str, members: dict[str, list[int]]) -> dict[str, Any]:
-    data = _read_member(path, descriptor, key, "json", members)
+def _member_name(tensor: str, members: dict[str, list[int]]) -> str:
+    compressed = f"{tensor}.npy.zst"
+    return compressed if compressed in members else f"{tensor}.npy"
+
+
+def _member_bytes(path: str, key: str, name: str, row: list[int], block: bytes) -> memoryview:
+    """The bytes of a member, without its header, once its name in the tar and its checksum are right."""
+    _, length, _, crc32 = row
+    header, data = memoryview(block)[:BLOCK], memoryview(block)[BLOCK:]
+    if bytes(header[:NAME_BYTES]).rstrip(b"\0") != f"{key}.{name}".encode():
+        raise damaged(path, f"member {key}.{name} is not where its sidecar says")
+    if len(data) != length or zlib.crc32(data) != crc32:
+        raise damaged(path, f"member {key}.{name} does not have its checksum")
+    return data
+
+
+def _parse_meta(path: str, key: str, data: memoryview) -> dict[str, Any]:
     try:
         return json.loads(bytes(data))
     except (ValueError, RecursionError) as error:
-        raise damaged(path, f"member {key}.json is no JSON ({error})") from None
+        raise damaged(path, f"member {key}.json is not JSON ({error})") from None
 
 
-def _read_tensor(
-    path: Path, descriptor: int, key: str, tensor: str, members: dict[str, list[int]], expected: Expected | None
+def _parse_tensor(
+    path: str, key: str, name: str, raw_bytes: int, data: memoryview, expected: Expected | None
 ) -> StoredTensor:
-    plain, compressed = f"{tensor}.npy", f"{tensor}.npy.zst"
-    name = compressed if compressed in members else plain
-    data = _read_member(path, descriptor, key, name, members)
+    compressed = name.endswith(".zst")
     try:
-        if expected and tensor + expected.ending != name:
-            raise ShardError(f"the spec has it as {expected.ending}")
-        if name == compressed:
+        if expected and not name.endswith(expected.ending):
+            raise ShardError(f"by the spec it ends in {expected.ending}")
+        if compressed:
             if expected:
-                expected.check_size(members[name][2])
-            stored = StoredTensor(*unpack_quantised(data, members[name][2]))
+                expected.check_size(raw_bytes)
+            stored = StoredTensor(*unpack_quantised(data, raw_bytes))
         else:
             stored = StoredTensor(decode_npy(data))
         if expected:
@@ -200,22 +233,8 @@ def _read_tensor(
         raise damaged(path, f"member {key}.{name}: {error}") from None
 
 
-def _read_member(path: Path, descriptor: int, key: str, name: str, members: dict[str, list[int]]) -> memoryview:
-    """The bytes of a member whose checksum is right, and whose name in the tar is the one that was asked for."""
-    if name not in members:
-        raise ShardError(f"{path} holds no {name} for entry {key}; it has {', '.join(sorted(members))}")
-    offset, length, _, crc32 = members[name]
-    block = memoryview(os.pread(descriptor, BLOCK + length, offset - BLOCK))
-    header, data = block[:BLOCK], block[BLOCK:]
-    if bytes(header[:NAME_BYTES]).rstrip(b"\0") != f"{key}.{name}".encode():
-        raise damaged(path, f"member {key}.{name} is not where its sidecar says")
-    if len(data) != length or zlib.crc32(data) != crc32:
-        raise damaged(path, f"member {key}.{name} does not have its checksum")
-    return data
-
-
-def damaged(path: Path, what: str) -> ShardError:
-    """The error that names a shard's file, what is wrong with it, and the remedy."""
+def damaged(path: str, what: str) -> ShardError:
+    """The error for a damaged file of a shard: its name, what is wrong with it, and the remedy."""
     return ShardError(
-        f"{path} is damaged: {what}. Delete it and its sidecar, and run the stage again: only this shard is rewritten"
+        f"{path} is damaged: {what}. Delete it and its sidecar, then rerun the stage, which rewrites only this shard."
     )

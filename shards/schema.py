@@ -1,59 +1,52 @@
-"""The words of the format: versions, names of shards and members, and the error that readers raise."""
+"""The vocabulary of the format: its version, the names of shards and members, and the error that readers raise."""
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 FORMAT_VERSION = 1
 
 MANIFEST = "manifest.json"
-# Beside the latents: the (L, D) fp16 embedding of the empty prompt.
-EMPTY_PROMPT = "empty_prompt_embeds.npy"
 LATENTS = "latents"
-PROMPT_EMBEDS = "prompt_embeds"
 NOISE = "noise"
-# With input perturbation: what is added to the latents in place of the noise.
+# With input perturbation, this is added to the latents in place of the noise.
 INPUT_NOISE = "input_noise"
 TEACHER_PRED = "teacher_pred"
 TAP_PREFIX = "tap."
+# The spec states the shape of each of an image's tensors as `<name>_shape`.
+SHAPE_SUFFIX = "_shape"
 
-
-# The unit of a tar: a header takes one block, and data whole ones.
+# A tar is made of blocks: a header takes one, and data is padded to full ones.
 BLOCK = 512
-# The columns of a sidecar's table: where a member's data lies in the tar, and what it must turn out to be.
+# The columns of a sidecar's table: where a member's data is in the tar, and what it must decode to.
 COLUMNS = ("offset", "length", "raw_bytes", "crc32")
 
 
 class ShardError(ValueError):
-    """Something in a shard set that its owner can mend: the message names the file and the remedy."""
+    """Something in a shard set that its owner can fix. The message names the file and the remedy."""
 
 
 def image_key(index: int) -> str:
-    """The key of an image's latents: its place in the sorted input.
+    """The key of an image's latents: its place in the input.
 
-    Keys hold no dots, because WebDataset cuts a member's name at the first one.
+    Keys contain no dots, because WebDataset splits a member's name at the first one.
     """
     return f"{index:09d}"
 
 
 def entry_key(image: str, round_index: int) -> str:
-    """The key of one image's entry of one round."""
+    """The key of an image's entry in one round."""
     return f"{image}-r{round_index:04d}"
 
 
-def shard_names(entries: int, entries_per_shard: int, rounds: int | None = None) -> list[str]:
-    """Every shard that a finished set holds, in order; each round has shards of its own.
-
-    The plan follows from the counts alone, so any process, after any crash, knows the same one.
-    """
-    shards = range(-(-entries // entries_per_shard))
-    if rounds is None:
-        return [f"s{shard:05d}.tar" for shard in shards]
-    return [f"r{round_index:04d}-s{shard:05d}.tar" for round_index in range(rounds) for shard in shards]
+def shard_name(place: int, round_index: int | None) -> str:
+    """The name of shard number `place`, of a round or, for latents, of none."""
+    return f"s{place:05d}.tar" if round_index is None else f"r{round_index:04d}-s{place:05d}.tar"
 
 
 def round_of(shard: str) -> int | None:
-    """The round of a shard by its name; None for latents."""
+    """The round of a shard, from its name; None for latents."""
     return int(shard[1:].split("-")[0]) if shard.startswith("r") else None
 
 
@@ -62,10 +55,34 @@ def sidecar_name(shard: str) -> str:
 
 
 def added_noise(spec: dict[str, Any]) -> str:
-    """The tensor that is added to the latents of a cache with that spec."""
+    """The name of the tensor that is added to the latents in a cache with this spec."""
     return INPUT_NOISE if spec.get("input_perturbation") else NOISE
 
 
 def tap_member(tap: str) -> str:
-    """The tensor name of a tap (`down_blocks.0` -> `tap.down_blocks.0`); a file ending follows it."""
+    """The tensor name of a tap, without file ending: `down_blocks.0` -> `tap.down_blocks.0`."""
     return TAP_PREFIX + tap
+
+
+def stated_shapes(latents: tuple[int, ...], conditioning: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """How the spec of latents states the shapes of an image's tensors: `{"latents_shape": (4, 64, 64), ...}`."""
+    return {name + SHAPE_SUFFIX: shape for name, shape in {LATENTS: latents, **conditioning}.items()}
+
+
+def conditioning_shapes(spec: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The conditioning tensors of an entry, by name, as the spec of latents or of a cache states them.
+
+    They are all the tensors of an image but its latents: `prompt_embeds_shape: [77, 768]` states `prompt_embeds`.
+    """
+    names = [key.removesuffix(SHAPE_SUFFIX) for key in spec.get("latents", spec) if key.endswith(SHAPE_SUFFIX)]
+    return {name: tuple(spec.get("latents", spec)[name + SHAPE_SUFFIX]) for name in names if name != LATENTS}
+
+
+def empty_prompt_file(name: str) -> str:
+    """The file next to the latents that holds a conditioning tensor of the empty prompt."""
+    return f"empty_{name}.npy"
+
+
+def json_bytes(value: Any, indent: int | None = 1) -> bytes:
+    """`value` as a JSON file. NaN and Inf are refused: JSON has no such numbers."""
+    return json.dumps(value, indent=indent, allow_nan=False, ensure_ascii=False).encode() + b"\n"

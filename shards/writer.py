@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import webdataset
 
 from shards.codec import encode_npy
-from shards.files import HashingFile, atomic_file, write_json
-from shards.schema import BLOCK, COLUMNS, FORMAT_VERSION, sidecar_name
+from shards.schema import BLOCK, COLUMNS, FORMAT_VERSION, json_bytes, sidecar_name
+from shards.store import Store
 
 
 @dataclass
 class EntryBuilder:
-    """One sample on its way into a shard. Add tensors with `add`, then write it."""
+    """An entry on its way into a shard: add its tensors, then write it."""
 
     key: str
     meta: dict[str, Any]
@@ -34,23 +34,36 @@ class EntryBuilder:
         self.raw_bytes[f"{tensor}.npy.zst"] = raw_bytes
 
 
-def is_finished(directory: Path, shard: str) -> bool:
-    return (directory / sidecar_name(shard)).is_file()
+class HashingStream:
+    """A binary stream that takes the sha256 and the length of the bytes written through it."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self._sha256 = hashlib.sha256()
+        self.length = 0
+
+    def write(self, data: bytes) -> int:
+        self._sha256.update(data)
+        self.length += len(data)
+        return self._stream.write(data)
+
+    def hexdigest(self) -> str:
+        return self._sha256.hexdigest()
 
 
 def write_shard(
-    directory: Path, shard: str, spec_sha256: str, entries: Iterable[EntryBuilder], skipped: list[dict[str, str]]
+    store: Store, shard: str, spec_sha256: str, entries: Iterable[EntryBuilder], skipped: list[dict[str, str]]
 ) -> None:
-    """Write `entries` as directory/shard, then its sidecar; nothing appears under either name before.
+    """Write `entries` as the tar `shard`, then its sidecar. Neither file appears before it is complete.
 
-    The tar is hashed while it is written, synced and renamed; the sidecar follows in the same way and
-    is the only mark of a finished shard. `skipped` is read after the last entry, so a producer may
-    append to it as it goes. Members have mtime 0: equal entries give equal bytes.
+    The tar is hashed as it is written. The sidecar follows and is the only mark of a finished shard. `skipped` is read
+    after the last entry, so a producer may append to it while it yields entries. Members have mtime 0, so equal
+    entries give equal bytes.
     """
     keys: list[str] = []
     table: list[dict[str, list[int]]] = []
-    with atomic_file(directory / shard) as stream:
-        hashing = HashingFile(stream)
+    with store.write(shard) as stream:
+        hashing = HashingStream(stream)
         with webdataset.TarWriter(hashing, encoder=False, mtime=0) as tar:
             for entry in entries:
                 keys.append(entry.key)
@@ -70,11 +83,12 @@ def write_shard(
         "keys": keys,
         "table": [[located[name] for name in members] for located in table],
     }
-    write_json(directory / sidecar_name(shard), sidecar, indent=None)
+    with store.write(sidecar_name(shard)) as stream:
+        stream.write(json_bytes(sidecar, indent=None))
 
 
 def _write_entry(tar: webdataset.TarWriter, entry: EntryBuilder) -> dict[str, list[int]]:
-    """Append one entry; returns, for each member, its row of the table: [offset, length, raw_bytes, crc32]."""
+    """Append one entry. Returns each member's row of the table: [offset, length, raw_bytes, crc32]."""
     meta = json.dumps(entry.meta, allow_nan=False, ensure_ascii=False).encode()
     members = {"json": meta, **entry.members}
     position = tar.tarstream.offset
@@ -85,5 +99,5 @@ def _write_entry(tar: webdataset.TarWriter, entry: EntryBuilder) -> dict[str, li
         located[name] = [position + BLOCK, len(data), raw_bytes, zlib.crc32(data)]
         position += BLOCK + -(-len(data) // BLOCK) * BLOCK
     tar.write({"__key__": entry.key, **members})
-    assert tar.tarstream.offset == position, "a member took other than one header block"
+    assert tar.tarstream.offset == position, "a member took more than one header block"
     return located

@@ -21,6 +21,7 @@ from pipeline.teacher_cache import TeacherCacheSettings
 from shards.dataset import CacheDataset, EpochBatches
 from shards.manifest import read_manifest
 from shards.reader import read_sidecar
+from shards.store import open_store
 
 ROOT = Path(__file__).parent.parent
 STAGES = {"encode": EncodeSettings, "teacher-cache": TeacherCacheSettings, "distill": DistillSettings}
@@ -162,7 +163,11 @@ def test_the_dry_runs_bytes_are_those_of_a_real_entry(road, teacher, tmp_path):
         "--codec",
         "fp16",
     )
-    sidecar = read_sidecar(tmp_path / "out", "r0000-s00000.tar", read_manifest(tmp_path / "out", "cache").spec_sha256)
+    sidecar = read_sidecar(
+        open_store(tmp_path / "out"),
+        "r0000-s00000.tar",
+        read_manifest(open_store(tmp_path / "out"), "cache").spec_sha256,
+    )
     for name, (_, length, _, _) in sidecar.locate(0).items():
         if name.endswith(".npy"):
             assert int(named[name.removesuffix(".npy").removeprefix("tap.")].replace(",", "")) == length
@@ -183,7 +188,7 @@ MENDABLE = {
     ENCODE + "--resolution 33": "--resolution 33 is not a multiple of 2",
     ENCODE + "--batch-size 0": "--batch-size is 0; it must be at least 1",
     ENCODE + "--batch-size many": "'many' is not a valid integer",
-    ENCODE + "--caption-column label": "has no 'label'; it has 'file_name', 'text': choose one with --caption-column",
+    ENCODE + "--caption-column label": "has no 'label'. It has 'file_name', 'text': choose one with --caption-column",
     "encode --teacher {teacher} --data {images}": "Missing option '--out'",
     CACHE + "--latents {images}": "has no manifest.json",
     CACHE + "--latents {road}/cache": "describes cache, not latents",
@@ -255,7 +260,7 @@ def test_a_full_disk_is_said_and_leaves_what_was_written(teacher, images, tmp_pa
     ]
     result = invoke(*arguments)
     assert result.exit_code == 2
-    assert "s00001.tar: No space left on device; mend that and run the same command again" in result.output
+    assert "s00001.tar: No space left on device. Fix this and rerun the same command." in result.output
     monkeypatch.setattr(encode, "write_shard", real)
     assert "holds 13 images in 3 shards" in invoke(*arguments).output
 
@@ -349,6 +354,6 @@ def test_a_larger_set_in_several_shards_is_read_whole(teacher, tmp_path):
     data = write_images(tmp_path / "data", 11, seed=3)
     latents = run_encode(teacher, data, tmp_path / "latents", entries_per_shard=4)
     cache = run_teacher_cache(teacher, latents, tmp_path / "cache", rounds=3, entries_per_shard=2)
-    dataset = CacheDataset(cache, [])
+    dataset = CacheDataset(open_store(cache), [])
     keys = [dataset[i].key for batch, _ in zip(EpochBatches(33, 3, 0), range(11), strict=False) for i in batch]
     assert len(keys) == len(set(keys)) == 33

@@ -14,7 +14,7 @@ from pipeline.system.errors import UserError
 from shards import codec
 from shards.schema import MANIFEST, ShardError, sidecar_name
 
-REMEDIES = ("run the stage again", "run the same `distill-sd", "restore", "delete")
+REMEDIES = ("rerun the stage", "rerun the same `distill-sd", "restore", "delete")
 
 
 def cached(teacher, latents, out, **changes):
@@ -89,7 +89,7 @@ def test_the_stage_writes_a_removed_shard_again_and_keeps_the_others(kind, teach
 def test_a_sound_set_passes_at_every_depth(teacher, latents, cache):
     status, output = verify(cache)
     assert status == 0
-    assert output.splitlines()[-1].startswith(f"{cache} is fine; 6 of 6 shards whole, 10 entries (2 rounds)")
+    assert output.splitlines()[-1].startswith(f"{cache} is fine; 6 of 6 shards intact, 10 entries (2 rounds)")
     status, output = verify(cache, "--full", "--recompute", "4", "--teacher", str(teacher), "--device", "cpu")
     assert status == 0, output
     assert "verify: 100%" in output
@@ -109,7 +109,7 @@ def test_every_problem_is_told_and_the_last_line_counts_them(copy):
     assert status == 2
     assert re.findall(rf"{copy}/(\S+)", output) == ["r0000-s00000.tar", "r0000-s00002.tar", VICTIM]
     assert re.fullmatch(
-        rf"Error: 3 problems in {copy}; 3 of 6 shards whole, 5 entries \(2 rounds\), 0.1 MB, 2 damaged",
+        rf"Error: 3 problems in {copy}; 3 of 6 shards intact, 5 entries \(2 rounds\), 0.1 MB, 2 damaged",
         output.splitlines()[-1],
     )
 
@@ -119,8 +119,8 @@ def test_a_set_that_is_still_being_written_is_unfinished_not_damaged(copy):
         path.unlink()
     status, output = verify(copy, "--full")
     assert status == 2
-    assert f"{copy} is unfinished: 3 of 6 shards are still to be written, the first r0001-s00000.tar" in output
-    assert "run the same `distill-sd teacher-cache` again" in output
+    assert f"{copy} is unfinished: 3 of 6 shards are still to be written, the first is r0001-s00000.tar" in output
+    assert "Rerun the same `distill-sd teacher-cache`" in output
     assert "no problem in" in output.splitlines()[-1]
     assert "damaged" not in output
 
@@ -130,14 +130,14 @@ def test_a_gap_in_the_numbering_is_named(copy):
         (copy / name).unlink()
     status, output = verify(copy)
     assert status == 2
-    assert f"{VICTIM} is missing, though later shards are there; unless its writer" in output
+    assert f"{VICTIM} is missing although later shards exist. If no job is still writing it" in output
 
 
 def test_a_file_outside_the_plan_is_named(copy):
     shutil.copy(copy / VICTIM, copy / "r0002-s00000.tar")
     status, output = verify(copy)
     assert status == 2
-    assert "r0002-s00000.tar is no shard of manifest.json's plan; restore the manifest" in output
+    assert "r0002-s00000.tar is not in the plan of manifest.json. Restore the manifest" in output
 
 
 def test_removing_leaves_all_else_alone(copy, other):
@@ -145,7 +145,7 @@ def test_removing_leaves_all_else_alone(copy, other):
     before = tree(copy)
     status, output = verify(copy, "--remove-damaged")
     assert status == 2
-    assert f"removed {VICTIM}: run the same `distill-sd teacher-cache` again" in output
+    assert f"removed {VICTIM}. Rerun the same `distill-sd teacher-cache`" in output
     assert tree(copy) == {n: d for n, d in before.items() if not n.startswith(VICTIM[:-4])}
 
 
@@ -191,7 +191,7 @@ def test_the_teacher_asked_again_finds_what_checksums_cannot(teacher, latents, t
     status, output = verify(wrong, "--recompute", "2", "--teacher", str(teacher), "--device", "cpu")
     assert status == 2
     assert "BROKEN" in output
-    assert f"{wrong}: tap.mid_block is up to" in output
+    assert f"{wrong}: tap.mid_block differs from the teacher's output by up to" in output
     assert not [line for line in output.splitlines() if line.startswith("teacher_pred") and "BROKEN" in line]
 
 
@@ -206,7 +206,7 @@ def test_the_teacher_must_be_the_caches_own(cache, latents, v_teacher, tmp_path)
 
     tiny_pipeline(seed=3).save_pretrained(tmp_path / "stranger")
     status, output = verify(cache, "--recompute", "1", "--teacher", str(tmp_path / "stranger"), "--device", "cpu")
-    assert (status, "with another U-Net than --teacher" in output) == (2, True)
+    assert (status, "with another U-Net than the one of --teacher" in output) == (2, True)
     status, output = verify(latents, "--recompute", "1", "--teacher", str(v_teacher))
     assert (status, "--recompute needs a cache" in output) == (2, True)
     status, output = verify(cache, "--recompute", "1")
@@ -222,18 +222,18 @@ def test_a_damaged_initial_student_is_named_and_refused(copy, tmp_path, file):
     assert verify(copy)[0] == 0
     status, output = verify(copy, "--full")
     assert status == 2
-    assert f"{path.parent}: {file} was changed; copy it from a whole cache" in output
-    with pytest.raises(UserError, match=f"sd_small: {file} was changed; copy it from a whole cache, or delete"):
+    assert f"{path.parent}: {file} was changed. Copy it from an intact cache" in output
+    with pytest.raises(UserError, match=f"sd_small: {file} was changed. Copy it from an intact cache, or delete"):
         run_distill(copy, tmp_path / "student")
 
 
 def test_a_damaged_base_is_named(copy):
     (copy / "base" / "vae" / "config.json").unlink()
-    assert "base: vae/config.json is missing; copy it" in verify(copy, "--full")[1]
+    assert "base: vae/config.json is missing. Copy it" in verify(copy, "--full")[1]
     (copy / "base" / "model_index.json").unlink()
-    assert "base/model_index.json is missing; copy it" in verify(copy)[1]
+    assert "base/model_index.json is missing. Copy it" in verify(copy)[1]
     shutil.rmtree(copy / "students" / "sd_small")
-    assert "students/sd_small/config.json is missing; copy it" in verify(copy)[1]
+    assert "students/sd_small/config.json is missing. Copy it" in verify(copy)[1]
     (copy / "teacher-cache.json").unlink()
     assert "students holds no student's initial weights; run the same" in verify(copy)[1]
 
@@ -243,7 +243,7 @@ def test_a_cache_of_an_earlier_version_is_read_without_checksums(copy, tmp_path)
         path.unlink()
     status, output = verify(copy, "--full")
     assert status == 0
-    assert "not checked, since an earlier version wrote them without checksums: base, sd_small" in output
+    assert "not checked, because an earlier version wrote no checksums for them: base, sd_small" in output
     run_distill(copy, tmp_path / "student", max_train_steps=1)
 
 
@@ -252,7 +252,7 @@ def test_a_damaged_file_beside_the_latents_is_named(latents, tmp_path):
     (copy / "empty_prompt_embeds.npy").write_bytes(b"")
     status, output = verify(copy)
     assert status == 2
-    assert "empty_prompt_embeds.npy is missing or was changed: restore it" in output
+    assert "empty_prompt_embeds.npy is missing or was changed. Restore it" in output
 
 
 @pytest.mark.parametrize("content", [None, "", "[]", '{"format": 1}'])
@@ -269,4 +269,4 @@ def test_without_its_manifest_nothing_else_is_judged(copy, content):
 def test_rounds_that_cannot_be_are_refused(copy):
     content = json.loads((copy / MANIFEST).read_text())
     (copy / MANIFEST).write_text(json.dumps({**content, "rounds": "many"}))
-    assert "manifest.json has rounds 'many': restore it" in verify(copy)[1]
+    assert "manifest.json has an invalid number of rounds, 'many'. Restore it" in verify(copy)[1]

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 from dataclasses import replace
+from tarfile import TarInfo
 
 import pytest
 import torch
@@ -27,12 +28,14 @@ from pipeline import distill
 from pipeline.core.diffusion import min_snr_weights
 from pipeline.core.losses import total_loss
 from pipeline.distill import DistillSettings
-from pipeline.models.families.sd import LEVELS
+from pipeline.models.families import LEVELS
 from pipeline.system.errors import UserError
-from pipeline.training import loop
+from pipeline.training.checkpoint import list_checkpoints
 from pipeline.training.interrupts import Interrupts
 from pipeline.training.loop import step_losses
+from pipeline.training.objective import Objective
 from shards.schema import ShardError
+from shards.store import LocalStore
 
 approx = pytest.approx
 
@@ -94,7 +97,7 @@ def online(teacher_folder, student, pairs, batch, prediction_type):
     hooked(teacher, pairs.values(), of_teacher)
     hooked(student, pairs.keys(), of_student)
     noise_scheduler = DDPMScheduler.from_pretrained(teacher_folder, subfolder="scheduler")
-    latents, noise, prompts = batch.latents.float(), batch.noise.float(), batch.prompt_embeds.float()
+    latents, noise, prompts = batch.latents.float(), batch.noise.float(), batch.conditioning["prompt_embeds"].float()
     added = noise if batch.input_noise is None else batch.input_noise.float()
     noisy = noise_scheduler.add_noise(latents, added, batch.timesteps)
     with torch.no_grad():
@@ -116,7 +119,7 @@ def test_losses_and_gradients_equal_the_online_ones(
     cache = caches(prediction_type, codec)
     settings, training = prepared(cache, tmp_path, level=level, train_batch_size=5)
     batch = training.dataset.collate([training.dataset[i] for i in (0, 4, 9, 17, 25)])
-    terms = step_losses(training, settings, batch)
+    terms = step_losses(training, batch)
     total_loss(terms, 0.5, 0.25).backward()
     gradients = {name: p.grad.clone() for name, p in training.student.named_parameters()}
 
@@ -145,14 +148,14 @@ def test_with_input_perturbation_the_noise_stays_what_is_predicted(teacher, imag
     assert (batch.input_noise - batch.noise).std() > 0.2
     student = UNet2DConditionModel.from_pretrained(cache / "students" / "sd_small").train()
     expected = online(teacher, student, PAIRS["sd_small"], batch, "epsilon")
-    terms = step_losses(training, settings, batch)
+    terms = step_losses(training, batch)
     assert {n: t.item() for n, t in terms.items()} == approx({n: t.item() for n, t in expected.items()}, rel=1e-5)
 
 
 def test_a_sampled_quantised_cache_gives_the_online_gradient_up_to_noise(caches, cache, teacher, tmp_path):
     settings, training = prepared(cache, tmp_path, level="sd_small", train_batch_size=5)
     batch = training.dataset.collate([training.dataset[i] for i in range(26)])
-    terms = step_losses(training, settings, batch)
+    terms = step_losses(training, batch)
     student = UNet2DConditionModel.from_pretrained(cache / "students" / "sd_small").train()
     expected = online(teacher, student, PAIRS["sd_small"], batch, "epsilon")
     # Quantisation adds its own variance to each MSE; the prediction is exact but for fp16.
@@ -169,8 +172,8 @@ def test_stage_two_needs_nothing_but_the_cache(teacher, cache, tmp_path, monkeyp
         raise AssertionError("stage two loaded a pipeline")
 
     monkeypatch.setattr(DiffusionPipeline, "from_pretrained", refuse)
-    monkeypatch.setattr("pipeline.models.load_unet", refuse)
-    monkeypatch.setattr("pipeline.models.load_base", refuse)
+    monkeypatch.setattr("pipeline.models.load.load_unet", refuse)
+    monkeypatch.setattr("pipeline.models.load.load_base", refuse)
     before = tree(moved)
     gone = teacher.rename(teacher.with_name("gone"))
     try:
@@ -230,16 +233,15 @@ def test_metrics_hold_every_term_and_the_total_is_their_weighted_sum(cache, tmp_
 
 
 def test_terms_of_no_weight_are_neither_read_nor_computed(cache, tmp_path, monkeypatch):
-    from shards import reader
-
     read = set()
-    real = reader._read_member
+    real = LocalStore.read_ranges
 
-    def watched(path, descriptor, key, name, members):
-        read.add(name)
-        return real(path, descriptor, key, name, members)
+    def watched(self, name, ranges):
+        blocks = real(self, name, ranges)
+        read.update(TarInfo.frombuf(block[:512], "utf-8", "strict").name.partition(".")[2] for block in blocks)
+        return blocks
 
-    monkeypatch.setattr(reader, "_read_member", watched)
+    monkeypatch.setattr(LocalStore, "read_ranges", watched)
     out = run_distill(cache, tmp_path / "out", output_weight=0.0, feature_weight=0.0)
     assert read == {"json", "latents.npy", "noise.npy", "prompt_embeds.npy"}
     assert metrics(out)[0]["loss"] == metrics(out)[0]["task"]
@@ -284,7 +286,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(cache, tmp_path, monkeypatch, stop_at
         "checkpoints_total_limit": 9,
     }
     whole = run_distill(cache, tmp_path / "whole", **settings)
-    real = total_loss
+    real = Objective.total
     calls = []
 
     def stopping(*arguments):
@@ -293,10 +295,10 @@ def test_a_stopped_run_goes_on_bit_for_bit(cache, tmp_path, monkeypatch, stop_at
             raise Stopped
         return real(*arguments)
 
-    monkeypatch.setattr(loop, "total_loss", stopping)
+    monkeypatch.setattr(Objective, "total", stopping)
     with pytest.raises(Stopped):
         run_distill(cache, tmp_path / "stopped", **settings)
-    monkeypatch.setattr(loop, "total_loss", real)
+    monkeypatch.setattr(Objective, "total", real)
     assert_equal_training(run_distill(cache, tmp_path / "stopped", **settings), whole, 8)
 
 
@@ -468,7 +470,7 @@ def test_a_level_that_the_cache_lacks_is_refused_with_the_remedy(cache, tmp_path
 def test_a_cache_without_its_base_is_refused_before_training(cache, tmp_path):
     copied = tmp_path / "copied"
     shutil.copytree(cache, copied, ignore=shutil.ignore_patterns("base"))
-    with pytest.raises(UserError, match="has no base/.*copy the whole cache"):
+    with pytest.raises(UserError, match="has no base/.*Copy the complete cache"):
         run_distill(copied, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -534,30 +536,30 @@ def test_a_flipped_bit_stops_the_run_with_the_shards_name(cache, tmp_path):
 def test_a_loss_that_is_not_finite_stops_before_a_checkpoint_of_it(cache, tmp_path):
     with pytest.raises(UserError, match="loss is NaN or Inf by step.*no checkpoint yet.*Lower --learning-rate"):
         run_distill(cache, tmp_path / "out", learning_rate=1e30, max_train_steps=20)
-    for _, path in distill.list_checkpoints(tmp_path / "out" / "checkpoints"):
+    for _, path in list_checkpoints(tmp_path / "out" / "checkpoints"):
         assert all(torch.isfinite(t).all() for t in state_dict_of(path / "unet").values())
 
 
 def test_a_loss_that_is_not_finite_names_the_entries_and_the_last_good_checkpoint(cache, tmp_path, monkeypatch):
-    real, seen = step_losses, []
+    real, seen = Objective.losses, []
 
-    def poisoned(training, settings, batch):
+    def poisoned(self, batch, *others):
         seen.append(batch.keys)
-        terms = real(training, settings, batch)
+        terms = real(self, batch, *others)
         return {**terms, "task": terms["task"] * float("nan")} if len(seen) == 4 else terms
 
-    monkeypatch.setattr(loop, "step_losses", poisoned)
+    monkeypatch.setattr(Objective, "losses", poisoned)
     with pytest.raises(UserError) as caught:
         run_distill(cache, tmp_path / "out", max_train_steps=9, checkpointing_steps=2, logging_steps=3)
-    assert f"first with the entries {', '.join(seen[3])};" in str(caught.value)
-    assert "the last good checkpoint is" in str(caught.value)
+    assert f"first with the entries {', '.join(seen[3])}." in str(caught.value)
+    assert "The last good checkpoint is" in str(caught.value)
     assert "step-0000002" in str(caught.value)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_leaves_a_checkpoint_and_goes_on_bit_for_bit(cache, tmp_path, monkeypatch, number):
     whole = run_distill(cache, tmp_path / "whole", max_train_steps=5)
-    real, calls = step_losses, []
+    real, calls = Objective.losses, []
 
     def interrupting(*arguments):
         calls.append(1)
@@ -565,10 +567,10 @@ def test_an_interrupted_run_leaves_a_checkpoint_and_goes_on_bit_for_bit(cache, t
             os.kill(os.getpid(), number)
         return real(*arguments)
 
-    monkeypatch.setattr(loop, "step_losses", interrupting)
+    monkeypatch.setattr(Objective, "losses", interrupting)
     with pytest.raises(KeyboardInterrupt):
         run_distill(cache, tmp_path / "out", max_train_steps=5)
-    assert [step for step, _ in distill.list_checkpoints(tmp_path / "out" / "checkpoints")] == [3]
+    assert [step for step, _ in list_checkpoints(tmp_path / "out" / "checkpoints")] == [3]
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert_equal_training(run_distill(cache, tmp_path / "out", max_train_steps=5), whole, 5)
 
@@ -584,12 +586,12 @@ def test_a_second_interrupt_does_not_wait_for_the_step():
 
 def test_min_snr_weights_task_and_output_of_each_entry(cache, tmp_path):
     settings, training = prepared(cache, tmp_path / "out", level="sd_small", snr_gamma=0.5, train_batch_size=1)
-    plain = replace(settings, snr_gamma=None)
+    plain = replace(training, objective=replace(settings.objective, snr_gamma=None))
     for index in range(3):
         batch = training.dataset.collate([training.dataset[index]])
         weight = min_snr_weights(batch.timesteps, training.alphas_cumprod, 0.5, "epsilon")
         with torch.no_grad():
-            weighted, unweighted = (step_losses(training, s, batch) for s in (settings, plain))
+            weighted, unweighted = (step_losses(t, batch) for t in (training, plain))
         for name, term in unweighted.items():
             factor = weight[0] if name in ("task", "output") else 1.0
             torch.testing.assert_close(weighted[name], factor * term)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from support.stages import reset_accelerate, run_encode, samples, shard_files, tree
+from support.stages import read_entries, reset_accelerate, run_encode, shard_files, tree
 from support.tiny import tiny_pipeline, write_images
 
 from pipeline.core import draws
@@ -18,6 +18,7 @@ from pipeline.system.errors import UserError
 from shards.codec import decode_npy
 from shards.reader import read_sidecar
 from shards.schema import ShardError
+from shards.store import open_store
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,7 @@ def latents(teacher, images, tmp_path_factory):
 def test_latents_are_the_vaes_posterior_sample_scaled(teacher, images, latents):
     """Against the VAE itself: mean + std * the image's own noise, times the scaling factor, in fp16."""
     pipe = StableDiffusionPipeline.from_pretrained(teacher, safety_checker=None)
-    for sample in samples(latents, "latents", ["latents"]):
+    for sample in read_entries(latents, "latents", ["latents"]):
         name = sample.meta["source_id"]
         pixels, crop = square(
             decode((images / name).read_bytes()),
@@ -50,7 +51,7 @@ def test_latents_are_the_vaes_posterior_sample_scaled(teacher, images, latents):
 
 def test_prompt_embeds_are_those_of_the_diffusers_pipeline(teacher, latents):
     pipe = StableDiffusionPipeline.from_pretrained(teacher, safety_checker=None)
-    for sample in samples(latents, "latents", ["prompt_embeds"]):
+    for sample in read_entries(latents, "latents", ["prompt_embeds"]):
         assert sample.meta["caption"] == f"picture {int(sample.meta['source_id'][:3])}"
         with torch.no_grad():
             expected, empty = pipe.encode_prompt(sample.meta["caption"], "cpu", 1, True, "")
@@ -66,13 +67,13 @@ def test_a_teacher_stored_in_fp16_is_run_in_the_precision_that_was_asked_for(ima
     latents = run_encode(tmp_path / "half", images, tmp_path / "latents")
     with torch.no_grad():
         expected, empty = half.to(torch.float32).encode_prompt("picture 3", "cpu", 1, True, "")
-    stored = samples(latents, "latents", ["prompt_embeds"])[3].tensors["prompt_embeds"].values
+    stored = read_entries(latents, "latents", ["prompt_embeds"])[3].tensors["prompt_embeds"].values
     np.testing.assert_array_equal(stored, expected[0].half().numpy())
     np.testing.assert_array_equal(np.load(latents / "empty_prompt_embeds.npy"), empty[0].half().numpy())
 
 
 def test_every_image_is_there_once_in_sorted_order(latents):
-    found = samples(latents, "latents", [])
+    found = read_entries(latents, "latents", [])
     assert [s.meta["source_id"] for s in found] == [f"{i:03d}.png" for i in range(13)]
     assert [s.key for s in found] == [f"{i:09d}" for i in range(13)]
 
@@ -83,8 +84,12 @@ def test_two_runs_write_the_same_bytes(teacher, images, latents, tmp_path):
 
 
 def test_batch_sizes_change_nothing_but_rounding(teacher, images, tmp_path):
-    one = samples(run_encode(teacher, images, tmp_path / "1", batch_size=1), "latents", ["latents", "prompt_embeds"])
-    seven = samples(run_encode(teacher, images, tmp_path / "7", batch_size=7), "latents", ["latents", "prompt_embeds"])
+    one = read_entries(
+        run_encode(teacher, images, tmp_path / "1", batch_size=1), "latents", ["latents", "prompt_embeds"]
+    )
+    seven = read_entries(
+        run_encode(teacher, images, tmp_path / "7", batch_size=7), "latents", ["latents", "prompt_embeds"]
+    )
     assert [(s.key, s.meta) for s in one] == [(s.key, s.meta) for s in seven]
     for a, b in zip(one, seven, strict=True):
         for name in ("latents", "prompt_embeds"):
@@ -105,7 +110,12 @@ def test_bad_images_are_skipped_listed_and_counted(teacher, tmp_path, capsys):
     assert "No such file" in skipped[1]["reason"]
     assert "caption" in skipped[3]["reason"]
     assert "holds 4 images in 2 shards" in capsys.readouterr().out
-    assert [s.meta["source_id"] for s in samples(out, "latents", [])] == ["000.png", "002.png", "003.png", "006.png"]
+    assert [s.meta["source_id"] for s in read_entries(out, "latents", [])] == [
+        "000.png",
+        "002.png",
+        "003.png",
+        "006.png",
+    ]
 
 
 def test_no_readable_image_is_an_error_that_says_where_the_reasons_are(teacher, tmp_path):
@@ -122,13 +132,13 @@ def test_a_run_that_loses_most_of_its_input_stops_and_keeps_what_it_has(teacher,
     for number in (6, 7, 9):
         (data / f"{number:03d}.png").write_bytes(b"")
     with pytest.raises(
-        UserError, match=r"(?s)3 of the first 5 pictures .* more than --max-skipped.*\n  006.png: not dec"
+        UserError, match=r"(?s)3 of the first 5 images .* more than --max-skipped.*\n  006.png: not dec"
     ):
         run_encode(teacher, data, tmp_path / "out", max_skipped=0.5)
     reset_accelerate()
     assert sorted(path.name for path in (tmp_path / "out").glob("s0*")) == ["s00000.json", "s00000.tar"]
     out = run_encode(teacher, data, tmp_path / "out", max_skipped=0.6)
-    assert len(samples(out, "latents", [])) == 7
+    assert len(read_entries(out, "latents", [])) == 7
 
 
 def test_skipped_pictures_that_can_be_read_by_now_are_taken_up(teacher, images, tmp_path, capsys):
@@ -143,7 +153,7 @@ def test_skipped_pictures_that_can_be_read_by_now_are_taken_up(teacher, images, 
     run_encode(teacher, data, out)
     assert shard_files(out) == before
     run_encode(teacher, data, out, retry_skipped=True)
-    assert "s00000.tar is written again: 1 of its 2 skipped pictures" in capsys.readouterr().out
+    assert "rewriting s00000.tar: 1 of its 2 skipped images" in capsys.readouterr().out
     after = shard_files(out)
     assert {name for name in after if after[name] != before[name]} == {"s00000.tar", "s00000.json"}
     assert [json.loads(line)["source_id"] for line in (out / "skipped.jsonl").read_text().splitlines()] == [
@@ -158,9 +168,9 @@ def test_skipped_pictures_that_can_be_read_by_now_are_taken_up(teacher, images, 
 
 
 def test_views_are_other_crops_of_the_same_picture(teacher, images, tmp_path):
-    plain = samples(run_encode(teacher, images, tmp_path / "1"), "latents", ["latents"])
+    plain = read_entries(run_encode(teacher, images, tmp_path / "1"), "latents", ["latents"])
     out = run_encode(teacher, images, tmp_path / "3", views=3, random_flip=False)
-    three = samples(out, "latents", ["latents"])
+    three = read_entries(out, "latents", ["latents"])
     assert [s.meta["source_id"] for s in three[:4]] == ["000.png", "000.png@2", "000.png@3", "001.png"]
     for one, first in zip(plain, three[::3], strict=True):
         assert one.meta == first.meta
@@ -179,7 +189,7 @@ def test_captions_that_are_cut_are_counted(teacher, images, tmp_path, capsys):
     (data / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run_encode(teacher, data, tmp_path / "out")
     # The tokenizer gives a letter a token, and takes eight with begin and end.
-    assert "note: 2 of 4 captions are longer than 8 tokens, and cut there" in capsys.readouterr().out
+    assert "note: 2 of 4 captions exceed 8 tokens and were truncated" in capsys.readouterr().out
 
 
 def test_odd_captions_come_through_as_they_are(teacher, tmp_path):
@@ -196,7 +206,7 @@ def test_odd_captions_come_through_as_they_are(teacher, tmp_path):
     rows = [{"file_name": f"{i:03d}.png", "text": caption} for i, caption in enumerate(odd)]
     (data / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     out = run_encode(teacher, data, tmp_path / "out")
-    assert [sample.meta["caption"] for sample in samples(out, "latents", ["prompt_embeds"])] == odd
+    assert [sample.meta["caption"] for sample in read_entries(out, "latents", ["prompt_embeds"])] == odd
 
 
 def test_every_source_gives_the_same_tensors_for_the_same_pictures(teacher, tmp_path, monkeypatch):
@@ -290,21 +300,23 @@ def test_nan_from_the_vae_is_an_error_that_names_the_image(images, tmp_path):
     with torch.no_grad():
         pipe.vae.quant_conv.bias.fill_(float("nan"))
     pipe.save_pretrained(tmp_path / "broken")
-    with pytest.raises(UserError, match="latents of 000.png hold NaN or Inf"):
+    with pytest.raises(UserError, match="latents of 000.png contain NaN or Inf"):
         run_encode(tmp_path / "broken", images, tmp_path / "out")
     assert not list((tmp_path / "out").glob("s*"))
 
 
 def test_random_crops_and_flips_are_recorded_and_repeatable(teacher, images, tmp_path):
     out = run_encode(teacher, images, tmp_path / "out", random_flip=True)
-    crops = [s.meta["crop"] for s in samples(out, "latents", [])]
+    crops = [s.meta["crop"] for s in read_entries(out, "latents", [])]
     assert len({crop["flip"] for crop in crops}) == 2
-    assert crops == [s.meta["crop"] for s in samples(run_encode(teacher, images, out, random_flip=True), "latents", [])]
+    assert crops == [
+        s.meta["crop"] for s in read_entries(run_encode(teacher, images, out, random_flip=True), "latents", [])
+    ]
 
 
 def test_the_sidecar_counts_what_it_holds(latents):
     from shards.manifest import read_manifest
 
-    manifest = read_manifest(latents, "latents")
-    counts = [read_sidecar(latents, s, manifest.spec_sha256).count for s in manifest.shard_names()]
+    manifest = read_manifest(open_store(latents), "latents")
+    counts = [read_sidecar(open_store(latents), s, manifest.spec_sha256).count for s in manifest.plan.names()]
     assert counts == [5, 5, 3]

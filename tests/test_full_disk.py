@@ -72,7 +72,7 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_shard(stage, share, teacher, im
 
     result = invoke(stage, *arguments, "--out", out)
     assert result.exit_code == 2, result.output
-    assert re.search(r"\.(tar|json): No space left on device; mend that and run the same command again", result.output)
+    assert re.search(r"\.(tar|json): No space left on device\. Fix this and rerun the same command\.", result.output)
     assert not list(out.rglob(".*.partial"))
     # A tar whose sidecar found no room does not count as finished.
     finished = [name for name in shard_files(out) if (out / name).with_suffix(".json").is_file()]
@@ -117,7 +117,7 @@ def test_a_disk_that_fills_up_in_a_checkpoint(room, teacher, images, disk, tmp_p
 
     result = invoke("distill", *arguments, "--max-train-steps", 4, "--out", out)
     assert result.exit_code == 2, result.output
-    assert "No space left on device; mend that and run the same command again" in result.output
+    assert "No space left on device. Fix this and rerun the same command." in result.output
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-0000002"]
     assert finished_step(out) == 0
 

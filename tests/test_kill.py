@@ -15,12 +15,13 @@ import time
 
 import pytest
 import torch
-from support.stages import metrics, run_distill, run_encode, run_teacher_cache, samples, shard_files, tree
+from support.stages import metrics, read_entries, run_distill, run_encode, run_teacher_cache, shard_files, tree
 from support.tiny import write_images
 from tqdm import tqdm
 
-from shards.files import HashingFile, remove_leftovers
+from shards.files import remove_leftovers
 from shards.schema import ShardError
+from shards.writer import HashingStream
 
 FORK = multiprocessing.get_context("fork")
 
@@ -43,7 +44,7 @@ def in_child(function, arguments, kill_at, events):
 
         return call
 
-    os.replace, os.fsync, HashingFile.write = deadly(os.replace), deadly(os.fsync), deadly(HashingFile.write)
+    os.replace, os.fsync, HashingStream.write = deadly(os.replace), deadly(os.fsync), deadly(HashingStream.write)
     function(*arguments[0], **arguments[1])
     events.value = next(counter)
 
@@ -113,10 +114,10 @@ def made(out):
 def check_whole_or_unfinished(out, stage):
     """What stands there is either all of it, or refused for what it lacks."""
     with contextlib.suppress(ShardError):
-        samples(out, stage, [])
+        read_entries(out, stage, [])
         return
     with pytest.raises(ShardError, match="is unfinished.*again to complete it"):
-        samples(out, stage, [])
+        read_entries(out, stage, [])
 
 
 STAGES = {"latents": encode, "cache": teacher_cache, "student": distill}
@@ -148,7 +149,7 @@ def test_a_killed_writers_leavings_are_cleared_unless_it_lives(teacher, work, tm
         (out / f".s00009.tar.{HOST}.{pid}.partial").write_bytes(b"half")
         (out / f".folder.{HOST}.{pid}.partial").mkdir()
         (out / f".folder.{HOST}.{pid}.partial" / "file").write_bytes(b"half")
-    assert len(samples(out, "latents", [])) == 7
+    assert len(read_entries(out, "latents", [])) == 7
     run_encode(teacher, work / "images", out, entries_per_shard=3)
     left = {path.name for path in out.glob(".*.partial")}
     assert left == {f".s00009.tar.{HOST}.{child.pid}.partial", f".folder.{HOST}.{child.pid}.partial"}
@@ -184,7 +185,7 @@ def test_what_only_looks_like_a_leaving_stays(tmp_path):
 
 def test_an_exception_inside_the_writer_keeps_the_shards_before_it(teacher, work, tmp_path, monkeypatch):
     whole = shard_files(run_encode(teacher, work / "images", tmp_path / "whole", entries_per_shard=3))
-    real, writes = HashingFile.write, itertools.count()
+    real, writes = HashingStream.write, itertools.count()
 
     def failing(self, data):
         if next(writes) == 3:
@@ -192,10 +193,10 @@ def test_an_exception_inside_the_writer_keeps_the_shards_before_it(teacher, work
         return real(self, data)
 
     out = tmp_path / "out"
-    monkeypatch.setattr(HashingFile, "write", failing)
+    monkeypatch.setattr(HashingStream, "write", failing)
     with pytest.raises(OSError, match="Input/output error"):
         run_encode(teacher, work / "images", out, entries_per_shard=3)
-    monkeypatch.setattr(HashingFile, "write", real)
+    monkeypatch.setattr(HashingStream, "write", real)
     assert shard_files(out).items() <= whole.items()
     assert not list(out.rglob(".*.partial"))
     kept = {name: (out / name).stat().st_mtime_ns for name in shard_files(out)}

@@ -11,6 +11,7 @@ from pipeline.teacher_cache import TeacherCacheSettings
 from shards.files import atomic_directory
 from shards.reader import ShardSet
 from shards.schema import ShardError
+from shards.store import open_store
 
 
 @pytest.mark.parametrize(
@@ -33,7 +34,7 @@ def test_jobs_side_by_side_write_what_one_job_writes(teacher, images, tmp_path, 
         run_encode(teacher, images, latents, shard_range=part)
         assert "shards so far; the first still to write is s0000" in capsys.readouterr().out
         with pytest.raises(ShardError, match="is unfinished"):
-            ShardSet(latents, "latents")
+            ShardSet(open_store(latents), "latents")
     run_encode(teacher, images, latents, shard_range="1:2")
     assert "holds 13 images in 3 shards" in capsys.readouterr().out
     assert shard_files(latents) == shard_files(whole_latents)

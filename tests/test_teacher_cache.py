@@ -7,15 +7,16 @@ import pytest
 import torch
 import webdataset
 from diffusers import DDPMScheduler, UNet2DConditionModel
-from support.stages import run_encode, run_teacher_cache, samples, shard_files, tree
+from support.stages import read_entries, run_encode, run_teacher_cache, shard_files, tree
 from support.tiny import tiny_pipeline, tiny_unet, write_images
 
 from pipeline.commands import verify
 from pipeline.commands.verify import VerifySettings
-from pipeline.models.families.sd import LEVELS
+from pipeline.models.families import LEVELS
 from pipeline.system.errors import UserError
 from shards.dataset import CacheDataset
 from shards.schema import ShardError
+from shards.store import open_store
 
 BLOCKS = [f"{kind}_blocks.{i}" for kind in ("down", "up") for i in range(4)]
 
@@ -56,7 +57,7 @@ def test_an_exact_cache_holds_what_the_teacher_says(teacher, latents, tmp_path, 
     cache = run_teacher_cache(teacher, latents, tmp_path / "c", codec=codec, token_stride=1, rounds=1)
     tolerance = {"fp16": 2e-3, "fp32": 1e-5}[codec]
     taps = [*BLOCKS, "mid_block"]
-    for sample in samples(cache, "cache", [*TENSORS, *(f"tap.{tap}" for tap in taps)])[::5]:
+    for sample in read_entries(cache, "cache", [*TENSORS, *(f"tap.{tap}" for tap in taps)])[::5]:
         prediction, outputs = asked_again(teacher, sample)
         stored = {tap: torch.from_numpy(sample.tensors[f"tap.{tap}"].values).float() for tap in taps}
         teacher_pred = torch.from_numpy(sample.tensors["teacher_pred"].values).float()
@@ -66,7 +67,7 @@ def test_an_exact_cache_holds_what_the_teacher_says(teacher, latents, tmp_path, 
 
 
 def test_a_quantised_cache_is_within_half_a_step_at_the_sampled_positions(teacher, cache):
-    dataset = CacheDataset(cache, [*BLOCKS, "mid_block"])
+    dataset = CacheDataset(open_store(cache), [*BLOCKS, "mid_block"])
     loaded = [dataset[i] for i in range(0, 26, 5)]
     batch = dataset.collate(loaded)
     for b, sample in enumerate(loaded):
@@ -74,7 +75,7 @@ def test_a_quantised_cache_is_within_half_a_step_at_the_sampled_positions(teache
         for tap, feature in batch.features.items():
             expected = outputs[tap][:, feature.rows[b] :: feature.stride, feature.columns[b] :: feature.stride]
             error = (feature.decode()[b] - expected).abs().max()
-            assert error <= feature.step[b] / 2 + 1e-5
+            assert error <= feature.quant_step[b] / 2 + 1e-5
     assert {tap: f.stride for tap, f in batch.features.items()}["up_blocks.3"] == 2
     assert batch.features["mid_block"].stride == 1
 
@@ -97,7 +98,7 @@ def test_two_runs_write_the_same_bytes(teacher, latents, cache, tmp_path):
 
 def test_batch_sizes_change_nothing_but_rounding(teacher, latents, tmp_path):
     one, seven = (
-        samples(
+        read_entries(
             run_teacher_cache(teacher, latents, tmp_path / str(size), batch_size=size, codec="fp32"),
             "cache",
             [*TENSORS, "tap.up_blocks.3"],
@@ -113,7 +114,7 @@ def test_batch_sizes_change_nothing_but_rounding(teacher, latents, tmp_path):
 
 def test_each_round_has_its_own_noise_and_a_timestep_of_another_half(cache):
     by_image = {}
-    for sample in samples(cache, "cache", ["noise"]):
+    for sample in read_entries(cache, "cache", ["noise"]):
         by_image.setdefault(sample.meta["source_id"], []).append(sample)
     assert len(by_image) == 13
     for first, second in by_image.values():
@@ -129,7 +130,7 @@ def test_raising_rounds_adds_shards_and_rewrites_nothing(teacher, latents, tmp_p
     assert {name: after[name] for name in before} == before
     assert len(after) == len(before) * 3 // 2
     assert stamps == {path: path.stat().st_mtime_ns for path in stamps}
-    assert len(CacheDataset(out, ["mid_block"])) == 39
+    assert len(CacheDataset(open_store(out), ["mid_block"])) == 39
     run_teacher_cache(teacher, latents, out, rounds=2)
     assert "already finished, nothing to do" in capsys.readouterr().out
     assert shard_files(out) == after
@@ -165,7 +166,7 @@ def test_initial_students_and_base_are_written(teacher, latents, tmp_path):
 def test_unconditional_entries_hold_the_empty_prompt(teacher, latents, tmp_path):
     out = run_teacher_cache(teacher, latents, tmp_path / "c", uncond_fraction=0.5, rounds=3)
     empty = np.load(latents / "empty_prompt_embeds.npy")
-    found = samples(out, "cache", ["prompt_embeds"])
+    found = read_entries(out, "cache", ["prompt_embeds"])
     flags = [sample.meta["unconditional"] for sample in found]
     assert 5 < sum(flags) < 34
     for sample in found:
@@ -173,8 +174,8 @@ def test_unconditional_entries_hold_the_empty_prompt(teacher, latents, tmp_path)
 
 
 def test_the_noise_offset_reaches_the_noise(teacher, latents, cache, tmp_path):
-    plain = samples(cache, "cache", ["noise"])
-    moved = samples(run_teacher_cache(teacher, latents, tmp_path / "c", noise_offset=1.0), "cache", ["noise"])
+    plain = read_entries(cache, "cache", ["noise"])
+    moved = read_entries(run_teacher_cache(teacher, latents, tmp_path / "c", noise_offset=1.0), "cache", ["noise"])
     for a, b in zip(plain, moved, strict=True):
         shift = b.tensors["noise"].values.astype(np.float32) - a.tensors["noise"].values
         assert shift.std(axis=(1, 2)).max() < 5e-3
@@ -183,8 +184,8 @@ def test_the_noise_offset_reaches_the_noise(teacher, latents, cache, tmp_path):
 
 def test_input_perturbation_changes_what_the_teacher_sees_and_not_the_noise(teacher, latents, cache, tmp_path):
     out = run_teacher_cache(teacher, latents, tmp_path / "c", input_perturbation=0.3)
-    plain = samples(cache, "cache", ["noise", "teacher_pred"])
-    moved = samples(out, "cache", [*TENSORS, "input_noise"])
+    plain = read_entries(cache, "cache", ["noise", "teacher_pred"])
+    moved = read_entries(out, "cache", [*TENSORS, "input_noise"])
     added = []
     for a, b in zip(plain, moved, strict=True):
         np.testing.assert_array_equal(a.tensors["noise"].values, b.tensors["noise"].values)
@@ -252,7 +253,7 @@ def test_features_that_do_not_fit_fp16_name_the_codecs_that_take_them(teacher, l
         tmp_path / "loud", teacher, lambda unet: unet.down_blocks[0].downsamplers[0].conv.bias.fill_(1e6)
     )
     with pytest.raises(
-        UserError, match=r"tap.down_blocks.0 of entry 000000000-r0000 does not fit fp16: .*dither or fp32"
+        UserError, match=r"tap.down_blocks.0 of entry 000000000-r0000 does not fit in fp16. .*dither or fp32"
     ):
         run_teacher_cache(broken, latents, tmp_path / "c", codec="fp16")
     run_teacher_cache(broken, latents, tmp_path / "d", codec="dither", rounds=1)
@@ -276,7 +277,7 @@ def test_other_settings_on_the_same_output_are_refused_with_the_difference(teach
 
 def test_another_teachers_latents_are_refused(latents, tmp_path):
     tiny_pipeline(seed=4).save_pretrained(tmp_path / "other")
-    with pytest.raises(UserError, match="encoded with another VAE than --teacher"):
+    with pytest.raises(UserError, match="encoded with another VAE than the one of --teacher"):
         run_teacher_cache(tmp_path / "other", latents, tmp_path / "c")
 
 

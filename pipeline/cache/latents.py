@@ -1,31 +1,50 @@
-"""Latents as the later stages take them: opened, and held against the model that shall use them."""
+"""Opening latents, and checking that they belong to the model that is to use them."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 from diffusers import DiffusionPipeline
 
+from pipeline.models.families import family_of_spec
 from pipeline.models.hashing import weights_sha256
 from pipeline.system.errors import UserError
+from shards.codec import decode_npy
+from shards.manifest import read_file
 from shards.reader import ShardSet
+from shards.schema import conditioning_shapes, empty_prompt_file
+from shards.store import open_store
 
 
 def open_latents(directory: Path) -> ShardSet:
-    """Finished latents. Raises ShardError for others, and UserError if there are none."""
-    latents = ShardSet(directory, "latents")
+    """Finished latents. Raises ShardError if they are not, and UserError if they hold no images."""
+    latents = ShardSet(open_store(directory), "latents")
     if not len(latents):
-        raise UserError(f"{directory} holds no images: all were skipped, see its skipped.jsonl")
+        raise UserError(f"{directory} holds no images: all were skipped. See its skipped.jsonl for the reasons.")
     return latents
 
 
 def check_encoders(latents: ShardSet, base: DiffusionPipeline, model: str) -> None:
-    """Raise UserError if the latents come from another VAE or text encoder than `model`'s pipeline has."""
+    """Raise UserError if the latents were made with another VAE or text encoder than those of `base`.
+
+    `model` is how the message calls the pipeline, such as `--teacher path`.
+    """
     spec = latents.manifest.spec
-    for name, module in (("VAE", base.vae), ("text encoder", base.text_encoder)):
-        stated = spec[f"{name.lower().replace(' ', '_')}_sha256"]
-        if weights_sha256(module) != stated:
+    for part in family_of_spec(spec).encoders:
+        if weights_sha256(getattr(base, part)) != spec[f"{part}_sha256"]:
+            name = {"vae": "VAE"}.get(part, part.replace("_", " "))
             raise UserError(
-                f"{latents.directory} was encoded with another {name} than {model} has: "
-                "give the one that encode had, or encode again"
+                f"{latents.store} was encoded with another {name} than the one of {model}. "
+                "Use the pipeline that it was encoded with, or encode again."
             )
+
+
+def unconditional_conditioning(latents: ShardSet) -> dict[str, np.ndarray]:
+    """The conditioning of the empty prompt as `encode` stored it, without B, by name."""
+    files = {name: empty_prompt_file(name) for name in conditioning_shapes(latents.manifest.spec)}
+    return {
+        name: decode_npy(read_file(latents.store, latents.manifest, file))
+        for name, file in files.items()
+        if file in latents.manifest.files
+    }

@@ -1,7 +1,8 @@
-"""The output directory of a stage that writes shards: claiming it, and sharing out what is left to write."""
+"""The output directory of a stage that writes shards: claiming it, and sharing out the shards still to write."""
 
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -11,73 +12,83 @@ import click
 from accelerate import PartialState
 
 from pipeline.system.errors import UserError
-from shards.files import remove_leftovers, write_bytes
+from shards.files import remove_leftovers
 from shards.manifest import Manifest, read_manifest, refuse_other_spec, write_manifest
+from shards.plan import PlannedShard, share
 from shards.reader import Sidecar, read_sidecar
 from shards.schema import MANIFEST
-from shards.writer import is_finished
+from shards.store import Store, open_store
 
 
 def existing_manifest(out: Path, stage: str) -> Manifest | None:
-    return read_manifest(out, stage) if (out / MANIFEST).is_file() else None
+    """The manifest of `out`, if it has one."""
+    store = open_store(out)
+    return read_manifest(store, stage) if store.exists(MANIFEST) else None
 
 
 def claim(
     out: Path, stage: str, spec: dict[str, Any], *, rounds: int | None = None, files: dict[str, bytes] | None = None
 ) -> Manifest:
-    """The manifest of `out` for `spec`: written now with its `files`, or found there with the same spec.
+    """The manifest of `out` for `spec`: written now together with its `files`, or an existing one with the same spec.
 
-    More `rounds` than are there extend it; fewer leave it. What killed runs left half written is cleared
-    away. Raises ShardError with the difference if `out` was made for another spec.
+    More `rounds` than it has extend it; fewer leave it unchanged. Partial files of killed runs are removed. Raises
+    ShardError, with the difference, if `out` was made for another spec.
     """
+    store = open_store(out)
     found = existing_manifest(out, stage)
     if found is not None:
         refuse_other_spec(out, found.spec, spec)
         remove_leftovers(out, out / "students")
-        if rounds is None or rounds <= found.rounds:
+        if rounds is None or found.rounds is None or rounds <= found.rounds:
             return found
         manifest = replace(found, rounds=rounds)
     else:
         out.mkdir(parents=True, exist_ok=True)
         remove_leftovers(out)
-        manifest = Manifest(spec, rounds, {name: write_bytes(out / name, data) for name, data in (files or {}).items()})
-    write_manifest(out, manifest)
+        hashes = {name: _write(store, name, data) for name, data in (files or {}).items()}
+        manifest = Manifest(spec, rounds, hashes)
+    write_manifest(store, manifest)
     return manifest
 
 
-def unfinished_shards(out: Path, manifest: Manifest) -> list[str]:
-    return [shard for shard in manifest.shard_names() if not is_finished(out, shard)]
+def _write(store: Store, name: str, data: bytes) -> str:
+    """Write a file. Returns its sha256."""
+    with store.write(name) as stream:
+        stream.write(data)
+    return hashlib.sha256(data).hexdigest()
 
 
 def share_unfinished(
     out: Path, manifest: Manifest, state: PartialState, shard_range: str | None
-) -> tuple[list[str], list[str]]:
-    """All unfinished shards in the range (see `range_of`), and those of them that fall to this process: every n-th.
+) -> tuple[list[PlannedShard], list[PlannedShard]]:
+    """All unfinished shards of the range (see `range_of`), and those of them that this process writes.
 
-    No process starts to write before all have looked, or they would share out different lists.
+    No process starts to write before all have looked; otherwise they would share out different lists.
     """
-    wanted = set(manifest.shard_names()[range_of(shard_range)])
-    unfinished = [shard for shard in unfinished_shards(out, manifest) if shard in wanted]
+    unfinished = manifest.plan.unfinished(open_store(out), range_of(shard_range))
     state.wait_for_everyone()
-    return unfinished, unfinished[state.process_index :: state.num_processes]
+    return unfinished, share(unfinished, state.process_index, state.num_processes)
 
 
 def range_of(shard_range: str | None) -> slice:
-    """The part of the plan that `A:B` names: shards A to B-1; one end may be left out. None is all of it."""
+    """The part of the plan that `A:B` names: shards A to B-1. Either end may be omitted; None is the whole plan."""
     if shard_range is None:
         return slice(None)
     matched = re.fullmatch(r"(\d*):(\d*)", shard_range)
-    ends = [int(end) if end else None for end in matched.groups()] if matched else []
-    if not any(end is not None for end in ends) or (None not in ends and ends[0] >= ends[1]):
-        raise UserError(f"--shard-range {shard_range!r} is no range; write it as 0:50 or 50:100, the end left out")
-    return slice(*ends)
+    start, end = (int(text) if text else None for text in matched.groups()) if matched else (None, None)
+    if (start is None and end is None) or (start is not None and end is not None and start >= end):
+        raise UserError(
+            f"--shard-range {shard_range!r} is not a range. Write it as 0:50 or 50:100, where the end is exclusive."
+        )
+    return slice(start, end)
 
 
 def finished_sidecars(out: Path, manifest: Manifest) -> list[Sidecar] | None:
-    """The sidecars of a finished directory, in the plan's order; of another None, once it is said what is left."""
-    left, planned = unfinished_shards(out, manifest), manifest.shard_names()
+    """The sidecars of a finished directory, in the plan's order. For an unfinished one, print what is left: None."""
+    store, plan = open_store(out), manifest.plan
+    left = plan.unfinished(store)
     if left:
-        done = len(planned) - len(left)
-        click.echo(f"{out} holds {done} of {len(planned)} shards so far; the first still to write is {left[0]}")
+        done = len(plan) - len(left)
+        click.echo(f"{out} holds {done} of {len(plan)} shards so far; the next one to write is {left[0].name}")
         return None
-    return [read_sidecar(out, shard, manifest.spec_sha256) for shard in planned]
+    return [read_sidecar(store, shard.name, manifest.spec_sha256) for shard in plan]

@@ -1,4 +1,4 @@
-"""The teacher asked again: what it says now of stored entries, against what is stored and what the codec promises."""
+"""Running the teacher again on stored entries: its output against the stored values and what the codec promises."""
 
 from __future__ import annotations
 
@@ -13,22 +13,24 @@ from torch import Tensor
 
 from pipeline.core.diffusion import add_noise
 from pipeline.core.taps import Taps, sample_tokens
+from pipeline.models.families import denoise, family_of_spec
 from shards.codec import dequantise
+from shards.dataset import stack_tensors
 from shards.reader import StoredEntry, StoredTensor
-from shards.schema import LATENTS, PROMPT_EMBEDS, TEACHER_PRED, added_noise, tap_member
+from shards.schema import LATENTS, TEACHER_PRED, added_noise, conditioning_shapes, tap_member
 
-# Two runs of one network differ by rounding, with the batch and the device: up to this share of a tensor's peak.
-# In fp32 that leaves room for the TF32 that GPUs convolve in.
+# Two runs of one network differ by rounding, with the batch and the device: by up to this share of a tensor's peak.
+# For fp32 that leaves room for the TF32 in which GPUs compute convolutions.
 ARITHMETIC = {"fp32": 1e-3, "fp16": 1e-2, "bf16": 5e-2}
 
 
 @dataclass(frozen=True)
 class Deviation:
-    """How far a stored tensor is from what the teacher says now, over some entries.
+    """How far a stored tensor is from the teacher's output, over some entries.
 
-    `largest` and `mean` are absolute errors. Where the error comes nearest to what is allowed, `promise` is
-    the codec's bound, `bound` that with the allowance for rounding, and `share` the error as a share of
-    `bound`: above 1 it is broken.
+    `largest` and `mean` are absolute errors. At the value whose error is the largest share of what is allowed,
+    `promise` is the codec's bound, `bound` adds the allowance for rounding, and `share` is the error divided by
+    `bound`: above 1 the bound is broken.
     """
 
     name: str
@@ -40,83 +42,84 @@ class Deviation:
 
 
 def deviations(
-    samples: Iterable[StoredEntry], spec: dict[str, Any], unet: UNet2DConditionModel, alphas_cumprod: Tensor
+    entries: Iterable[StoredEntry], spec: dict[str, Any], unet: UNet2DConditionModel, alphas_cumprod: Tensor
 ) -> list[Deviation]:
-    """One for teacher_pred and one for each tap. `alphas_cumprod` (T,) float32, on the U-Net's device."""
+    """One for teacher_pred and one per tap. `alphas_cumprod` (T,) float32, on the U-Net's device."""
     taps = Taps(unet, spec["taps"])
     found: dict[str, list[Deviation]] = {}
-    for sample in samples:
-        for name, now in recompute_entry(sample, spec, unet, taps, alphas_cumprod).items():
-            found.setdefault(name, []).append(deviation(name, sample, now, ARITHMETIC[spec["dtype"]]))
+    for entry in entries:
+        for name, output in recompute_entry(entry, spec, unet, taps, alphas_cumprod).items():
+            found.setdefault(name, []).append(deviation(name, entry, output, ARITHMETIC[spec["dtype"]]))
     taps.remove()
-    return [_worst(each) for each in found.values()]
+    return [_worst(of_tensor) for of_tensor in found.values()]
 
 
 @torch.inference_mode()
 def recompute_entry(
-    sample: StoredEntry, spec: dict[str, Any], unet: UNet2DConditionModel, taps: Taps, alphas_cumprod: Tensor
+    entry: StoredEntry, spec: dict[str, Any], unet: UNet2DConditionModel, taps: Taps, alphas_cumprod: Tensor
 ) -> dict[str, np.ndarray]:
-    """What the teacher says of one entry, (C, H, W) float32 by tensor name: taps at the positions that were kept."""
-    latents, noise, prompt_embeds = (
-        torch.tensor(sample.tensors[name].values, device=unet.device)[None]
-        for name in (LATENTS, added_noise(spec), PROMPT_EMBEDS)
-    )
-    timesteps = torch.tensor([sample.meta["timestep"]], device=unet.device)
+    """The teacher's output for one entry, (C, H, W) float32 by tensor name; taps at the positions that were kept."""
+    conditioning = list(conditioning_shapes(spec))
+    inputs = stack_tensors([entry], [LATENTS, added_noise(spec), *conditioning])
+    latents, noise = inputs[LATENTS].to(unet.device), inputs[added_noise(spec)].to(unet.device)
+    timesteps = torch.tensor([entry.meta["timestep"]], device=unet.device)
     noisy = add_noise(latents, noise, timesteps, alphas_cumprod)
     with taps.recording() as features:
-        prediction = unet(noisy.to(unet.dtype), timesteps, encoder_hidden_states=prompt_embeds.to(unet.dtype)).sample
-    now = {TEACHER_PRED: prediction}
+        family = family_of_spec(spec)
+        prediction = denoise(unet, noisy, timesteps, {name: inputs[name] for name in conditioning}, family)
+    outputs = {TEACHER_PRED: prediction}
     for tap, tap_spec in spec["taps"].items():
-        record = sample.meta["taps"][tap]
-        now[tap_member(tap)] = sample_tokens(features[tap], [record["row"]], [record["column"]], tap_spec["stride"])
-    return {name: tensor[0].float().cpu().numpy() for name, tensor in now.items()}
+        record = entry.meta["taps"][tap]
+        kept = sample_tokens(features[tap], [record["row"]], [record["column"]], tap_spec["stride"])
+        outputs[tap_member(tap)] = kept
+    return {name: tensor[0].float().cpu().numpy() for name, tensor in outputs.items()}
 
 
-def deviation(name: str, sample: StoredEntry, now: np.ndarray, arithmetic: float) -> Deviation:
-    """A stored tensor against what the teacher says `now`: the codec's bound, and an allowance for its arithmetic."""
-    stored, promise = decoded(name, sample, sample.tensors[name])
-    error = np.abs(stored - now)
-    bound = promise + arithmetic * np.abs(now).max() + np.finfo(np.float32).tiny
+def deviation(name: str, entry: StoredEntry, output: np.ndarray, arithmetic: float) -> Deviation:
+    """A stored tensor against the teacher's `output`, within the codec's bound and an allowance for arithmetic."""
+    stored, promise = decode_with_bound(name, entry, entry.tensors[name])
+    error = np.abs(stored - output)
+    bound = promise + arithmetic * np.abs(output).max() + np.finfo(np.float32).tiny
     shares = np.nan_to_num(error / bound, nan=np.inf)
-    nearest = np.unravel_index(shares.argmax(), shares.shape)
-    limits = float(promise[nearest]), float(bound[nearest])
-    return Deviation(name, float(error.max()), float(error.mean()), *limits, float(shares[nearest]))
+    worst = np.unravel_index(shares.argmax(), shares.shape)
+    limits = float(promise[worst]), float(bound[worst])
+    return Deviation(name, float(error.max()), float(error.mean()), *limits, float(shares[worst]))
 
 
-def decoded(name: str, sample: StoredEntry, tensor: StoredTensor) -> tuple[np.ndarray, np.ndarray]:
-    """The stored values, float32, and how far each may be from what was encoded.
+def decode_with_bound(name: str, entry: StoredEntry, tensor: StoredTensor) -> tuple[np.ndarray, np.ndarray]:
+    """The stored values, float32, and how far each may be from the value that was encoded.
 
-    That is half a step of the quantiser, or half the distance to the next number of the exact type.
+    That is half a quantiser step, or half the distance to the next number of the exact dtype.
     """
     if tensor.mu is None:
         spacing = np.spacing(np.abs(tensor.values)).astype(np.float32)
         return tensor.values.astype(np.float32), spacing / 2
-    record = sample.meta["taps"][name.removeprefix(tap_member(""))]
+    record = entry.meta["taps"][name.removeprefix(tap_member(""))]
     values = dequantise(tensor.values, tensor.mu, record["step"], record["dither"])
     return values, np.full(values.shape, record["step"] / 2, np.float32)
 
 
-def _worst(each: list[Deviation]) -> Deviation:
-    nearest = max(each, key=lambda d: d.share)
-    mean = sum(d.mean for d in each) / len(each)
-    return replace(nearest, largest=max(d.largest for d in each), mean=mean)
+def _worst(of_tensor: list[Deviation]) -> Deviation:
+    worst = max(of_tensor, key=lambda deviation: deviation.share)
+    mean = sum(deviation.mean for deviation in of_tensor) / len(of_tensor)
+    return replace(worst, largest=max(deviation.largest for deviation in of_tensor), mean=mean)
 
 
-HEAD = ("tensor", "largest error", "mean error", "codec allows", "with rounding", "error of that")
+HEAD = ("tensor", "largest error", "mean error", "codec allows", "with rounding", "share used")
 
 
 def table(rows: list[Deviation]) -> list[str]:
-    """Lines of a table, one tensor a line."""
+    """The lines of a table, one tensor per line."""
     cells = [
         (
-            r.name,
-            f"{r.largest:.3g}",
-            f"{r.mean:.3g}",
-            f"{r.promise:.3g}",
-            f"{r.bound:.3g}",
-            f"{r.share:.1%}{'' if r.share <= 1 else ' BROKEN'}",
+            row.name,
+            f"{row.largest:.3g}",
+            f"{row.mean:.3g}",
+            f"{row.promise:.3g}",
+            f"{row.bound:.3g}",
+            f"{row.share:.1%}{'' if row.share <= 1 else ' BROKEN'}",
         )
-        for r in rows
+        for row in rows
     ]
     widths = [max(map(len, column)) for column in zip(HEAD, *cells, strict=True)]
     return [

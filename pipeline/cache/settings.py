@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from pipeline.models.families.sd import LEVELS
+from pipeline.core.taps import token_stride
+from pipeline.models.families import LEVELS
 from pipeline.system.settings import Settings, option
 from shards.codec import CODECS, MAX_SNR_DB
 
@@ -16,3 +19,11 @@ class CacheFormat(Settings):
     snr_db: float = option(10.0, "Signal-to-noise ratio of the dither codec, in decibels.", ge=-10.0, le=MAX_SNR_DB)
     token_stride: int = option(4, "Keep one position per N x N cell of the larger taps.", ge=1)
     token_min: int = option(32, "Subsample only taps with at least this many rows.", ge=1)
+
+    def tap_specs(self, shapes: Mapping[str, tuple[int, int, int]]) -> dict[str, dict[str, Any]]:
+        """What a cache's spec states about each tap: the `shape` (C, H, W) of the module's output, and the `stride` of
+        its token sampling."""
+        return {
+            tap: {"shape": list(s), "stride": token_stride(s[1], s[2], self.token_stride, self.token_min)}
+            for tap, s in shapes.items()
+        }

@@ -1,4 +1,4 @@
-"""How many bytes an entry will take, before any is written. Pure: shapes and settings in, bytes out."""
+"""How many bytes an entry will take. Pure functions: shapes and settings in, bytes out."""
 
 from __future__ import annotations
 
@@ -12,44 +12,44 @@ import numpy as np
 from pipeline.system.disk import format_bytes
 from shards.codec import EXACT_DTYPES, pack_quantised, quantise
 from shards.expected import NPY_HEADER
-from shards.schema import BLOCK, INPUT_NOISE, LATENTS, NOISE, PROMPT_EMBEDS, TEACHER_PRED
+from shards.schema import BLOCK, INPUT_NOISE, LATENTS, NOISE, TEACHER_PRED
 
-# About what the .json member says of an image and of each of its taps, and the sidecar's row of each member.
-META_BYTES, META_BYTES_OF_A_TAP, ROW_BYTES = 300, 90, 28
+# Approximate bytes: of the .json member per image and per tap, and of the sidecar per member.
+META_BYTES, META_BYTES_PER_TAP, ROW_BYTES = 300, 90, 28
 
 Shape = tuple[int, ...]
 
 
-def latents_entry(latents_shape: Shape, prompt_embeds_shape: Shape) -> dict[str, int]:
-    """Bytes by member of one entry that `encode` writes: latents (C, H, W) and prompt_embeds (L, D), fp16."""
+def latents_entry(latents: Shape, conditioning: Mapping[str, Shape]) -> dict[str, int]:
+    """Bytes per member of an entry that `encode` writes: latents (C, H, W) and conditioning, fp16."""
     return {
         "json": META_BYTES,
-        LATENTS: npy_bytes(latents_shape, 2),
-        PROMPT_EMBEDS: npy_bytes(prompt_embeds_shape, 2),
+        LATENTS: npy_bytes(latents, 2),
+        **{name: npy_bytes(shape, 2) for name, shape in conditioning.items()},
     }
 
 
 def cache_entry(
-    latents_shape: Shape,
-    prompt_embeds_shape: Shape,
+    latents: Shape,
+    conditioning: Mapping[str, Shape],
     taps: Mapping[str, Mapping[str, Any]],
     codec: str,
     snr_db: float,
     input_noise: bool = False,
 ) -> dict[str, int]:
-    """Bytes by member of one entry that `teacher-cache` writes.
+    """Bytes per member of an entry that `teacher-cache` writes.
 
-    `taps` are those of a cache's spec: `shape` (C, H, W) and `stride` of each. Exact codecs come out exactly;
-    the dither codec as it does on Gaussian features.
+    `taps` is as in a cache's spec: `shape` (C, H, W) and `stride` by name. Sizes are exact for the exact codecs; for
+    the dither codec they are those of Gaussian features.
     """
     exact = EXACT_DTYPES.get(codec, np.dtype(np.float16)).itemsize
     return {
-        "json": META_BYTES + META_BYTES_OF_A_TAP * len(taps),
-        LATENTS: npy_bytes(latents_shape, 2),
-        NOISE: npy_bytes(latents_shape, 2),
-        **({INPUT_NOISE: npy_bytes(latents_shape, 2)} if input_noise else {}),
-        TEACHER_PRED: npy_bytes(latents_shape, exact),
-        PROMPT_EMBEDS: npy_bytes(prompt_embeds_shape, 2),
+        "json": META_BYTES + META_BYTES_PER_TAP * len(taps),
+        LATENTS: npy_bytes(latents, 2),
+        NOISE: npy_bytes(latents, 2),
+        **({INPUT_NOISE: npy_bytes(latents, 2)} if input_noise else {}),
+        TEACHER_PRED: npy_bytes(latents, exact),
+        **{name: npy_bytes(shape, 2) for name, shape in conditioning.items()},
         **{name: tap_bytes(tap["shape"], tap["stride"], codec, snr_db) for name, tap in taps.items()},
     }
 
@@ -59,17 +59,17 @@ def npy_bytes(shape: Iterable[int], itemsize: int) -> int:
 
 
 def tap_bytes(shape: Shape, stride: int, codec: str, snr_db: float) -> int:
-    """One entry's tap (C, H, W), of which one position of each stride x stride cell is kept."""
+    """Bytes of a tap (C, H, W) of which one position per stride x stride cell is kept."""
     kept = shape[0], shape[1] // stride, shape[2] // stride
     if codec in EXACT_DTYPES:
         return npy_bytes(kept, EXACT_DTYPES[codec].itemsize)
-    # mu is float32 and hardly compresses.
+    # mu is float32, which hardly compresses.
     return round(bits_per_value(snr_db) * math.prod(kept) / 8) + 4 * shape[0] + NPY_HEADER
 
 
 @functools.cache
 def bits_per_value(snr_db: float) -> float:
-    """What the dither codec makes of Gaussian features, by coding some."""
+    """Bits per value that the dither codec takes for Gaussian features, measured on a sample."""
     shape = (64, 64, 64)
     features = np.random.default_rng(0).standard_normal(shape, np.float32)
     q, mu, _ = quantise(features, snr_db, 0)
@@ -78,13 +78,13 @@ def bits_per_value(snr_db: float) -> float:
 
 
 def stored_bytes(members: Mapping[str, int]) -> int:
-    """An entry on the disk: members in a tar, each with its header and padded to whole blocks, and sidecar rows."""
+    """Bytes of an entry on disk: a header and padding per member of the tar, and its row in the sidecar."""
     in_tar = sum(BLOCK + -(-size // BLOCK) * BLOCK for size in members.values())
     return in_tar + ROW_BYTES * len(members)
 
 
 def lines(members: Mapping[str, int], entries: int) -> list[str]:
-    """The sizes as a plan shows them: bytes by member, and all of it together."""
+    """The sizes as a plan prints them: bytes per member, and the total."""
     width = max(map(len, members))
     stored = stored_bytes(members)
     return [

@@ -1,11 +1,13 @@
-"""What the teacher says of a batch of pictures, as entries of a cache.
+"""The teacher's targets for a batch of images, as entries of a cache.
 
-latents, prompt_embeds -> noise, timestep -> teacher U-Net -> teacher_pred, taps -> entries.
-What is stored rounded is rounded before the teacher runs, so a student sees exactly what the teacher saw.
+latents, conditioning -> noise, timestep -> teacher U-Net -> teacher_pred, taps -> entries.
+Latents and noise are rounded as they are stored before the teacher runs, so a student starts from the same noisy
+latents. (A teacher in half precision then rounds its input once more.)
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,27 +19,42 @@ from torch import Tensor
 from pipeline.core import draws
 from pipeline.core.diffusion import add_noise
 from pipeline.core.taps import Taps, sample_tokens
+from pipeline.models.families import Family, denoise
 from pipeline.system.errors import UserError
 from shards import device_codec
 from shards.codec import EXACT_DTYPES, decode_npy, pack_quantised
 from shards.reader import StoredEntry
-from shards.schema import INPUT_NOISE, LATENTS, NOISE, PROMPT_EMBEDS, TEACHER_PRED, added_noise, entry_key, tap_member
+from shards.schema import (
+    INPUT_NOISE,
+    LATENTS,
+    NOISE,
+    TEACHER_PRED,
+    added_noise,
+    conditioning_shapes,
+    entry_key,
+    tap_member,
+)
 from shards.writer import EntryBuilder
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """What one forward pass needs. `alphas_cumprod` (T,) float32; `empty_prompt` (L, D) fp16."""
+    """What a forward pass needs.
+
+    `alphas_cumprod` (T,) float32. `unconditional` holds, without B and in fp16, the conditioning tensors that an empty
+    prompt changes.
+    """
 
     unet: UNet2DConditionModel
+    family: Family
     taps: Taps
     alphas_cumprod: Tensor
-    empty_prompt: np.ndarray
+    unconditional: Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True)
 class BatchTargets:
-    """What the teacher said of a batch: its entries, and what is still to be compressed into them.
+    """The entries of a batch, and the quantised taps that still have to be compressed into them.
 
     `quantised` holds (entry, tensor name, q (C, H, W) integers, mu (C,) float32).
     """
@@ -47,51 +64,54 @@ class BatchTargets:
 
 
 @torch.inference_mode()
-def run_teacher(samples: list[StoredEntry], round_index: int, spec: dict[str, Any], teacher: Teacher) -> BatchTargets:
+def run_teacher(images: list[StoredEntry], round_index: int, spec: dict[str, Any], teacher: Teacher) -> BatchTargets:
     """One forward pass of the teacher: B images at one timestep each."""
-    entries = [new_entry(sample, round_index, spec, teacher) for sample in samples]
+    entries = [new_entry(image, round_index, spec, teacher) for image in images]
     added = added_noise(spec)
+    conditioning = list(conditioning_shapes(spec))
     inputs = {
         name: torch.from_numpy(np.stack([decode_npy(entry.members[f"{name}.npy"]) for entry in entries]))
-        for name in (LATENTS, added, PROMPT_EMBEDS)
+        for name in (LATENTS, added, *conditioning)
     }
-    device, dtype = teacher.unet.device, teacher.unet.dtype
+    device = teacher.unet.device
     timesteps = torch.tensor([entry.meta["timestep"] for entry in entries], device=device)
     noisy = add_noise(inputs[LATENTS].to(device), inputs[added].to(device), timesteps, teacher.alphas_cumprod)
     with teacher.taps.recording() as features:
-        prediction = teacher.unet(
-            noisy.to(dtype), timesteps, encoder_hidden_states=inputs[PROMPT_EMBEDS].to(device, dtype)
-        ).sample
+        prediction = denoise(
+            teacher.unet, noisy, timesteps, {name: inputs[name] for name in conditioning}, teacher.family
+        )
 
     exact = EXACT_DTYPES.get(spec["codec"]["name"], np.dtype(np.float16))
     add_exact(entries, TEACHER_PRED, prediction, exact)
-    answer = BatchTargets(entries, [])
+    targets = BatchTargets(entries, [])
     for tap, tap_spec in spec["taps"].items():
-        add_feature(answer, tap, features[tap], tap_spec["stride"], spec)
-    return answer
+        add_feature(targets, tap, features[tap], tap_spec["stride"], spec)
+    return targets
 
 
-def new_entry(sample: StoredEntry, round_index: int, spec: dict[str, Any], teacher: Teacher) -> EntryBuilder:
-    """What an entry holds before the teacher has seen it: its draws, its latents and its prompt."""
-    seed, source_id = spec["seed"], sample.meta["source_id"]
-    latents = sample.tensors[LATENTS].values
+def new_entry(image: StoredEntry, round_index: int, spec: dict[str, Any], teacher: Teacher) -> EntryBuilder:
+    """An entry before the teacher has run: its random draws, its latents and its conditioning."""
+    seed, source_id = spec["seed"], image.meta["source_id"]
+    latents = image.tensors[LATENTS].values
     unconditional = draws.is_unconditional(seed, source_id, round_index, spec["uncond_fraction"])
     train_timesteps = len(teacher.alphas_cumprod)
     meta = {
-        **sample.meta,
+        **image.meta,
         "round": round_index,
         "timestep": draws.timestep(seed, source_id, round_index, spec["strata"], train_timesteps),
         "unconditional": unconditional,
         "taps": {},
     }
-    entry = EntryBuilder(entry_key(sample.key, round_index), meta)
+    entry = EntryBuilder(entry_key(image.key, round_index), meta)
     entry.add_array(LATENTS, latents)
     noise = draws.noise(seed, source_id, round_index, latents.shape, spec["noise_offset"])
     entry.add_array(NOISE, noise.astype(np.float16))
     if spec["input_perturbation"]:
         added = draws.perturbed(seed, source_id, round_index, noise, spec["input_perturbation"])
         entry.add_array(INPUT_NOISE, added.astype(np.float16))
-    entry.add_array(PROMPT_EMBEDS, teacher.empty_prompt if unconditional else sample.tensors[PROMPT_EMBEDS].values)
+    replaced = teacher.unconditional if unconditional else {}
+    for name in conditioning_shapes(spec):
+        entry.add_array(name, replaced.get(name, image.tensors[name].values))
     return entry
 
 
@@ -103,43 +123,45 @@ def add_exact(entries: list[EntryBuilder], name: str, values: Tensor, dtype: np.
     for entry, array in zip(entries, stored, strict=True):
         if not np.isfinite(array).all():
             codecs = "fp32" if name == TEACHER_PRED else "dither or fp32"
-            raise UserError(f"{name} of entry {entry.key} does not fit fp16: run with --codec {codecs}")
+            raise UserError(f"{name} of entry {entry.key} does not fit in fp16. Run with --codec {codecs}.")
         entry.add_array(name, array)
 
 
-def add_feature(answer: BatchTargets, tap: str, features: Tensor, stride: int, spec: dict[str, Any]) -> None:
-    """Sample (B, C, H, W) `features`, quantise them, and add them with what decoding needs to the entries."""
-    entries = answer.entries
-    draw = [(spec["seed"], entry.meta["source_id"], entry.meta["round"], tap) for entry in entries]
-    rows, columns = zip(*(draws.token_offset(*d, stride) for d in draw), strict=True)
+def add_feature(targets: BatchTargets, tap: str, features: Tensor, stride: int, spec: dict[str, Any]) -> None:
+    """Sample (B, C, H, W) `features`, quantise them, and add them to the entries with what decoding needs."""
+    entries = targets.entries
+    keys = [(spec["seed"], entry.meta["source_id"], entry.meta["round"], tap) for entry in entries]
+    rows, columns = zip(*(draws.token_offset(*key, stride) for key in keys), strict=True)
     kept = sample_tokens(features, rows, columns, stride)
     records: list[dict[str, Any]] = [{"row": r, "column": c} for r, c in zip(rows, columns, strict=True)]
     if spec["codec"]["name"] in EXACT_DTYPES:
         add_exact(entries, tap_member(tap), kept, EXACT_DTYPES[spec["codec"]["name"]])
     else:
         check_finite(entries, tap_member(tap), kept)
-        offsets = [draws.dither_offset(*d) for d in draw]
-        q, mu, step = device_codec.quantise(kept, spec["codec"]["snr_db"], offsets)
+        offsets = [draws.dither_offset(*key) for key in keys]
+        q, mu, quant_step = device_codec.quantise(kept, spec["codec"]["snr_db"], offsets)
         q, mu = q.cpu().numpy(), mu.cpu().numpy()
-        for i, (entry, record, s, offset) in enumerate(zip(entries, records, step.tolist(), offsets, strict=True)):
-            record.update(step=s, dither=offset)
-            answer.quantised.append((entry, tap_member(tap), q[i], mu[i]))
+        for i, (entry, record, step, offset) in enumerate(
+            zip(entries, records, quant_step.tolist(), offsets, strict=True)
+        ):
+            record.update(step=step, dither=offset)
+            targets.quantised.append((entry, tap_member(tap), q[i], mu[i]))
     for entry, record in zip(entries, records, strict=True):
         entry.meta["taps"][tap] = record
 
 
 def check_finite(entries: list[EntryBuilder], name: str, values: Tensor) -> None:
-    fine = torch.isfinite(values).flatten(1).all(dim=1).tolist()
-    if not all(fine):
-        entry = entries[fine.index(False)]
+    finite = torch.isfinite(values).flatten(1).all(dim=1).tolist()
+    if not all(finite):
+        entry = entries[finite.index(False)]
         raise UserError(
-            f"the teacher gave NaN or Inf in {name} of entry {entry.key} ({entry.meta['source_id']}, "
-            f"timestep {entry.meta['timestep']}): run with --dtype fp32 or bf16, or check the teacher's weights"
+            f"the teacher computed NaN or Inf in {name} of entry {entry.key} ({entry.meta['source_id']}, "
+            f"timestep {entry.meta['timestep']}). Run with --dtype fp32 or bf16, or check the teacher's weights."
         )
 
 
-def compress_targets(answer: BatchTargets) -> list[EntryBuilder]:
-    """The entries of a batch with what was still to be compressed: work for the CPU alone."""
-    for entry, name, q, mu in answer.quantised:
+def compress_targets(targets: BatchTargets) -> list[EntryBuilder]:
+    """The finished entries of a batch. This is work for the CPU alone."""
+    for entry, name, q, mu in targets.quantised:
         entry.add_compressed(name, *pack_quantised(q, mu))
-    return answer.entries
+    return targets.entries

@@ -12,34 +12,45 @@ from diffusers import UNet2DConditionModel
 
 from pipeline.cache.targets import Teacher, compress_targets, run_teacher
 from pipeline.core.taps import Taps
+from pipeline.models.families import Family
 from pipeline.models.shapes import TeacherShapes
 from pipeline.system.device import is_accelerator
 from shards.reader import StoredEntry, StoredTensor
-from shards.schema import LATENTS, PROMPT_EMBEDS, image_key
+from shards.schema import LATENTS, image_key, stated_shapes
 
+# The least that is timed, after one batch of warm-up.
 SECONDS, BATCHES = 10.0, 3
 
 
 @dataclass(frozen=True)
 class Trial:
-    """Seconds an entry: until the answer is there (draws, forward pass, quantising), and of compressing it."""
+    """Seconds per entry: `running` the teacher (random draws, forward pass, quantisation) and `compressing` its taps.
 
-    asking: float
+    `overlaps` says whether the two run at the same time.
+    """
+
+    running: float
     compressing: float
-    beside: bool
+    overlaps: bool
 
     def seconds(self, entries: int) -> float:
-        """How long so many entries take: where a device leaves the CPU free, the slower of the two decides."""
-        each = max(self.asking, self.compressing) if self.beside else self.asking + self.compressing
-        return entries * each
+        """The seconds that so many entries take. If the two overlap, the slower one decides."""
+        per_entry = max(self.running, self.compressing) if self.overlaps else self.running + self.compressing
+        return entries * per_entry
 
 
 def try_teacher(
-    unet: UNet2DConditionModel, shapes: TeacherShapes, taps: dict[str, Any], codec: str, snr_db: float, batch_size: int
+    unet: UNet2DConditionModel,
+    family: Family,
+    shapes: TeacherShapes,
+    taps: dict[str, Any],
+    codec: str,
+    snr_db: float,
+    batch_size: int,
 ) -> Trial:
-    """Let the teacher answer for random pictures: after one batch to warm up, at least BATCHES and SECONDS of them.
+    """Run the teacher on random images: after one batch of warm-up, at least BATCHES batches and SECONDS seconds.
 
-    `taps` as in a cache's spec: `shape` and `stride` by name.
+    `taps` is as in a cache's spec: `shape` and `stride` by name.
     """
     spec = {
         "seed": 0,
@@ -49,31 +60,32 @@ def try_teacher(
         "uncond_fraction": 0.0,
         "codec": {"name": codec, "snr_db": snr_db},
         "taps": taps,
+        "latents": stated_shapes(shapes.latents, shapes.conditioning),
     }
-    # The schedule has no part in how long it takes.
+    # The noise schedule does not change the time.
     alphas_cumprod = torch.linspace(0.99, 0.01, 1000, device=unet.device)
-    teacher = Teacher(unet, Taps(unet, taps), alphas_cumprod, np.zeros(shapes.prompt_embeds, np.float16))
-    samples = [random_sample(index, shapes) for index in range(batch_size)]
-    asking, compressing, batches = 0.0, 0.0, -1
-    while batches < BATCHES or asking + compressing < SECONDS:
+    teacher = Teacher(unet, family, Taps(unet, taps), alphas_cumprod, {})
+    images = [random_image(index, shapes) for index in range(batch_size)]
+    running, compressing, batches = 0.0, 0.0, -1
+    while batches < BATCHES or running + compressing < SECONDS:
         started = time.perf_counter()
-        answer = run_teacher(samples, 0, spec, teacher)
+        targets = run_teacher(images, 0, spec, teacher)
         computed = time.perf_counter()
-        compress_targets(answer)
+        compress_targets(targets)
         batches += 1
         if batches:
-            asking += computed - started
+            running += computed - started
             compressing += time.perf_counter() - computed
     teacher.taps.remove()
     entries = batches * batch_size
-    return Trial(asking / entries, compressing / entries, is_accelerator(unet.device))
+    return Trial(running / entries, compressing / entries, is_accelerator(unet.device))
 
 
-def random_sample(index: int, shapes: TeacherShapes) -> StoredEntry:
-    """A picture of Gaussian latents and prompt embeddings, as `encode` would have stored it."""
-    draw = np.random.default_rng(index)
+def random_image(index: int, shapes: TeacherShapes) -> StoredEntry:
+    """Gaussian latents and conditioning, as `encode` would have stored them for an image."""
+    generator = np.random.default_rng(index)
     tensors = {
-        name: StoredTensor(draw.standard_normal(shape, np.float32).astype(np.float16))
-        for name, shape in ((LATENTS, shapes.latents), (PROMPT_EMBEDS, shapes.prompt_embeds))
+        name: StoredTensor(generator.standard_normal(shape, np.float32).astype(np.float16))
+        for name, shape in {LATENTS: shapes.latents, **shapes.conditioning}.items()
     }
     return StoredEntry(image_key(index), {"source_id": str(index)}, tensors)

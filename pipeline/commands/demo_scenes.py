@@ -1,4 +1,6 @@
-"""`distill-sd demo-scenes`: a folder of captioned scenes, to be encoded like anybody's pictures."""
+"""`distill-sd demo-scenes`: write a folder of captioned scenes, to be encoded like any other images."""
+
+from __future__ import annotations
 
 import json
 from pathlib import Path
@@ -9,24 +11,30 @@ from pipeline.demo.scenes import SPLITS, caption_of, draw_facts, generator, writ
 
 
 @click.command()
-@click.option("--out", type=Path, required=True, help="Folder to make.")
-@click.option("--count", type=click.IntRange(1), default=2000, show_default=True, help="Pictures.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the scenes.")
-@click.option("--split", type=click.Choice(SPLITS), default="train", show_default=True, help="Combinations to draw.")
+@click.option("--out", type=Path, required=True, help="Folder to create.")
+@click.option("--count", type=click.IntRange(1), default=2000, show_default=True, help="Number of images.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed for the scenes.")
+@click.option(
+    "--split",
+    type=click.Choice(SPLITS),
+    default="train",
+    show_default=True,
+    help="Which combinations of colour and shape to use.",
+)
 def command(out: Path, count: int, seed: int, split: str) -> None:
-    """Captioned pictures of shapes, as an image folder with a metadata.jsonl."""
+    """Write captioned images of shapes, as an image folder with a metadata.jsonl."""
     if not out.exists():
         write_folder(out, count, seed, split)
     elif not holds(out, count, seed, split):
         raise click.UsageError(
-            f"--out {out} exists and holds other than scenes 0 to {count - 1} of seed {seed}, split {split}: "
-            "choose another folder, or remove it"
+            f"--out {out} already exists and does not hold scenes 0 to {count - 1} of seed {seed}, split {split}. "
+            "Choose another folder or remove this one."
         )
     click.echo(f"{out} holds {count} scenes")
 
 
 def holds(folder: Path, count: int, seed: int, split: str) -> bool:
-    """Whether the folder's captions are those of the scenes that would be written to it."""
+    """Whether the folder has the captions of the scenes that would be written to it."""
     try:
         lines = (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
         captions = [json.loads(line).get("text") for line in lines]

@@ -1,4 +1,4 @@
-"""`distill-sd demo-teacher`: trains the bundled demo teacher again."""
+"""`distill-sd demo-teacher`: retrain the bundled demo teacher."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import click
 import diffusers
 
 from pipeline.demo.evaluate import evaluate, table
-from pipeline.demo.train import GUIDANCES, _claim, export, train_diffusion
+from pipeline.demo.train import GUIDANCES, claim_work_folder, export, train_diffusion
 from pipeline.demo.trainer import TeacherSettings
 from pipeline.system.command import stage_command
 
 
 def run(settings: TeacherSettings) -> None:
-    """Train the bundled demo's teacher anew: hours on a CPU, and needed only to change it."""
+    """Retrain the demo's bundled teacher. This takes hours on a CPU and is needed only to change the teacher."""
     diffusers.utils.logging.set_verbosity_error()
-    _claim(settings)
+    claim_work_folder(settings)
     teacher = train_diffusion(settings.work, settings)
     export(teacher, settings.out)
     click.echo(f"wrote {settings.out}")
@@ -23,13 +23,14 @@ def run(settings: TeacherSettings) -> None:
 
 
 def plan(settings: TeacherSettings) -> list[str]:
-    """What `run` would do, in lines."""
+    """The lines that describe what `run` would do."""
     return [
-        f"draw {settings.scenes} scenes and train in {settings.work}:",
-        f"  autoencoder, {settings.autoencoder_steps} steps of {settings.autoencoder_batch} pictures",
-        f"  text encoder and U-Net, {settings.steps} steps of {settings.batch} latents",
+        f"render {settings.scenes} scenes and train in {settings.work}:",
+        f"  autoencoder, {settings.autoencoder_steps} steps of {settings.autoencoder_batch} images",
+        f"  text encoder, {settings.text_steps} steps of {settings.text_batch} captions",
+        f"  U-Net, {settings.steps} steps of {settings.batch} latents",
         f"write the pipeline to {settings.out}",
-        f"judge {settings.evaluate} captions of each split at guidance {', '.join(f'{g:g}' for g in GUIDANCES)}",
+        f"judge images of {settings.evaluate} captions per split at guidance {', '.join(f'{g:g}' for g in GUIDANCES)}",
     ]
 
 

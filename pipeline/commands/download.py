@@ -1,7 +1,7 @@
-"""A list of addresses and captions to WebDataset tars, through img2dataset.
+"""Download a list of image URLs and captions into WebDataset tars, with img2dataset.
 
-img2dataset runs as a program of its own: it needs an older `webdataset` than this project, so it lives in an
-environment of its own.
+img2dataset runs as a separate program: it needs an older `webdataset` than this project, so it is installed in its own
+environment.
 """
 
 from __future__ import annotations
@@ -24,52 +24,51 @@ from pipeline.system.settings import REQUIRED, Settings, option
 from shards.files import file_sha256, write_json
 
 DISTRIBUTORS = ("multiprocessing", "pyspark", "ray")
-# Beside the tars, in a folder, because img2dataset takes every .json among the tars for one of its own.
+# A subfolder, because img2dataset takes every .json next to the tars for one of its own.
 LIST_FOLDER = "list"
 
 
 @dataclass(frozen=True, kw_only=True)
 class DownloadSettings(Settings):
-    urls: Path = option(REQUIRED, "A parquet file of addresses and captions.")
-    out: Path = option(REQUIRED, "Directory for the tars; what is there is kept.")
-    url_column: str = option("url", "Column with the address.")
-    caption_column: str = option("caption", "Column with the caption.")
-    image_size: int = option(512, "Shrink pictures whose shorter side is longer, to this many pixels.", ge=1)
-    entries_per_tar: int = option(10_000, "Addresses in one tar.", ge=2)
-    max_samples: int | None = option(None, "Take this many of the addresses, drawn at random.", ge=1)
-    seed: int = option(0, "Seed of the order in which the addresses are taken.", ge=0)
-    processes: int = option(os.cpu_count() or 1, "Processes that download and shrink.", ge=1)
-    threads: int = option(64, "Downloads at a time in each process.", ge=1)
-    timeout: int = option(10, "Seconds to wait for a server.", ge=1)
-    retries: int = option(1, "Times that an address is tried again.", ge=0)
-    distributor: str = option("multiprocessing", "What img2dataset spreads the work with.", choices=DISTRIBUTORS)
-    img2dataset: str = option("img2dataset", "The program, where it is not on the PATH.")
+    urls: Path = option(REQUIRED, "A parquet file of image URLs and captions.")
+    out: Path = option(REQUIRED, "Directory for the tars. Existing files are kept.")
+    url_column: str = option("url", "Column of the URLs.")
+    caption_column: str = option("caption", "Column of the captions.")
+    image_size: int = option(512, "Shrink larger images until their shorter side has this many pixels.", ge=1)
+    entries_per_tar: int = option(10_000, "URLs per tar.", ge=2)
+    max_samples: int | None = option(None, "Use only this many URLs, drawn at random.", ge=1)
+    seed: int = option(0, "Seed for the order of the URLs.", ge=0)
+    processes: int = option(os.cpu_count() or 1, "Processes that download and resize.", ge=1)
+    threads: int = option(64, "Concurrent downloads per process.", ge=1)
+    timeout: int = option(10, "Seconds to wait for a server to respond.", ge=1)
+    retries: int = option(1, "Retries per URL.", ge=0)
+    distributor: str = option("multiprocessing", "How img2dataset distributes the work.", choices=DISTRIBUTORS)
+    img2dataset: str = option("img2dataset", "The img2dataset program, if it is not on the PATH.")
 
 
 @dataclass(frozen=True)
 class Tally:
-    """What became of the addresses of the finished tars; `causes` counts the failures by what was wrong."""
+    """The results of the finished tars. `causes` counts the failed URLs by their error."""
 
     tars: int
-    asked: int
-    got: int
+    urls: int
+    images: int
     causes: Counter[str]
 
 
 def run(settings: DownloadSettings) -> None:
-    """Download the pictures of a list into WebDataset tars, for `encode --data`."""
+    """Download the images of a list into WebDataset tars, for `encode --data`."""
     program = find_program(settings.img2dataset)
     count = prepare(settings)
     tars = -(-count // settings.entries_per_tar)
-    before = tally(settings.out)
-    if before.tars < tars:
-        finished = subprocess.run(
+    if tally(settings.out).tars < tars:
+        result = subprocess.run(
             [program, *arguments(settings)], env={**os.environ, "NO_ALBUMENTATIONS_UPDATE": "1"}, check=False
         )
-        if finished.returncode:
+        if result.returncode:
             raise UserError(
-                f"{program} ended with status {finished.returncode}, see above; "
-                "the finished tars stay, and the same command goes on"
+                f"{program} ended with status {result.returncode}. See its output above. "
+                "The finished tars are kept. Rerun the same command to resume."
             )
     click.echo(summary(settings.out, tally(settings.out), tars))
 
@@ -78,7 +77,7 @@ def find_program(name: str) -> str:
     program = shutil.which(name)
     if program is None:
         raise UserError(
-            f"--img2dataset {name} is not there. Install it in an environment of its own, because it needs an older "
+            f"--img2dataset {name} was not found. Install it in a separate environment, because it needs an older "
             "webdataset: pipx install 'img2dataset>=1.47', or python3 -m venv tools && "
             "tools/bin/pip install 'img2dataset>=1.47' and --img2dataset tools/bin/img2dataset"
         )
@@ -86,56 +85,59 @@ def find_program(name: str) -> str:
 
 
 def prepare(settings: DownloadSettings) -> int:
-    """Write the list, shuffled, beside the tars, unless it is there; returns its length.
+    """Write the shuffled list next to the tars, unless that was done before, and return its length.
 
-    Raises UserError if the tars that are there come from another list, from other settings or from elsewhere.
+    Raises UserError if the tars in the directory come from another list, other settings or another program.
     """
     if not settings.urls.is_file():
-        raise UserError(f"--urls {settings.urls} is no file; give a parquet file of addresses and captions")
+        raise UserError(f"--urls {settings.urls} is not a file. Give a parquet file of image URLs and captions.")
     chosen = ("url_column", "caption_column", "image_size", "entries_per_tar", "max_samples", "seed")
     spec = {"urls_sha256": file_sha256(settings.urls), **{name: getattr(settings, name) for name in chosen}}
     folder = settings.out / LIST_FOLDER
-    record = folder / "spec.json"
-    if record.is_file():
-        found = json.loads(record.read_text())
-        differing = [name for name in spec if found.get(name) != spec[name]]
-        if differing:
-            told = ", ".join(f"{name} {found.get(name)!r}, now {spec[name]!r}" for name in differing)
-            raise UserError(f"{settings.out} was begun with other settings ({told}): choose another --out")
-        return found["count"]
+    spec_file = folder / "spec.json"
+    if spec_file.is_file():
+        recorded = json.loads(spec_file.read_text())
+        changes = [
+            f"{name} {recorded.get(name)!r}, now {now!r}" for name, now in spec.items() if recorded.get(name) != now
+        ]
+        if changes:
+            raise UserError(
+                f"{settings.out} was created with other settings ({'; '.join(changes)}). Choose another --out."
+            )
+        return recorded["count"]
     if any(settings.out.glob("*.tar")):
-        raise UserError(f"{settings.out} holds tars of which this command knows nothing: choose another --out")
+        raise UserError(f"{settings.out} contains tars that this command did not create. Choose another --out.")
     table = shuffled(settings)
     folder.mkdir(parents=True, exist_ok=True)
     _parquet().write_table(table, folder / "urls.parquet")
-    write_json(record, {**spec, "count": len(table)})
+    write_json(spec_file, {**spec, "count": len(table)})
     return len(table)
 
 
 def shuffled(settings: DownloadSettings) -> Any:
-    """The addresses and captions in the seed's order: neighbours in a list tend to be alike, or on one server."""
-    wanted = {"url": settings.url_column, "caption": settings.caption_column}
+    """The URLs and captions, shuffled by the seed. Neighbours in a list are often similar or on the same server."""
+    columns = {"url": settings.url_column, "caption": settings.caption_column}
     try:
         file = _parquet().ParquetFile(settings.urls)
-    # The library's errors have no kind of their own.
+    # pyarrow's errors have no common base class.
     except Exception as error:
-        raise UserError(f"--urls {settings.urls} is no parquet file: {error}") from None
+        raise UserError(f"--urls {settings.urls} is not a parquet file: {error}") from None
     for flag, column in (("--url-column", settings.url_column), ("--caption-column", settings.caption_column)):
         if column not in file.schema_arrow.names:
             raise UserError(
-                f"--urls {settings.urls} has no column {column!r}; it has "
-                f"{', '.join(map(repr, file.schema_arrow.names))}: choose one with {flag}"
+                f"--urls {settings.urls} has no column {column!r}. It has "
+                f"{', '.join(map(repr, file.schema_arrow.names))}: choose one with {flag}."
             )
-    table = file.read(columns=list(wanted.values())).select(list(wanted.values())).rename_columns(list(wanted))
+    table = file.read(columns=list(columns.values())).select(list(columns.values())).rename_columns(list(columns))
     order = np.random.default_rng(settings.seed).permutation(len(table))[: settings.max_samples]
     if not len(order):
-        raise UserError(f"--urls {settings.urls} lists no addresses")
+        raise UserError(f"--urls {settings.urls} lists no URLs")
     return table.take(order)
 
 
 def arguments(settings: DownloadSettings) -> list[str]:
-    """What img2dataset is told. It skips what has a `_stats.json`, and writes a tar without one again."""
-    told = {
+    """The command line of img2dataset. It skips tars that have a `_stats.json` and rewrites tars that have none."""
+    options = {
         "url_list": settings.out / LIST_FOLDER / "urls.parquet",
         "input_format": "parquet",
         "output_folder": settings.out,
@@ -155,29 +157,30 @@ def arguments(settings: DownloadSettings) -> list[str]:
         "distributor": settings.distributor,
         "enable_wandb": False,
     }
-    return [f"--{name}={value}" for name, value in told.items()]
+    return [f"--{name}={value}" for name, value in options.items()]
 
 
 def tally(out: Path) -> Tally:
-    """Sum of the finished tars' `_stats.json`."""
-    asked, got, causes = 0, 0, Counter()
+    """The sums over the finished tars' `_stats.json`."""
+    urls, images = 0, 0
+    causes: Counter[str] = Counter()
     files = sorted(out.glob("*_stats.json"))
     for file in files:
         stats = json.loads(file.read_text())
-        asked, got = asked + stats["count"], got + stats["successes"]
+        urls, images = urls + stats["count"], images + stats["successes"]
         causes.update({cause: count for cause, count in stats["status_dict"].items() if cause != "success"})
-    return Tally(len(files), asked, got, causes)
+    return Tally(len(files), urls, images, causes)
 
 
-def summary(out: Path, found: Tally, tars: int) -> str:
-    """In words; raises UserError if tars are lacking, or if nothing came."""
-    lines = [f"{out} holds {found.got} pictures of {found.asked} addresses, in {found.tars} tars"]
-    lines += [f"  {count} x {cause}" for cause, count in found.causes.most_common()]
+def summary(out: Path, counts: Tally, tars: int) -> str:
+    """The results as text. Raises UserError if tars are missing or if all downloads failed."""
+    lines = [f"{out} holds {counts.images} images from {counts.urls} URLs, in {counts.tars} tars"]
+    lines += [f"  {count} x {cause}" for cause, count in counts.causes.most_common()]
     text = "\n".join(lines)
-    if found.tars < tars:
-        raise UserError(f"{text}\n{tars - found.tars} of {tars} tars are not finished: run the same command again")
-    if not found.got:
-        raise UserError(f"{text}\nnothing came: see the causes above, and choose another --out to try again")
+    if counts.tars < tars:
+        raise UserError(f"{text}\n{tars - counts.tars} of {tars} tars are not finished. Rerun the same command.")
+    if not counts.images:
+        raise UserError(f"{text}\nAll downloads failed. See the causes above, and choose another --out to try again.")
     return text
 
 
@@ -185,7 +188,7 @@ def _parquet() -> Any:
     try:
         import pyarrow.parquet
     except ImportError:
-        raise UserError("to read a parquet list, install the library: pip install 'distill-sd[datasets]'") from None
+        raise UserError("to read a parquet list, install pyarrow: pip install 'distill-sd[datasets]'") from None
     return pyarrow.parquet
 
 

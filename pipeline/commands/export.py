@@ -1,11 +1,12 @@
-"""`distill-sd export`: a pipeline, a teacher's or a student's, in the forms that other programs take.
+"""`distill-sd export`: converts a pipeline, the teacher's or a student's, to the formats of other programs.
 
     single-file   one .safetensors in the original Stable Diffusion layout: U-Net, VAE and text encoder
-    onnx          a folder with the U-Net as an ONNX graph (see `onnx_unet`)
-    int8          a pipeline's folder whose U-Net has int8 weights (see `int8_unet`)
+    onnx          a folder with the U-Net as an ONNX graph (see `pipeline.export.onnx`)
+    int8          a pipeline's folder whose U-Net has int8 weights (see `pipeline.export.int8`)
 
-The first is read back by `StableDiffusionPipeline.from_single_file(path, config=<the exported folder>)`, whose configs
-say how many blocks there are; the last by `DiffusionPipeline.from_pretrained(folder, torch_dtype=...)`.
+diffusers loads a single file with `StableDiffusionPipeline.from_single_file(path, config=<the exported folder>)`, which
+takes the number of blocks from the folder's configs. It loads an int8 pipeline with
+`DiffusionPipeline.from_pretrained(folder, torch_dtype=...)`.
 """
 
 from __future__ import annotations
@@ -18,13 +19,11 @@ import click
 import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
-from torch import nn
-from transformers import CLIPTextModel
+from torch import Tensor, nn
 
 from pipeline.export import int8, onnx
-from pipeline.export.single_file import single_file_weights
-from pipeline.models.families.sd import encode_prompts
-from pipeline.models.load import find_pipeline, load_base, load_unet
+from pipeline.models.families import Family
+from pipeline.models.load import family_of, find_pipeline, load_base, load_unet
 from pipeline.system.command import stage_command
 from pipeline.system.device import DTYPES, device_name, process_state
 from pipeline.system.disk import format_bytes, require_space
@@ -35,133 +34,111 @@ from shards.files import atomic_directory, atomic_file
 
 SUFFIX = ".safetensors"
 PACKAGES = {"onnx": ("onnx", "onnxscript"), "int8": ("torchao",)}
-# Of OpenCLIP's 24 layers SD-2.x uses 23, and diffusers never reads another.
-OPEN_CLIP_LAYERS = 23
 CAPTIONS = ["a red bicycle against a wall", "portrait of an old sailor"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportSettings(HubOptions):
-    model: str = option(REQUIRED, "Pipeline to export: a folder, a hub's name, or demo.")
-    format: str = option(REQUIRED, "What to write.", choices=("single-file", "onnx", "int8"))
-    out: Path = option(REQUIRED, f"File ({SUFFIX}, of single-file) or folder to make.")
-    dtype: str = option("fp32", "Precision of the weights, of int8 those of the rest.", choices=tuple(DTYPES))
+    model: str = option(REQUIRED, "Pipeline to export: a folder, a name on the hub, or demo.")
+    format: str = option(REQUIRED, "Format to write.", choices=("single-file", "onnx", "int8"))
+    out: Path = option(REQUIRED, f"New folder, or for single-file a new {SUFFIX} file.")
+    dtype: str = option(
+        "fp32", "Precision of the weights; for int8, of the layers that are not quantised.", choices=tuple(DTYPES)
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.format == "onnx" and self.dtype != "fp32":
-            raise UserError(f"--dtype {self.dtype} does not go with --format onnx, which is fp32: leave it out")
+            raise UserError(
+                f"--dtype {self.dtype} does not work with --format onnx, which is always fp32. Leave it out."
+            )
         if self.format == "single-file" and self.out.suffix != SUFFIX:
-            raise UserError(f"--out {self.out} does not end in {SUFFIX}, by which a single file is known: add it")
+            raise UserError(f"--out {self.out} does not end in {SUFFIX}, as a single file must. Add it.")
 
 
 def run(settings: ExportSettings) -> None:
-    """Write a pipeline in a form that other programs take."""
+    """Export a pipeline in a format for other programs."""
     if settings.out.exists():
-        raise UserError(f"--out {settings.out} is there already: choose another name, or delete it")
+        raise UserError(f"--out {settings.out} already exists. Choose another name or delete it.")
     require_packages(settings.format)
     folder = find_pipeline(settings.model, settings.revision, settings.variant, "--model")
     {"single-file": export_single_file, "onnx": export_onnx, "int8": export_int8}[settings.format](settings, folder)
 
 
 def require_packages(format: str) -> None:
-    lacking = [name for name in PACKAGES.get(format, ()) if find_spec(name) is None]
-    if lacking:
-        raise UserError(f"--format {format} needs {' and '.join(lacking)}: pip install 'distill-sd[{format}]'")
+    missing = [name for name in PACKAGES.get(format, ()) if find_spec(name) is None]
+    if missing:
+        raise UserError(f"--format {format} needs {' and '.join(missing)}. Run: pip install 'distill-sd[{format}]'")
 
 
 def export_single_file(settings: ExportSettings, folder: Path) -> None:
-    pipe = whole_pipeline(settings, folder)
-    open_clip = takes_open_clip(settings, pipe)
-    require_space(settings.out, bytes_of(*networks(pipe)), "give --dtype fp16")
+    pipe = load_complete_pipeline(settings, folder)
+    require_space(settings.out, bytes_of(pipe.unet, pipe.vae, pipe.text_encoder), "use --dtype fp16")
     try:
-        weights = single_file_weights(*(part.state_dict() for part in networks(pipe)), open_clip=open_clip)
+        weights = family_of(folder).single_file(pipe)
     except ValueError as error:
-        raise UserError(f"--model {settings.model}: {error}; export it as onnx or int8") from None
+        raise UserError(f"--model {settings.model}: {error}. Export it as onnx or int8.") from None
     settings.out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(settings.out) as stream:
-        # safetensors takes a name: this is the hidden one beside --out.
+        # safetensors wants a path: this is the temporary file next to --out.
         save_file(weights, stream.name, metadata={"format": "pt"})
     click.echo(
-        f"{settings.out} holds U-Net, VAE and text encoder, {format_bytes(settings.out.stat().st_size)}; load it with "
-        f'StableDiffusionPipeline.from_single_file("{settings.out}", config="{folder}")'
+        f"Wrote U-Net, VAE and text encoder to {settings.out}, {format_bytes(settings.out.stat().st_size)}. "
+        f'Load it with StableDiffusionPipeline.from_single_file("{settings.out}", config="{folder}")'
     )
-
-
-def takes_open_clip(settings: ExportSettings, pipe: DiffusionPipeline) -> bool:
-    """Whether the text encoder is SD-2.x's. Raises UserError for one that is neither that nor SD-1.x's."""
-    text_encoder = pipe.text_encoder
-    if not isinstance(text_encoder, CLIPTextModel):
-        raise UserError(
-            f"--model {settings.model} has a {type(text_encoder).__name__} as its text encoder, for which the "
-            "single-file layout has no place: export it as onnx or int8"
-        )
-    # What tells OpenCLIP's models from OpenAI's, which have quick_gelu.
-    open_clip = text_encoder.config.hidden_act == "gelu"
-    if open_clip and text_encoder.config.num_hidden_layers > OPEN_CLIP_LAYERS:
-        raise UserError(
-            f"--model {settings.model} has a text encoder of {text_encoder.config.num_hidden_layers} layers, of which "
-            f"{OPEN_CLIP_LAYERS} would be read back from a single file: export it as onnx or int8"
-        )
-    return open_clip
 
 
 def export_onnx(settings: ExportSettings, folder: Path) -> None:
-    unet = load_unet(folder, settings.variant)
+    unet, family = load_unet(folder, settings.variant), family_of(folder)
     require_space(settings.out, bytes_of(unet), "export a smaller level")
-    tokens = load_base(folder, settings.variant).tokenizer.model_max_length
+    conditioning = family.conditioning_shapes(folder)
     with atomic_directory(settings.out) as out:
-        onnx.write_onnx(unet, tokens, out)
-        differs = onnx.largest_difference(unet, tokens, out)
-    checked = "not checked, for want of onnxruntime"
-    if differs:
-        checked = f"largest difference from torch {differs[0]:.2g}, where the largest output is {differs[1]:.2g}"
-    click.echo(f"{settings.out} holds the U-Net as {onnx.GRAPH} with its weights beside it; {checked}")
+        onnx.write_onnx(unet, family, conditioning, out)
+        deviation = onnx.largest_difference(unet, family, conditioning, out)
+    checked = "Not compared with torch: onnxruntime is not installed."
+    if deviation:
+        difference, largest = deviation
+        checked = f"Its output differs from torch's by at most {difference:.2g}; the largest output is {largest:.2g}."
+    click.echo(f"Wrote the U-Net as {onnx.GRAPH} with its weights to {settings.out}. {checked}")
 
 
 def export_int8(settings: ExportSettings, folder: Path) -> None:
-    device, dtype = process_state("auto").device, DTYPES[settings.dtype]
+    device, dtype, family = process_state("auto").device, DTYPES[settings.dtype], family_of(folder)
     unet = load_unet(folder, settings.variant).to(dtype).eval()
     quantised = int8.load_int8(folder, settings.variant, dtype).eval()
     pipe = load_base(folder, settings.variant, quantised)
-    inputs = guided_step(pipe, unet.config.in_channels, onnx.latents_size(unet))
+    inputs = guided_step(pipe, family, unet.config.in_channels, onnx.latents_size(unet))
     for part in (pipe.vae, pipe.text_encoder):
         part.to(dtype)
-    require_space(
-        settings.out, sum(bytes_of(part) for part in (unet, pipe.vae, pipe.text_encoder)), "give --dtype fp16"
-    )
+    require_space(settings.out, bytes_of(unet, pipe.vae, pipe.text_encoder), "use --dtype fp16")
     with atomic_directory(settings.out) as out:
         pipe.save_pretrained(out)
         size = int8.weights_bytes(out / "unet")
-    latents, timesteps, prompt_embeds = inputs
-    placed = (latents.to(device, dtype), timesteps.to(device), prompt_embeds.to(device, dtype))
-    plain, other = int8.compare(unet.to(device), quantised.to(device), placed)
+    plain, other = int8.compare(unet.to(device), quantised.to(device), inputs, family)
     costs = {
-        settings.dtype: int8.Cost(bytes_of(unet), *plain),
-        f"{settings.dtype}, int8 linear layers": int8.Cost(size, *other),
+        settings.dtype: int8.Int8Cost(bytes_of(unet), *plain),
+        f"{settings.dtype}, int8 linear layers": int8.Int8Cost(size, *other),
     }
-    click.echo(f"{int8.cost_table(costs)}\n\nOne guided step, on {device_name(device)}.")
+    click.echo(f"{int8.cost_table(costs)}\n\nMeasured on one guided step on {device_name(device)}.")
     click.echo(
-        f"{settings.out} is a pipeline; where torchao is installed, load it with "
+        f"Wrote a pipeline to {settings.out}. Where torchao is installed, load it with "
         f'DiffusionPipeline.from_pretrained("{settings.out}", torch_dtype={dtype})'
     )
 
 
-def guided_step(pipe: DiffusionPipeline, channels: int, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Latents (2, C, S, S) of noise, timesteps (2,) late and early, and prompt embeddings (2, L, D)."""
+def guided_step(
+    pipe: DiffusionPipeline, family: Family, channels: int, size: int
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Latents (2, C, S, S) of pure noise, a high and a low timestep (2,), and conditioning (2, ...) by name."""
     latents = torch.randn(len(CAPTIONS), channels, size, size, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        prompt_embeds = encode_prompts(pipe, CAPTIONS)
-    return latents, torch.tensor([999, 400]), prompt_embeds
+        conditioning = family.encode_prompts(pipe, CAPTIONS)
+    return latents, torch.tensor([999, 400]), conditioning
 
 
-def whole_pipeline(settings: ExportSettings, folder: Path) -> DiffusionPipeline:
+def load_complete_pipeline(settings: ExportSettings, folder: Path) -> DiffusionPipeline:
     pipe = load_base(folder, settings.variant, load_unet(folder, settings.variant))
     return pipe.to(DTYPES[settings.dtype])
-
-
-def networks(pipe: DiffusionPipeline) -> tuple[nn.Module, nn.Module, nn.Module]:
-    return pipe.unet, pipe.vae, pipe.text_encoder
 
 
 def bytes_of(*modules: nn.Module) -> int:

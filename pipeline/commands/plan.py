@@ -1,11 +1,10 @@
-"""`distill-sd plan`: what a cache of a teacher will take, from the teacher's configs alone; and what fits a budget."""
+"""`distill-sd plan`: what a cache will take, from the teacher's configs alone, and what fits in a budget."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import click
 import torch
@@ -13,10 +12,9 @@ import torch
 from pipeline.cache import sizes
 from pipeline.cache.settings import CacheFormat
 from pipeline.cache.trial import try_teacher
-from pipeline.core.taps import token_stride
-from pipeline.models.families.sd import teacher_taps
-from pipeline.models.load import find_pipeline, load_unet
+from pipeline.models.load import family_of, find_pipeline, load_unet
 from pipeline.models.shapes import TeacherShapes, teacher_shapes
+from pipeline.models.students import teacher_taps
 from pipeline.system.command import stage_command
 from pipeline.system.device import DTYPES, device_name, process_state, resolve_dtype
 from pipeline.system.disk import format_bytes, free_bytes
@@ -26,32 +24,36 @@ from pipeline.system.settings import REQUIRED, option
 
 UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12}
 PERIODS = (("days", 86400), ("hours", 3600), ("minutes", 60), ("seconds", 1))
-# (decibels, stride), the more exact first: each next one is tried when the rounds that are asked for do not fit.
+# (decibels, stride), from the most exact on. The next one is tried if the requested rounds do not fit.
 LADDER = ((10.0, 4), (5.0, 4), (0.0, 4))
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanSettings(CacheFormat, PrecisionOptions, HubOptions):
-    teacher: str = option(REQUIRED, "The teacher: a folder (its configs suffice), a hub's name, or demo.")
-    images: int = option(REQUIRED, "Pictures to train on.", ge=1)
-    rounds: int = option(4, "Passes over the pictures; with a budget, the fewest to look for.", ge=1)
-    resolution: int = option(512, "Side of the pictures, in pixels.", ge=8)
-    budget: str | None = option(None, "Bytes for latents and cache, as 500GB: chooses decibels, stride and rounds.")
-    trial: bool = option(False, "Run the teacher on some batches here, and estimate the time; takes its weights.")
-    batch_size: int = option(8, "Entries in one forward pass of the trial.", ge=1)
-    out: Path = option(Path("."), "Where the cache would go: its free space is shown.")
+    teacher: str = option(REQUIRED, "The teacher: a folder (its configs are enough), a hub's name, or demo.")
+    images: int = option(REQUIRED, "Images to train on.", ge=1)
+    rounds: int = option(4, "Passes over the images; with a budget, the minimum to aim for.", ge=1)
+    resolution: int = option(512, "Side of the images, in pixels.", ge=8)
+    budget: str | None = option(
+        None, "Bytes for latents and cache, such as 500GB; chooses decibels, stride and rounds."
+    )
+    trial: bool = option(
+        False, "Run the teacher on a few batches on this machine to estimate the time; needs its weights."
+    )
+    batch_size: int = option(8, "Entries per forward pass of the trial.", ge=1)
+    out: Path = option(Path("."), "Where the cache would go, to show its free space.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.budget is not None:
             bytes_of(self.budget)
             if self.codec != "dither":
-                raise UserError(f"--budget chooses the decibels of the dither codec: leave --codec {self.codec} out")
+                raise UserError(f"--budget chooses the decibels of the dither codec. Drop --codec {self.codec}.")
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Bytes on disk: of one picture's latents, and of one entry of the cache by member."""
+    """Bytes on disk: of an image's latents, and of an entry of the cache, per member."""
 
     latents: int
     entry: dict[str, int]
@@ -61,50 +63,43 @@ class Cost:
 
 
 def bytes_of(size: str) -> int:
-    """'500GB' -> 500,000,000,000. Raises UserError for what is no size."""
+    """'500GB' -> 500,000,000,000. Raises UserError if it is not a size."""
     matched = re.fullmatch(r"(\d+(?:\.\d+)?) *(MB|GB|TB)", size, re.IGNORECASE)
     if not matched:
-        raise UserError(f"--budget {size!r} is no size; write it as 500GB or 1.5TB")
+        raise UserError(f"--budget {size!r} is not a size. Write it as 500GB or 1.5TB.")
     return int(float(matched[1]) * UNITS[matched[2].upper()])
 
 
-def tap_specs(settings: PlanSettings, shapes: TeacherShapes) -> dict[str, dict[str, Any]]:
-    """As in the cache's spec: `shape` (C, H, W) of each tap and the `stride` of its token sampling."""
-    return {
-        name: {"shape": shape, "stride": token_stride(*shape[1:], settings.token_stride, settings.token_min)}
-        for name, shape in shapes.taps.items()
-    }
-
-
 def cost_of(settings: PlanSettings, shapes: TeacherShapes) -> Cost:
-    taps = tap_specs(settings, shapes)
-    entry = sizes.cache_entry(shapes.latents, shapes.prompt_embeds, taps, settings.codec, settings.snr_db)
-    return Cost(sizes.stored_bytes(sizes.latents_entry(shapes.latents, shapes.prompt_embeds)), entry)
+    taps = settings.tap_specs(shapes.taps)
+    entry = sizes.cache_entry(shapes.latents, shapes.conditioning, taps, settings.codec, settings.snr_db)
+    return Cost(sizes.stored_bytes(sizes.latents_entry(shapes.latents, shapes.conditioning)), entry)
 
 
 def fit(settings: PlanSettings, shapes: TeacherShapes) -> PlanSettings:
-    """The settings that fill the budget: the most exact of LADDER at which the rounds fit, with all that fit.
+    """The settings that fill the budget: the most exact of LADDER at which the rounds fit, with as many as fit.
 
-    Many small entries teach more than few exact ones, so what is left over goes into further rounds. If
-    the rounds fit at none, the least exact is taken, with as many as fit. Raises UserError if not one does.
+    Many small entries teach more than a few exact ones, so the rest of the budget goes into further rounds. If the
+    rounds fit at none, the least exact is used with as many rounds as fit. Raises UserError if not even one fits.
     """
-    budget = bytes_of(settings.budget)
+    assert settings.budget is not None
+    available = bytes_of(settings.budget)
     for snr_db, stride in LADDER:
         candidate = replace(settings, snr_db=snr_db, token_stride=stride)
         cost = cost_of(candidate, shapes)
-        rounds = (budget // settings.images - cost.latents) // sizes.stored_bytes(cost.entry)
+        rounds = (available // settings.images - cost.latents) // sizes.stored_bytes(cost.entry)
         if rounds >= settings.rounds:
             break
     if rounds < 1:
         raise UserError(
-            f"--budget {settings.budget} does not hold one round of {settings.images} images: "
-            f"it takes {format_bytes(cost.total(settings.images, 1))}; give fewer --images or a larger budget"
+            f"--budget {settings.budget} is less than one round of {settings.images} images, which takes "
+            f"{format_bytes(cost.total(settings.images, 1))}. Use fewer --images or a larger budget."
         )
     return replace(candidate, rounds=rounds)
 
 
 def plan(settings: PlanSettings) -> list[str]:
-    """The plan in lines."""
+    """The lines of the plan."""
     folder = find_pipeline(settings.teacher, settings.revision, settings.variant)
     shapes = teacher_shapes(folder, settings.resolution, teacher_taps(settings.students))
     chosen = fit(settings, shapes) if settings.budget else settings
@@ -115,25 +110,25 @@ def plan(settings: PlanSettings) -> list[str]:
         *([f"chosen for {settings.budget}: teacher-cache {flags}"] if settings.budget else []),
         f"entries: {chosen.images} images x {chosen.rounds} rounds = {entries}",
         *sizes.lines(cost.entry, entries),
-        f"latents: {cost.latents:,} bytes a picture, {format_bytes(chosen.images * cost.latents)}",
-        f"latents and cache: {format_bytes(cost.total(chosen.images, chosen.rounds))}, "
-        f"and {format_bytes(free_bytes(chosen.out))} are free in {chosen.out}",
+        f"latents: {cost.latents:,} bytes per image, {format_bytes(chosen.images * cost.latents)}",
+        f"latents and cache: {format_bytes(cost.total(chosen.images, chosen.rounds))}; "
+        f"{format_bytes(free_bytes(chosen.out))} are free in {chosen.out}",
         f"teacher forward passes: {entries}",
         *([time_of(chosen, folder, shapes, entries)] if chosen.trial else []),
     ]
 
 
 def time_of(settings: PlanSettings, folder: Path, shapes: TeacherShapes, entries: int) -> str:
-    """What a trial on this machine says of so many entries."""
+    """The time that so many entries take, estimated by a trial on this machine."""
     device = process_state(settings.device).device
     dtype = DTYPES[resolve_dtype(settings.dtype, device)]
     unet = load_unet(folder, settings.variant).to(device, dtype, memory_format=torch.channels_last).eval()
-    taps = tap_specs(settings, shapes)
-    trial = try_teacher(unet, shapes, taps, settings.codec, settings.snr_db, settings.batch_size)
+    taps = settings.tap_specs(shapes.taps)
+    trial = try_teacher(unet, family_of(folder), shapes, taps, settings.codec, settings.snr_db, settings.batch_size)
     rate = 1 / trial.seconds(1)
     return (
-        f"time: about {format_duration(trial.seconds(entries))} at {rate:.3g} entries a second, as one process on "
-        f"{device_name(device)} tried it in batches of {settings.batch_size}"
+        f"time: about {format_duration(trial.seconds(entries))} at {rate:.3g} entries per second, measured with one "
+        f"process on {device_name(device)} in batches of {settings.batch_size}"
     )
 
 
@@ -144,7 +139,7 @@ def format_duration(seconds: float) -> str:
 
 
 def run(settings: PlanSettings) -> None:
-    """What a cache will take: entries, bytes by member, forward passes; with --budget, what fits."""
+    """Estimate what a cache will take: entries, bytes per member, forward passes; with --budget, what fits."""
     click.echo("\n".join(plan(settings)))
 
 

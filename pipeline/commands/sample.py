@@ -1,4 +1,4 @@
-"""`distill-sd sample`: pictures from a pipeline, a teacher's or a student's, and a contact sheet of them."""
+"""`distill-sd sample`: generates images and a contact sheet with a pipeline, the teacher's or a student's."""
 
 from __future__ import annotations
 
@@ -20,40 +20,40 @@ from pipeline.system.prompts import gather_prompts
 from pipeline.system.settings import REQUIRED, option
 
 SHEET = "sheet.png"
-# Pictures on a contact sheet at most, and their longer side there.
+# The most images that a contact sheet shows, and their longer side on it.
 SHOWN, THUMBNAIL = 64, 256
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleSettings(PrecisionOptions, HubOptions):
-    model: str = option(REQUIRED, "Pipeline to draw with: a folder, a hub's name, or demo.")
+    model: str = option(REQUIRED, "Pipeline to generate with: a folder, a name on the hub, or demo.")
     prompts: tuple[str, ...] = option(
-        REQUIRED, "A prompt, or a text file with one a line; may be repeated.", repeated=True
+        REQUIRED, "A prompt, or a text file with one prompt per line; may be repeated.", repeated=True
     )
-    out: Path = option(REQUIRED, "Folder to make for the pictures.")
-    num_inference_steps: int = option(25, "Steps of the sampler.", ge=1)
-    guidance_scale: float = option(7.0, "Classifier-free guidance; 1 is none.", ge=1.0)
-    negative_prompt: str | None = option(None, "What the pictures shall not be.")
-    scheduler: str = option("dpm", "The sampler.", choices=tuple(SCHEDULERS))
-    height: int | None = option(None, "Height of the pictures, in pixels; the model's own by default.", ge=8)
-    width: int | None = option(None, "Width of the pictures, in pixels; the model's own by default.", ge=8)
-    batch_size: int = option(4, "Pictures in one forward pass; it changes none of them.", ge=1)
-    seed: int = option(0, "Seed of the first picture; each next one has the next.", ge=0)
+    out: Path = option(REQUIRED, "New folder for the images.")
+    num_inference_steps: int = option(25, "Sampling steps.", ge=1)
+    guidance_scale: float = option(7.0, "Scale of classifier-free guidance; 1 turns it off.", ge=1.0)
+    negative_prompt: str | None = option(None, "What the images must not show.")
+    scheduler: str = option("dpm", "Scheduler to sample with.", choices=tuple(SCHEDULERS))
+    height: int | None = option(None, "Height of the images in pixels; by default the model's own.", ge=8)
+    width: int | None = option(None, "Width of the images in pixels; by default the model's own.", ge=8)
+    batch_size: int = option(4, "Images per forward pass; does not change the images.", ge=1)
+    seed: int = option(0, "Seed of the first image; each further image adds one.", ge=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if (self.height is None) != (self.width is None):
-            raise UserError("--height and --width go together: give both or neither")
+            raise UserError("--height and --width go together. Pass both or neither.")
         for name in ("height", "width"):
             if (getattr(self, name) or 0) % 8:
-                raise UserError(f"--{name} is {getattr(self, name)}; it must be a multiple of 8")
+                raise UserError(f"--{name} is {getattr(self, name)}, but must be a multiple of 8")
 
 
 def run(settings: SampleSettings) -> None:
-    """Draw a picture of each prompt, and a contact sheet."""
+    """Generate an image for each prompt, and a contact sheet."""
     prompts = gather_prompts(settings.prompts)
     if settings.out.exists():
-        raise UserError(f"--out {settings.out} is there already: choose another folder, or delete it")
+        raise UserError(f"--out {settings.out} already exists. Choose another folder or delete this one.")
     folder = find_pipeline(settings.model, settings.revision, settings.variant, "--model")
     device = process_state(settings.device).device
     dtype = DTYPES[resolve_dtype(settings.dtype, device)]
@@ -70,11 +70,11 @@ def run(settings: SampleSettings) -> None:
     samples = generate(pipe, prompts, sampler, "sample")
     save_images(samples, sampler, settings.out)
     contact_sheet(samples.images).save(settings.out / SHEET)
-    click.echo(f"{settings.out} holds {len(prompts)} pictures and {SHEET}, {samples.seconds:.2f} seconds a picture")
+    click.echo(f"Wrote {len(prompts)} images and {SHEET} to {settings.out}, {samples.seconds:.2f} seconds per image.")
 
 
 def contact_sheet(images: list[Image.Image]) -> Image.Image:
-    """The first SHOWN pictures, equal in size, side by side in about a square."""
+    """The first SHOWN images, all of the same size, arranged in a rough square."""
     shown = images[:SHOWN]
     scale = min(1.0, THUMBNAIL / max(shown[0].size))
     width, height = (max(1, round(side * scale)) for side in shown[0].size)

@@ -1,4 +1,4 @@
-"""An encoded picture to a square of pixels: decode, orient, resize, crop, flip."""
+"""From an encoded image to a square of pixels: decode, orient, resize, crop, flip."""
 
 from __future__ import annotations
 
@@ -7,21 +7,22 @@ import io
 import os
 import warnings
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
 
-# A sliver would be blown up to gigabytes on its way to the crop.
+# Resizing a sliver's short side would blow its long side up to gigabytes before the crop.
 MAX_ASPECT = 64
 
 
 class ImageProblem(ValueError):
-    """A picture that cannot be used; the message is the reason that is listed."""
+    """An image that cannot be used. The message is the reason listed for skipping it."""
 
 
 @dataclass(frozen=True)
 class Crop:
-    """What was cut from a picture: of `resized` pixels (width, height), a square at (left, top)."""
+    """How an image was cut: resized to `resized` pixels (width, height), then a square cropped at (left, top)."""
 
     original: tuple[int, int]
     resized: tuple[int, int]
@@ -29,12 +30,12 @@ class Crop:
     top: int
     flip: bool
 
-    def as_json(self) -> dict:
+    def as_json(self) -> dict[str, Any]:
         return {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a file's name ends as that of a picture that Pillow can open."""
+    """Whether a file name ends like that of an image that Pillow can open."""
     return os.path.splitext(name)[1].lower() in _endings()
 
 
@@ -44,17 +45,16 @@ def _endings() -> frozenset[str]:
 
 
 def decode(data: bytes) -> Image.Image:
-    """RGB, upright by its EXIF orientation, transparency laid over white.
+    """Decode an image to RGB, rotated upright by its EXIF orientation, with transparency laid over white.
 
-    Raises ImageProblem for what Pillow cannot decode in full, or holds for a decompression bomb.
+    Raises ImageProblem for anything that Pillow cannot decode completely or takes for a decompression bomb.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data))
-            image = ImageOps.exif_transpose(image)
+            image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
             if image.mode.startswith("I"):
-                # Pillow would clip sixteen bits at 255.
+                # Pillow would clip 16-bit values at 255.
                 image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
             if image.has_transparency_data:
                 layer = image.convert("RGBA")
@@ -70,11 +70,11 @@ def decode(data: bytes) -> Image.Image:
 def square(
     image: Image.Image, resolution: int, *, center_crop: bool, random_flip: bool, draw: np.random.Generator
 ) -> tuple[np.ndarray, Crop]:
-    """Resize the shorter side to `resolution`, crop a square, perhaps flip it.
+    """Resize the shorter side to `resolution`, crop a square, and flip it if `random_flip` allows and chance decides.
 
-    Returns (resolution, resolution, 3) uint8 and what was done. Antialiased bilinear resizing and
-    the rounding of sizes and of the centre are torchvision's, as in distill-sd. `draw` is the image's own.
-    Raises ImageProblem for a picture over 64 times as long as wide.
+    Returns the pixels, (resolution, resolution, 3) uint8, and the crop. The antialiased bilinear resizing and the
+    rounding of sizes and of the centre are torchvision's, as in distill-sd. `draw` is the image's own random generator.
+    Raises ImageProblem for an image whose long side is over 64 times its short side.
     """
     width, height = image.size
     short = min(width, height)

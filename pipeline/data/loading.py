@@ -1,4 +1,4 @@
-"""From records to square pixels, in threads and in order; what cannot be used is set aside with its reason."""
+"""From records to square pixels, in threads and in order. Images that cannot be used are skipped with a reason."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pipeline.system.threads import ordered_map
 
 @dataclass(frozen=True)
 class Framing:
-    """How a picture becomes square."""
+    """How an image becomes square."""
 
     resolution: int
     center_crop: bool
@@ -28,7 +28,7 @@ class Framing:
 
 @dataclass(frozen=True)
 class LoadedImage:
-    """A record with its square pixels (resolution, resolution, 3) uint8, or with the reason it has none."""
+    """A record with its square pixels, (resolution, resolution, 3) uint8, or with the reason why it has none."""
 
     index: int
     record: Record
@@ -40,7 +40,7 @@ class LoadedImage:
 def load_images(
     source: OpenSource, framing: Framing, records: list[tuple[int, Record]], workers: int, ahead: int
 ) -> Iterator[LoadedImage]:
-    """The pictures of (index, record) pairs, decoded and cropped in `workers` threads, in order."""
+    """Decode and crop the images of (index, record) pairs in `workers` threads, and yield them in order."""
     return ordered_map(functools.partial(load_image, source, framing), records, workers, ahead)
 
 
@@ -65,7 +65,10 @@ def load_image(source: OpenSource, framing: Framing, indexed: tuple[int, Record]
 def without_skipped(
     loaded: Iterable[LoadedImage], skipped: list[dict[str, str]], allowed: float, advance: Callable[[int], Any]
 ) -> Iterator[LoadedImage]:
-    """Those with pixels; the others go to `skipped`. Raises UserError once more than `allowed` have gone there."""
+    """Yield the images that have pixels, and append the others to `skipped`.
+
+    `advance(1)` is called for each skipped image. Raises UserError once there are more than `allowed` of them.
+    """
     for seen, item in enumerate(loaded, 1):
         if item.problem is None:
             yield item
@@ -73,8 +76,8 @@ def without_skipped(
         skipped.append({"source_id": item.record.source_id, "reason": item.problem})
         advance(1)
         if len(skipped) > allowed:
-            told = "".join(f"\n  {each['source_id']}: {each['reason']}" for each in skipped[:3])
+            examples = "".join(f"\n  {skip['source_id']}: {skip['reason']}" for skip in skipped[:3])
             raise UserError(
-                f"{len(skipped)} of the first {seen} pictures of a shard cannot be used, more than --max-skipped "
-                f"allows. The first of them:{told}\nMend the input, or allow a larger share with --max-skipped"
+                f"{len(skipped)} of the first {seen} images of a shard cannot be used, more than --max-skipped "
+                f"allows. The first ones:{examples}\nFix the input or raise --max-skipped."
             )

@@ -1,4 +1,4 @@
-"""From pictures with their captions to records: one for each entry that `encode` shall write."""
+"""From images with their captions to records: one for each entry that `encode` will write."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from pipeline.data.settings import DataSettings
 
 @dataclass(frozen=True, slots=True)
 class ListedImage:
-    """A picture as its source lists it.
+    """An image as its source lists it.
 
-    `name` is the same wherever the picture is found, where the source knows one: every random draw hangs on it.
-    `location` is for the source alone. `captions` is what stands in the caption's place: text, several, or neither.
-    `problem` says why the picture cannot be used, when the listing alone shows that.
+    `name` stays the same wherever the image is stored, if the source knows such a name: every random draw depends on
+    it. `location` has a meaning only for the source. `captions` is whatever the source has as the caption: text,
+    several texts, or something else. `problem` is the reason why the image cannot be used, if listing it shows one.
     """
 
     name: str
@@ -32,7 +32,7 @@ class ListedImage:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One picture with one caption, in one view. `source_id` names it for good: its random draws hang on it."""
+    """One image with one caption, in one view. `source_id` is its permanent name, which its random draws depend on."""
 
     source_id: str
     location: Any
@@ -41,62 +41,63 @@ class Record:
 
 
 class Source(Protocol):
-    """A new kind of input is a class with these two."""
+    """A new kind of input is a class with these two methods."""
 
-    def pictures(self) -> list[ListedImage]:
-        """All pictures, in an order that stays. Raises UserError for an input that cannot be used."""
+    def images(self) -> list[ListedImage]:
+        """All images, always in the same order. Raises UserError for an input that cannot be used."""
 
     def read(self, location: Any) -> bytes:
-        """The encoded image. Raises OSError if it is not there."""
+        """The encoded image. Raises OSError if it does not exist."""
 
 
-def records_of(pictures: list[ListedImage], settings: DataSettings) -> list[Record]:
-    """The records of the pictures that are taken, in their order; captions and views of one picture side by side."""
-    records = numbered(record for picture in taken(pictures, settings) for record in captioned(picture, settings))
+def records_of(images: list[ListedImage], settings: DataSettings) -> list[Record]:
+    """The records of the selected images, in order. Captions and views of one image follow one another."""
+    selected = select_images(images, settings)
+    records = numbered(record for image in selected for record in captioned(image, settings))
     return [view for record in records for view in views(record, settings.views)]
 
 
-def taken(pictures: list[ListedImage], settings: DataSettings) -> list[ListedImage]:
-    """`--max-samples` of them, drawn by the seed, in their order."""
+def select_images(images: list[ListedImage], settings: DataSettings) -> list[ListedImage]:
+    """`--max-samples` of the images, drawn by the seed and kept in order; all of them if it is not set."""
     count = settings.max_samples
-    if count is None or count >= len(pictures):
-        return pictures
+    if count is None or count >= len(images):
+        return images
     draw = draws.generator(settings.seed, "", 0, "max-samples")
-    return [pictures[i] for i in np.sort(draw.choice(len(pictures), count, replace=False))]
+    return [images[i] for i in np.sort(draw.choice(len(images), count, replace=False))]
 
 
-def captioned(picture: ListedImage, settings: DataSettings) -> list[Record]:
-    """A record for each caption that is taken; a picture that has none gives one with its problem."""
-    captions, problem = _texts(picture.captions)
-    problem = picture.problem or problem
+def captioned(image: ListedImage, settings: DataSettings) -> list[Record]:
+    """One record per caption that `--captions` chooses, or a single record with a problem if there is none."""
+    captions, problem = _texts(image.captions)
+    problem = image.problem or problem
     if problem:
-        return [Record(picture.name, picture.location, "", problem)]
+        return [Record(image.name, image.location, "", problem)]
     if settings.captions == "random":
-        draw = draws.generator(settings.seed, picture.name, 0, "caption")
+        draw = draws.generator(settings.seed, image.name, 0, "caption")
         captions = [captions[draw.integers(len(captions))]]
     elif settings.captions == "first":
         captions = captions[:1]
-    return [Record(picture.name, picture.location, caption) for caption in captions]
+    return [Record(image.name, image.location, caption) for caption in captions]
 
 
 def numbered(records: Iterable[Record]) -> list[Record]:
-    """The same records; the second and later ones of a name get a `#2`, `#3` behind it."""
-    seen: Counter[str] = Counter()
-    found = []
+    """The same records, with `#2`, `#3`, ... appended to a name from its second use on."""
+    uses: Counter[str] = Counter()
+    unique = []
     for record in records:
-        seen[record.source_id] += 1
-        again = seen[record.source_id]
-        found.append(record if again == 1 else replace(record, source_id=f"{record.source_id}#{again}"))
-    return found
+        uses[record.source_id] += 1
+        number = uses[record.source_id]
+        unique.append(record if number == 1 else replace(record, source_id=f"{record.source_id}#{number}"))
+    return unique
 
 
 def views(record: Record, count: int) -> list[Record]:
-    """The record, and `count` - 1 more of it with an `@2`, `@3` behind the name, whose draws are others."""
+    """The record and `count` - 1 copies, named with `@2`, `@3`, ... so that they get random draws of their own."""
     return [record, *(replace(record, source_id=f"{record.source_id}@{view}") for view in range(2, count + 1))]
 
 
 def inputs_sha256(records: list[Record]) -> str:
-    """A hash of which pictures a run takes, and their captions; not of the pixels."""
+    """A hash of the records' names and captions, but not of the pixels."""
     digest = hashlib.sha256()
     for record in records:
         digest.update(json.dumps([record.source_id, record.caption], ensure_ascii=True).encode() + b"\n")
@@ -104,12 +105,12 @@ def inputs_sha256(records: list[Record]) -> str:
 
 
 def is_unicode(text: str) -> bool:
-    """False for halves of surrogate pairs, which JSON can carry and UTF-8 cannot."""
+    """False for text with unpaired surrogates, which JSON can express and UTF-8 cannot."""
     return not any(0xD800 <= ord(character) < 0xE000 for character in text)
 
 
 def _texts(captions: Any) -> tuple[list[str], str | None]:
-    """The captions, none of them blank, and why there is none."""
+    """The captions that are not blank, and the reason if there are none."""
     several = list(captions) if isinstance(captions, (list, tuple, np.ndarray)) else [captions]
     for caption in several:
         if not isinstance(caption, str):

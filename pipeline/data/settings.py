@@ -1,4 +1,4 @@
-"""The options that say which pictures and captions are taken."""
+"""The options that choose the images and captions."""
 
 from __future__ import annotations
 
@@ -12,22 +12,24 @@ CAPTIONS = ("first", "all", "random")
 @dataclass(frozen=True, kw_only=True)
 class DataSettings(Settings):
     data: str = option(
-        REQUIRED, "Images and captions: a folder, tars, a parquet or arrow file, or a dataset's name or saved folder."
+        REQUIRED,
+        "Images and captions: a folder, tars, a parquet or arrow file, a saved dataset's folder, or a dataset's name.",
     )
     image_column: str | None = option(
-        None, "Where the image is; by default file_name in a metadata.jsonl, image in a table, any picture in a tar."
+        None,
+        "Column of the images. By default file_name in a metadata.jsonl, image in a table, any image file in a tar.",
     )
     caption_column: str | None = option(
-        None, "Where the caption is; by default text, and in a tar the .txt, else caption in the .json."
+        None, "Column of the captions. By default text; in a tar the .txt, else caption in the .json."
     )
     captions: str = option(
         "first",
-        "Of several captions of one picture: the first, all (an entry each), or one at random.",
+        "Which captions of an image with several to use: the first, all (one entry each), or one at random.",
         choices=CAPTIONS,
     )
     split: str = option("train", "Split of a dataset.")
     dataset_config_name: str | None = option(None, "Configuration of a dataset on the hub.")
     dataset_revision: str | None = option(None, "Revision of a dataset on the hub.")
-    max_samples: int | None = option(None, "Take this many pictures, drawn at random.", ge=1)
-    views: int = option(1, "Crops (and flips) of each picture, an entry each.", ge=1)
-    seed: int = option(0, "Seed of crops, flips, posterior draws and choices.", ge=0)
+    max_samples: int | None = option(None, "Use only this many images, drawn at random.", ge=1)
+    views: int = option(1, "Crops (and flips) per image, one entry each.", ge=1)
+    seed: int = option(0, "Seed for crops, flips, posterior samples and random selections.", ge=0)

@@ -1,6 +1,7 @@
-"""Where captioned pictures come from: `open_source` takes what `--data` names and lists its records.
+"""Where captioned images come from: `open_source` opens the input that `--data` names and lists its records.
 
-Each kind of input is a module with a class: it lists its pictures with their captions, in a fixed order, and reads one.
+Each kind of input is a module with a class that lists its images with their captions, in a fixed order, and reads an
+image's bytes.
 """
 
 from __future__ import annotations
@@ -18,21 +19,21 @@ __all__ = ["DataSettings", "OpenSource", "Record", "inputs_sha256", "open_source
 
 
 class OpenSource:
-    """A source and those of its records that the settings choose."""
+    """A source with the records that the settings choose."""
 
     def __init__(self, source: Source, settings: DataSettings) -> None:
         self.source = source
-        self.records = records_of(source.pictures(), settings)
+        self.records = records_of(source.images(), settings)
         if not self.records:
-            raise UserError(f"--data {settings.data} lists no pictures")
+            raise UserError(f"--data {settings.data} contains no images")
 
     def read(self, record: Record) -> bytes:
-        """The encoded picture. Raises OSError if it is not there."""
+        """The encoded image. Raises OSError if it does not exist."""
         return self.source.read(record.location)
 
 
 def open_source(settings: DataSettings) -> OpenSource:
-    """The source that `--data` names. Raises UserError for one that is not there, not known, or lists nothing."""
+    """The source that `--data` names. Raises UserError if it does not exist, is of no known kind, or has no images."""
     return OpenSource(_source(settings), settings)
 
 
@@ -51,6 +52,7 @@ def _source(settings: DataSettings) -> Source:
     if data.is_dir():
         return ImageFolder(data, settings.image_column, settings.caption_column)
     raise UserError(
-        f"--data {data} is none of what can be read: a folder of images (with a {METADATA}, or a .txt beside each), "
-        "a .tar, a .parquet or .arrow file, a folder of those, or a dataset's name or saved folder"
+        f"--data {data} is of no kind that can be read. Give a folder of images (with a {METADATA}, or with a .txt "
+        "next to each image), a .tar, a .parquet or .arrow file, a folder of these files, a saved dataset's folder, "
+        "or a dataset's name."
     )

@@ -1,4 +1,4 @@
-"""Pictures in a table: a parquet or arrow file with their bytes, or a dataset of Hugging Face `datasets`."""
+"""Images in a table: a parquet or arrow file with their bytes, or a dataset of Hugging Face `datasets`."""
 
 from __future__ import annotations
 
@@ -9,37 +9,37 @@ from typing import Any
 
 from pipeline.data.records import ListedImage
 from pipeline.data.settings import DataSettings
-from pipeline.system.errors import UserError
+from pipeline.system.errors import UserError, first_line
 
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow"}
-# What `save_to_disk` leaves in the folder of a dataset, and of several splits.
+# The files by which to know a folder that `save_to_disk` wrote, for one dataset and for several splits.
 SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"
-# The columns that may hold a picture's name when the image itself does not.
+# Columns that may hold an image's name when the image itself has no path.
 NAME_COLUMNS = ("file_name", "key", "__key__")
 
 
 class Table:
-    """The pictures of a dataset, in the order of its rows.
+    """The images of a dataset, in the order of its rows.
 
-    A picture's name is its file's where the image holds a path, else what stands in a column `file_name`, `key` or
-    `__key__`, else the number of its row. The table is mapped into memory, so a row costs what it holds.
-    Raises UserError for a dataset that is not there, and for columns that are not.
+    An image's name is its file name if the image has a path, else the value of a column `file_name`, `key` or
+    `__key__`, else the row number. The table is memory-mapped, so reading a row reads only that row.
+    Raises UserError if the dataset or one of its columns does not exist.
     """
 
-    def __init__(self, dataset: Any, settings: DataSettings, paths_are_its_own: bool) -> None:
-        """`paths_are_its_own`: whether images may be files whose paths the table holds; those of strangers may not."""
+    def __init__(self, dataset: Any, settings: DataSettings, may_read_paths: bool) -> None:
+        """`may_read_paths`: whether to read image files by paths in the table; never for a table from elsewhere."""
         self.image_column = settings.image_column or "image"
         self.caption_column = settings.caption_column or "text"
         for column, flag in ((self.image_column, "--image-column"), (self.caption_column, "--caption-column")):
             if column not in dataset.column_names:
                 raise UserError(
-                    f"--data {settings.data} has no column {column!r}; it has "
-                    f"{', '.join(map(repr, dataset.column_names))}: choose one with {flag}"
+                    f"--data {settings.data} has no column {column!r}. It has "
+                    f"{', '.join(map(repr, dataset.column_names))}: choose one with {flag}."
                 )
         self.dataset = _undecoded(dataset, self.image_column, settings)
-        self.paths_are_its_own = paths_are_its_own
+        self.may_read_paths = may_read_paths
 
-    def pictures(self) -> list[ListedImage]:
+    def images(self) -> list[ListedImage]:
         captions = self.dataset.data.column(self.caption_column).to_pylist()
         names = _names(self.dataset, self.image_column)
         return [
@@ -49,34 +49,35 @@ class Table:
     @classmethod
     def of_files(cls, tables: list[Path], settings: DataSettings) -> Table:
         files = [str(path.resolve()) for path in tables]
-        load = _datasets(settings).load_dataset
+        load_dataset = _datasets(settings).load_dataset
         builder = BUILDERS[tables[0].suffix]
-        return cls(_loaded(settings, lambda: load(builder, data_files=files, split="train")), settings, False)
+        dataset = _opened(settings, lambda: load_dataset(builder, data_files=files, split="train"))
+        return cls(dataset, settings, may_read_paths=False)
 
     @classmethod
     def of_saved(cls, folder: Path, settings: DataSettings) -> Table:
-        dataset = _loaded(settings, lambda: _datasets(settings).load_from_disk(folder))
+        dataset = _opened(settings, lambda: _datasets(settings).load_from_disk(folder))
         if isinstance(dataset, dict):
             if settings.split not in dataset:
                 raise UserError(
-                    f"--data {folder} has no split {settings.split!r}; it has "
-                    f"{', '.join(map(repr, dataset))}: choose one with --split"
+                    f"--data {folder} has no split {settings.split!r}. It has "
+                    f"{', '.join(map(repr, dataset))}: choose one with --split."
                 )
             dataset = dataset[settings.split]
-        return cls(dataset, settings, True)
+        return cls(dataset, settings, may_read_paths=True)
 
     @classmethod
     def of_hub(cls, settings: DataSettings) -> Table:
         if settings.data.startswith((".", "/", "~")) or settings.data.count("/") > 1:
             raise UserError(f"--data {settings.data} does not exist")
-        load = _datasets(settings).load_dataset
+        load_dataset = _datasets(settings).load_dataset
         chosen = {"split": settings.split, "revision": settings.dataset_revision}
-        dataset = _loaded(
+        dataset = _opened(
             settings,
-            lambda: load(settings.data, settings.dataset_config_name, **chosen),
-            "does not exist here, and no hub gave it as a dataset",
+            lambda: load_dataset(settings.data, settings.dataset_config_name, **chosen),
+            "does not exist and cannot be read as a dataset from the hub",
         )
-        return cls(dataset, settings, True)
+        return cls(dataset, settings, may_read_paths=True)
 
     def read(self, row: int) -> bytes:
         image = self.dataset[row][self.image_column]
@@ -86,9 +87,9 @@ class Table:
         if data is not None:
             return data
         if path is None:
-            raise OSError("there is no image in the row")
-        if not self.paths_are_its_own:
-            raise OSError(f"the row holds a path ({path}), not the image's bytes")
+            raise OSError("the row has no image")
+        if not self.may_read_paths:
+            raise OSError(f"the row has a path ({path}), not the image's bytes")
         return Path(path).read_bytes()
 
 
@@ -97,11 +98,11 @@ def is_saved(folder: Path) -> bool:
 
 
 def tables_in(data: Path) -> list[Path]:
-    """The parquet or arrow files that `data` is or holds, of one kind."""
+    """`data` itself if it is a parquet or arrow file, else the files of one of these kinds in it."""
     if data.suffix in BUILDERS and data.is_file():
         return [data]
-    found = (sorted(data.glob(f"*{suffix}")) for suffix in BUILDERS)
-    return next((tables for tables in found if tables), []) if data.is_dir() else []
+    candidates = (sorted(data.glob(f"*{suffix}")) for suffix in BUILDERS)
+    return next((tables for tables in candidates if tables), []) if data.is_dir() else []
 
 
 def _datasets(settings: DataSettings) -> Any:
@@ -109,23 +110,24 @@ def _datasets(settings: DataSettings) -> Any:
         import datasets
     except ImportError:
         raise UserError(
-            f"--data {settings.data} is no folder of images and no tar; to read tables and datasets, "
-            "install the library: pip install 'distill-sd[datasets]'"
+            f"--data {settings.data} is neither a folder of images nor a tar. "
+            "To read tables and datasets, install the library: pip install 'distill-sd[datasets]'"
         ) from None
     return datasets
 
 
-def _loaded(settings: DataSettings, load: Callable[[], Any], failure: str = "cannot be read as a dataset") -> Any:
+def _opened(
+    settings: DataSettings, open_dataset: Callable[[], Any], problem: str = "cannot be read as a dataset"
+) -> Any:
     try:
-        return load()
-    # The library raises errors of many kinds, its own, the hub's and the file formats'.
+        return open_dataset()
+    # The library raises its own errors, the hub's and the file formats'.
     except Exception as error:
-        told = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"--data {settings.data} {failure}: {told[0]}") from None
+        raise UserError(f"--data {settings.data} {problem}: {first_line(error)}") from None
 
 
 def _undecoded(dataset: Any, column: str, settings: DataSettings) -> Any:
-    """The dataset with its images as bytes or paths, and its rows where they lie."""
+    """The dataset with its images as bytes or paths, and without an index mapping, so that row i is stored row i."""
     datasets = _datasets(settings)
     feature = dataset.features[column]
     if isinstance(feature, datasets.Image):
@@ -134,7 +136,8 @@ def _undecoded(dataset: Any, column: str, settings: DataSettings) -> Any:
         isinstance(feature, dict) and "bytes" in feature
     ):
         raise UserError(
-            f"--data {settings.data}: column {column!r} holds {feature}, no images: choose another with --image-column"
+            f"--data {settings.data}: column {column!r} holds {feature}, not images. "
+            "Choose another one with --image-column."
         )
     return dataset.flatten_indices() if dataset._indices is not None else dataset
 

@@ -1,4 +1,4 @@
-"""Pictures in WebDataset tars, such as img2dataset writes: the members of a key are one sample."""
+"""Images in WebDataset tars, such as img2dataset writes: the members with the same key are one sample."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from pipeline.data.images import is_image_name
 from pipeline.data.records import ListedImage, is_unicode
 from pipeline.system.errors import UserError
 
-# A caption or its json beyond this is no caption.
+# A larger .txt or .json is not taken for a caption.
 MAX_TEXT_BYTES = 1 << 20
 END_OF_ARCHIVE = bytes(1024)
 
 
 class Member(NamedTuple):
-    """Where a file's bytes lie in a tar, and its name cut as WebDataset cuts it: at the base name's first dot."""
+    """Where a file's bytes are in a tar, and its name, split at the first dot of the base name as WebDataset does."""
 
     key: str
     ending: str
@@ -31,12 +31,12 @@ class Member(NamedTuple):
 
 
 class Tars:
-    """The pictures of some tars, in the order of the tars and of their members; a picture's name is its member's.
+    """The images of several tars, in the order of the tars and of their members. An image's name is its member's name.
 
-    `image_column` is the ending of the picture (jpg, or several as jpg;png), by default any that Pillow opens.
-    `caption_column` is the ending of a text, or a field of the .json; by default the .txt, else the .json's `caption`.
-    All tars are listed at once; pictures are read later, from where they lie. Raises UserError for a tar that is cut
-    off or no tar.
+    `image_column` is the image's file extension (jpg, or several as jpg;png), by default any that Pillow opens.
+    `caption_column` is the extension of a text member or a field of the .json, by default the .txt, else the field
+    `caption`. All tars are listed at once, and image bytes are read later, directly from their place in the tar.
+    Raises UserError for a file that is truncated, damaged or not a tar.
     """
 
     def __init__(self, tars: list[Path], image_column: str | None, caption_column: str | None) -> None:
@@ -44,28 +44,28 @@ class Tars:
         self.image_endings = image_column.lower().split(";") if image_column else None
         self.caption_column = caption_column
 
-    def pictures(self) -> list[ListedImage]:
-        return [picture for place in range(len(self.tars)) for picture in self._list(place)]
+    def images(self) -> list[ListedImage]:
+        return [image for tar_index in range(len(self.tars)) for image in self._list(tar_index)]
 
     def read(self, location: tuple[int, int, int]) -> bytes:
-        place, offset, length = location
-        with open(self.tars[place], "rb") as stream:
+        tar_index, offset, length = location
+        with open(self.tars[tar_index], "rb") as stream:
             data = os.pread(stream.fileno(), length, offset)
         if len(data) != length:
-            raise OSError(f"{self.tars[place]} has become shorter")
+            raise OSError(f"{self.tars[tar_index]} is shorter than when it was listed")
         return data
 
-    def _list(self, place: int) -> Iterator[ListedImage]:
-        with open(self.tars[place], "rb") as stream:
-            for key, members in groupby(_members(self.tars[place]), key=lambda member: member.key):
-                yield self._picture(place, key, list(members), stream.fileno())
+    def _list(self, tar_index: int) -> Iterator[ListedImage]:
+        with open(self.tars[tar_index], "rb") as stream:
+            for key, members in groupby(_members(self.tars[tar_index]), key=lambda member: member.key):
+                yield self._image_of(tar_index, key, list(members), stream.fileno())
 
-    def _picture(self, place: int, key: str, members: list[Member], fd: int) -> ListedImage:
+    def _image_of(self, tar_index: int, key: str, members: list[Member], fd: int) -> ListedImage:
         image = next((member for member in members if self._is_image(member)), None)
         if image is None:
             endings = ", ".join(f".{member.ending}" for member in members)
-            return ListedImage(key, None, None, f"there is no picture in the sample, which has {endings}")
-        location = (place, image.offset, image.length)
+            return ListedImage(key, None, None, f"the sample has no image, only {endings}")
+        location = (tar_index, image.offset, image.length)
         try:
             caption = _caption({member.ending: member for member in members}, self.caption_column, fd)
         except ValueError as error:
@@ -79,7 +79,7 @@ class Tars:
 
 
 def tars_named(data: str) -> list[Path]:
-    """The tars that `--data` names: one, a brace pattern (tars/{00000..00012}.tar) or those of a directory."""
+    """The tars that `--data` names: a single tar, a brace pattern (tars/{00000..00012}.tar), or a directory of tars."""
     if data.endswith(".tar"):
         return _expand(data)
     return sorted(Path(data).glob("*.tar")) if Path(data).is_dir() else []
@@ -87,37 +87,41 @@ def tars_named(data: str) -> list[Path]:
 
 def _expand(pattern: str) -> list[Path]:
     if ":" in pattern.split("{")[0]:
-        raise UserError(f"--data {pattern}: tars are read from the disk only; download them first")
+        raise UserError(f"--data {pattern}: tars can be read only from a local disk. Download them first.")
     tars = [Path(name) for name in expand_urls(pattern)]
     missing = [tar for tar in tars if not tar.is_file()]
     if missing:
-        raise UserError(f"--data {pattern}: {missing[0]} is not there, and with it {len(missing)} of {len(tars)} tars")
+        raise UserError(
+            f"--data {pattern}: {missing[0]} does not exist ({len(missing)} of {len(tars)} tars are missing). "
+            "Fix the pattern or restore the tars."
+        )
     return tars
 
 
 def _members(tar: Path) -> Iterator[Member]:
-    """The files in a tar. Directories, links and devices are passed over."""
+    """The regular files in a tar. Directories, links and devices are skipped."""
     if not _has_end(tar):
-        raise UserError(f"{tar} is cut off, or no tar: its end is missing; make it again, or take it out")
+        raise UserError(f"{tar} is truncated or not a tar: it has no end marker. Create it again or remove it.")
     try:
         with tarfile.open(tar, "r:") as archive:
             for info in archive:
-                archive.members = []  # or it would keep them all
+                # tarfile would keep every member's header in memory.
+                archive.members = []  # type: ignore[attr-defined]
                 if info.isreg() and not info.issparse() and is_unicode(info.name):
                     folder, _, base = info.name.rpartition("/")
                     stem, _, ending = base.partition(".")
                     key = f"{folder}/{stem}" if folder else stem
                     yield Member(key, ending.lower(), info.offset_data, info.size)
-            # tarfile takes a header that it cannot read for the end of the archive.
+            # tarfile treats an unreadable header as the end of the archive.
             archive.fileobj.seek(archive.offset)
             if archive.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
                 raise tarfile.ReadError(f"no header at byte {archive.offset}")
     except tarfile.TarError as error:
-        raise UserError(f"{tar} is damaged ({error}): make it again, or take it out") from None
+        raise UserError(f"{tar} is damaged ({error}). Create it again or remove it.") from None
 
 
 def _has_end(tar: Path) -> bool:
-    """Whether the file ends as an archive does. tarfile takes one that is cut between two members for whole."""
+    """Whether the file ends with the end-of-archive marker. tarfile accepts a tar truncated between two members."""
     with open(tar, "rb") as stream:
         size = stream.seek(0, os.SEEK_END)
         if size < len(END_OF_ARCHIVE) or size % tarfile.BLOCKSIZE:
@@ -127,7 +131,7 @@ def _has_end(tar: Path) -> bool:
 
 
 def _caption(members: dict[str, Member], column: str | None, fd: int) -> Any:
-    """The caption of a sample, or None. Raises ValueError with what is wrong with it."""
+    """The caption of a sample, or None if it has none. Raises ValueError with the problem if it cannot be read."""
     ending = "txt" if column is None else column
     if ending in members:
         return _text(members[ending], fd).strip()
@@ -136,7 +140,7 @@ def _caption(members: dict[str, Member], column: str | None, fd: int) -> Any:
     try:
         fields = json.loads(_text(members["json"], fd))
     except json.JSONDecodeError as error:
-        raise ValueError(f"the .json is no JSON ({error})") from None
+        raise ValueError(f"the .json is not JSON ({error})") from None
     return fields.get(column or "caption") if isinstance(fields, dict) else None
 
 

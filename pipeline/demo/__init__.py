@@ -1,1 +1,1 @@
-"""The bundled demo: captioned scenes, the oracle that judges them, and a teacher trained on them."""
+"""The bundled demo: captioned scenes, the oracle that judges them, and code that trains a teacher on them."""

@@ -1,7 +1,9 @@
-"""How well a pipeline follows captions of scenes: it draws each, and the oracle counts the facts that hold.
+"""How well a pipeline follows captions of scenes: the oracle checks the facts of each caption in a generated image.
 
-captions -> pictures (DPM-Solver++, 25 steps) -> oracle -> share of facts that hold
+captions -> images (DPM-Solver++, 25 steps) -> oracle -> share of facts that hold
 """
+
+from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -17,15 +19,17 @@ from pipeline.sampling.generate import Sampler, generate
 
 STEPS = 25
 BATCH = 50
+# Far from the small seeds of the training scenes.
 EVALUATION_SEED = 1_000_000
-"""Far from the small seeds that training scenes are drawn from."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Over all captions: mean share of facts that hold, share of captions of which all do, and share by kind of fact.
+    """Results over `captions` captions, with all shares from 0 to 1.
 
-    A caption's facts are few, so the mean over captions differs a little from the mean over facts.
+    `score` is the mean over captions of the share of facts that hold, `all_facts` is the share of captions whose facts
+    all hold, and `by_fact` is the share that holds of each kind of fact. Captions differ in their number of facts, so
+    `score` differs a little from the share over all facts.
     """
 
     captions: int
@@ -35,13 +39,13 @@ class Scores:
 
 
 def captions_of(split: str, count: int, seed: int = EVALUATION_SEED) -> list[str]:
-    """Captions 0..count-1 of a split ("train" or "heldout"), without drawing their pictures."""
+    """Captions 0..count-1 of a split ("train" or "heldout"), without rendering their images."""
     return [caption_of(draw_facts(generator(seed, index, split), split)) for index in range(count)]
 
 
-def judge(pictures: Sequence[Image.Image], captions: Sequence[str]) -> Scores:
-    """The oracle's verdict on pictures of 64 x 64, RGB, by their captions."""
-    verdicts = [score(picture, caption) for picture, caption in zip(pictures, captions, strict=True)]
+def judge(images: Sequence[Image.Image], captions: Sequence[str]) -> Scores:
+    """The oracle's scores for 64 x 64 RGB images, each judged by its caption."""
+    verdicts = [score(image, caption) for image, caption in zip(images, captions, strict=True)]
     return Scores(
         captions=len(verdicts),
         score=float(np.mean([verdict.score for verdict in verdicts])),
@@ -51,8 +55,8 @@ def judge(pictures: Sequence[Image.Image], captions: Sequence[str]) -> Scores:
 
 
 def _by_fact(verdicts: Sequence[Verdict]) -> dict[str, float]:
-    """Share that holds by kind of fact: "colour 1" and "colour 2" are both of the kind "colour"."""
-    kinds = defaultdict(list)
+    """The share that holds of each kind of fact. "colour 1" and "colour 2" are both of the kind "colour"."""
+    kinds: defaultdict[str, list[bool]] = defaultdict(list)
     for verdict in verdicts:
         for name, holds in verdict.facts.items():
             kinds[name.split()[0]].append(holds)
@@ -62,22 +66,22 @@ def _by_fact(verdicts: Sequence[Verdict]) -> dict[str, float]:
 def evaluate(
     pipeline: StableDiffusionPipeline, count: int, guidances: Sequence[float], *, splits: Sequence[str] = SPLITS
 ) -> dict[tuple[str, float], Scores]:
-    """Scores of `count` captions of each split at each guidance, keyed (split, guidance).
+    """Scores for `count` captions per split and guidance scale, keyed by (split, guidance).
 
-    Every guidance sees the same captions and the same noise.
+    All guidance scales get the same captions and the same noise.
     """
     scores = {}
     for split in splits:
         captions = captions_of(split, count)
         for guidance in guidances:
             sampler = Sampler(STEPS, guidance, BATCH)
-            samples = generate(pipeline, captions, sampler, f"{split}, guidance {guidance:g}")
-            scores[split, guidance] = judge(samples.images, captions)
+            generated = generate(pipeline, captions, sampler, f"{split}, guidance {guidance:g}")
+            scores[split, guidance] = judge(generated.images, captions)
     return scores
 
 
 def table(scores: dict[tuple[str, float], Scores]) -> str:
-    """The scores as a Markdown table, one line for each split and guidance."""
+    """The scores as a Markdown table, with one line per split and guidance scale."""
     kinds = sorted({kind for item in scores.values() for kind in item.by_fact})
     head = ["captions", "guidance", "number", "score", "all facts", *kinds]
     lines = [head, ["---"] * len(head)]

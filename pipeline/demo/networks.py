@@ -1,8 +1,10 @@
-"""The demo teacher's parts, untrained: Stable Diffusion 1.x in every way but size.
+"""The demo teacher's networks, untrained: Stable Diffusion 1.x in everything but size.
 
-A picture of 64 x 64 becomes latents of 4 x 16 x 16, and the U-Net has the four down blocks, the middle block
-and the four up blocks of SD-1.x with two layers each, so that what works on it works on the real one.
+A 64 x 64 image becomes latents of 4 x 16 x 16. The U-Net has the four down blocks, the middle block and the four
+up blocks of SD-1.x with two layers each, so code that works with it also works with SD-1.x.
 """
+
+from __future__ import annotations
 
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -18,9 +20,9 @@ WORD_END = "</w>"
 
 
 def make_tokenizer() -> CLIPTokenizer:
-    """CLIP's byte-pair tokenizer, with merges that make one token of each word of a caption.
+    """CLIP's byte-pair tokenizer, with merges that turn every word of a caption into one token.
 
-    Other words come out as their letters, as rare words do with CLIP's own vocabulary.
+    Other words are split into letters, as rare words are with CLIP's own vocabulary.
     """
     alphabet = _byte_alphabet()
     merges = _learn_merges(_caption_words())
@@ -45,13 +47,13 @@ def _caption_words() -> list[str]:
 
 
 def _byte_alphabet() -> list[str]:
-    """The printable stand-ins for the 256 bytes that byte-level BPE (GPT-2, CLIP) writes text in."""
+    """The 256 printable characters by which byte-level BPE (GPT-2, CLIP) represents bytes."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
 
 
 def _learn_merges(words: list[str]) -> list[tuple[str, str]]:
-    """Byte-pair merges, learned on the words until each is one token."""
+    """Byte-pair merges that turn every one of the words into a single token."""
     split = [[*word[:-1], word[-1] + WORD_END] for word in words]
     merges = []
     while pairs := [pair for pieces in split for pair in zip(pieces, pieces[1:], strict=False)]:
@@ -89,7 +91,7 @@ def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def make_autoencoder() -> AutoencoderKL:
-    """Pictures (B, 3, 64, 64) in [-1, 1] <-> latents (B, 4, 16, 16)."""
+    """Images (B, 3, 64, 64) in [-1, 1] <-> latents (B, 4, 16, 16)."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
@@ -103,10 +105,10 @@ def make_autoencoder() -> AutoencoderKL:
 
 
 def make_unet() -> UNet2DConditionModel:
-    """Noisy latents (B, 4, 16, 16), timesteps (B,), text (B, 24, TEXT_WIDTH) -> noise (B, 4, 16, 16).
+    """Noisy latents (B, 4, 16, 16), timesteps (B,), prompt_embeds (B, 24, TEXT_WIDTH) -> noise (B, 4, 16, 16).
 
-    The two innermost widths are equal, as in SD: otherwise no student without the innermost stage could be
-    filled from it.
+    The two innermost widths are equal, as in SD. Otherwise a student without the innermost stage could not take over
+    the teacher's weights.
     """
     return UNet2DConditionModel(
         sample_size=LATENT_SIDE,

@@ -1,10 +1,12 @@
-"""The oracle: which facts of a caption hold in a picture, by image analysis alone. Nothing here is learned.
+"""The oracle: finds which facts of a caption hold in an image, by classical image analysis without learning.
 
-    picture -> background plane -> what stands out of it -> connected parts -> colour, shape, size, place
+    image -> background plane -> pixels that differ from it -> connected parts -> colour, shape, size, place
 
-A part's shape is the one whose template, over all the rotations that scenes have, overlaps it best once
-both are brought to the same area and centre.
+A part's shape is the one whose template overlaps it best, at any rotation that scenes have, after both are
+scaled to the same area and moved to the same centre.
 """
+
+from __future__ import annotations
 
 import functools
 import math
@@ -26,18 +28,20 @@ from pipeline.demo.scenes import (
     parse_caption,
 )
 
-# Both in units of full intensity: how far a pixel must stand out, and the least area of a part in pixels.
+# How much a pixel must differ from the background, as a share of full intensity.
 CONTRAST = 0.16
+# The smallest area of a part, in pixels.
 MINIMUM_AREA = 40
 # Between the largest "small" and the smallest "large" radius of a scene.
 SMALL_RADIUS = 12.5
+# The frame in which shapes are compared: cells per side, and its side in square roots of the shape's area.
 GRID = 40
 GRID_REACH = 1.7
 
 
 @dataclass(frozen=True)
 class Part:
-    """One connected thing in a picture. `area` in pixels; `x`, `y` its centroid."""
+    """One connected object in an image. `area` is in pixels, and (`x`, `y`) is the centroid."""
 
     colour: str
     shape: str
@@ -48,7 +52,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Each fact of a caption, by name, and whether it holds."""
+    """Name of a caption's fact -> whether it holds in the image."""
 
     facts: dict[str, bool]
 
@@ -63,35 +67,35 @@ class Verdict:
 
 
 def score(image: Image.Image | np.ndarray, caption: str) -> Verdict:
-    """Judge a 64 x 64 RGB picture by a scene's caption. Raises ValueError for other sizes or captions."""
+    """Judge a 64 x 64 RGB image by a scene's caption. Raises ValueError for other sizes or captions."""
     facts = parse_caption(caption)
     background, parts = analyse(image)
     verdict = {
         "background": background == facts.background,
         "number": len(parts) == sum(o.count for o in facts.objects),
     }
-    found = [_parts_of(item, parts) for item in facts.objects]
-    for number, (item, own) in enumerate(zip(facts.objects, found, strict=True), 1):
-        verdict[f"colour {number}"] = len(own) >= item.count
-        verdict[f"shape {number}"] = len(own) >= item.count and all(
-            part.shape == item.shape for part in own[: item.count]
+    matches = [_parts_of(item, parts) for item in facts.objects]
+    for number, (item, matching) in enumerate(zip(facts.objects, matches, strict=True), 1):
+        verdict[f"colour {number}"] = len(matching) >= item.count
+        verdict[f"shape {number}"] = len(matching) >= item.count and all(
+            part.shape == item.shape for part in matching[: item.count]
         )
         if item.count > 1:
-            verdict[f"count {number}"] = len(own) == item.count
+            verdict[f"count {number}"] = len(matching) == item.count
         if item.size:
-            verdict[f"size {number}"] = bool(own) and (_radius(own[0], item.shape) < SMALL_RADIUS) == (
+            verdict[f"size {number}"] = bool(matching) and (_radius(matching[0], item.shape) < SMALL_RADIUS) == (
                 item.size == "small"
             )
     if facts.relation:
-        verdict["relation"] = all(found) and _related(found[0][0], found[1][0], facts.relation)
+        verdict["relation"] = all(matches) and _related(matches[0][0], matches[1][0], facts.relation)
     return Verdict(verdict)
 
 
 def analyse(image: Image.Image | np.ndarray) -> tuple[str, list[Part]]:
-    """The background's colour word, and the parts that stand out of it, largest first."""
+    """The background's colour word and the parts in front of it, largest first."""
     pixels = np.asarray(image, np.float64) / 255
     if pixels.shape != (SIDE, SIDE, 3):
-        raise ValueError(f"the picture has shape {pixels.shape}; a scene's is {(SIDE, SIDE, 3)}")
+        raise ValueError(f"the image has shape {pixels.shape}. A scene's image has shape {(SIDE, SIDE, 3)}.")
     plane = _background_plane(pixels)
     distance = np.abs(pixels - plane).max(axis=2)
     labels, count = _connected(distance > CONTRAST)
@@ -102,7 +106,7 @@ def analyse(image: Image.Image | np.ndarray) -> tuple[str, list[Part]]:
 
 
 def _background_plane(pixels: np.ndarray) -> np.ndarray:
-    """The background under its light, (64, 64, 3): a plane fitted to the border, then to all that lies near it."""
+    """The shaded background, (64, 64, 3): a plane fitted to the border, then to all pixels near that plane."""
     along = np.linspace(-1, 1, SIDE)
     basis = np.stack(np.broadcast_arrays(1.0, along[None, :], along[:, None]), axis=-1).reshape(-1, 3)
     flat = pixels.reshape(-1, 3)
@@ -119,7 +123,7 @@ def _background_plane(pixels: np.ndarray) -> np.ndarray:
 
 
 def _connected(mask: np.ndarray) -> tuple[np.ndarray, int]:
-    """Labels (H, W) int of the 4-connected parts of a mask, from 1 on, and their number."""
+    """Labels (H, W) int of the 4-connected parts of a mask, counted from 1, and the number of parts."""
     labels, count = np.zeros(mask.shape, int), 0
     for start in zip(*np.nonzero(mask), strict=True):
         if labels[start]:
@@ -129,16 +133,19 @@ def _connected(mask: np.ndarray) -> tuple[np.ndarray, int]:
         waiting = [start]
         while waiting:
             y, x = waiting.pop()
-            for place in ((y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)):
-                inside = 0 <= place[0] < SIDE and 0 <= place[1] < SIDE
-                if inside and mask[place] and not labels[place]:
-                    labels[place] = count
-                    waiting.append(place)
+            for neighbour in ((y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)):
+                inside = 0 <= neighbour[0] < SIDE and 0 <= neighbour[1] < SIDE
+                if inside and mask[neighbour] and not labels[neighbour]:
+                    labels[neighbour] = count
+                    waiting.append(neighbour)
     return labels, count
 
 
 def _part(pixels: np.ndarray, distance: np.ndarray, mask: np.ndarray) -> Part:
-    """Colour of the half that stands out most; coverage from the contrast to it; shape from the coverage."""
+    """One part, with its colour from the pixels of highest contrast and its shape from the coverage.
+
+    A pixel's coverage is its contrast relative to theirs.
+    """
     strength = distance[mask]
     core = mask & (distance >= np.median(strength))
     coverage = np.where(_grown(mask), np.clip(distance / np.median(distance[core]), 0, 1), 0)
@@ -156,34 +163,34 @@ def _grown(mask: np.ndarray) -> np.ndarray:
 
 
 def _nearest_colour(rgb: np.ndarray, names: tuple[str, ...]) -> str:
-    """The colour word whose colour, under some light of a scene, is nearest."""
+    """The colour word whose colour is nearest, under the best-fitting light that scenes have."""
     lights = np.linspace(0.84, 1.1, 7)[:, None]
     return min(names, key=lambda name: np.square(np.clip(lights * COLOURS[name], 0, 1) - rgb).sum(axis=1).min())
 
 
 def _shape(coverage: np.ndarray, x: float, y: float, area: float) -> str:
-    """The shape whose template overlaps best, both at unit area about their centroids."""
+    """The shape whose template overlaps best, with both scaled to unit area around their centroids."""
     scale = math.sqrt(area)
     grid = _grid() * scale
     columns, rows = np.floor(grid[0] + x).astype(int), np.floor(grid[1] + y).astype(int)
     inside = (columns >= 0) & (columns < SIDE) & (rows >= 0) & (rows < SIDE)
     sampled = np.where(inside, coverage[rows.clip(0, SIDE - 1), columns.clip(0, SIDE - 1)], 0)
-    overlaps = {
+    overlaps: dict[str, float] = {
         name: max(np.minimum(sampled, t).sum() / np.maximum(sampled, t).sum() for t in templates)
         for name, templates in _templates().items()
     }
-    return max(overlaps, key=overlaps.get)
+    return max(overlaps, key=overlaps.__getitem__)
 
 
 def _grid() -> np.ndarray:
-    """(2, GRID, GRID): x and y of the cells of the frame in which shapes are compared, in square roots of area."""
+    """(2, GRID, GRID): x and y of the cells of the frame in which shapes are compared, in square roots of the area."""
     along = np.linspace(-GRID_REACH / 2, GRID_REACH / 2, GRID)
     return np.stack(np.meshgrid(along, along))
 
 
 @functools.cache
 def _templates() -> dict[str, np.ndarray]:
-    """For each shape, (rotations, GRID, GRID) float masks of unit area about the centroid."""
+    """Per shape, (rotations, GRID, GRID) float masks of unit area around the centroid."""
     return {name: np.stack([_template(name, r) for r in np.linspace(-1, 1, 9) * MAXIMUM_ROTATION]) for name in SHAPES}
 
 
@@ -196,7 +203,7 @@ def _template(name: str, rotation: float) -> np.ndarray:
 
 @functools.cache
 def _unit(name: str) -> tuple[float, float]:
-    """Area and height of the centroid of a shape of radius 1."""
+    """Area and y of the centroid, for a shape of radius 1."""
     fine = (np.arange(600) + 0.5) / 200 - 1.5
     inside = SHAPES[name].contains(fine[None, :], fine[:, None])
     return float(inside.sum() / 200**2), float((inside * fine[:, None]).sum() / inside.sum())
@@ -207,13 +214,13 @@ def _radius(part: Part, shape: str) -> float:
 
 
 def _parts_of(item: ObjectFacts, parts: list[Part]) -> list[Part]:
-    """The parts of the noun's colour, those of its shape first."""
-    own = [part for part in parts if part.colour == item.colour]
-    return sorted(own, key=lambda part: part.shape != item.shape)
+    """The parts of the noun's colour, with those of its shape first."""
+    matching = [part for part in parts if part.colour == item.colour]
+    return sorted(matching, key=lambda part: part.shape != item.shape)
 
 
 def _related(first: Part, second: Part, relation: str) -> bool:
-    """Whether the step from the first to the second is mostly along the relation's own."""
+    """Whether the direction from the first to the second part is mainly the relation's direction."""
     right, down = RELATIONS[relation]
     along = (second.x - first.x) * right + (second.y - first.y) * down
     across = (second.x - first.x) * down + (second.y - first.y) * right
@@ -221,9 +228,9 @@ def _related(first: Part, second: Part, relation: str) -> bool:
 
 
 def score_scenes(images: Iterable[Image.Image], prompts: list[str]) -> float | None:
-    """The share of the prompts' facts that hold in the images, 0 to 1; None unless all prompts are captions of scenes.
+    """The mean share of the prompts' facts that hold in the images, or None if a prompt is not a scene's caption.
 
-    A `Scorer` for reports (see `sampling.generate`). The images are looked at one by one.
+    A `Scorer` for reports (see `sampling.generate`). The images are read one at a time.
     """
     try:
         verdicts = [score(image, prompt) for image, prompt in zip(images, prompts, strict=True)]

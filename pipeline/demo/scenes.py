@@ -1,16 +1,18 @@
-"""Captioned pictures of shapes, drawn from a seed and an index.
+"""Captioned images of shapes, determined by a seed and an index.
 
-    facts    what the caption says: objects, background, relation        `draw_facts`, `parse_caption`
+    facts    the content of the caption: objects, background, relation   `draw_facts`, `parse_caption`
     caption  the facts as a sentence                                     `caption_of`
-    picture  the facts as pixels, with everything unsaid left to chance  `draw_picture`
+    image    the facts as pixels, with all other details random          `render_image`
 
-A scene depends on (seed, split, index) and on nothing else, so any number of them can be made, in any
-order, by any number of processes. The two splits never share a (colour, shape) combination: captions of
-"heldout" each name at least one that "train" never shows.
+A scene depends only on (seed, split, index), so any number of scenes can be made in any order and by any
+number of processes. The two splits never share a (colour, shape) combination: every caption of "heldout"
+names at least one combination that never occurs in "train".
 
-Pictures are uint8 arrays (height, width, RGB). Lengths are pixels, angles are radians, x runs to the
-right and y runs down.
+Images are uint8 arrays (height, width, RGB). Lengths are in pixels and angles in radians. The x axis points
+right and the y axis points down.
 """
+
+from __future__ import annotations
 
 import json
 import math
@@ -45,19 +47,17 @@ BACKGROUNDS = ("white", "gray", "black", "yellow", "green", "blue")
 COUNT_WORDS = {2: "two", 3: "three"}
 SPLITS = ("train", "heldout")
 
+# Relation -> the unit step (x, y) from the first object to the second.
 RELATIONS = {"above": (0, 1), "below": (0, -1), "left of": (1, 0), "right of": (-1, 0)}
-"""Relation -> the unit step (x, y) that leads from the first object to the second."""
-
+# Size word of a single object -> range of its radius.
 SIZES = {"small": (8.0, 10.0), "large": (15.0, 20.0), None: (9.0, 17.0)}
-"""Size word of a single object -> range of its radius."""
-
+# Number of objects in the image -> range of their radius.
 GROUP_RADII = {2: (8.0, 10.5), 3: (8.0, 9.0)}
-"""Number of objects in the picture -> range of their common radius."""
 
 
 @dataclass(frozen=True)
 class ObjectFacts:
-    """One noun of a caption: `count` objects of one colour and shape; `size` only where the caption says it."""
+    """One noun of a caption: `count` objects of the same colour and shape. `size` is None if the caption has none."""
 
     colour: str
     shape: str
@@ -67,7 +67,7 @@ class ObjectFacts:
 
 @dataclass(frozen=True)
 class SceneFacts:
-    """All that a caption says. `relation` holds from `objects[0]` to `objects[1]`, and is None for one noun."""
+    """The content of a caption. `relation` holds from `objects[0]` to `objects[1]` and is None for a single noun."""
 
     objects: tuple[ObjectFacts, ...]
     background: str
@@ -78,7 +78,7 @@ class SceneFacts:
 class Scene:
     facts: SceneFacts
     caption: str
-    picture: np.ndarray
+    image: np.ndarray
 
 
 def _circle(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -113,7 +113,7 @@ def _star(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Shape:
-    """`contains(x, y)` at radius 1, upright and centred; `reach` is the farthest point from the centre."""
+    """`contains(x, y)` is for radius 1, upright and centred. `reach` is the largest distance from the centre."""
 
     contains: Callable[[np.ndarray, np.ndarray], np.ndarray]
     reach: float
@@ -130,12 +130,12 @@ SHAPES = {
 }
 MAXIMUM_ROTATION = math.radians(20)
 
+# The (colour, shape) combinations of "heldout": one per colour, and at least one per shape.
 HELD_OUT = frozenset((colour, tuple(SHAPES)[(5 * i + 2) % len(SHAPES)]) for i, colour in enumerate(OBJECT_COLOURS))
-"""The (colour, shape) combinations of "heldout": one of each colour, at least one of each shape."""
 
 
 def shape_mask(shape: str, x: float, y: float, radius: float, rotation: float = 0.0, side: int = SIDE) -> np.ndarray:
-    """Coverage of each pixel by the shape: float64 (side, side) in [0, 1]. Pixel (0, 0) has its centre at 0.5."""
+    """The shape's coverage of each pixel: float64 (side, side) in [0, 1]. Pixel (0, 0) has its centre at (0.5, 0.5)."""
     fine = (np.arange(side * SUPERSAMPLING) + 0.5) / SUPERSAMPLING
     right, down = (fine[None, :] - x) / radius, (fine[:, None] - y) / radius
     cosine, sine = math.cos(rotation), math.sin(rotation)
@@ -144,7 +144,7 @@ def shape_mask(shape: str, x: float, y: float, radius: float, rotation: float = 
 
 
 def caption_of(facts: SceneFacts) -> str:
-    """The one sentence that says the facts; `parse_caption` is its inverse."""
+    """The facts as a sentence. `parse_caption` is the inverse."""
     nouns = [_noun_phrase(item) for item in facts.objects]
     subject = nouns[0] if facts.relation is None else f"{nouns[0]} {facts.relation} {nouns[1]}"
     return f"{subject} on {_with_article(facts.background)} background"
@@ -161,10 +161,9 @@ def _noun_phrase(item: ObjectFacts) -> str:
 
 
 def parse_caption(caption: str) -> SceneFacts:
-    """Reads the facts back from a caption.
+    """Read the facts from a caption.
 
-    Raises ValueError, quoting the caption and the words at fault, if it is not of the form that
-    `caption_of` writes.
+    Raises ValueError, quoting the caption and the wrong words, if `caption_of` would not write this caption.
     """
     body, _, background = caption.removesuffix(" background").rpartition(" on ")
     background = background.split(" ")[-1]
@@ -173,8 +172,8 @@ def parse_caption(caption: str) -> SceneFacts:
     facts = SceneFacts(tuple(_parse_noun(noun, caption) for noun in nouns), background, relation)
     if background not in BACKGROUNDS or caption_of(facts) != caption:
         raise ValueError(
-            f"caption {caption!r} is not a demo scene's; they read like {_EXAMPLE!r}, "
-            f"with a background of {', '.join(BACKGROUNDS)}"
+            f"caption {caption!r} is not a demo scene's caption. Write one like {_EXAMPLE!r}, "
+            f"with one of these backgrounds: {', '.join(BACKGROUNDS)}"
         )
     return facts
 
@@ -189,12 +188,12 @@ def _parse_noun(noun: str, caption: str) -> ObjectFacts:
     shape = singular.get(last, last)
     colour = middle[-1] if middle else ""
     if colour not in OBJECT_COLOURS or shape not in SHAPES:
-        raise ValueError(f"caption {caption!r}: {noun!r} names no object of a demo scene, such as 'a red circle'")
+        raise ValueError(f"caption {caption!r}: {noun!r} is not an object of a demo scene, such as 'a red circle'")
     return ObjectFacts(colour, shape, count, middle[0] if len(middle) > 1 else None)
 
 
 def generator(seed: int, index: int, split: str = "train") -> np.random.Generator:
-    """The source of chance of one scene: Philox keyed by seed and index, one counter space a split."""
+    """The random generator of one scene: Philox keyed by seed and index, with a separate counter range per split."""
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; it must be one of {', '.join(SPLITS)}")
     key = np.array([seed, index], dtype=np.uint64)
@@ -202,7 +201,7 @@ def generator(seed: int, index: int, split: str = "train") -> np.random.Generato
 
 
 def draw_facts(rng: np.random.Generator, split: str = "train") -> SceneFacts:
-    """Facts of a scene of the split: 35 % one object, 20 % two or three alike, 45 % two in a relation."""
+    """Draw the facts of a scene: 35 % one object, 20 % two or three equal objects, 45 % two objects in a relation."""
     kind = rng.choice(3, p=(0.35, 0.2, 0.45))
     objects = _draw_objects(rng, count=2 if kind == 2 else 1)
     combinations = {(item.colour, item.shape) for item in objects}
@@ -218,12 +217,12 @@ def draw_facts(rng: np.random.Generator, split: str = "train") -> SceneFacts:
 
 
 def _draw_objects(rng: np.random.Generator, count: int) -> tuple[ObjectFacts, ...]:
-    # Two objects of one colour would leave a relation between them with nothing to tell them apart by.
+    # Objects of the same colour could not be told apart, so no relation between them could be checked.
     colours = rng.choice(OBJECT_COLOURS, size=count, replace=False)
     return tuple(ObjectFacts(str(colour), str(rng.choice(list(SHAPES)))) for colour in colours)
 
 
-def draw_picture(facts: SceneFacts, rng: np.random.Generator) -> np.ndarray:
+def render_image(facts: SceneFacts, rng: np.random.Generator) -> np.ndarray:
     """Facts -> uint8 (64, 64, 3). Position, radius, rotation, shading and exact colour are drawn from `rng`."""
     items = [item for item in facts.objects for _ in range(item.count)]
     canvas = _shaded(COLOURS[facts.background], rng)
@@ -235,7 +234,7 @@ def draw_picture(facts: SceneFacts, rng: np.random.Generator) -> np.ndarray:
 
 
 def _shaded(colour: tuple[float, float, float], rng: np.random.Generator) -> np.ndarray:
-    """A sheet of the colour under a light that falls off along one direction: float64 (64, 64, 3) in [0, 1]."""
+    """An area of the colour whose brightness changes along one direction: float64 (64, 64, 3) in [0, 1]."""
     tint = np.clip(np.array(colour) + rng.uniform(-0.035, 0.035, size=3), 0, 1)
     direction = rng.uniform(0, 2 * math.pi)
     along = np.linspace(-1, 1, SIDE)
@@ -248,12 +247,12 @@ Place = tuple[float, float, float]
 
 
 def _place(facts: SceneFacts, items: list[ObjectFacts], rng: np.random.Generator) -> list[Place]:
-    """Centre x, centre y and radius of each object, none of which touch each other or the border."""
+    """Centre x, centre y and radius of each object. The objects touch neither each other nor the border."""
     if len(items) == 1:
         radius = rng.uniform(*SIZES[items[0].size])
         return [(*_anywhere(SHAPES[items[0].shape].reach * radius, rng), radius)]
     if facts.relation is not None:
-        return _place_related(facts, rng)
+        return _place_related(facts.objects, facts.relation, rng)
     return _place_apart(items, rng)
 
 
@@ -263,17 +262,17 @@ def _anywhere(reach: float, rng: np.random.Generator) -> tuple[float, float]:
     return float(x), float(y)
 
 
-def _place_related(facts: SceneFacts, rng: np.random.Generator) -> list[Place]:
+def _place_related(objects: tuple[ObjectFacts, ...], relation: str, rng: np.random.Generator) -> list[Place]:
     radii = rng.uniform(*GROUP_RADII[2], size=2)
-    reaches = [SHAPES[item.shape].reach * r for item, r in zip(facts.objects, radii, strict=True)]
-    step = RELATIONS[facts.relation]
+    reaches = [SHAPES[item.shape].reach * r for item, r in zip(objects, radii, strict=True)]
+    step = RELATIONS[relation]
     order = (0, 1) if sum(step) > 0 else (1, 0)
     apart = sum(reaches) + GAP
     slack = max(0.0, SIDE - 2 * MARGIN - sum(reaches) - apart)
     near, far = np.sort(rng.uniform(0, slack, size=2))
     start = MARGIN + reaches[order[0]] + near
     along = {order[0]: start, order[1]: start + apart + far - near}
-    # The other axis moves by at most half as much, so that the relation that is said is the plain one.
+    # Along the other axis the objects differ by at most half as much, so that no other relation could be meant.
     limit = abs(along[0] - along[1]) / 2
     low, high = MARGIN + max(reaches), SIDE - MARGIN - max(reaches)
     first = rng.uniform(low, high)
@@ -296,21 +295,21 @@ def make_scene(seed: int, index: int, split: str = "train") -> Scene:
     """The scene of this seed, index and split. Raises ValueError for an unknown split."""
     rng = generator(seed, index, split)
     facts = draw_facts(rng, split)
-    return Scene(facts, caption_of(facts), draw_picture(facts, rng))
+    return Scene(facts, caption_of(facts), render_image(facts, rng))
 
 
 def write_folder(out: str | Path, count: int, seed: int = 0, split: str = "train") -> Path:
-    """Writes scenes 0..count-1 as an image folder: PNG files and `metadata.jsonl`, one line a picture.
+    """Write scenes 0..count-1 as an image folder: PNG files and `metadata.jsonl` with one line per image.
 
-    Each line is `{"file_name": ..., "text": ...}`. The folder appears under its name only once it is
-    whole. Returns it.
+    Each line is `{"file_name": ..., "text": ...}`. The folder gets its name only when it is complete. Returns the
+    folder.
     """
     with atomic_directory(Path(out)) as folder:
         lines = []
-        for index in tqdm(range(count), desc="scenes", unit="picture"):
+        for index in tqdm(range(count), desc="scenes", unit="image"):
             scene = make_scene(seed, index, split)
             name = f"{index:06d}.png"
-            Image.fromarray(scene.picture).save(folder / name)
+            Image.fromarray(scene.image).save(folder / name)
             lines.append(json.dumps({"file_name": name, "text": scene.caption}))
         (folder / "metadata.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return Path(out)

@@ -1,10 +1,13 @@
-"""What the text encoder learns before it is frozen: to say of each colour and place what the caption says of it.
+"""The text encoder's own task, before it is frozen: to answer what a caption says about each colour and place.
 
     caption -> token states -> one attention layer with a query for each colour and place -> the facts of that thing
 
-CLIP's text encoder comes to Stable Diffusion trained on pictures, and knows what goes with what. Trained by the
-U-Net's loss alone ours learned colours and few relations, since a relation hardly shows in the predicted noise.
+Stable Diffusion starts from CLIP's text encoder, which was trained with images and already relates words to each
+other. A text encoder trained only by the U-Net's loss learned colours but few relations, because a relation hardly
+changes the predicted noise.
 """
+
+from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
@@ -14,31 +17,29 @@ from pipeline.demo.networks import TEXT_WIDTH
 from pipeline.demo.scenes import COLOURS, COUNT_WORDS, SHAPES, SIZES, SceneFacts
 
 ANYWHERE, BACKGROUND = "anywhere", "background"
+# Relation -> the places of the first and the second object.
 PLACES = {
     "above": ("top", "bottom"),
     "below": ("bottom", "top"),
     "left of": ("left", "right"),
     "right of": ("right", "left"),
 }
-"""Relation -> the places of the first and the second object."""
-
-VALUES = {
+# Kind of fact -> its possible values. A "thing" is one object noun of a caption or the background.
+VALUES: dict[str, tuple[str | int, ...]] = {
     "colour": tuple(COLOURS),
     "shape": tuple(SHAPES),
     "count": (1, *COUNT_WORDS),
     "size": tuple(filter(None, SIZES)),
     "place": (*PLACES["above"], *PLACES["left of"], ANYWHERE, BACKGROUND),
 }
-"""Kind of fact -> what it can be. A thing of a caption is one object noun or the background."""
-
+# A caption has at most one thing of each colour and at most one thing in each place.
 QUERIES = tuple((kind, value) for kind in ("colour", "place") for value in VALUES[kind])
-"""A caption has at most one thing of a colour and one in a place."""
 
 
 def things_of(facts: SceneFacts) -> list[dict[str, str | int | None]]:
-    """The things that a caption names, each by its kinds of fact; None for what is not said."""
+    """The things that a caption names, as kind of fact -> value, or None for a fact that the caption leaves open."""
     places = PLACES[facts.relation] if facts.relation else (ANYWHERE,)
-    objects = [
+    objects: list[dict[str, str | int | None]] = [
         {"colour": item.colour, "shape": item.shape, "count": item.count, "size": item.size, "place": place}
         for item, place in zip(facts.objects, places, strict=True)
     ]
@@ -46,7 +47,7 @@ def things_of(facts: SceneFacts) -> list[dict[str, str | int | None]]:
 
 
 def answers_of(facts: SceneFacts) -> torch.Tensor:
-    """For each query and kind of fact the number of the value, from 1 on; 0 where nothing is said. int64 (15, 5)."""
+    """For each query and kind of fact, the value's index counted from 1, or 0 for no answer. int64 (15, 5)."""
     things = {(kind, thing[kind]): thing for thing in things_of(facts) for kind in ("colour", "place")}
     return torch.tensor(
         [
@@ -77,13 +78,14 @@ class Reader(nn.Module):
 
 def reading_loss(logits: dict[str, torch.Tensor], answers: torch.Tensor) -> torch.Tensor:
     """Cross-entropy of the answers (B, 15, 5), averaged over queries and summed over kinds of fact."""
-    return sum(
+    losses = [
         F.cross_entropy(values.flatten(0, 1), answers[..., kind].flatten())
         for kind, values in enumerate(logits.values())
-    )
+    ]
+    return sum(losses, torch.zeros(()))
 
 
 def share_read(logits: dict[str, torch.Tensor], answers: torch.Tensor) -> float:
-    """The share of captions of which every answer is right."""
+    """The share of captions with only correct answers."""
     right = torch.stack([values.argmax(dim=-1) for values in logits.values()], dim=-1) == answers
     return right.flatten(1).all(dim=1).float().mean().item()

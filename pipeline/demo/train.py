@@ -1,9 +1,11 @@
-"""Trains the demo teacher: autoencoder first, then text encoder and U-Net together on its latents.
+"""Train the demo teacher: first the autoencoder and the text encoder, then the U-Net on their latents and states.
 
-    scenes -> autoencoder -> latents -> text encoder + U-Net (averaged weights) -> diffusers pipeline
+    scenes -> autoencoder -> latents -> U-Net with the text encoder's states (averaged weights) -> diffusers pipeline
 
-Everything on the way lies in the work folder. Running the same command again goes on from there.
+All intermediate results are in the work folder. Rerun the same command to resume from them.
 """
+
+from __future__ import annotations
 
 import json
 from pathlib import Path
@@ -11,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from torch import nn
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -28,64 +30,66 @@ from pipeline.demo.networks import (
 from pipeline.demo.scenes import SIDE, make_scene, parse_caption
 from pipeline.demo.text import Reader, answers_of, reading_loss
 from pipeline.demo.trainer import TeacherSettings, Trainer
-from pipeline.models.bundled import CHECKSUMS
-from pipeline.system.errors import UserError
-from shards.files import atomic_file, file_sha256, write_json
+from pipeline.models.checksums import CHECKSUMS, write_checksums
+from pipeline.models.families import denoise
+from pipeline.models.families.sd import SD
+from pipeline.system.errors import UserError, first_line
+from shards.files import atomic_file, write_json
 
 SETTINGS = "settings.json"
-# Settings that may change from one run of the command to the next in one work folder. More steps train on.
-FREE = {"out", "work", "steps", "checkpoint_every", "evaluate"}
-# Background, layout and relations are decided at high noise, where the error in the predicted noise is so small that
-# captions hardly count in it. So the loss is divided by a power of alpha_bar, and the uniform draw of the timestep is
-# raised to a power below 1, which makes high ones more frequent.
+# Settings that may change between runs in the same work folder. With more `steps`, training continues.
+MAY_CHANGE = {"out", "work", "steps", "checkpoint_every", "evaluate"}
+# Background, layout and relations are decided at high noise, where the error of the predicted noise is so small that
+# captions hardly affect it. So the loss is divided by a power of alpha_bar, and the uniform draw of the timestep is
+# raised to a power below 1, which makes high timesteps more frequent.
 LOSS_POWER, DRAW_POWER = 0.75, 2 / 3
 GUIDANCES = (3.0, 5.0)
 
 
-def _claim(settings: TeacherSettings) -> None:
-    """Keeps one work folder to one set of settings. Raises UserError with what differs."""
+def claim_work_folder(settings: TeacherSettings) -> None:
+    """Create the work folder and record its settings there. Raises UserError if it was created with other settings."""
     settings.work.mkdir(parents=True, exist_ok=True)
     file = settings.work / SETTINGS
-    wanted = {key: value for key, value in settings.as_json().items() if key not in FREE}
+    current = {key: value for key, value in settings.as_json().items() if key not in MAY_CHANGE}
     if not file.exists():
-        write_json(file, wanted)
-    found = json.loads(file.read_text(encoding="utf-8"))
-    differing = [f"{key}: {found.get(key)} there, {wanted[key]} now" for key in wanted if found.get(key) != wanted[key]]
-    if differing:
-        raise UserError(f"{settings.work} was begun with other settings ({'; '.join(differing)}); take another --work")
+        write_json(file, current)
+    recorded = json.loads(file.read_text(encoding="utf-8"))
+    changes = [f"{key} {recorded.get(key)}, now {now}" for key, now in current.items() if recorded.get(key) != now]
+    if changes:
+        raise UserError(f"{settings.work} was created with other settings ({'; '.join(changes)}). Use another --work.")
 
 
 def render_scenes(work: Path, settings: TeacherSettings) -> tuple[np.ndarray, list[str]]:
-    """The training scenes: pictures, uint8 (N, 64, 64, 3), mapped from a file, and their captions."""
-    pictures_file, captions_file = work / "pictures.npy", work / "captions.json"
+    """The training scenes: images, uint8 (N, 64, 64, 3), memory-mapped from a file, and their captions."""
+    images_file, captions_file = work / "pictures.npy", work / "captions.json"
     if not captions_file.exists():
         shape = (settings.scenes, SIDE, SIDE, 3)
-        pictures = np.lib.format.open_memmap(pictures_file, mode="w+", dtype=np.uint8, shape=shape)
+        images = np.lib.format.open_memmap(images_file, mode="w+", dtype=np.uint8, shape=shape)
         captions = []
-        for index in tqdm(range(settings.scenes), desc="scenes", unit="picture"):
+        for index in tqdm(range(settings.scenes), desc="scenes", unit="image"):
             scene = make_scene(settings.seed, index)
-            pictures[index] = scene.picture
+            images[index] = scene.image
             captions.append(scene.caption)
-        pictures.flush()
+        images.flush()
         captions_file.write_text(json.dumps(captions), encoding="utf-8")
-    return np.load(pictures_file, mmap_mode="r"), json.loads(captions_file.read_text(encoding="utf-8"))
+    return np.load(images_file, mmap_mode="r"), json.loads(captions_file.read_text(encoding="utf-8"))
 
 
-def to_pixels(pictures: np.ndarray) -> torch.Tensor:
+def to_pixels(images: np.ndarray) -> torch.Tensor:
     """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) in [-1, 1], channels last in memory."""
-    return torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+    return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
-def train_autoencoder(work: Path, settings: TeacherSettings) -> nn.Module:
-    """Pictures -> an autoencoder trained on absolute and squared error, with its latents held near N(0, 1)."""
-    pictures, _ = render_scenes(work, settings)
+def train_autoencoder(work: Path, settings: TeacherSettings) -> AutoencoderKL:
+    """Train an autoencoder on the images, by absolute and squared error, with its latents kept near N(0, 1)."""
+    images, _ = render_scenes(work, settings)
     torch.manual_seed(settings.seed)
     autoencoder = make_autoencoder().to(memory_format=torch.channels_last)
     trainer = Trainer(
         autoencoder, work / "autoencoder.pt", settings.autoencoder_steps, settings.autoencoder_learning_rate, settings
     )
     for _ in trainer.remaining("autoencoder"):
-        pixels = to_pixels(pictures[torch.randint(len(pictures), (settings.autoencoder_batch,)).numpy()])
+        pixels = to_pixels(images[torch.randint(len(images), (settings.autoencoder_batch,)).numpy()])
         posterior = autoencoder.encode(pixels).latent_dist
         decoded = autoencoder.decode(posterior.sample()).sample
         divergence = posterior.kl().mean() / posterior.mean[0].numel()
@@ -95,18 +99,18 @@ def train_autoencoder(work: Path, settings: TeacherSettings) -> nn.Module:
     return autoencoder.eval().requires_grad_(False)
 
 
-def encode_latents(work: Path, autoencoder: nn.Module, settings: TeacherSettings) -> tuple[np.ndarray, float]:
-    """The posterior's mean and standard deviation of every picture, float16 (N, 8, 16, 16), and their scale.
+def encode_latents(work: Path, autoencoder: AutoencoderKL, settings: TeacherSettings) -> tuple[np.ndarray, float]:
+    """Mean and standard deviation of every image's posterior, float16 (N, 8, 16, 16), and the latents' scale.
 
-    The scale brings sampled latents to unit variance; it becomes the autoencoder's `scaling_factor`.
+    The scale gives sampled latents unit variance and becomes the autoencoder's `scaling_factor`.
     """
-    pictures, _ = render_scenes(work, settings)
+    images, _ = render_scenes(work, settings)
     file = work / "latents.npy"
     if not file.exists():
         encoded = []
         with torch.inference_mode():
-            for start in tqdm(range(0, len(pictures), 64), desc="latents", unit="batch", mininterval=5):
-                posterior = autoencoder.encode(to_pixels(pictures[start : start + 64])).latent_dist
+            for start in tqdm(range(0, len(images), 64), desc="latents", unit="batch", mininterval=5):
+                posterior = autoencoder.encode(to_pixels(images[start : start + 64])).latent_dist
                 encoded.append(torch.cat((posterior.mean, posterior.std), dim=1).half().numpy())
         with atomic_file(file) as stream:
             np.save(stream, np.concatenate(encoded))
@@ -116,28 +120,29 @@ def encode_latents(work: Path, autoencoder: nn.Module, settings: TeacherSettings
 
 
 def train_text_encoder(work: Path, settings: TeacherSettings) -> CLIPTextModel:
-    """Captions -> a text encoder from whose states one attention layer reads all that they say."""
+    """Train a text encoder on the captions until one attention layer can read all their facts from its states."""
     _, captions = render_scenes(work, settings)
     tokenizer = make_tokenizer()
     tokens = tokenize(tokenizer, captions)
     answers = torch.stack([answers_of(parse_caption(caption)) for caption in captions])
     torch.manual_seed(settings.seed)
-    networks = nn.ModuleDict({"text_encoder": make_text_encoder(tokenizer), "reader": Reader()})
+    text_encoder, reader = make_text_encoder(tokenizer), Reader()
+    networks = nn.ModuleDict({"text_encoder": text_encoder, "reader": reader})
     trainer = Trainer(networks, work / "text_encoder.pt", settings.text_steps, settings.text_learning_rate, settings)
     for _ in trainer.remaining("text encoder"):
         index = torch.randint(len(captions), (settings.text_batch,))
-        trainer.update(reading_loss(networks["reader"](networks["text_encoder"](tokens[index])[0]), answers[index]))
+        trainer.update(reading_loss(reader(text_encoder(tokens[index])[0]), answers[index]))
     networks.load_state_dict(trainer.average)
-    return networks["text_encoder"].eval().requires_grad_(False)
+    return text_encoder.eval().requires_grad_(False)
 
 
 def train_diffusion(work: Path, settings: TeacherSettings) -> StableDiffusionPipeline:
-    """The U-Net, on the latents of a trained autoencoder and the states of a trained text encoder, both frozen.
+    """Train the U-Net on the latents and states of a trained autoencoder and text encoder, which are frozen.
 
-    Noise prediction with Min-SNR weights (Hang et al. 2023) and more weight on high noise; some captions are left
-    empty, for classifier-free guidance. Returns the pipeline with averaged weights.
+    It learns noise prediction with Min-SNR weights (Hang et al. 2023) and more weight on high noise. Some captions are
+    left empty for classifier-free guidance. Returns the pipeline with averaged weights.
     """
-    autoencoder, unet = begin_with(settings)
+    autoencoder, unet = initial_networks(settings)
     autoencoder = autoencoder or train_autoencoder(work, settings)
     text_encoder = train_text_encoder(work, settings)
     latents, scale = encode_latents(work, autoencoder, settings)
@@ -161,7 +166,7 @@ def train_diffusion(work: Path, settings: TeacherSettings) -> StableDiffusionPip
         captioned = torch.rand(settings.batch) >= settings.caption_dropout
         with torch.no_grad():
             prompt_embeds = text_encoder(tokens[torch.where(captioned, index, len(captions))])[0]
-        predicted = unet(noisy, timesteps, encoder_hidden_states=prompt_embeds).sample
+        predicted = denoise(unet, noisy, timesteps, {"prompt_embeds": prompt_embeds}, SD)
         signal_to_noise = alphas[timesteps] / (1 - alphas[timesteps])
         weight = signal_to_noise.clamp(max=settings.min_snr_gamma) / signal_to_noise
         weight = weight / alphas[timesteps] ** LOSS_POWER
@@ -170,39 +175,37 @@ def train_diffusion(work: Path, settings: TeacherSettings) -> StableDiffusionPip
     return make_pipeline(autoencoder, text_encoder, tokenizer, unet.eval())
 
 
-def begin_with(settings: TeacherSettings) -> tuple[nn.Module | None, nn.Module | None]:
-    """The autoencoder and the U-Net of the pipeline to begin with, float32; None and None without one.
+def initial_networks(settings: TeacherSettings) -> tuple[AutoencoderKL | None, UNet2DConditionModel | None]:
+    """The autoencoder and the U-Net of the `init_from` pipeline, in float32, or None for both without such a pipeline.
 
-    Raises UserError if it cannot be loaded or is of another architecture.
+    Raises UserError if the pipeline cannot be loaded or has another architecture.
     """
     if settings.init_from is None:
         return None, None
     autoencoder, unet = make_autoencoder(), make_unet()
     try:
-        begun = StableDiffusionPipeline.from_pretrained(settings.init_from, local_files_only=True)
-        autoencoder.load_state_dict(begun.vae.state_dict())
-        unet.load_state_dict(begun.unet.state_dict())
+        teacher = StableDiffusionPipeline.from_pretrained(settings.init_from, local_files_only=True)
+        autoencoder.load_state_dict(teacher.vae.state_dict())
+        unet.load_state_dict(teacher.unet.state_dict())
     except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"--init-from {settings.init_from} is no demo teacher to begin with: {reason}") from None
+        raise UserError(f"--init-from {settings.init_from} is not a demo teacher: {first_line(error)}") from None
     return autoencoder.to(memory_format=torch.channels_last).eval().requires_grad_(False), unet
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
-    """Token ids (B, 24) int64, padded and cut to length."""
+    """Token ids (B, 24) int64, padded or truncated to length."""
     return tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
 
 
 def export(teacher: StableDiffusionPipeline, out: Path) -> None:
-    """Writes the pipeline in half precision in diffusers layout, with the checksums of its weights.
+    """Write the pipeline in half precision and diffusers layout, with the checksums of its weights.
 
-    The checksums are taken away first and written last, so that a folder that has them is whole. The
-    pipeline that is passed keeps its dtype, with its weights rounded to what was written.
+    The checksums are deleted first and written last, so a folder that has them is complete. `teacher` keeps its
+    dtype, but its weights are rounded to half precision.
     """
     out.mkdir(parents=True, exist_ok=True)
     (out / CHECKSUMS).unlink(missing_ok=True)
     dtype = teacher.dtype
     teacher.to(torch.float16).save_pretrained(out)
     teacher.to(dtype)
-    weights = sorted(out.rglob("*.safetensors"))
-    write_json(out / CHECKSUMS, {file.relative_to(out).as_posix(): file_sha256(file) for file in weights})
+    write_checksums(out, "*.safetensors")

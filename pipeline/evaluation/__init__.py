@@ -1,1 +1,1 @@
-"""Comparing a student with its teacher: cost, fidelity, quality, and the model card."""
+"""Comparing a student with its teacher: cost, fidelity, quality and the model card."""

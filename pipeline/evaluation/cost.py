@@ -1,4 +1,4 @@
-"""What a student costs beside its teacher: parameters, arithmetic, seconds, memory, bytes on disk."""
+"""What a student costs compared with its teacher: parameters, arithmetic, seconds, memory, bytes on disk."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from pipeline.models.families import Family, denoise, random_conditioning
+from pipeline.models.families.family import Shapes
 from pipeline.models.load import MODEL_INDEX
 from pipeline.sampling.generate import Sampler
 from pipeline.sampling.process import PipelineRef, generating_process
 
-# What is drawn does not change what drawing it costs.
-PROMPT = "a picture"
+# The cost of an image does not depend on its prompt.
+PROMPT = "an image"
 TIMESTEP = 500
 
 
@@ -28,30 +30,36 @@ def parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def count_macs(module: nn.Module, *inputs: Any, **named: Any) -> int:
-    """Multiply-accumulates of one forward pass, by torch's counter: convolutions, matrices and attention.
+def count_macs(forward: Callable[..., Any], *inputs: Any) -> int:
+    """Multiply-accumulates of a call, such as a forward pass: convolutions, matrix products and attention.
 
-    The counter counts two operations for each. Modules and inputs on the meta device cost nothing.
+    torch's counter reports two operations per multiply-accumulate. On the meta device, counting computes nothing.
     """
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-        module(*inputs, **named)
+        forward(*inputs)
     return counter.get_total_flops() // 2
 
 
-def unet_macs(config: dict[str, Any], tokens: int) -> int:
-    """MACs of a U-Net's forward pass of one latent of its own sample size, with `tokens` prompt embeddings."""
+def unet_macs(config: dict[str, Any], conditioning: Shapes, family: Family) -> int:
+    """MACs of a U-Net's forward pass for one image of its sample size."""
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(config)
-        return count_macs(unet, *unet_inputs(unet, 1, tokens))
+        return count_macs(denoise, unet, *unet_inputs(unet, 1, conditioning), family)
 
 
-def unet_inputs(unet: UNet2DConditionModel, batch_size: int, tokens: int) -> tuple[torch.Tensor, ...]:
-    """Random latents (B, C, H, W) of the U-Net's sample size, timesteps (B,), prompt embeddings (B, tokens, D)."""
-    config, like = unet.config, {"device": unet.device, "dtype": unet.dtype}
-    height, width = sample_size(config)
-    latents = torch.randn(batch_size, config.in_channels, height, width, **like)
+def unet_inputs(
+    unet: UNet2DConditionModel, batch_size: int, conditioning: Shapes
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Random latents (B, C, H, W) of the U-Net's sample size, timesteps (B,), and conditioning (B, ...) by name.
+
+    All are on the U-Net's device and in its dtype.
+    """
+    height, width = sample_size(unet.config)
+    like = {"device": unet.device, "dtype": unet.dtype}
+    latents = torch.randn(batch_size, unet.config.in_channels, height, width, **like)
     timesteps = torch.full((batch_size,), TIMESTEP, device=unet.device)
-    return latents, timesteps, torch.randn(batch_size, tokens, config.cross_attention_dim, **like)
+    placed = {name: tensor.to(**like) for name, tensor in random_conditioning(conditioning, batch_size).items()}
+    return latents, timesteps, placed
 
 
 def sample_size(config: dict[str, Any]) -> tuple[int, int]:
@@ -60,12 +68,14 @@ def sample_size(config: dict[str, Any]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
-def forward_seconds(unets: dict[str, UNet2DConditionModel], batch_size: int, tokens: int, repeats: int) -> dict:
-    """The median seconds of a forward pass, by name."""
-    inputs = {name: unet_inputs(unet, batch_size, tokens) for name, unet in unets.items()}
+def forward_seconds(
+    unets: dict[str, UNet2DConditionModel], batch_size: int, conditioning: Shapes, family: Family, repeats: int
+) -> dict[str, float]:
+    """The median seconds per forward pass of a batch, by name."""
+    inputs = {name: unet_inputs(unet, batch_size, conditioning) for name, unet in unets.items()}
 
     def forward(name: str) -> None:
-        unets[name](*inputs[name])
+        denoise(unets[name], *inputs[name], family)
         if unets[name].device.type != "cpu":
             torch.accelerator.synchronize()
 
@@ -74,29 +84,29 @@ def forward_seconds(unets: dict[str, UNet2DConditionModel], batch_size: int, tok
 
 
 def in_turns(actions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """The median seconds of each action. They take turns, so that what else the machine does falls on all alike.
+    """The median seconds of each action. They take turns, so that other load on the machine affects all of them alike.
 
-    The first turn of each warms it up, and does not count.
+    The first turn of each action is a warm-up and is not counted.
     """
     seconds: dict[str, list[float]] = {name: [] for name in actions}
     for _ in range(repeats + 1):
-        for name, act in actions.items():
+        for name, action in actions.items():
             started = time.perf_counter()
-            act()
+            action()
             seconds[name].append(time.perf_counter() - started)
-    return {name: median(each[1:]) for name, each in seconds.items()}
+    return {name: median(times[1:]) for name, times in seconds.items()}
 
 
 def image_costs(models: dict[str, PipelineRef], sampler: Sampler, repeats: int) -> dict[str, dict[str, Any]]:
-    """By name, the median seconds of a batch's picture and the peak memory in bytes, each in a process of its own."""
+    """The median seconds per image of a batch and the peak memory in bytes, by name, each in a separate process."""
     prompts, memory = [PROMPT] * sampler.batch_size, {}
     with ExitStack() as stack:
         processes = {name: stack.enter_context(generating_process(model)) for name, model in models.items()}
 
-        def draw(name: str) -> None:
+        def generate_batch(name: str) -> None:
             memory[name] = processes[name](prompts, sampler, None).peak_memory
 
-        seconds = in_turns({name: lambda name=name: draw(name) for name in models}, repeats)
+        seconds = in_turns({name: lambda name=name: generate_batch(name) for name in models}, repeats)
     return {name: {"seconds": seconds[name] / sampler.batch_size, "peak_memory": memory[name]} for name in models}
 
 
@@ -105,6 +115,6 @@ def folder_bytes(folder: Path) -> int:
 
 
 def pipeline_bytes(folder: Path) -> int:
-    """The bytes of a pipeline's parts, which model_index.json names; a student's folder holds other things beside."""
+    """The bytes of the parts that model_index.json names. A student's folder also holds other files."""
     index = json.loads((folder / MODEL_INDEX).read_text(encoding="utf-8"))
     return sum(folder_bytes(folder / part) for part, value in index.items() if isinstance(value, list))

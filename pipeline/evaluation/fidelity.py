@@ -1,6 +1,6 @@
-"""How near a student is to its teacher on pictures that neither was trained on: errors of the output and the taps.
+"""How close a student is to its teacher on images that the student was not trained on: errors of the output and taps.
 
-latents, prompt_embeds, noise, timestep -> teacher, student -> mean square errors, for each part of the schedule.
+latents, conditioning, noise, timestep -> teacher, student -> mean square errors for each part of the schedule.
 """
 
 from __future__ import annotations
@@ -17,63 +17,58 @@ from tqdm import tqdm
 from pipeline.core import draws
 from pipeline.core.diffusion import add_noise
 from pipeline.core.taps import Taps
-from pipeline.models.families.sd import DOWN, LEVELS, UP, student_config
+from pipeline.models.families import LEVELS, Family, denoise
 from pipeline.models.hashing import shapes_of
+from pipeline.models.students import meta_student
 from pipeline.system.errors import UserError
+from shards.dataset import stack_tensors
 from shards.reader import ShardSet
-from shards.schema import LATENTS, PROMPT_EMBEDS
+from shards.schema import LATENTS, conditioning_shapes
 
 OUTPUT = "output"
-# A student with all of the teacher's layers, such as the teacher itself, is compared block by block.
+# The "level" of a student with all of the teacher's layers, such as the teacher itself: it is compared block by block.
 SAME = "the teacher's own"
-SAME_TAPS = tuple((name, name) for name in (*DOWN, "mid_block", *UP))
 
 Pairs = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """N encoded pictures: source ids, latents (N, C, H, W) float32, prompt_embeds (N, L, D) float32."""
+    """N encoded images: source ids, latents (N, C, H, W) float32, conditioning (N, ...) float32 by name."""
 
     source_ids: list[str]
     latents: Tensor
-    prompt_embeds: Tensor
+    conditioning: dict[str, Tensor]
 
     def __len__(self) -> int:
         return len(self.source_ids)
 
 
 def read_held_out(shards: ShardSet, count: int) -> HeldOut:
-    """Up to `count` pictures, evenly spread over all."""
+    """Up to `count` images, evenly spread over the set."""
     chosen = np.linspace(0, len(shards) - 1, min(count, len(shards))).astype(int)
-    samples = [shards.read(int(index), (LATENTS, PROMPT_EMBEDS)) for index in chosen]
+    conditioning = list(conditioning_shapes(shards.manifest.spec))
+    entries = [shards.read(int(index), (LATENTS, *conditioning)) for index in chosen]
+    tensors = {name: tensor.float() for name, tensor in stack_tensors(entries, [LATENTS, *conditioning]).items()}
+    ids = [entry.meta["source_id"] for entry in entries]
+    return HeldOut(ids, tensors[LATENTS], {name: tensors[name] for name in conditioning})
 
-    def stacked(name: str) -> Tensor:
-        return torch.from_numpy(np.stack([sample.tensors[name].values for sample in samples])).float()
 
-    return HeldOut([sample.meta["source_id"] for sample in samples], stacked(LATENTS), stacked(PROMPT_EMBEDS))
-
-
-def levels_of(student: UNet2DConditionModel, teacher: UNet2DConditionModel) -> list[str]:
-    """The levels whose student of this teacher has the student's layers; SAME if they are the teacher's own."""
+def levels_of(student: UNet2DConditionModel, teacher: UNet2DConditionModel, family: Family) -> list[str]:
+    """The family's levels whose layers match the student's, given this teacher; [SAME] if they are the teacher's."""
     config, shapes = dict(teacher.config), shapes_of(student)
     if shapes == shapes_of(teacher):
         return [SAME]
-    return [level for level in LEVELS if _fits(shapes, config, level)]
+    return [level for level in family.levels if shapes == shapes_of(meta_student(config, level))]
 
 
-def _fits(shapes: dict[str, torch.Size], teacher_config: dict[str, Any], level: str) -> bool:
-    with torch.device("meta"):
-        return shapes == shapes_of(UNet2DConditionModel.from_config(student_config(teacher_config, level)))
-
-
-def pairs_of(level: str) -> Pairs:
-    """(student module, teacher module) of a level."""
-    return SAME_TAPS if level == SAME else LEVELS[level].taps
+def pairs_of(level: str, family: Family) -> Pairs:
+    """(student module, teacher module) pairs of a level."""
+    return tuple((block, block) for block in family.blocks) if level == SAME else LEVELS[level].taps
 
 
 def bin_edges(bins: int, train_timesteps: int) -> list[int]:
-    """The ends of `bins` equal parts of [0, train_timesteps): bins + 1 numbers."""
+    """The edges of `bins` equal parts of [0, train_timesteps): bins + 1 numbers."""
     return [train_timesteps * i // bins for i in range(bins + 1)]
 
 
@@ -83,15 +78,18 @@ def fidelity(
     teacher: UNet2DConditionModel,
     student: UNet2DConditionModel,
     pairs: Pairs,
+    family: Family,
     alphas_cumprod: Tensor,
     bins: int,
     batch_size: int,
     seed: int,
 ) -> dict[str, Any]:
-    """Errors in each part of the schedule, and over all of it: every picture has one timestep in every part.
+    """Errors in each part of the schedule and over all of it. Every image gets one timestep in every part.
 
-    `alphas_cumprod` (T,) float32. An error is {"mse": mean square of student - teacher, "relative": that as a
-    share of the teacher's mean square}; it stands under "output", and in "taps" under the student's module.
+    `alphas_cumprod` is (T,) float32. An error is {"mse": mean square of student - teacher, "relative": mse divided by
+    the teacher's mean square}. The output's error is under "output", a tap's in "taps" under the student's module.
+
+    Raises UserError if an output or a tap is not finite.
     """
     taps = Taps(teacher, dict.fromkeys(name for _, name in pairs)), Taps(student, [name for name, _ in pairs])
     edges = bin_edges(bins, len(alphas_cumprod))
@@ -102,59 +100,67 @@ def fidelity(
             for first in range(0, len(held_out), batch_size):
                 chosen = slice(first, first + batch_size)
                 ids = held_out.source_ids[chosen]
-                latents, prompt_embeds = held_out.latents[chosen], held_out.prompt_embeds[chosen]
+                latents = held_out.latents[chosen]
+                conditioning = {name: tensor[chosen] for name, tensor in held_out.conditioning.items()}
                 noise, timesteps = draw_noise(ids, latents.shape[1:], part, edges, seed)
                 noisy = add_noise(latents, noise, timesteps, alphas_cumprod.cpu())
-                asked = noisy, timesteps, prompt_embeds
-                total += squares(ask(teacher, taps[0], *asked), ask(student, taps[1], *asked), pairs)
+                inputs = noisy, timesteps, conditioning, family
+                total += mean_squares(predict(teacher, taps[0], *inputs), predict(student, taps[1], *inputs), pairs)
                 progress.update(len(ids))
             sums.append(total / len(held_out))
-    for each in taps:
-        each.remove()
+    for unet_taps in taps:
+        unet_taps.remove()
     if not np.isfinite(sums).all():
-        raise UserError("the student's or the teacher's outputs hold NaN or Inf in this precision: use --dtype fp32")
+        raise UserError(
+            "the outputs of the student or the teacher contain NaN or Inf in this precision. Use --dtype fp32."
+        )
     parts = [
-        {"first": low, "last": high - 1, **errors(total, pairs)}
+        {"first": low, "last": high - 1, **named_errors(total, pairs)}
         for total, low, high in zip(sums, edges, edges[1:], strict=False)
     ]
-    return {"entries": len(held_out), "bins": parts, "all": errors(np.mean(sums, axis=0), pairs)}
+    return {"entries": len(held_out), "bins": parts, "all": named_errors(np.mean(sums, axis=0), pairs)}
 
 
 def draw_noise(ids: list[str], shape: tuple[int, ...], part: int, edges: list[int], seed: int) -> tuple[Tensor, Tensor]:
-    """Each picture's noise (B, C, H, W) and timestep (B,) in a part of the schedule, its own whatever the batch."""
+    """Noise (B, C, H, W) and timesteps (B,) in a part of the schedule. They depend on the image, not on the batch."""
     noise = [draws.noise(seed, name, part, tuple(shape), 0.0) for name in ids]
-    drawn = [draws.generator(seed, name, part, "held-out").integers(edges[part], edges[part + 1]) for name in ids]
-    return torch.from_numpy(np.stack(noise)), torch.tensor(np.array(drawn))
+    timesteps = [draws.generator(seed, name, part, "held-out").integers(edges[part], edges[part + 1]) for name in ids]
+    return torch.from_numpy(np.stack(noise)), torch.tensor(np.array(timesteps))
 
 
-def ask(
-    unet: UNet2DConditionModel, taps: Taps, noisy: Tensor, timesteps: Tensor, prompt_embeds: Tensor
+def predict(
+    unet: UNet2DConditionModel,
+    taps: Taps,
+    noisy: Tensor,
+    timesteps: Tensor,
+    conditioning: dict[str, Tensor],
+    family: Family,
 ) -> dict[str, Tensor]:
     """A U-Net's output and its taps, by name."""
-    like = {"device": unet.device, "dtype": unet.dtype}
     with taps.recording() as features:
-        prediction = unet(
-            noisy.to(**like), timesteps.to(unet.device), encoder_hidden_states=prompt_embeds.to(**like)
-        ).sample
+        prediction = denoise(unet, noisy, timesteps, conditioning, family)
     return {OUTPUT: prediction, **features}
 
 
-def squares(teacher: dict[str, Tensor], student: dict[str, Tensor], pairs: Pairs) -> np.ndarray:
-    """(1 + pairs, 2) float64: mean square of the error and of the teacher, summed over the batch; the output first."""
-    return np.array(
-        [
-            (mean_square(student[mine].float() - teacher[its].float()), mean_square(teacher[its].float()))
-            for mine, its in ((OUTPUT, OUTPUT), *pairs)
-        ]
-    )
+def mean_squares(teacher: dict[str, Tensor], student: dict[str, Tensor], pairs: Pairs) -> np.ndarray:
+    """(1 + pairs, 2) float64, the output first, then the taps.
+
+    A row holds the mean squares of the error and of the teacher, each summed over the batch.
+    """
+    rows = []
+    for student_name, teacher_name in ((OUTPUT, OUTPUT), *pairs):
+        expected = teacher[teacher_name].float()
+        error = student[student_name].float() - expected
+        rows.append((summed_mean_square(error), summed_mean_square(expected)))
+    return np.array(rows)
 
 
-def mean_square(values: Tensor) -> float:
-    """The mean square of each entry of (B, C, H, W), summed over the batch."""
+def summed_mean_square(values: Tensor) -> float:
+    """The mean square per entry of (B, C, H, W), summed over the batch."""
     return values.square().flatten(1).mean(dim=1).double().sum().item()
 
 
-def errors(total: np.ndarray, pairs: Pairs) -> dict[str, Any]:
-    """Named errors of the rows of `squares`."""
-    named = [{"mse": float(error), "relative": float(error / power)} for error, power in total]
-    return {OUTPUT: named[0], "taps": {mine: error for (mine, _), error in zip(pairs, named[1:], strict=True)}}
+def named_errors(squares: np.ndarray, pairs: Pairs) -> dict[str, Any]:
+    """The errors in (1 + pairs, 2) mean squares, under "output" and in "taps" under the student's modules."""
+    output, *taps = [{"mse": float(error), "relative": float(error / power)} for error, power in squares]
+    return {OUTPUT: output, "taps": {name: error for (name, _), error in zip(pairs, taps, strict=True)}}

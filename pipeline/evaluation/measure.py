@@ -1,9 +1,9 @@
-"""What `evaluate` measures: cost, fidelity and quality of a student and its teacher."""
+"""The measurements of `evaluate`: cost, fidelity and quality of a student and its teacher."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from shards.reader import ShardSet
 
 @dataclass(frozen=True)
 class Task:
-    """All that a run was given, opened and checked before anything is computed."""
+    """The inputs of a run, loaded and checked before anything is computed; `specs` determine the results by name."""
 
     teacher: LoadedPipeline
     student: LoadedPipeline
@@ -48,59 +48,64 @@ class Task:
     specs: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
-    def both(self) -> dict[str, LoadedPipeline]:
+    def pipelines(self) -> dict[str, LoadedPipeline]:
         return {"teacher": self.teacher, "student": self.student}
 
 
-def read_store(path: Path) -> dict[str, Any]:
+def cached_result(path: Path, spec: dict[str, Any], measure: Callable[[], Any]) -> Any:
+    """The result that an earlier run stored in `path`; without one, measure it and store it with its `spec`."""
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"spec": spec, "result": measure()})
+    return read_result(path)["result"]
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """A stored `result` and its `spec`. Raises UserError if the file is corrupt."""
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         return {"spec": dict(stored["spec"]), "result": stored["result"]}
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error!r}): delete it, and it is made again") from None
-
-
-def cached_result(path: Path, spec: dict[str, Any], measure: Callable[[], Any]) -> Any:
-    """What an earlier run measured for the same `spec`, from `path`; else measured now, and written there."""
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"spec": spec, "result": measure()})
-    return read_store(path)["result"]
+        raise UserError(f"{path} is corrupt ({error!r}). Delete it to measure it again.") from None
 
 
 def measure_cost(settings: EvaluateSettings, task: Task) -> dict[str, Any]:
-    """Of each the figures that evaluation_table.COSTS names; timed in turns."""
-    models_of = {name: opened.model for name, opened in task.both.items()}
-    pictures = image_costs(models_of, settings.sampler(settings.timing_batch_size), settings.repeats)
-    tokens = task.teacher.pipe.tokenizer.model_max_length
-    unets = {name: on_device(opened).unet for name, opened in task.both.items()}
-    seconds = forward_seconds(unets, settings.timing_batch_size, tokens, settings.repeats)
+    """The costs of both that evaluation.table.COSTS lists. The two take turns while they are timed."""
+    models = {name: loaded.model for name, loaded in task.pipelines.items()}
+    images = image_costs(models, settings.sampler(settings.timing_batch_size), settings.repeats)
+    family = task.teacher.family
+    conditioning = family.conditioning_shapes(task.teacher.folder)
+    unets = {name: on_device(loaded).unet for name, loaded in task.pipelines.items()}
+    seconds = forward_seconds(unets, settings.timing_batch_size, conditioning, family, settings.repeats)
     device = f"{device_name(task.teacher.model.device)}, {str(task.teacher.model.dtype).removeprefix('torch.')}"
     cost: dict[str, Any] = {"device": device, "batch_size": settings.timing_batch_size}
-    for name, opened in task.both.items():
-        parts = [part for part in opened.pipe.components.values() if isinstance(part, torch.nn.Module)]
+    for name, loaded in task.pipelines.items():
+        parts = [part for part in loaded.pipe.components.values() if isinstance(part, torch.nn.Module)]
         cost[name] = {
-            "unet_parameters": parameters(opened.pipe.unet),
+            "unet_parameters": parameters(loaded.pipe.unet),
             "pipeline_parameters": sum(map(parameters, parts)),
-            "macs": unet_macs(dict(opened.pipe.unet.config), tokens),
+            "macs": unet_macs(dict(loaded.pipe.unet.config), conditioning, family),
             "forward_seconds": seconds[name],
-            "picture_seconds": pictures[name]["seconds"],
-            "peak_memory": pictures[name]["peak_memory"],
-            "unet_bytes": folder_bytes(opened.folder / "unet"),
-            "pipeline_bytes": pipeline_bytes(opened.folder),
+            "picture_seconds": images[name]["seconds"],
+            "peak_memory": images[name]["peak_memory"],
+            "unet_bytes": folder_bytes(loaded.folder / "unet"),
+            "pipeline_bytes": pipeline_bytes(loaded.folder),
         }
     return cost
 
 
 def measure_fidelity(settings: EvaluateSettings, task: Task) -> dict[str, Any]:
+    """Errors of the student's output and taps against the teacher's, on held-out latents."""
+    assert task.latents is not None
     held_out = read_held_out(task.latents, settings.entries)
     alphas_cumprod = load_noise_scheduler(task.teacher.folder, None).alphas_cumprod
-    teacher, student = (on_device(opened).unet for opened in (task.teacher, task.student))
+    teacher, student = (on_device(loaded).unet for loaded in (task.teacher, task.student))
     return fidelity(
         held_out,
         teacher,
         student,
-        pairs_of(task.level),
+        pairs_of(task.level, task.teacher.family),
+        task.teacher.family,
         alphas_cumprod,
         settings.bins,
         settings.batch_size,
@@ -116,12 +121,12 @@ def measure_quality(
     clip: Clip | Missing,
     scorer: Scorer,
 ) -> dict[str, Any]:
-    """The scores of both, or of each what it lacks."""
+    """The scores of the images in `files`, by model, and for each score that cannot be measured the reason."""
     scores = {
         **inception_scores(settings, task, files, inception),
         "clip_score": clip_scores(settings, task, files, clip),
     }
-    facts = {name: scorer(map(Image.open, own), task.prompts) for name, own in files.items()}
+    facts = {name: scorer(map(Image.open, images), task.prompts) for name, images in files.items()}
     if None not in facts.values():
         scores["facts"] = facts
     protocol = (
@@ -131,10 +136,6 @@ def measure_quality(
     return {"pictures": len(task.prompts), "protocol": protocol, "scores": scores}
 
 
-def batches(settings: EvaluateSettings, files: list[Path]):
-    return read_batches(files, settings.picture_size, settings.resize_filter, settings.batch_size)
-
-
 def inception_scores(
     settings: EvaluateSettings, task: Task, files: dict[str, list[Path]], inception: Inception | Missing
 ) -> dict[str, Any]:
@@ -142,19 +143,21 @@ def inception_scores(
     if isinstance(inception, Missing):
         return dict.fromkeys(("fid", "inception_score"), {"missing": inception.reason})
     count, reference = len(task.prompts), task.reference
-    seen = {n: inception_features(batches(settings, own), inception, count, n) for n, own in files.items()}
+    outputs = {
+        name: inception_features(_batches(settings, images), inception, count, name) for name, images in files.items()
+    }
     if isinstance(reference, list) and count >= 2:
-        reference, _ = inception_features(batches(settings, reference), inception, len(reference), "reference")
+        reference, _ = inception_features(_batches(settings, reference), inception, len(reference), "reference")
     if reference is None:
-        fid = {"missing": "needs --reference, a folder of pictures or a file of their statistics"}
+        fid = {"missing": "needs --reference, a folder of images or a file with their statistics"}
     elif count < 2:
-        fid = {"missing": "needs at least two pictures; give more prompts"}
+        fid = {"missing": "needs at least two images; pass more prompts"}
     else:
-        fid = {name: frechet_distance(reference, features) for name, (features, _) in seen.items()}
+        fid = {name: frechet_distance(reference, features) for name, (features, _) in outputs.items()}
     fewest = 2 * INCEPTION_SCORE_SPLITS
     if count < fewest:
-        return {"fid": fid, "inception_score": {"missing": f"needs at least {fewest} pictures; give more prompts"}}
-    return {"fid": fid, "inception_score": {name: inception_score(logits) for name, (_, logits) in seen.items()}}
+        return {"fid": fid, "inception_score": {"missing": f"needs at least {fewest} images; pass more prompts"}}
+    return {"fid": fid, "inception_score": {name: inception_score(logits) for name, (_, logits) in outputs.items()}}
 
 
 def clip_scores(
@@ -163,4 +166,10 @@ def clip_scores(
     if isinstance(clip, Missing):
         return {"missing": clip.reason}
     device = task.teacher.model.device
-    return {n: clip_score(batches(settings, own), task.prompts, clip, device, n) for n, own in files.items()}
+    return {
+        name: clip_score(_batches(settings, images), task.prompts, clip, device, name) for name, images in files.items()
+    }
+
+
+def _batches(settings: EvaluateSettings, files: list[Path]) -> Iterator[torch.Tensor]:
+    return read_batches(files, settings.picture_size, settings.resize_filter, settings.batch_size)

@@ -1,7 +1,7 @@
-"""The README.md in a student's folder: what the student is, how it was made, what it scores, under which licence.
+"""The README.md in a student's folder: what the student is, how it was made, its results and its licence.
 
-The text follows the model hub's form: a YAML head that the hub reads, then Markdown. `model_card` is pure; what it is
-told is gathered by `write_model_card`, from the student's folder and from the cache that it was trained on.
+The text follows the model hub's format: a YAML header that the hub reads, then Markdown. `model_card` is pure;
+`write_model_card` gathers its inputs from the student's folder and from the cache that the student was trained on.
 """
 
 from __future__ import annotations
@@ -17,16 +17,18 @@ from diffusers import UNet2DConditionModel
 
 from pipeline.evaluation.settings import EVALUATION
 from pipeline.evaluation.table import markdown, rows_of
-from pipeline.models.families.sd import LEVELS
+from pipeline.models.families import LEVELS
 from pipeline.models.provenance import CARD, read_origin
+from pipeline.system.tables import markdown_table
 from shards.files import write_bytes, write_json
 from shards.manifest import read_manifest
 from shards.schema import MANIFEST
+from shards.store import open_store
 
 TAGS = ["stable-diffusion", "stable-diffusion-diffusers", "text-to-image", "distillation", "distill-sd"]
 SOURCE = "https://github.com/segmind/distill-sd"
 PAPER = "https://arxiv.org/abs/2305.15798"
-# What of the settings says how a student was trained; the rest is where it was done.
+# The settings that affect the student; the others are paths and matters of the machine.
 TRAINING = (
     "max_train_steps",
     "global_batch_size",
@@ -48,9 +50,9 @@ TRAINING = (
 class CardInputs:
     """All that a card is made from.
 
-    `settings` are distill's with the `global_batch_size` of its spec, `cache` the cache's spec, `rounds` how many of
-    it were trained on, `parameters` the student's U-Net's, `origin` what `origin.json` says, `metrics` the last line
-    of metrics.jsonl, and `evaluation` what evaluation.json says, each as far as there is one.
+    `settings` are distill's settings with the `global_batch_size` of its spec. `cache` is the cache's spec, `rounds`
+    the number of its rounds that were trained on, and `parameters` counts the student's U-Net. `origin` is origin.json,
+    `metrics` the last line of metrics.jsonl and `evaluation` evaluation.json. Each of these is empty if it is missing.
     """
 
     settings: dict[str, Any]
@@ -63,59 +65,60 @@ class CardInputs:
 
 
 def write_model_card(out: Path, settings: dict[str, Any]) -> None:
-    """Write README.md of the student in `out`, trained with `settings` on the cache that they name."""
+    """Write README.md for the student in `out`, which was trained with `settings` on the cache they name."""
     cache = Path(settings["cache"])
-    manifest = read_manifest(cache, "cache")
+    manifest = read_manifest(open_store(cache), "cache")
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(out, subfolder="unet"))
     spec = json.loads((out / "spec.json").read_text(encoding="utf-8"))
     settings = {**settings, "global_batch_size": spec["global_batch_size"]}
     lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     evaluation = out / EVALUATION
-    known = CardInputs(
-        settings,
-        manifest.spec,
-        settings.get("rounds") or manifest.rounds,
-        unet.num_parameters(),
-        read_origin(cache),
-        json.loads(lines[-1]) if lines else {},
-        json.loads(evaluation.read_text(encoding="utf-8")) if evaluation.is_file() else {},
+    inputs = CardInputs(
+        settings=settings,
+        cache=manifest.spec,
+        rounds=settings.get("rounds") or manifest.rounds,
+        parameters=unet.num_parameters(),
+        origin=read_origin(cache),
+        metrics=json.loads(lines[-1]) if lines else {},
+        evaluation=json.loads(evaluation.read_text(encoding="utf-8")) if evaluation.is_file() else {},
     )
-    write_bytes(out / CARD, model_card(known).encode())
+    write_bytes(out / CARD, model_card(inputs).encode())
 
 
 def add_evaluation(out: Path, evaluation: dict[str, Any]) -> bool:
-    """Put figures on the card of the student that `distill` left in `out`; whether there is such a card.
+    """Add the results to the card of the student that `distill` wrote to `out`. Returns whether it has such a card.
 
-    What is kept beside it names no folders. The card is made anew from the cache; without that there is none.
+    The results are also stored in `out`, without the names of any folders. The card is regenerated from the cache, so
+    without the cache nothing is written.
     """
     path = out / "distill.json"
     settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if not settings or not (Path(settings["cache"]) / MANIFEST).is_file():
         return False
-    figures = {part: evaluation[part] for part in ("cost", "fidelity", "quality")}
-    write_json(out / EVALUATION, {"student": {"level": evaluation["student"]["level"]}, **figures})
+    results = {part: evaluation[part] for part in ("cost", "fidelity", "quality")}
+    write_json(out / EVALUATION, {"student": {"level": evaluation["student"]["level"]}, **results})
     write_model_card(out, settings)
     return True
 
 
-def model_card(known: CardInputs) -> str:
-    """The whole text of README.md."""
+def model_card(inputs: CardInputs) -> str:
+    """The complete text of README.md."""
     sections = [
-        f"---\n{yaml.safe_dump(head(known), sort_keys=False, allow_unicode=True)}---",
-        f"# {known.settings['level']}, distilled from {_teacher_name(known)}",
-        _lead(known),
-        _usage(known),
-        f"## How it was made\n\n{_table(_made(known))}",
-        f"## Figures\n\n{_figures(known)}",
-        f"## Licence\n\n{_licence(known)}",
+        f"---\n{yaml.safe_dump(head(inputs), sort_keys=False, allow_unicode=True)}---",
+        f"# {inputs.settings['level']}, distilled from {_teacher_name(inputs)}",
+        _lead(inputs),
+        _usage(inputs),
+        f"## How it was made\n\n{_table(_made(inputs))}",
+        f"## Results\n\n{_results(inputs)}",
+        f"## Licence\n\n{_licence(inputs)}",
     ]
     return "\n\n".join(sections) + "\n"
 
 
-def head(known: CardInputs) -> dict[str, Any]:
-    """The hub's fields. Without a known licence there is none, and without a hub's name no base model."""
-    teacher, data = known.origin.get("teacher", {}), known.origin.get("data", {})
+def head(inputs: CardInputs) -> dict[str, Any]:
+    """The fields that the hub reads. Licence, base model and data sets are left out if they are not known."""
+    teacher, data = inputs.origin.get("teacher", {}), inputs.origin.get("data", {})
     licence = {key: value for key, value in teacher.items() if key.startswith("license")}
     return {
         **licence,
@@ -127,31 +130,22 @@ def head(known: CardInputs) -> dict[str, Any]:
     }
 
 
-def _teacher_name(known: CardInputs) -> str:
-    name = known.origin.get("teacher", {}).get("name", "a teacher without a name")
+def _teacher_name(inputs: CardInputs) -> str:
+    name = inputs.origin.get("teacher", {}).get("name", "an unnamed teacher")
     return "the demo teacher of distill-sd" if name == "demo" else name
 
 
-def _lead(known: CardInputs) -> str:
+def _lead(inputs: CardInputs) -> str:
     return (
-        f"A text-to-image pipeline whose U-Net, of {known.parameters:,} parameters, was distilled offline from "
-        f"{_teacher_name(known)}: {_left_out(known.settings['level'])}. Its VAE, text encoder and tokenizer are the "
-        f"teacher's. The levels and the loss are those of [distill-sd]({SOURCE}) and of [BK-SDM]({PAPER})."
+        f"A text-to-image pipeline whose U-Net ({inputs.parameters:,} parameters) was distilled offline from "
+        f"{_teacher_name(inputs)}: it has {LEVELS[inputs.settings['level']].summary}. "
+        "Its VAE, text encoder and tokenizer are the "
+        f"teacher's. The levels and the loss follow [distill-sd]({SOURCE}) and [BK-SDM]({PAPER})."
     )
 
 
-def _left_out(level: str) -> str:
-    rule = LEVELS[level]
-    parts = [
-        "it has one layer in a block where the teacher has two",
-        *(() if rule.mid_block else ("no mid block",)),
-        *(() if rule.innermost_stage else ("no innermost stage",)),
-    ]
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
-
-
-def _usage(known: CardInputs) -> str:
-    name = known.settings.get("push_to_hub") or "path/to/this/folder"
+def _usage(inputs: CardInputs) -> str:
+    name = inputs.settings.get("push_to_hub") or "path/to/this/folder"
     return (
         "## Usage\n\n```python\nfrom diffusers import DiffusionPipeline\n\n"
         f'pipe = DiffusionPipeline.from_pretrained("{name}")\n'
@@ -159,27 +153,27 @@ def _usage(known: CardInputs) -> str:
     )
 
 
-def _made(known: CardInputs) -> dict[str, Any]:
-    """What the table of the making says, by name."""
-    cache, latents = known.cache, known.cache["latents"]
+def _made(inputs: CardInputs) -> dict[str, Any]:
+    """The rows of the table under "How it was made"."""
+    cache, latents = inputs.cache, inputs.cache["latents"]
     codec = cache["codec"]
     stored = f"{codec['name']}, {codec['snr_db']:g} dB" if "snr_db" in codec else codec["name"]
-    settings = {name: known.settings[name] for name in TRAINING if known.settings.get(name) is not None}
+    settings = {name: inputs.settings[name] for name in TRAINING if inputs.settings.get(name) is not None}
     if "init_from" in settings:
         settings["init_from"] = Path(settings["init_from"]).name
     return {
-        "teacher": _teacher_name(known),
-        **_named("teacher's revision", known.origin.get("teacher", {}).get("revision")),
-        "sha256 of the teacher's U-Net": cache["teacher_sha256"],
+        "teacher": _teacher_name(inputs),
+        **_named("teacher revision", inputs.origin.get("teacher", {}).get("revision")),
+        "teacher U-Net sha256": cache["teacher_sha256"],
         "prediction type": cache["prediction_type"],
-        **_named("data", known.origin.get("data", {}).get("name")),
-        "pictures": f"{cache['entries']:,} of {latents['resolution']} px",
-        "entries": f"{cache['entries'] * known.rounds:,} in {known.rounds} rounds",
+        **_named("data", inputs.origin.get("data", {}).get("name")),
+        "images": f"{cache['entries']:,} at {latents['resolution']} px",
+        "entries": f"{cache['entries'] * inputs.rounds:,} in {inputs.rounds} rounds",
         "empty captions": f"{cache['uncond_fraction']:.0%}",
         "features stored as": stored,
-        "level": known.settings["level"],
+        "level": inputs.settings["level"],
         **{name.replace("_", " "): value for name, value in settings.items()},
-        "libraries of the cache": ", ".join(f"{name} {version}" for name, version in cache["libraries"].items()),
+        "cache libraries": ", ".join(f"{name} {version}" for name, version in cache["libraries"].items()),
     }
 
 
@@ -187,41 +181,40 @@ def _named(name: str, value: str | None) -> dict[str, str]:
     return {name: value} if value else {}
 
 
-def _figures(known: CardInputs) -> str:
-    """The evaluation where there is one, and the last losses."""
-    losses = {name: value for name, value in known.metrics.items() if name in ("loss", "task", "output")}
-    feature = sum(value for name, value in known.metrics.items() if name.startswith("feature/"))
+def _results(inputs: CardInputs) -> str:
+    """The evaluation, if there is one, and the last losses."""
+    losses = {name: value for name, value in inputs.metrics.items() if name in ("loss", "task", "output")}
+    feature = sum(value for name, value in inputs.metrics.items() if name.startswith("feature/"))
     parts = []
-    if known.evaluation:
-        parts.append(markdown(rows_of(known.evaluation)))
+    if inputs.evaluation:
+        parts.append(markdown(rows_of(inputs.evaluation)))
     if losses:
         parts.append(
-            f"Losses at step {known.metrics['step']:,}, of the pictures that were trained on (mean squares; `task` to "
-            "the noise schedule's target, `output` to the teacher's prediction):"
+            f"Training losses at step {inputs.metrics['step']:,} (mean square errors: `task` against the noise "
+            "schedule's target, `output` against the teacher's prediction):"
         )
         parts.append(_table({**losses, **({"features, summed": feature} if feature else {})}))
-    return "\n\n".join(parts) or "None were measured."
+    return "\n\n".join(parts) or "Nothing was measured."
 
 
-def _licence(known: CardInputs) -> str:
-    teacher = known.origin.get("teacher", {})
+def _licence(inputs: CardInputs) -> str:
+    teacher = inputs.origin.get("teacher", {})
     name = teacher.get("license_name") or teacher.get("license")
     if not name:
         return (
-            "Which licence the teacher has is not known here. The student's weights come from the teacher's, so the "
-            "teacher's licence applies to them: look it up before you hand them on."
+            "The teacher's licence is not known. The student's weights are derived from the teacher's, so the "
+            "teacher's licence applies to them: check it before redistributing them."
         )
     link = teacher.get("license_link")
     return (
-        f"The teacher's licence is {f'[{name}]({link})' if link else name}. The student's weights come from the "
-        "teacher's, so it applies to them too."
+        f"The teacher's licence is {f'[{name}]({link})' if link else name}. The student's weights are derived "
+        "from the teacher's, so it applies to them too."
     )
 
 
 def _table(rows: dict[str, Any]) -> str:
-    return "\n".join(["| | |", "|---|---|", *(f"| {_cell(name)} | {_cell(value)} |" for name, value in rows.items())])
+    return markdown_table(("", ""), [(name, _cell(value)) for name, value in rows.items()])
 
 
 def _cell(value: Any) -> str:
-    shown = f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value)
-    return shown.replace("|", "\\|").replace("\n", " ")
+    return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value)

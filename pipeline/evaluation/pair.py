@@ -1,4 +1,4 @@
-"""A student and its teacher, opened, and held against each other before anything is computed."""
+"""Loading a student and its teacher, and checking that they match before anything is computed."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import torch
 from diffusers import DiffusionPipeline
 
 from pipeline.evaluation.fidelity import levels_of
-from pipeline.models.families.sd import LEVELS, check_teacher
+from pipeline.models.families import Family
 from pipeline.models.hashing import weights_sha256
-from pipeline.models.load import find_pipeline, load_base, open_unet
+from pipeline.models.load import family_of, find_pipeline, load_base, load_unet_folder
 from pipeline.sampling.process import PipelineRef
 from pipeline.system.errors import UserError
 
 
 @dataclass(frozen=True)
 class LoadedPipeline:
-    """A pipeline of the two, on the CPU, and `model` to load it again as it is to run.
+    """One of the two pipelines, on the CPU, and a reference to load it with in another process.
 
-    The U-Net of `pipe` has the precision to run in, the rest is float32.
+    The U-Net of `pipe` has the precision of `model`; the other parts are float32.
     """
 
     name: str
@@ -30,9 +30,13 @@ class LoadedPipeline:
     model: PipelineRef
 
     @property
+    def family(self) -> Family:
+        return family_of(self.folder)
+
+    @property
     def spec(self) -> dict[str, Any]:
-        """What decides its pictures, whatever its folder is called."""
-        parts = {part: weights_sha256(getattr(self.pipe, part)) for part in ("unet", "vae", "text_encoder")}
+        """Everything that determines the pipeline's images, independent of the folder's name."""
+        parts = {part: weights_sha256(getattr(self.pipe, part)) for part in ("unet", *self.family.encoders)}
         config = {key: value for key, value in self.pipe.scheduler.config.items() if not key.startswith("_")}
         return {**parts, "scheduler": config}
 
@@ -40,42 +44,42 @@ class LoadedPipeline:
 def load_named_pipeline(
     name: str, flag: str, revision: str | None, variant: str | None, device: torch.device, dtype: torch.dtype
 ) -> LoadedPipeline:
-    """The pipeline `name`, which the option `flag` gave. Raises UserError if it cannot be loaded."""
+    """The pipeline `name`, the value of the option `flag`. Raises UserError if it cannot be loaded."""
     folder = find_pipeline(name, revision, variant, flag)
-    pipe = load_base(folder, variant, open_unet(folder / "unet", variant, dtype))
+    pipe = load_base(folder, variant, load_unet_folder(folder / "unet", variant, dtype))
     return LoadedPipeline(name, folder, pipe, PipelineRef(folder, folder / "unet", device, dtype, variant, variant))
 
 
-def on_device(opened: LoadedPipeline) -> DiffusionPipeline:
-    """Its U-Net moved to where it is to run."""
-    opened.pipe.unet.to(opened.model.device, memory_format=torch.channels_last).eval()
-    return opened.pipe
+def on_device(loaded: LoadedPipeline) -> DiffusionPipeline:
+    """The pipeline with its U-Net moved to the device of `model`."""
+    loaded.pipe.unet.to(loaded.model.device, memory_format=torch.channels_last).eval()
+    return loaded.pipe
 
 
 def level_of(teacher: LoadedPipeline, student: LoadedPipeline, wanted: str | None) -> str:
-    """The student's level, of several that it may be the `wanted` one.
+    """The student's level: `wanted`, or by default the first level that its layers match.
 
-    Raises UserError if it is no student of the teacher's, or not of that level.
+    Raises UserError if the layers match no level of this teacher, or not the wanted one.
     """
     try:
-        check_teacher(teacher.pipe.unet.config)
+        teacher.family.check(teacher.pipe.unet.config)
     except ValueError as error:
-        raise UserError(f"--teacher {teacher.name}: {error}; give a teacher of that family") from None
-    found = levels_of(student.pipe.unet, teacher.pipe.unet)
+        raise UserError(f"--teacher {teacher.name}: {error}. Pass a teacher of that family.") from None
+    found = levels_of(student.pipe.unet, teacher.pipe.unet, teacher.family)
     if not found:
         raise UserError(
-            f"--student {student.name} is no student of --teacher {teacher.name}: its layers are those of none of "
-            f"{', '.join(LEVELS)}; give the teacher that it was distilled from"
+            f"--student {student.name} is not a student of --teacher {teacher.name}: its layers match none of "
+            f"{', '.join(teacher.family.levels)}. Pass the teacher it was distilled from."
         )
     if wanted and wanted not in found:
         raise UserError(
-            f"--level {wanted} is not that of --student {student.name}, whose layers are {' or '.join(found)}: "
-            "give that, or leave --level out"
+            f"--level {wanted} is not the level of --student {student.name}, whose layers match {' and '.join(found)}. "
+            "Pass a level that matches, or leave --level out."
         )
-    theirs, its = (each.pipe.scheduler.config.prediction_type for each in (teacher, student))
-    if theirs != its:
+    teacher_type, student_type = (model.pipe.scheduler.config.prediction_type for model in (teacher, student))
+    if teacher_type != student_type:
         raise UserError(
-            f"--student {student.name} predicts {its}, and --teacher {teacher.name} {theirs}: "
-            "give the teacher that it was distilled from"
+            f"--student {student.name} predicts {student_type}, but --teacher {teacher.name} predicts {teacher_type}. "
+            "Pass the teacher it was distilled from."
         )
     return wanted or found[0]

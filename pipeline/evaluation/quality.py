@@ -1,7 +1,7 @@
-"""How good pictures are by themselves: FID, Inception score, CLIP score, and the oracle for the demo's scenes.
+"""How good generated images are: FID, Inception score and CLIP score.
 
-pictures -> one size -> Inception's features and logits, CLIP's embeddings -> torchmetrics.
-BK-SDM's protocol (Kim et al. 2023, arXiv:2305.15798): pictures of 512 px, resized to 256 by Pillow's bicubic filter.
+images -> one size -> Inception's features and logits, CLIP's embeddings -> scores.
+BK-SDM's protocol (Kim et al. 2023, arXiv:2305.15798): 512 px images, resized to 256 px with Pillow's bicubic filter.
 """
 
 from __future__ import annotations
@@ -25,39 +25,39 @@ from tqdm import tqdm
 from transformers import CLIPModel, CLIPProcessor
 
 from pipeline.data.images import ImageProblem, decode, is_image_name
-from pipeline.system.errors import UserError
+from pipeline.system.errors import UserError, first_line
 
 FILTERS = {filter.name.lower(): filter for filter in Image.Resampling}
-# Of Salimans et al. 2016, and of every table since.
+# The number in Salimans et al. 2016 and in published tables since.
 INCEPTION_SCORE_SPLITS = 10
 EXTRA = "pip install 'distill-sd[evaluate]'"
-INCEPTION_WEIGHTS = "weights-inception-2015-12-05-6726825d.pth of torch-fidelity's release v0.2.0"
+INCEPTION_WEIGHTS = "weights-inception-2015-12-05-6726825d.pth from torch-fidelity's release v0.2.0"
+
+# uint8 (B, 3, H, W) -> pooled features (B, D), and logits without bias (B, K).
+Inception = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
 class Missing:
-    """What a figure lacks to be measured, and how to get it: a clause that follows "not measured: "."""
+    """Why a score cannot be measured, and the remedy: a clause that follows "not measured: "."""
 
     reason: str
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Mean (D,) and covariance (D, D), float64, of features."""
+    """Mean (D,) and covariance (D, D) of features, float64."""
 
     mu: Tensor
     sigma: Tensor
 
 
-# uint8 (B, 3, H, W) -> pooled features (B, D), and logits without bias (B, K).
-Inception = Callable[[Tensor], tuple[Tensor, Tensor]]
-
-
 class Clip:
-    """A CLIP and its processor, in the form that torchmetrics asks: it is both `model` and `processor`.
+    """A CLIP model and its processor in the form that torchmetrics expects: this is both `model` and `processor`.
 
-    torchmetrics takes the model's features for tensors, where transformers gives a structure since version 5; and it
-    cuts long prompts without their end, at which CLIP reads the embedding: here the tokenizer cuts, and keeps the end.
+    It corrects two things. torchmetrics expects features as tensors, but transformers 5 returns a structure. And
+    torchmetrics cuts off the end-of-text token of long prompts, from which CLIP takes the embedding; the tokenizer's
+    own truncation keeps that token.
     """
 
     def __init__(self, model: CLIPModel, processor: CLIPProcessor) -> None:
@@ -81,12 +81,8 @@ class Clip:
         return self._processor(text=text, truncation=True, max_length=longest, **options)
 
 
-def _tensor(features: Any) -> Tensor:
-    return features if isinstance(features, Tensor) else features.pooler_output
-
-
-def open_torchmetrics() -> Missing | None:
-    """None when torchmetrics can be imported; with a torch-fidelity beside it, it takes torchvision too."""
+def missing_torchmetrics() -> Missing | None:
+    """None if torchmetrics can be imported. Where torch-fidelity is installed, that needs torchvision as well."""
     try:
         import torchmetrics  # noqa: F401
     except ImportError as error:
@@ -94,10 +90,10 @@ def open_torchmetrics() -> Missing | None:
     return None
 
 
-def open_inception(weights: Path | None, device: torch.device) -> Inception | Missing:
-    """FID's Inception v3 by torch-fidelity, with weights from a file, or downloaded where there is a network.
+def load_inception(weights: Path | None, device: torch.device) -> Inception | Missing:
+    """FID's Inception v3 from torch-fidelity, with weights from a file or, by default, downloaded.
 
-    Raises UserError for a file that holds anything but tensors, or others than Inception's.
+    Raises UserError if the file holds anything but tensors, or other tensors than Inception's.
     """
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -110,57 +106,57 @@ def open_inception(weights: Path | None, device: torch.device) -> Inception | Mi
         network = FeatureExtractorInceptionV3("inception-v3-compat", features, str(weights) if weights else None)
     except OSError as error:
         return Missing(
-            f"needs Inception's weights, which cannot be downloaded here ({error}); get the file "
-            f"{INCEPTION_WEIGHTS} and give it with --inception-weights"
+            f"needs Inception's weights, which cannot be downloaded here ({error}); get "
+            f"{INCEPTION_WEIGHTS} and pass it with --inception-weights"
         )
     except (RuntimeError, TypeError, AttributeError) as error:
-        reason = str(error).split("\n")[0]
-        raise UserError(f"--inception-weights {weights} is not {INCEPTION_WEIGHTS} ({reason}): give that") from None
+        raise UserError(
+            f"--inception-weights {weights} cannot be used ({first_line(error)}). Pass {INCEPTION_WEIGHTS}."
+        ) from None
     network.to(device)
-    return lambda pictures: network(pictures.to(device))
+    return lambda images: network(images.to(device))
 
 
 def check_tensors_only(weights: Path) -> None:
-    """Raise UserError unless a .pth file loads as tensors: torch-fidelity would run whatever else is in it."""
+    """Raise UserError unless a .pth file holds only tensors: torch-fidelity would execute any code in it."""
     try:
         torch.load(weights, map_location="meta", weights_only=True)
     except (OSError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
         raise UserError(
-            f"--inception-weights {weights} cannot be loaded ({reason}): give {INCEPTION_WEIGHTS}"
+            f"--inception-weights {weights} cannot be loaded ({first_line(error)}). Pass {INCEPTION_WEIGHTS}."
         ) from None
 
 
-def open_clip(folder: Path | None, device: torch.device) -> Clip | Missing:
-    """A CLIP that transformers saved. Raises UserError for a folder that holds none."""
+def load_clip(folder: Path | None, device: torch.device) -> Clip | Missing:
+    """A CLIP model saved by transformers. Raises UserError if the folder does not hold one."""
     if folder is None:
         return Missing(
-            "needs --clip FOLDER, a CLIP as transformers saves it, such as "
+            "needs --clip FOLDER, a CLIP model saved by transformers, such as "
             "laion/CLIP-ViT-g-14-laion2B-s12B-b42K from the hub"
         )
-    lacking = open_torchmetrics()
-    if lacking:
-        return lacking
+    missing = missing_torchmetrics()
+    if missing:
+        return missing
     try:
         model = CLIPModel.from_pretrained(folder, local_files_only=True).eval().requires_grad_(False).to(device)
         processor = CLIPProcessor.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        reason = str(error).strip().split("\n")[0]
         raise UserError(
-            f"--clip {folder} cannot be loaded ({reason}): give a folder with a CLIP and its processor"
+            f"--clip {folder} cannot be loaded ({first_line(error)}). "
+            "Pass a folder with a CLIP model and its processor."
         ) from None
     return Clip(model, processor)
 
 
 def open_reference(path: Path) -> Statistics | list[Path]:
-    """What FID is measured against: stored statistics, or the pictures of a folder, sorted.
+    """The reference for FID: stored statistics, or the sorted image files of a folder.
 
-    Raises UserError for a path that is neither.
+    Raises UserError if the path is neither.
     """
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if is_image_name(file.name))
         if len(files) < 2:
-            raise UserError(f"--reference {path} holds {len(files)} pictures: give a folder with at least two")
+            raise UserError(f"--reference {path} holds {len(files)} images. Pass a folder with at least two.")
         return files
     try:
         stored = read_arrays(path)
@@ -175,14 +171,14 @@ def open_reference(path: Path) -> Statistics | list[Path]:
         safetensors.SafetensorError,
     ) as error:
         raise UserError(
-            f"--reference {path} cannot be read ({error}): give a folder of pictures, or an .npz or .safetensors "
-            "file with mu and sigma"
+            f"--reference {path} cannot be read ({error}). Pass a folder of images, or an .npz or .safetensors "
+            "file with mu and sigma."
         ) from None
-    fits = mu.ndim == 1 and sigma.shape == (len(mu), len(mu))
-    if not fits or not (mu.isfinite().all() and sigma.isfinite().all()):
+    shapes_match = mu.ndim == 1 and sigma.shape == (len(mu), len(mu))
+    if not shapes_match or not (mu.isfinite().all() and sigma.isfinite().all()):
         raise UserError(
-            f"--reference {path} has mu {tuple(mu.shape)} and sigma {tuple(sigma.shape)}: "
-            "give finite ones of shapes (D,) and (D, D)"
+            f"--reference {path} has mu of shape {tuple(mu.shape)} and sigma of shape {tuple(sigma.shape)}. "
+            "They must be finite and of shapes (D,) and (D, D)."
         )
     return Statistics(mu, sigma)
 
@@ -195,9 +191,9 @@ def read_arrays(path: Path) -> dict[str, Tensor]:
 
 
 def read_batches(files: list[Path], side: int, filter: str, batch_size: int) -> Iterator[Tensor]:
-    """uint8 (B, 3, side, side) of picture files, in order. Raises UserError for one that cannot be decoded."""
-    rest = iter(files)
-    while batch := list(itertools.islice(rest, batch_size)):
+    """Image files -> uint8 (B, 3, side, side), in order. Raises UserError if one cannot be decoded."""
+    remaining = iter(files)
+    while batch := list(itertools.islice(remaining, batch_size)):
         pixels = np.stack([np.asarray(center_square(read_image(file), side, filter)) for file in batch])
         yield torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
@@ -206,11 +202,11 @@ def read_image(file: Path) -> Image.Image:
     try:
         return decode(file.read_bytes())
     except (OSError, ImageProblem) as error:
-        raise UserError(f"{file} cannot be used ({error}): mend it or take it out") from None
+        raise UserError(f"{file} cannot be used ({error}). Fix or remove the file.") from None
 
 
 def center_square(image: Image.Image, side: int, filter: str) -> Image.Image:
-    """The centre of a picture, its shorter side resized to `side` by one of FILTERS."""
+    """The centre square of an image whose shorter side was resized to `side` with one of FILTERS."""
     short = min(image.size)
     size = tuple(max(side, round(length * side / short)) for length in image.size)
     left, top = ((length - side) // 2 for length in size)
@@ -219,9 +215,9 @@ def center_square(image: Image.Image, side: int, filter: str) -> Image.Image:
 
 @torch.inference_mode()
 def inception_features(batches: Iterable[Tensor], inception: Inception, total: int, name: str) -> tuple[Tensor, Tensor]:
-    """Features (N, D) float64 and logits (N, K) float32 of pictures, on the CPU."""
+    """Features (N, D) float64 and logits (N, K) float32 of the images, on the CPU."""
     features, logits = [], []
-    with tqdm(total=total, unit="picture", desc=f"{name}, by Inception") as progress:
+    with tqdm(total=total, unit="image", desc=f"{name}, Inception") as progress:
         for batch in batches:
             pooled, unbiased = inception(batch)
             features.append(pooled.double().cpu())
@@ -231,57 +227,59 @@ def inception_features(batches: Iterable[Tensor], inception: Inception, total: i
 
 
 def frechet_distance(reference: Statistics | Tensor, features: Tensor) -> float:
-    """FID (Heusel et al. 2017) of features (N, D) float64, against others or against stored statistics.
+    """FID (Heusel et al. 2017) of features (N, D) float64, against other features or stored statistics.
 
-    Raises UserError if the statistics are of other features.
+    |mu1 - mu2|^2 + tr(S1) + tr(S2) - 2 tr(sqrt(S1 S2)), where the last trace is the sum of the square roots of the
+    eigenvalues of S1 S2. Raises UserError if the statistics are not of Inception's features.
     """
-    from torchmetrics.image.fid import FrechetInceptionDistance
+    real = reference if isinstance(reference, Statistics) else feature_statistics(reference)
+    fake = feature_statistics(features)
+    if len(real.mu) != len(fake.mu):
+        raise UserError(
+            f"--reference holds statistics of {len(real.mu)} features, but Inception has {len(fake.mu)}. "
+            "Pass statistics of Inception's features."
+        )
+    # S1 S2 has no negative eigenvalues, but rounding can make small ones negative or complex.
+    trace = torch.linalg.eigvals(real.sigma @ fake.sigma).sqrt().real.sum()
+    return ((real.mu - fake.mu).square().sum() + real.sigma.trace() + fake.sigma.trace() - 2 * trace).item()
 
-    width = features.shape[1]
-    found = len(reference.mu) if isinstance(reference, Statistics) else reference.shape[1]
-    if found != width:
-        raise UserError(f"--reference holds statistics of {found} features, and Inception's are {width}: give others")
-    passed = nn.Identity()
-    passed.num_features = width
-    metric = FrechetInceptionDistance(passed)
-    metric.update(features, real=False)
-    if isinstance(reference, Statistics):
-        # The sums over two samples that have this mean and covariance.
-        mu, count = reference.mu, 2
-        metric.real_features_sum = count * mu
-        metric.real_features_cov_sum = (count - 1) * reference.sigma + count * torch.outer(mu, mu)
-        metric.real_features_num_samples = torch.tensor(count)
-    else:
-        metric.update(reference, real=True)
-    return metric.compute().item()
+
+def feature_statistics(features: Tensor) -> Statistics:
+    """The mean and the unbiased covariance of features (N, D) float64."""
+    mu = features.mean(dim=0)
+    centred = features - mu
+    return Statistics(mu, centred.T @ centred / (len(features) - 1))
 
 
 def inception_score(logits: Tensor) -> float:
-    """The mean over ten splits (Salimans et al. 2016) of logits (N, K), dealt out at random but always alike."""
+    """Inception score (Salimans et al. 2016) of logits (N, K): the mean over ten splits, drawn with a fixed seed."""
     from torchmetrics.image.inception import InceptionScore
 
     with warnings.catch_warnings():
-        # That it keeps the logits of all pictures: they are kept here already.
+        # It warns that it keeps the logits of all images, which are in memory anyway.
         warnings.simplefilter("ignore")
         metric = InceptionScore(nn.Identity(), splits=INCEPTION_SCORE_SPLITS)
-    # In float32 the share of a class that a picture surely is not of would be 0, and its logarithm infinite.
+    # In float32 the probability of an unlikely class can underflow to 0, and its logarithm would be infinite.
     metric.update(logits.double())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        # It also gives the deviation over the splits, which takes two of them; the mean does not.
         mean, _ = metric.compute()
     return mean.item()
 
 
 @torch.inference_mode()
 def clip_score(batches: Iterable[Tensor], prompts: list[str], clip: Clip, device: torch.device, name: str) -> float:
-    """100 times the cosine of a picture and its prompt, averaged, at least 0 (Hessel et al. 2021, without its 2.5)."""
+    """The mean of 100 cos(image, prompt), at least 0: Hessel et al. 2021, without their factor of 2.5."""
     from torchmetrics.multimodal.clip_score import CLIPScore
 
     metric = CLIPScore(lambda: (clip, clip)).to(device)
-    rest = iter(prompts)
-    with tqdm(total=len(prompts), unit="picture", desc=f"{name}, by CLIP") as progress:
+    remaining = iter(prompts)
+    with tqdm(total=len(prompts), unit="image", desc=f"{name}, CLIP") as progress:
         for batch in batches:
-            metric.update(list(batch.to(device)), list(itertools.islice(rest, len(batch))))
+            metric.update(list(batch.to(device)), list(itertools.islice(remaining, len(batch))))
             progress.update(len(batch))
     return metric.compute().item()
+
+
+def _tensor(features: Any) -> Tensor:
+    return features if isinstance(features, Tensor) else features.pooler_output

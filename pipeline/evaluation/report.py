@@ -1,4 +1,4 @@
-"""report.html of an evaluation: the table, the errors over timesteps, and pictures side by side."""
+"""report.html of an evaluation: the table, the errors over timesteps, and images side by side."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from pipeline.system.page import GRID_PICTURES, curves, folded_settings, grid, w
 
 
 def write_evaluation(out: Path, evaluation: dict[str, Any], prompts: list[str], folders: dict[str, Path]) -> None:
-    """Write out/report.html of an evaluation.json. `folders` hold the pictures of `prompts`, if there are any."""
-    sections = ["<h2>What was measured</h2>", as_html(rows_of(evaluation))]
+    """Write out/report.html for an evaluation.json. `folders` hold the images of `prompts`, if there are any."""
+    sections = ["<h2>Results</h2>", as_html(rows_of(evaluation))]
     if "bins" in evaluation["fidelity"]:
-        sections += ["<h2>Error to the teacher over timesteps</h2>", _errors(evaluation["fidelity"]["bins"])]
+        sections += ["<h2>Error against the teacher over timesteps</h2>", _errors(evaluation["fidelity"]["bins"])]
     if prompts:
         shown = {
             name: [Image.open(file) for file in image_files(folder, len(prompts))[:GRID_PICTURES]]
             for name, folder in folders.items()
         }
-        sections += ["<h2>Pictures</h2>", grid(prompts, shown)]
-    title = f"{evaluation['student']['model']} beside {evaluation['teacher']['model']}"
+        sections += ["<h2>Images</h2>", grid(prompts, shown)]
+    title = f"{evaluation['student']['model']} compared with {evaluation['teacher']['model']}"
     write_page(out, title, [*sections, folded_settings(evaluation["settings"])])
 
 
 def _errors(bins: list[dict[str, Any]]) -> str:
-    """The output's error and each tap's, as shares of the teacher's mean square, at the middle of each part."""
+    """Plots of the output's and the taps' errors, each part of the schedule at its middle timestep."""
     middles = [(part["first"] + part["last"]) / 2 for part in bins]
     taps = {tap: (middles, [part["taps"][tap]["relative"] for part in bins]) for tap in bins[0]["taps"]}
     output = {
         "mean square": (middles, [part["output"]["mse"] for part in bins]),
-        "share of the teacher's": (middles, [part["output"]["relative"] for part in bins]),
+        "relative to the teacher's": (middles, [part["output"]["relative"] for part in bins]),
     }
-    return curves({"output": output, "taps, share of the teacher's": taps}, "timestep", "errors over timesteps")
+    return curves({"output": output, "taps, relative to the teacher's": taps}, "timestep", "errors over timesteps")

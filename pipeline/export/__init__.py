@@ -1,1 +1,1 @@
-"""Other programs' formats."""
+"""Converting pipelines to the formats of other programs."""

@@ -1,7 +1,7 @@
-"""A U-Net whose linear layers have int8 weights, by torchao, and what that changes.
+"""A U-Net whose linear layers have int8 weights, through torchao, and the effect on size, output and time.
 
-Each row of a weight has a scale of its own; activations stay as they are, and so do convolutions, norms and biases.
-diffusers writes such a U-Net as safetensors and reads it back with from_pretrained, where torchao is installed.
+Each row of a weight has its own scale. Activations, convolutions, norms and biases are not quantised. diffusers writes
+such a U-Net as safetensors, and from_pretrained loads it where torchao is installed.
 """
 
 from __future__ import annotations
@@ -15,12 +15,18 @@ import torch
 from diffusers import TorchAoConfig, UNet2DConditionModel
 from torch import Tensor
 
+from pipeline.models.families import Family, denoise
+from pipeline.system.tables import markdown_table
+
 TURNS = 5
+
+# Latents, timesteps and conditioning.
+Inputs = tuple[Tensor, Tensor, dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
-class Cost:
-    """Bytes of the weights, relative mean square error of the output, and seconds of a forward pass."""
+class Int8Cost:
+    """Bytes of the weights, relative mean square error of the output, and seconds per forward pass."""
 
     size: int
     error: float
@@ -28,7 +34,7 @@ class Cost:
 
 
 def load_int8(folder: Path, variant: str | None, dtype: torch.dtype) -> UNet2DConditionModel:
-    """The U-Net of the pipeline in `folder`, its linear weights int8 and the rest `dtype`."""
+    """The U-Net of the pipeline in `folder`, with int8 linear weights and everything else in `dtype`."""
     from torchao.quantization import Int8WeightOnlyConfig
 
     return UNet2DConditionModel.from_pretrained(
@@ -42,44 +48,41 @@ def load_int8(folder: Path, variant: str | None, dtype: torch.dtype) -> UNet2DCo
 
 @torch.inference_mode()
 def compare(
-    unet: UNet2DConditionModel, quantised: UNet2DConditionModel, inputs: tuple[Tensor, Tensor, Tensor]
+    unet: UNet2DConditionModel, quantised: UNet2DConditionModel, inputs: Inputs, family: Family
 ) -> tuple[tuple[float, float], tuple[float, float]]:
-    """(error, seconds) of `unet` and of `quantised`, on one device with the inputs (latents, timesteps, prompt_embeds).
+    """(error, seconds) of `unet` and of `quantised`, which are on one device.
 
-    The error is mean((x - y)^2) / mean(x^2), x being what `unet` says. The two take turns; seconds are medians, after
-    one pass each that is not timed.
+    `inputs` are latents (B, C, H, W), timesteps (B,) and conditioning (B, ...) by name.
+    The error is mean((x - y)^2) / mean(x^2), where x is the output of `unet`. The two take turns, and the seconds are
+    medians after one untimed pass each.
     """
-    outputs = [_forward(each, inputs)[0] for each in (unet, quantised)]
+    outputs = [_forward(model, inputs, family)[0] for model in (unet, quantised)]
     seconds: tuple[list[float], list[float]] = ([], [])
     for _ in range(TURNS):
-        for each, times in zip((unet, quantised), seconds, strict=True):
-            times.append(_forward(each, inputs)[1])
+        for model, times in zip((unet, quantised), seconds, strict=True):
+            times.append(_forward(model, inputs, family)[1])
     plain, other = (output.double() for output in outputs)
     error = ((plain - other).square().mean() / plain.square().mean()).item()
     return (0.0, statistics.median(seconds[0])), (error, statistics.median(seconds[1]))
 
 
-def _forward(unet: UNet2DConditionModel, inputs: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, float]:
-    started = time.perf_counter()
-    output = unet(*inputs, return_dict=False)[0]
-    if output.device.type == "cuda":
-        torch.cuda.synchronize(output.device)
-    return output, time.perf_counter() - started
-
-
 def weights_bytes(folder: Path) -> int:
-    """Bytes of the safetensors files of a U-Net's folder."""
+    """Bytes of the safetensors files in a U-Net's folder."""
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def cost_table(costs: dict[str, Cost]) -> str:
-    """Markdown, one row a U-Net."""
-    lines = [
-        "| U-Net | weights, MB | relative mean square error of the output | seconds a forward pass |",
-        "|---|---|---|---|",
-        *(
-            f"| {name} | {cost.size / 1e6:,.1f} | {cost.error:.2g} | {cost.seconds:.3g} |"
-            for name, cost in costs.items()
-        ),
+def cost_table(costs: dict[str, Int8Cost]) -> str:
+    """A Markdown table with one row per U-Net."""
+    head = ("U-Net", "weights, MB", "relative mean square error of the output", "seconds per forward pass")
+    rows = [
+        (name, f"{cost.size / 1e6:,.1f}", f"{cost.error:.2g}", f"{cost.seconds:.3g}") for name, cost in costs.items()
     ]
-    return "\n".join(lines)
+    return markdown_table(head, rows, numbers={1, 2, 3})
+
+
+def _forward(unet: UNet2DConditionModel, inputs: Inputs, family: Family) -> tuple[Tensor, float]:
+    started = time.perf_counter()
+    output = denoise(unet, *inputs, family)
+    if output.device.type == "cuda":
+        torch.cuda.synchronize(output.device)
+    return output, time.perf_counter() - started

@@ -1,6 +1,6 @@
-"""Checksums of a folder of weights: checksums.json, written last, gives the sha256 of every file beside it.
+"""Checksums of a folder of weights: checksums.json, written last, holds the sha256 of the files next to it.
 
-A folder of an earlier version has none; it is used as it is.
+Folders written by earlier versions have no checksums and are used unchecked.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from shards.files import file_sha256, write_json
 CHECKSUMS = "checksums.json"
 
 
-def write_checksums(folder: Path) -> None:
-    """Take the sha256 of every file below `folder`, which must be whole."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+def write_checksums(folder: Path, pattern: str = "*") -> None:
+    """Write {relative path: sha256} of the files below `folder` whose names match. The folder must be complete."""
+    files = sorted(path for path in folder.rglob(pattern) if path.is_file())
     write_json(folder / CHECKSUMS, {path.relative_to(folder).as_posix(): file_sha256(path) for path in files})
 
 
@@ -24,21 +24,23 @@ def has_checksums(folder: Path) -> bool:
 
 
 def changed_files(folder: Path) -> list[str]:
-    """What in `folder` is not as it was written: `config.json is missing`, `x.safetensors was changed`.
+    """What differs from when `folder` was written: `config.json is missing`, `x.safetensors was changed`.
 
-    Nothing for a folder without checksums.
+    Empty if the folder is intact or has no checksums.
     """
     path = folder / CHECKSUMS
     if not path.is_file():
         return []
     try:
-        stated = dict(json.loads(path.read_text(encoding="utf-8")))
+        checksums = dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         return [f"{CHECKSUMS} cannot be read ({error})"]
-    return [what for name, sha256 in stated.items() if (what := _change(folder, name, sha256))]
+    if not checksums:
+        return [f"{CHECKSUMS} lists no files"]
+    return [problem for name, sha256 in checksums.items() if (problem := _problem(folder, name, sha256))]
 
 
-def _change(folder: Path, name: str, sha256: str) -> str | None:
+def _problem(folder: Path, name: str, sha256: str) -> str | None:
     path = folder / name
     if not path.resolve().is_relative_to(folder.resolve()):
         return f"{name!r} in {CHECKSUMS} lies outside the folder"

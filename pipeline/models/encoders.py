@@ -1,4 +1,4 @@
-"""Images to latents."""
+"""Images to latents, with a VAE."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pipeline.system.errors import UserError
 def encode_images(vae: nn.Module, pixels: Tensor, standard_normal: Tensor) -> Tensor:
     """uint8 (B, H, W, 3) -> latents (B, 4, H/f, W/f) float32, sampled and scaled.
 
-    `standard_normal`, of the latents' shape, picks the point of the posterior: mean + std * it.
+    `standard_normal`, of the latents' shape, is the noise of the posterior's sample: mean + std * standard_normal.
     """
     images = pixels.to(vae.device).permute(0, 3, 1, 2).to(vae.dtype) / 127.5 - 1.0
     posterior = vae.encode(images).latent_dist
@@ -19,7 +19,7 @@ def encode_images(vae: nn.Module, pixels: Tensor, standard_normal: Tensor) -> Te
 
 
 def latents_shape(vae: nn.Module, resolution: int) -> tuple[int, int, int]:
-    """(C, H, W) of a square image's latents. Raises UserError if the resolution does not divide."""
+    """(C, H, W) of a square image's latents. Raises UserError for a resolution that the VAE cannot divide."""
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     if resolution % factor:
         raise UserError(f"--resolution {resolution} is not a multiple of {factor}, the VAE's downscaling")

@@ -1,4 +1,4 @@
-"""What a network is, whatever its files: hashes, shapes, and the versions of the libraries that run it."""
+"""The identity of a network, whatever its files: hashes, shapes, and the versions of the libraries that run it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import nn
 
 
 def weights_sha256(module: nn.Module) -> str:
-    """A hash of a network's tensors with their names: equal for equal weights, whatever the files."""
+    """A hash of a network's tensors and their names. Equal weights have equal hashes, however they are stored."""
     digest = hashlib.sha256()
     tensors = itertools.chain.from_iterable(plain_tensors(*item) for item in sorted(module.state_dict().items()))
     for name, tensor in tensors:
@@ -24,7 +24,7 @@ def weights_sha256(module: nn.Module) -> str:
 
 
 def plain_tensors(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """A tensor by its name; of a quantised one those that it is kept in, such as integers and scales."""
+    """A tensor with its name. A quantised one is taken apart into its plain tensors, such as integers and scales."""
     if not hasattr(tensor, "__tensor_flatten__"):
         yield name, tensor
         return
@@ -33,6 +33,7 @@ def plain_tensors(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.
 
 
 def library_versions() -> dict[str, str]:
+    """The versions that decide what the networks compute."""
     modules = {"torch": torch, "diffusers": diffusers, "transformers": transformers, "numpy": numpy}
     return {name: module.__version__ for name, module in modules.items()}
 

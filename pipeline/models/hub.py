@@ -1,4 +1,4 @@
-"""Handing a finished student to a model hub. The login is the one that huggingface_hub has; no token passes here."""
+"""Uploading a finished student to a model hub. The login is huggingface_hub's own; no token passes through here."""
 
 from __future__ import annotations
 
@@ -7,34 +7,32 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
-from pipeline.system.errors import UserError
+from pipeline.system.errors import UserError, first_line
 
-# What belongs to the training and not to the student.
+# Files of the training rather than of the student.
 LEFT_OUT = ("checkpoints/*", "logs/*", "validation/*", ".*")
 
 
 def open_repository(name: str) -> None:
-    """Make sure that the repository is there and may be written, before anything is trained. Raises UserError."""
+    """Make sure that the repository exists and is writable, before training starts. Raises UserError."""
     try:
         HfApi().create_repo(name, exist_ok=True, private=True)
     except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
-        reason = str(error).strip().split("\n")[0]
         raise UserError(
-            f"--push-to-hub {name} cannot be written ({reason}): give owner/name, log in with `hf auth login`, "
-            "or leave the option out"
+            f"--push-to-hub {name} cannot be written ({first_line(error)}). Give owner/name, log in with "
+            "`hf auth login`, or leave the option out."
         ) from None
 
 
 def upload(folder: Path, name: str) -> str:
-    """Upload a student's folder; returns the address of the commit. Raises UserError if that fails."""
+    """Upload a student's folder and return the address of the commit. Raises UserError if that fails."""
     try:
-        done = HfApi().upload_folder(
+        commit = HfApi().upload_folder(
             repo_id=name, folder_path=folder, ignore_patterns=list(LEFT_OUT), commit_message="A distilled student"
         )
     except (HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().split("\n")[0]
         raise UserError(
-            f"{folder} is finished, but was not uploaded ({reason}): run the same command again, "
-            f"or `hf upload {name} {folder}`"
+            f"{folder} is finished but was not uploaded ({first_line(error)}). Rerun the same command, "
+            f"or run `hf upload {name} {folder}`."
         ) from None
-    return str(done)
+    return str(commit)

@@ -1,7 +1,7 @@
-"""origin.json in a cache: the teacher by name with its licence, and the data by name, as far as they are known.
+"""origin.json in a cache: the names of the teacher and the data, and the teacher's licence, as far as they are known.
 
-The student's model card is made from it, on a machine that may have neither. Local folders go by their last name
-alone, so that nobody's paths are published.
+The student's model card is made from it, possibly on a machine that has neither. Only the last part of a local
+folder's path is kept, so that no one's paths are published.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ LICENCE_FIELDS = ("license", "license_name", "license_link")
 
 
 def write_origin(cache: Path, teacher: str, folder: Path, revision: str | None, latents: Path) -> None:
-    """Write origin.json of a cache that has none; `folder` is where the pipeline called `teacher` lies."""
+    """Write a cache's origin.json if it has none; `folder` holds the pipeline called `teacher`."""
     if not (cache / ORIGIN).is_file():
         write_json(cache / ORIGIN, {"teacher": teacher_origin(teacher, folder, revision), "data": data_origin(latents)})
 
 
 def read_origin(cache: Path) -> dict[str, Any]:
-    """What write_origin wrote; empty for a cache of an earlier version."""
+    """The contents of origin.json; empty for a cache that an earlier version wrote."""
     path = cache / ORIGIN
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def teacher_origin(teacher: str, folder: Path, revision: str | None) -> dict[str, Any]:
-    """The teacher's `name`, whether a hub has it under that name (`hub`), its `revision`, and its card's licence."""
+    """The teacher's `name`, whether that is a name on a hub (`hub`), its `revision`, and the licence on its card."""
     hub = teacher != "demo" and not Path(teacher).is_dir()
     name = teacher if hub or teacher == "demo" else folder.resolve().name
-    known = {"name": name, "hub": hub, **({"revision": revision} if revision else {})}
-    return known | licence(card_text(teacher, folder, revision, hub))
+    origin = {"name": name, "hub": hub, **({"revision": revision} if revision else {})}
+    return origin | licence(card_text(teacher, folder, revision, hub))
 
 
 def card_text(teacher: str, folder: Path, revision: str | None, hub: bool) -> str:
-    """The teacher's card: its folder's README.md, else the hub's, else nothing."""
+    """The teacher's card: README.md in its folder, else the one on the hub, else an empty string."""
     path = folder / CARD
     try:
         if hub and not path.is_file():
@@ -53,18 +53,18 @@ def card_text(teacher: str, folder: Path, revision: str | None, hub: bool) -> st
 
 
 def licence(card: str) -> dict[str, str]:
-    """The licence fields of a card's YAML head; empty if it has no head, or one that cannot be read."""
+    """The licence fields of a card's YAML header; empty if the header is missing or unreadable."""
     matched = re.match(r"---\r?\n(.*?)\r?\n---", card, re.DOTALL)
     try:
-        head = yaml.safe_load(matched[1]) if matched else None
+        header = yaml.safe_load(matched[1]) if matched else None
     except yaml.YAMLError:
-        head = None
-    known = head if isinstance(head, dict) else {}
-    return {name: known[name] for name in LICENCE_FIELDS if isinstance(known.get(name), str)}
+        header = None
+    fields = header if isinstance(header, dict) else {}
+    return {name: fields[name] for name in LICENCE_FIELDS if isinstance(fields.get(name), str)}
 
 
 def data_origin(latents: Path) -> dict[str, Any]:
-    """The data's `name`, as `encode` was given it, and whether that is a name on the hub."""
+    """The data's `name`, as passed to `encode`, and whether that is a name on the hub."""
     path = latents / "encode.json"
     if not path.is_file():
         return {}

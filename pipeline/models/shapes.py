@@ -1,52 +1,53 @@
-"""The shapes of a teacher's data, from its configs alone."""
+"""The shapes of a teacher's data, from its configs alone: its weights need not exist."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTokenizer
 
 from pipeline.core.taps import Taps
 from pipeline.models.encoders import latents_shape
-from pipeline.models.families.sd import check_teacher
-from pipeline.models.load import _load, unet_config
+from pipeline.models.families import Family, denoise, random_conditioning
+from pipeline.models.families.family import Shapes
+from pipeline.models.load import family_of, unet_config
+from pipeline.models.reading import reading
 from pipeline.system.errors import UserError
-
-
-def tap_shapes(
-    config: dict[str, Any], latents: tuple[int, ...], prompt_embeds: tuple[int, ...], taps: list[str]
-) -> dict[str, tuple[int, int, int]]:
-    """The (C, H, W) of each tap, from a forward pass without data."""
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(config)
-        with Taps(unet, taps).recording() as features:
-            unet(torch.empty(1, *latents), torch.zeros(1), encoder_hidden_states=torch.empty(1, *prompt_embeds))
-    return {tap: tuple(features[tap].shape[1:]) for tap in taps}
 
 
 @dataclass(frozen=True)
 class TeacherShapes:
-    """Latents (C, H, W), prompt embeddings (L, D), and the output (C, H, W) of each tap."""
+    """Latents (C, H, W), the conditioning without B by name, and the output (C, H, W) of each tap."""
 
     latents: tuple[int, int, int]
-    prompt_embeds: tuple[int, int]
+    conditioning: Shapes
     taps: dict[str, tuple[int, int, int]]
 
 
-def teacher_shapes(folder: Path, resolution: int, taps: list[str]) -> TeacherShapes:
-    """The shapes of a teacher's data at a resolution, from its configs: its weights need not be there."""
+def tap_shapes(
+    config: dict[str, Any], latents: Sequence[int], conditioning: Shapes, taps: list[str], family: Family
+) -> dict[str, tuple[int, int, int]]:
+    """The (C, H, W) of each tap of the U-Net with this config, from a forward pass on the meta device."""
     with torch.device("meta"):
-        vae = AutoencoderKL.from_config(_load(lambda: AutoencoderKL.load_config(folder, subfolder="vae"), folder))
-    text = _load(lambda: CLIPTextConfig.from_pretrained(folder, subfolder="text_encoder"), folder)
-    tokenizer = _load(lambda: CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer"), folder)
-    config = unet_config(folder)
+        unet = UNet2DConditionModel.from_config(config)
+        with Taps(unet, taps).recording() as features:
+            denoise(unet, torch.empty(1, *latents), torch.zeros(1), random_conditioning(conditioning, 1), family)
+    return {tap: tuple(features[tap].shape[1:]) for tap in taps}
+
+
+def teacher_shapes(folder: Path, resolution: int, taps: list[str]) -> TeacherShapes:
+    """The shapes of a teacher's data at a resolution. Raises UserError for a teacher that no level fits."""
+    with torch.device("meta"):
+        vae = AutoencoderKL.from_config(reading(folder, lambda: AutoencoderKL.load_config(folder, subfolder="vae")))
+    family = family_of(folder)
+    config, conditioning = unet_config(folder), family.conditioning_shapes(folder)
     try:
-        check_teacher(config)
+        family.check(config)
     except ValueError as error:
         raise UserError(f"--teacher {folder}: {error}") from None
-    latents, prompt_embeds = latents_shape(vae, resolution), (tokenizer.model_max_length, text.hidden_size)
-    return TeacherShapes(latents, prompt_embeds, tap_shapes(config, latents, prompt_embeds, taps))
+    latents = latents_shape(vae, resolution)
+    return TeacherShapes(latents, conditioning, tap_shapes(config, latents, conditioning, taps, family))

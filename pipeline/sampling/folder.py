@@ -1,4 +1,4 @@
-"""A folder of pictures, one a prompt, that grows: what a stopped run has drawn is kept, and only the rest drawn."""
+"""A growing folder of images, one per prompt: a rerun keeps the existing images and generates the missing ones."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from shards.files import atomic_file
 
 
 def image_files(folder: Path, count: int) -> list[Path]:
-    """Where the picture of each prompt is or will be."""
+    """The file of each prompt's image, whether or not it exists yet."""
     return [folder / f"{i:06d}.png" for i in range(count)]
 
 
@@ -26,10 +26,10 @@ def count_missing(folder: Path, count: int) -> int:
 def generate_missing(
     folder: Path, load: Callable[[], DiffusionPipeline], prompts: list[str], sampler: Sampler, description: str
 ) -> list[Path]:
-    """Draw the pictures that `folder` lacks, with the pipeline that `load` gives if any does; returns all the files.
+    """Generate the images that `folder` lacks and return all the files. `load` is called only if some are missing.
 
-    Batches begin where they would in a run from the start, so a picture is the same to the byte after any number of
-    stops. Each is saved when its batch is drawn, whole or not at all.
+    Batches start at the same prompts as in an uninterrupted run, so an image has the same bytes however often the run
+    was stopped. Each image is saved atomically when its batch is finished.
     """
     files = image_files(folder, len(prompts))
     missing = [not file.is_file() for file in files]
@@ -38,13 +38,13 @@ def generate_missing(
     batches = [batch for batch in batches if any(missing[batch])]
     if batches:
         folder.mkdir(parents=True, exist_ok=True)
-        pipe, drawn = load(), len(prompts) - sum(missing)
-        with tqdm(total=len(prompts), initial=drawn, unit="picture", desc=description) as progress:
+        pipe, existing = load(), len(prompts) - sum(missing)
+        with tqdm(total=len(prompts), initial=existing, unit="image", desc=description) as progress:
             for batch in batches:
-                own = replace(sampler, seed=sampler.seed + batch.start)
-                images = generate(pipe, prompts[batch], own, None).images
-                for file, image, lacks in zip(files[batch], images, missing[batch], strict=True):
-                    if lacks:
+                batch_sampler = replace(sampler, seed=sampler.seed + batch.start)
+                images = generate(pipe, prompts[batch], batch_sampler, None).images
+                for file, image, is_missing in zip(files[batch], images, missing[batch], strict=True):
+                    if is_missing:
                         save_image(image, file)
                         progress.update()
     return files

@@ -1,7 +1,7 @@
-"""Sample pictures: made from prompts by a whole pipeline, and kept with what making them cost.
+"""Generating images from prompts with a complete pipeline, and storing them with what generating them cost.
 
 samples/samples.json   prompts, sampler, seconds, parameters and memory
-samples/0000.png ...   one picture a prompt
+samples/0000.png ...   one image per prompt
 """
 
 from __future__ import annotations
@@ -31,19 +31,27 @@ from shards.files import atomic_directory, write_json
 
 SAMPLES = "samples"
 INDEX = "samples.json"
+# By their usual short names; dpm is DPM-Solver++ (Lu et al. 2022), and BK-SDM's published results use pndm.
+SCHEDULERS = {
+    "dpm": DPMSolverMultistepScheduler,
+    "ddim": DDIMScheduler,
+    "euler": EulerDiscreteScheduler,
+    "euler-ancestral": EulerAncestralDiscreteScheduler,
+    "heun": HeunDiscreteScheduler,
+    "pndm": PNDMScheduler,
+    "unipc": UniPCMultistepScheduler,
+}
 
-
-# Images and their prompts -> how well they fit, 0 to 1; None for prompts that the scorer cannot judge.
+# Images and their prompts -> how well they match, 0 to 1; None for prompts that the scorer cannot judge.
 Scorer = Callable[[Iterable[Image.Image], list[str]], float | None]
 
 
 @dataclass(frozen=True)
 class GeneratedImages:
-    """Pictures and prompts, in one order.
+    """Images and their prompts, in the same order.
 
-    `seconds` is for one picture; `parameters` are the U-Net's; `device` names what drew them and in which
-    precision; `peak_memory`, in bytes, is the most that weights and activations took together, or None
-    where it was not measured.
+    `seconds` is per image and `parameters` counts the U-Net's. `device` names the device and precision used.
+    `peak_memory`, in bytes, is the peak of weights and activations together, or None if it was not measured.
     """
 
     images: list[Image.Image]
@@ -56,9 +64,9 @@ class GeneratedImages:
 
 @dataclass(frozen=True)
 class Sampler:
-    """How pictures are drawn, with classifier-free guidance; `scheduler` is a key of SCHEDULERS.
+    """How images are generated, with classifier-free guidance; `scheduler` is a key of SCHEDULERS.
 
-    `size` (height, width) in pixels; None is the pipeline's own. Picture i is drawn with seed `seed` + i.
+    `size` is (height, width) in pixels; None is the pipeline's default. Image i has the seed `seed` + i.
     """
 
     steps: int = 25
@@ -70,28 +78,19 @@ class Sampler:
     seed: int = 0
 
 
-# By their usual short names; dpm is DPM-Solver++ (Lu et al. 2022), pndm what BK-SDM's figures are drawn with.
-SCHEDULERS = {
-    "dpm": DPMSolverMultistepScheduler,
-    "ddim": DDIMScheduler,
-    "euler": EulerDiscreteScheduler,
-    "euler-ancestral": EulerAncestralDiscreteScheduler,
-    "heun": HeunDiscreteScheduler,
-    "pndm": PNDMScheduler,
-    "unipc": UniPCMultistepScheduler,
-}
-
-
 @torch.inference_mode()
 def generate(pipe: DiffusionPipeline, prompts: list[str], sampler: Sampler, description: str | None) -> GeneratedImages:
-    """One picture a prompt. Each has a seed of its own, whatever the batch. No description, no progress bar."""
+    """Generate one image per prompt. Each has its own seed, whatever the batch size.
+
+    `description` labels the progress bar; None hides the bar.
+    """
     scheduler = SCHEDULERS[sampler.scheduler].from_config(pipe.scheduler.config)
     height, width = sampler.size or (None, None)
-    kept, pipe.scheduler = pipe.scheduler, scheduler
+    original_scheduler, pipe.scheduler = pipe.scheduler, scheduler
     pipe.set_progress_bar_config(disable=True)
     images: list[Image.Image] = []
     started = time.perf_counter()
-    with tqdm(total=len(prompts), unit="picture", desc=description, disable=description is None) as progress:
+    with tqdm(total=len(prompts), unit="image", desc=description, disable=description is None) as progress:
         for first in range(0, len(prompts), sampler.batch_size):
             chunk = prompts[first : first + sampler.batch_size]
             negative = None if sampler.negative_prompt is None else [sampler.negative_prompt] * len(chunk)
@@ -106,30 +105,30 @@ def generate(pipe: DiffusionPipeline, prompts: list[str], sampler: Sampler, desc
                 generator=generators,
             ).images
             progress.update(len(chunk))
-    pipe.scheduler = kept
+    pipe.scheduler = original_scheduler
     seconds = (time.perf_counter() - started) / len(prompts)
     parameters = sum(p.numel() for p in pipe.unet.parameters())
-    return GeneratedImages(
-        images, prompts, seconds, parameters, f"{device_name(pipe.device)}, {_name(pipe.unet.dtype)}"
-    )
-
-
-def _name(dtype: torch.dtype) -> str:
-    return next(name for name, known in DTYPES.items() if known == dtype)
+    device = f"{device_name(pipe.device)}, {_dtype_name(pipe.unet.dtype)}"
+    return GeneratedImages(images, prompts, seconds, parameters, device)
 
 
 def save_images(samples: GeneratedImages, sampler: Sampler, out: Path) -> None:
-    """Write them, whole or not at all."""
+    """Write the images and their index to a new directory, atomically."""
     with atomic_directory(out) as folder:
         for i, image in enumerate(samples.images):
             image.save(folder / f"{i:04d}.png")
-        about = {key: value for key, value in vars(samples).items() if key != "images"}
-        write_json(folder / INDEX, {**about, "sampler": asdict(sampler)})
+        index = {key: value for key, value in vars(samples).items() if key != "images"}
+        write_json(folder / INDEX, {**index, "sampler": asdict(sampler)})
 
 
 def load_images(folder: Path) -> tuple[GeneratedImages, Sampler]:
-    about = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    how = about.pop("sampler")
-    sampler = Sampler(**{**how, "size": tuple(how["size"]) if how.get("size") else None})
-    images = [Image.open(folder / f"{i:04d}.png").convert("RGB") for i in range(len(about["prompts"]))]
-    return GeneratedImages(images, **about), sampler
+    """Read what `save_images` wrote."""
+    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    options = index.pop("sampler")
+    sampler = Sampler(**{**options, "size": tuple(options["size"]) if options.get("size") else None})
+    images = [Image.open(folder / f"{i:04d}.png").convert("RGB") for i in range(len(index["prompts"]))]
+    return GeneratedImages(images, **index), sampler
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return next(name for name, known in DTYPES.items() if known == dtype)

@@ -1,4 +1,4 @@
-"""Generating images in a process of its own, so that its peak memory is that of the pipeline alone."""
+"""Generating images in a separate process, so that its peak memory is the pipeline's alone."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from pipeline.models.load import load_base, open_unet
+from pipeline.models.load import load_base, load_unet_folder
 from pipeline.sampling.generate import GeneratedImages, Sampler, generate
 from pipeline.system.memory import give_back_freed_memory, peak_memory
 
 
 @dataclass(frozen=True)
 class PipelineRef:
-    """Where a whole pipeline is: the folder of `base`, a U-Net's folder to put in it, and how to run them.
+    """Where a complete pipeline is, and how to run it: the folders of `base` and of the U-Net that it is run with.
 
-    `variant` names the U-Net's weight files, `base_variant` those of the other parts.
+    `variant` names the U-Net's weight files and `base_variant` those of the other parts.
     """
 
     base: Path
@@ -35,44 +35,46 @@ class PipelineRef:
 
 
 def generate_in_process(model: PipelineRef, prompts: list[str], sampler: Sampler, description: str) -> GeneratedImages:
-    """`generate` in a fresh process, whose peak memory is the drawing's alone."""
-    with generating_process(model) as draw:
-        return draw(prompts, sampler, description)
+    """`generate` in a new process, whose peak memory is that of the generation alone."""
+    with generating_process(model) as generate_images:
+        return generate_images(prompts, sampler, description)
 
 
 @contextmanager
 def generating_process(model: PipelineRef) -> Iterator[Callable[[list[str], Sampler, str | None], GeneratedImages]]:
     """`generate` with a pipeline that is loaded once, in a process that lives as long as the block.
 
-    What this process has freed is given back to the system for it.
+    This process first returns its freed memory to the system, so that the new one can use it.
     """
     give_back_freed_memory()
     context = multiprocessing.get_context("forkserver")
-    # The imports take longer than many a drawing; the server has them ready for the next one.
+    # Importing often takes longer than generating; the server keeps the modules imported for the next process.
     context.set_forkserver_preload([__name__])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
-        yield lambda *request: pool.submit(_draw_here, model, *request).result()
-
-
-def _draw_here(model: PipelineRef, prompts: list[str], sampler: Sampler, description: str | None) -> GeneratedImages:
-    pipe, before = _loaded(model)
-    samples = generate(pipe, prompts, sampler, description)
-    return replace(samples, peak_memory=peak_memory(model.device) - before)
-
-
-@functools.cache
-def _loaded(model: PipelineRef) -> tuple[DiffusionPipeline, int]:
-    """The pipeline, and the memory in bytes that the process had held before it."""
-    before = peak_memory(model.device)
-    return load_pipeline(model), before
+        yield lambda *request: pool.submit(_generate_here, model, *request).result()
 
 
 def load_pipeline(model: PipelineRef) -> DiffusionPipeline:
-    """The pipeline, ready to draw."""
-    unet = open_unet(model.unet, model.variant, model.dtype)
+    """The pipeline with its U-Net, on its device and in its precision."""
+    unet = load_unet_folder(model.unet, model.variant, model.dtype)
     pipe = load_base(model.base, model.base_variant, unet)
     for part in pipe.components.values():
         if isinstance(part, nn.Module):
             part.to(model.device) if part is unet else part.to(model.device, model.dtype)
     unet.to(memory_format=torch.channels_last)
     return pipe
+
+
+def _generate_here(
+    model: PipelineRef, prompts: list[str], sampler: Sampler, description: str | None
+) -> GeneratedImages:
+    pipe, memory_before = _cached_pipeline(model)
+    samples = generate(pipe, prompts, sampler, description)
+    return replace(samples, peak_memory=peak_memory(model.device) - memory_before)
+
+
+@functools.cache
+def _cached_pipeline(model: PipelineRef) -> tuple[DiffusionPipeline, int]:
+    """The pipeline, and the peak memory in bytes of this process before it was loaded."""
+    memory_before = peak_memory(model.device)
+    return load_pipeline(model), memory_before

@@ -1,4 +1,4 @@
-"""A stage as a click command: options from its settings, `--dry-run`, and errors as exit statuses."""
+"""A stage as a click command: its settings become options, its errors become exit statuses."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -17,7 +17,7 @@ from pipeline.system.settings import Settings, click_options
 from shards.schema import ShardError
 
 USER_STATUS = 2
-# A disk that is full, or a place that cannot be written: for the user to mend.
+# A full disk or a path that cannot be written: the user can fix these.
 USER_ERRNOS = {
     errno.ENOSPC,
     errno.EDQUOT,
@@ -34,18 +34,16 @@ INTERRUPTED_STATUS = 130
 def stage_command(
     name: str, settings_class: type[Settings], plan: Callable[[Any], list[str]] | None, run: Callable[[Any], None]
 ) -> click.Command:
-    """The command of a stage. `plan(settings)` gives the lines of --dry-run, `run(settings)` does it.
+    """The command of a stage: `run(settings)` does the work, and `plan(settings)` returns the lines of --dry-run.
 
-    A command that makes nothing has no plan, and no --dry-run.
-
-    What the user can mend ends in one message and status 2; a fault of ours keeps its traceback and
-    ends in status 1.
+    A command that writes nothing has no plan and no --dry-run. An error that the user can fix ends with one message
+    and exit status 2. A bug keeps its traceback and ends with exit status 1.
     """
 
     def callback(dry_run: bool = False, **values: Any) -> None:
         try:
             settings = settings_class(**values)
-            if dry_run:
+            if plan and dry_run:
                 click.echo(json.dumps(settings.as_json(), indent=2, ensure_ascii=False))
                 click.echo("\n".join(plan(settings)))
                 click.echo("dry run: nothing was written")
@@ -54,19 +52,21 @@ def stage_command(
         except (UserError, ShardError) as error:
             _stop(f"Error: {error}", USER_STATUS)
         except KeyboardInterrupt:
-            _stop("Interrupted. Run the same command again to go on.", INTERRUPTED_STATUS)
+            _stop("Interrupted. Rerun the same command to resume.", INTERRUPTED_STATUS)
         except Exception as error:
-            refusal = refusal_of_the_system(error)
-            if refusal is not None:
-                where = refusal.filename or "the output directory"
-                _stop(f"Error: {where}: {refusal.strerror}; mend that and run the same command again", USER_STATUS)
+            os_error = fixable_os_error(error)
+            if os_error is not None:
+                where = os_error.filename or "the output directory"
+                _stop(f"Error: {where}: {os_error.strerror}. Fix this and rerun the same command.", USER_STATUS)
             if isinstance(error, RuntimeError) and "out of memory" in str(error):
                 _stop(f"Error: {str(error).splitlines()[0]} Try a smaller batch size.", USER_STATUS)
             raise
 
     params = click_options(settings_class)
     if plan:
-        params.append(click.Option(["--dry-run"], is_flag=True, help="Print the settings and the plan, write nothing."))
+        params.append(
+            click.Option(["--dry-run"], is_flag=True, help="Print the settings and the plan without writing anything.")
+        )
     help = run.__doc__ or ""
     return click.Command(
         name,
@@ -77,22 +77,22 @@ def stage_command(
     )
 
 
-def refusal_of_the_system(error: BaseException) -> OSError | None:
-    """The refusal to read or write that is behind `error`, if the user can mend it.
+def fixable_os_error(error: BaseException) -> OSError | None:
+    """The failure to read or write that caused `error`, if the user can fix it.
 
-    safetensors tells it in words alone, and torch.save meets it and raises an error of its own.
+    safetensors gives the error number only in its message, and torch.save raises another error in its place.
     """
-    seen = error
-    while seen is not None:
-        if isinstance(seen, OSError) and seen.errno in USER_ERRNOS:
-            return seen
-        told = re.search(r"\(os error (\d+)\)", str(seen))
-        if told and int(told[1]) in USER_ERRNOS:
-            return OSError(int(told[1]), os.strerror(int(told[1])))
-        seen = seen.__cause__ or seen.__context__
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in USER_ERRNOS:
+            return cause
+        match = re.search(r"\(os error (\d+)\)", str(cause))
+        if match and int(match[1]) in USER_ERRNOS:
+            return OSError(int(match[1]), os.strerror(int(match[1])))
+        cause = cause.__cause__ or cause.__context__
     return None
 
 
-def _stop(message: str, status: int) -> None:
+def _stop(message: str, status: int) -> NoReturn:
     click.echo(message, err=True)
     sys.exit(status)

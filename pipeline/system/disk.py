@@ -1,4 +1,4 @@
-"""Room on the disk."""
+"""Free space on the disk."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from pipeline.system.errors import UserError
 
 
 def free_bytes(out: Path) -> int:
-    """What is free on the disk where `out` is or will be."""
-    there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
-    return shutil.disk_usage(there).free
+    """Bytes free on the disk that holds `out`, which need not exist yet."""
+    existing = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    return shutil.disk_usage(existing).free
 
 
 def require_space(out: Path, needed: int, remedy: str) -> None:
-    """Raise UserError, before anything is computed, if `needed` bytes more do not fit."""
+    """Raise UserError, before anything is computed, if `needed` more bytes do not fit."""
     free = free_bytes(out)
     if needed > free:
         raise UserError(
-            f"{out} needs about {format_bytes(needed)} more, and its disk has {format_bytes(free)} free: "
-            f"make room, choose an --out on another disk, or {remedy}"
+            f"{out} needs about {format_bytes(needed)} more, but its disk has only {format_bytes(free)} free. "
+            f"Free some space, choose an --out on another disk, or {remedy}."
         )
 
 

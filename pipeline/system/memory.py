@@ -1,4 +1,4 @@
-"""What the C library does with memory that was freed."""
+"""How the C library treats freed memory, and how much memory the process has used."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from pathlib import Path
 
 import torch
 
-# glibc's malloc.h.
+# From glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 def keep_freed_memory() -> None:
-    """Let malloc keep what is freed for what comes next, where it is glibc's (mallopt(3)); elsewhere do nothing.
+    """Make malloc keep freed memory for later allocations (mallopt(3)). Without glibc, do nothing.
 
-    By default glibc gives whatever is larger than 32 MB back to the system, which clears the same pages again at the
-    next step: on a CPU a good part of a training step (tests/benchmarks/stage_two.md). The price is that the process
-    stays as large as its peak, which holes in what is kept can make a little larger.
+    By default glibc returns freed blocks larger than 32 MB to the system, which must clear their pages again at the
+    next step. On a CPU this takes a good part of a training step (tests/benchmarks/stage_two.md). The price is that
+    the process stays as large as its peak, and fragmentation can make that peak a little larger.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
@@ -27,18 +27,18 @@ def keep_freed_memory() -> None:
 
 
 def give_back_freed_memory() -> None:
-    """Give what was kept back to the system now (malloc_trim(3)), for other processes to use."""
+    """Return the freed memory that malloc kept to the system (malloc_trim(3)), for other processes to use."""
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most memory this process has held so far, in bytes: torch's on a CUDA GPU, else the process's own."""
+    """Peak memory of this process so far, in bytes: torch's allocations on a CUDA GPU, else the resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
     if status.is_file():
-        # Linux hands the parent's ru_maxrss down to its children; VmHWM begins anew.
+        # On Linux a child inherits its parent's ru_maxrss. VmHWM starts at zero.
         peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
         return int(peak.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

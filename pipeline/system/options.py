@@ -1,4 +1,4 @@
-"""Options that several commands share, each written once: a command's settings inherit them."""
+"""Options that several commands share. A command's settings inherit them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pipeline.system.settings import Settings, option
 
 @dataclass(frozen=True, kw_only=True)
 class HubOptions(Settings):
-    """Which of a model's files are loaded."""
+    """Which files of a model to load."""
 
     revision: str | None = option(None, "Revision of the model on the hub.")
     variant: str | None = option(None, "Variant of the model's weight files, such as fp16.")
@@ -18,7 +18,7 @@ class HubOptions(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceOptions(Settings):
-    device: str = option("auto", "Device to run on; auto takes the GPU if there is one.", choices=DEVICES)
+    device: str = option("auto", "Device to run on; auto uses the GPU if there is one.", choices=DEVICES)
 
 
 @dataclass(frozen=True, kw_only=True)

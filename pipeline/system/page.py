@@ -1,4 +1,4 @@
-"""A report as one HTML page that needs nothing beside it: images and curves are inlined."""
+"""A report as one self-contained HTML page: images and curves are inlined."""
 
 from __future__ import annotations
 
@@ -15,18 +15,11 @@ from PIL import Image
 from shards.files import write_bytes
 
 REPORT = "report.html"
-
-
+# Images per row of a grid, and the side in pixels above which an image is shrunk.
 GRID_PICTURES = 8
-
-
 GRID_SIDE = 192
-
-
-# Legible on white and on black alike.
+# Legible on white and on black.
 INK = "#808890"
-
-
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2024; --soft: #60656c; --line: #d9dde2; --paper: #ffffff; }
 @media (prefers-color-scheme: dark) { :root { --ink: #eceef0; --soft: #a6adb4; --line: #363b41; --paper: #16181b; } }
@@ -45,7 +38,7 @@ details { margin-top: 1rem; } code { font-size: .85rem; overflow-wrap: anywhere;
 
 
 def write_page(out: Path, title: str, sections: list[str]) -> None:
-    """Write out/report.html: a title, and sections of HTML below it."""
+    """Write out/report.html: a title followed by sections of HTML."""
     page = (
         "<!doctype html><html lang=en><head><meta charset=utf-8>"
         "<meta name=viewport content='width=device-width, initial-scale=1'><link rel=icon href='data:,'>"
@@ -56,7 +49,7 @@ def write_page(out: Path, title: str, sections: list[str]) -> None:
 
 
 def grid(prompts: list[str], rows: dict[str, list[Image.Image]]) -> str:
-    """One row a model, one column a prompt: the first GRID_PICTURES of them."""
+    """An HTML table of images with one row per model and one column per prompt, for the first GRID_PICTURES prompts."""
     prompts = prompts[:GRID_PICTURES]
     head = "".join(f"<td>{html.escape(prompt)}</td>" for prompt in prompts)
     lines = [
@@ -72,7 +65,10 @@ def grid(prompts: list[str], rows: dict[str, list[Image.Image]]) -> str:
 
 
 def curves(plots: dict[str, dict[str, tuple[list[float], list[float]]]], xlabel: str, alt: str) -> str:
-    """Plots side by side, {title: {label: (x, y)}}; y on a log scale where all of it is above 0."""
+    """Plots next to each other as an inlined SVG. `plots` is {title: {label: (x, y)}}.
+
+    The y axis of a plot is logarithmic if all its values are positive.
+    """
     figure, axes = pyplot.subplots(1, len(plots), figsize=(6 * len(plots), 4.4), squeeze=False, layout="constrained")
     for axis, (title, lines) in zip(axes[0], plots.items(), strict=True):
         for label, (x, y) in lines.items():
@@ -103,7 +99,7 @@ def folded_settings(settings: dict[str, Any]) -> str:
 
 
 def _data_uri(image: Image.Image) -> str:
-    """A small picture inlined as PNG, a large one shrunk and inlined as JPEG."""
+    """The image as a data URI: PNG if it is small, else shrunk and as JPEG."""
     stream = io.BytesIO()
     if max(image.size) > GRID_SIDE:
         shrunk = image.copy()

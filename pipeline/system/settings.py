@@ -1,7 +1,7 @@
-"""Settings of a stage: a frozen dataclass whose fields carry their help and limits.
+"""Settings of a stage: a frozen dataclass whose fields carry their help text and limits.
 
 The same fields check values at construction, become the click options of the stage's command, and are
-written as JSON beside the output.
+written as JSON next to the output.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ def option(
     argument: bool = False,
     repeated: bool = False,
 ) -> Any:
-    """A settings field. Limits are named as in annotated-types: `ge` (at least), `le` (at most), `gt`, `lt`.
+    """A settings field. The limits have annotated-types' names: `ge` (at least), `le` (at most), `gt`, `lt`.
 
-    An `argument` is positional on the command line; a `repeated` option is a tuple, one value each time it is given.
+    An `argument` is positional on the command line. A `repeated` option is a tuple with one value per use.
     """
     metadata = {"help": help, "choices": choices, "ge": ge, "le": le, "gt": gt, "lt": lt}
     metadata |= {"argument": argument, "repeated": repeated}
@@ -46,9 +46,9 @@ def option(
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Base of every stage's settings: checks each field's limits when one is made.
+    """Base class of every stage's settings. Checks the limits of each field at construction.
 
-    Raises UserError that names the option, its value and what is allowed.
+    Raises UserError with the option, its value and the allowed values.
     """
 
     def __post_init__(self) -> None:
@@ -90,7 +90,7 @@ def _plain(value: Any) -> Any:
 
 
 class CommaSeparated(click.ParamType):
-    """`a,b` on the command line, a tuple of strings in the settings."""
+    """`a,b` on the command line becomes a tuple of strings in the settings."""
 
     name = "name,name"
 
@@ -99,13 +99,13 @@ class CommaSeparated(click.ParamType):
 
 
 def click_options(settings: type[Settings]) -> list[click.Parameter]:
-    """One click option (or argument) per field: the required ones first, then the class's own, then inherited ones."""
+    """One click option (or argument) per field: required ones first, then the class's own, then inherited ones."""
     hints, own = typing.get_type_hints(settings), inspect.get_annotations(settings)
     ordered = sorted(fields(settings), key=lambda field: (field.default is not REQUIRED, field.name not in own))
     return [_click_option(setting, hints[setting.name]) for setting in ordered]
 
 
-def _click_option(setting: dataclasses.Field, hint: Any) -> click.Parameter:
+def _click_option(setting: dataclasses.Field[Any], hint: Any) -> click.Parameter:
     kind = _without_none(hint)
     if setting.metadata["argument"]:
         return click.Argument([setting.name], type=kind, metavar="DIR")
@@ -124,11 +124,11 @@ def _click_option(setting: dataclasses.Field, hint: Any) -> click.Parameter:
         type=_parameter_type(kind, setting),
         default=default,
         show_default=",".join(default) if is_list else True if default is not None else "none",
-        help=help + (f" Of: {', '.join(choices)}." if is_list and choices else ""),
+        help=help + (f" Choices: {', '.join(choices)}." if is_list and choices else ""),
     )
 
 
-def _parameter_type(kind: Any, setting: dataclasses.Field) -> Any:
+def _parameter_type(kind: Any, setting: dataclasses.Field[Any]) -> Any:
     if typing.get_origin(kind) is tuple:
         return CommaSeparated()
     choices = setting.metadata["choices"]

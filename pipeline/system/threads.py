@@ -1,11 +1,11 @@
-"""Threads that keep the order and never run far ahead: a map, and a producer."""
+"""A threaded map and a background producer that keep the order and never run far ahead."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -14,9 +14,9 @@ Result = TypeVar("Result")
 def ordered_map(
     function: Callable[[Item], Result], items: Iterable[Item], workers: int, ahead: int
 ) -> Iterator[Result]:
-    """function(item) for each item, in order, at most `ahead` of them begun and not yet taken."""
+    """Yield function(item) for each item, in order. At most `ahead` results are started but not yet consumed."""
     with ThreadPoolExecutor(workers) as pool:
-        pending: deque = deque()
+        pending: deque[Future[Result]] = deque()
         for item in items:
             pending.append(pool.submit(function, item))
             if len(pending) >= ahead:
@@ -26,14 +26,15 @@ def ordered_map(
 
 
 def in_background(items: Iterable[Item], ahead: int) -> Iterator[Item]:
-    """The same items, made in a thread of their own, at most `ahead` of them begun and not yet taken.
+    """Yield the same items, produced in one separate thread. At most `ahead` are started but not yet consumed.
 
-    What making one raises is raised where it would have come. To stop taking ends the thread after the item in hand.
+    An exception from `items` is raised at the position of the failed item. Closing the iterator ends the thread after
+    the item that it is producing.
     """
     iterator, end = iter(items), object()
     pool = ThreadPoolExecutor(1)
     try:
-        pending = deque(pool.submit(next, iterator, end) for _ in range(ahead))
+        pending: deque[Future[Any]] = deque(pool.submit(next, iterator, end) for _ in range(ahead))
         while (item := pending.popleft().result()) is not end:
             pending.append(pool.submit(next, iterator, end))
             yield item

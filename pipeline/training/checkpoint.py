@@ -1,6 +1,6 @@
-"""Training checkpoints: one directory each, written aside and renamed, so that what is there is whole.
+"""Training checkpoints: a directory each, written under another name and renamed, so an existing one is complete.
 
-checkpoints/step-0001000/unet/     the student, as diffusers saves it
+checkpoints/step-0001000/unet/     what is trained, as the transform saves it
 checkpoints/step-0001000/state.pt  the rest: optimizer, lr_scheduler, EMA, scaler, position
 """
 
@@ -11,21 +11,21 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from diffusers import UNet2DConditionModel
 
-from pipeline.system.errors import UserError
+from pipeline.system.errors import UserError, first_line
 from shards.files import atomic_directory, partial_name
 
 NAME = re.compile(r"step-(\d{7,})")
+Weights = TypeVar("Weights")
 
 
 def save_checkpoint(
-    checkpoints: Path, step: int, save_weights: Callable[[Path], Any], state: dict[str, Any], total_limit: int
+    checkpoints: Path, step: int, save_weights: Callable[[Path], None], state: dict[str, Any], total_limit: int
 ) -> Path:
-    """Write one checkpoint, then delete the oldest ones beyond `total_limit`. `save_weights` fills its unet/."""
+    """Write a checkpoint, then delete the oldest ones beyond `total_limit`. `save_weights` fills its unet/."""
     path = checkpoints / f"step-{step:07d}"
     _remove(path)
     with atomic_directory(path) as folder:
@@ -38,7 +38,7 @@ def save_checkpoint(
 
 
 def _remove(path: Path) -> None:
-    """Delete a checkpoint under another name, so that a crash leaves no half under its own."""
+    """Delete a checkpoint, after renaming it, so that a crash leaves no partial one under its name."""
     if path.is_dir():
         doomed = partial_name(path)
         shutil.rmtree(doomed, ignore_errors=True)
@@ -47,15 +47,13 @@ def _remove(path: Path) -> None:
 
 
 def list_checkpoints(checkpoints: Path) -> list[tuple[int, Path]]:
-    """(step, path) of every whole checkpoint, oldest first."""
+    """(step, path) of every complete checkpoint, oldest first."""
     found = checkpoints.iterdir() if checkpoints.is_dir() else ()
     return sorted((int(match[1]), path) for path in found if (match := NAME.fullmatch(path.name)))
 
 
-def load_checkpoint(
-    path: Path, load_weights: Callable[[Path], Any] = UNet2DConditionModel.from_pretrained
-) -> tuple[Any, dict[str, Any]]:
-    """What `load_weights` makes of unet/, by default the student, and the rest of the state, on the CPU.
+def load_checkpoint(path: Path, load_weights: Callable[[Path], Weights]) -> tuple[Weights, dict[str, Any]]:
+    """What `load_weights` makes of unet/, and the rest of the state, on the CPU.
 
     Raises UserError for a checkpoint that cannot be read.
     """
@@ -63,5 +61,6 @@ def load_checkpoint(
         state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
         return load_weights(path / "unet"), state
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"checkpoint {path} cannot be read ({reason}): delete it, and an older one is used") from error
+        raise UserError(
+            f"checkpoint {path} cannot be read ({first_line(error)}). Delete it to resume from an older one."
+        ) from error

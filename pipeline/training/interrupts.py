@@ -1,9 +1,10 @@
-"""Ctrl-C and a scheduler's SIGTERM as wishes: noted when they come, granted between two steps."""
+"""Graceful shutdown: SIGINT and SIGTERM are recorded and honoured between two steps."""
 
 from __future__ import annotations
 
 import signal
 import threading
+from typing import Any
 
 from accelerate import Accelerator
 
@@ -11,34 +12,34 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupts:
-    """Within the block a first signal is noted; a second one interrupts at once, as without the block."""
+    """Within the block, a first signal is recorded. A second one interrupts at once, as without the block."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
-        self._asked = False
-        self._kept: dict[signal.Signals, object] = {}
+        self._requested = False
+        self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Interrupts:
-        # Python hands signals to the main thread alone.
+        # Only the main thread may set signal handlers.
         if threading.current_thread() is threading.main_thread():
-            self._kept = {number: signal.signal(number, self._note) for number in SIGNALS}
+            self._previous = {number: signal.signal(number, self._record) for number in SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._kept.items():
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _note(self, *_: object) -> None:
-        if self._asked:
+    def _record(self, *_: object) -> None:
+        if self._requested:
             raise KeyboardInterrupt
-        self._asked = True
+        self._requested = True
 
     def agreed(self, meeting: bool) -> bool:
-        """Whether all processes stop now. Several can only agree at a `meeting`, a step that all of them ask at."""
+        """Whether all processes stop now. Several can agree only at a `meeting`: a step at which all of them ask."""
         if self._accelerator.num_processes == 1:
-            return self._asked
+            return self._requested
         if not meeting:
             return False
-        if self._asked:
+        if self._requested:
             self._accelerator.set_trigger()
         return self._accelerator.check_trigger()

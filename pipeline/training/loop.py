@@ -1,6 +1,9 @@
 """Training a U-Net from entries: the loop that `distill` and `finetune` share.
 
 A step: batch of entries -> noisy latents -> student U-Net -> losses -> backward -> AdamW.
+
+The files next to this one, in the order of a run: settings, initial_student, transform, optimizer, checkpoint,
+objective, metrics, interrupts, validation, report.
 """
 
 from __future__ import annotations
@@ -22,22 +25,24 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from pipeline.core.diffusion import add_noise, min_snr_weights, target
-from pipeline.core.losses import distillation_losses, total_loss
-from pipeline.core.taps import Taps, sample_tokens
+from pipeline.core.diffusion import add_noise
+from pipeline.core.taps import Taps
+from pipeline.models.families import Family, denoise
 from pipeline.models.hub import open_repository
 from pipeline.system.device import PATIENCE, is_accelerator, use_cpu
 from pipeline.system.errors import UserError
 from pipeline.system.memory import keep_freed_memory
 from pipeline.system.prompts import read_prompts
 from pipeline.system.settings import write_settings
-from pipeline.training.checkpoint import list_checkpoints, save_checkpoint
+from pipeline.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from pipeline.training.interrupts import Interrupts
 from pipeline.training.metrics import Metrics
+from pipeline.training.objective import Objective
 from pipeline.training.optimizer import make_optimizer, match_memory_format
 from pipeline.training.settings import TrainingSettings
+from pipeline.training.transform import Transform
 from pipeline.training.validation import generate_validation
 from shards.dataset import Batch, EpochBatches
 from shards.files import remove_leftovers, write_json
@@ -47,42 +52,21 @@ SPEC, FINISHED, METRICS, CHECKPOINTS = "spec.json", "finished.json", "metrics.js
 LOGS, VALIDATION = "logs", "validation"
 
 
-def make_accelerator(settings: TrainingSettings) -> Accelerator:
-    if use_cpu(settings.device):
-        keep_freed_memory()
-    return Accelerator(
-        gradient_accumulation_steps=settings.gradient_accumulation_steps,
-        mixed_precision=settings.mixed_precision,
-        cpu=use_cpu(settings.device),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
-        log_with=tracker(settings.report_to),
-        project_config=ProjectConfiguration(logging_dir=str(settings.out / LOGS)),
-    )
-
-
-def tracker(name: str) -> str | None:
-    """The tracker as accelerate calls it. Raises UserError if its package is not there."""
-    if name == "none":
-        return None
-    if find_spec(name) is None:
-        raise UserError(f"--report-to {name} needs the package {name}: pip install {name}")
-    return name
-
-
-@dataclass
+@dataclass(kw_only=True)
 class Training:
-    """All that a run steps: `model` is the student as accelerate wraps it, `step` counts optimiser steps.
+    """Everything that a run updates.
 
-    `save_weights` writes to a folder what of the student is trained; `base` is the pipeline that it belongs to.
-    `pairs` are (student tap, teacher tap), for the loss. `position` is the number of samples taken from the stream of
-    epochs, by all processes together; `prompts` are those to draw now and then.
+    `model` is the student as accelerate wraps it, `base` the pipeline that it belongs to. `step` counts optimiser
+    steps; `position` counts the entries taken from the stream of epochs, by all processes together. `prompts` are for
+    validation images.
     """
 
     student: UNet2DConditionModel
-    save_weights: Callable[[Path], Any]
+    transform: Transform
     base: Path
+    family: Family
     model: torch.nn.Module
-    pairs: tuple[tuple[str, str], ...]
+    objective: Objective
     taps: Taps
     optimizer: AcceleratedOptimizer
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
@@ -95,7 +79,7 @@ class Training:
     position: int = 0
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds beside the student itself."""
+        """What a checkpoint holds besides the weights."""
         scaler = self.optimizer.scaler
         return {
             "step": self.step,
@@ -121,28 +105,61 @@ class Training:
             self.optimizer.scaler.load_state_dict(state["scaler"])
 
 
+def make_accelerator(settings: TrainingSettings) -> Accelerator:
+    if use_cpu(settings.device):
+        keep_freed_memory()
+    return Accelerator(
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        mixed_precision=settings.mixed_precision,
+        cpu=use_cpu(settings.device),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+        log_with=tracker(settings.report_to),
+        project_config=ProjectConfiguration(logging_dir=str(settings.out / LOGS)),
+    )
+
+
+def tracker(name: str) -> str | None:
+    """The tracker's name for accelerate. Raises UserError if its package is not installed."""
+    if name == "none":
+        return None
+    if find_spec(name) is None:
+        raise UserError(f"--report-to {name} needs the package {name}. Install it: pip install {name}")
+    return name
+
+
+def start(
+    settings: TrainingSettings, transform: Transform, initial: Callable[[], UNet2DConditionModel]
+) -> tuple[UNet2DConditionModel, dict[str, Any] | None]:
+    """The prepared student of the newest checkpoint and the rest of its state, or the `initial` one and None."""
+    checkpoints = list_checkpoints(settings.out / CHECKPOINTS)
+    if checkpoints:
+        return load_checkpoint(checkpoints[-1][1], lambda folder: transform.load_weights(initial, folder))
+    student = initial()
+    transform.prepare(student)
+    return student, None
+
+
 def prepare_training(
     settings: TrainingSettings,
     accelerator: Accelerator,
     student: UNet2DConditionModel,
     state: dict[str, Any] | None,
+    *,
+    objective: Objective,
+    transform: Transform,
+    family: Family,
     dataset: Sized,
     noise_scheduler: DDPMScheduler,
     base: Path,
-    pairs: tuple[tuple[str, str], ...] = (),
-    save_weights: Callable[[Path], Any] | None = None,
 ) -> Training:
-    """What trains a student, on the device; from a checkpoint's `state` if there is one.
-
-    Trained are those of its parameters that require gradients; by default the whole student is saved.
-    """
-    # On a CPU the gradients of convolutions would have to be copied into that format.
+    """Everything that trains the student, on the device; with the `state` of a checkpoint if there is one."""
+    # On a CPU, channels_last would have the gradients of convolutions copied.
     on_gpu = accelerator.device.type == "cuda"
     student.to(accelerator.device, memory_format=torch.channels_last if on_gpu else torch.contiguous_format).train()
     if settings.gradient_checkpointing:
         student.enable_gradient_checkpointing()
     if settings.allow_tf32:
-        # For matrices; convolutions may use it anyway, as torch has it.
+        # For matrix products. torch lets convolutions use it anyway.
         torch.backends.cuda.matmul.allow_tf32 = True
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(
@@ -153,7 +170,7 @@ def prepare_training(
         settings.adam_weight_decay,
         settings.use_8bit_adam,
     )
-    # Not prepared: accelerate would step the schedule once for each process.
+    # Not prepared: accelerate would step the schedule once per process.
     lr_scheduler = get_scheduler(
         settings.lr_scheduler,
         optimizer,
@@ -163,23 +180,24 @@ def prepare_training(
     ema = EMAModel(trained, decay=settings.ema_decay, foreach=True) if settings.use_ema else None
     model, optimizer = accelerator.prepare(torch.compile(student) if settings.compile else student, optimizer)
     training = Training(
-        student,
-        save_weights or student.save_pretrained,
-        base,
-        model,
-        pairs,
-        Taps(student, [name for name, _ in pairs]),
-        optimizer,
-        lr_scheduler,
-        ema,
-        dataset,
-        noise_scheduler.alphas_cumprod.to(accelerator.device),
-        noise_scheduler.config.prediction_type,
-        read_prompts(settings.validation_prompts) if settings.validation_prompts else [],
+        student=student,
+        transform=transform,
+        base=base,
+        family=family,
+        model=model,
+        objective=objective,
+        taps=Taps(student, objective.student_taps),
+        optimizer=optimizer,
+        lr_scheduler=lr_scheduler,
+        ema=ema,
+        dataset=dataset,
+        alphas_cumprod=noise_scheduler.alphas_cumprod.to(accelerator.device),
+        prediction_type=noise_scheduler.config.prediction_type,
+        prompts=read_prompts(settings.validation_prompts) if settings.validation_prompts else [],
     )
     if state is not None:
         training.load_state(state)
-        accelerator.print(f"going on from the checkpoint of step {training.step}")
+        accelerator.print(f"resuming from the checkpoint of step {training.step}")
     if ema:
         ema.to(accelerator.device)
     return training
@@ -192,7 +210,7 @@ def run_training(
     stream: Iterator[Batch],
     save: Callable[[], None],
 ) -> None:
-    """Train to the last step and `save` what came of it, averaged when there is an average; frees the memory."""
+    """Train to the last step and `save` the result, averaged if there is an average. Then free the memory."""
     if settings.report_to != "none":
         accelerator.init_trackers("distill-sd", {k: str(v) for k, v in settings.as_json().items()})
     train(settings, accelerator, training, stream)
@@ -201,23 +219,25 @@ def run_training(
             training.ema.copy_to(training.trained)
         save()
         write_json(settings.out / FINISHED, {"step": training.step})
-    for each in accelerator.trackers:
-        each.finish()
+    for active in accelerator.trackers:
+        active.finish()
     accelerator.free_memory(training.model, training.optimizer)
 
 
 def train(settings: TrainingSettings, accelerator: Accelerator, training: Training, stream: Iterator[Batch]) -> None:
-    """Step until `max_train_steps`, with metrics and checkpoints; the last step leaves a checkpoint.
+    """Step until `max_train_steps`, with metrics and checkpoints. The last step leaves a checkpoint.
 
-    Ctrl-C leaves one too, and raises KeyboardInterrupt after it.
+    Ctrl-C leaves one too, then raises KeyboardInterrupt.
     """
-    metrics = Metrics(settings.out / METRICS, accelerator, settings.command, training.step, settings.max_train_steps)
+    total_steps = settings.max_train_steps
+    assert total_steps is not None
+    metrics = Metrics(settings.out / METRICS, accelerator, settings.command, training.step, total_steps)
     with closing(metrics), Interrupts(accelerator) as interrupts:
-        while training.step < settings.max_train_steps:
+        while training.step < total_steps:
             batch = next(stream)
             with accelerator.accumulate(training.model):
-                terms = step_losses(training, settings, batch)
-                total = total_loss(terms, settings.output_weight, settings.feature_weight)
+                terms = step_losses(training, batch)
+                total = training.objective.total(terms)
                 accelerator.backward(total)
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(training.model.parameters(), settings.max_grad_norm)
@@ -232,12 +252,20 @@ def train(settings: TrainingSettings, accelerator: Accelerator, training: Traini
                     raise KeyboardInterrupt
 
 
+def step_losses(training: Training, batch: Batch) -> dict[str, Tensor]:
+    """The loss terms of one batch: float32 scalars by name."""
+    noisy = add_noise(batch.latents, batch.added_noise, batch.timesteps, training.alphas_cumprod)
+    with training.taps.recording() as features:
+        student_pred = denoise(training.model, noisy, batch.timesteps, batch.conditioning, training.family)
+    return training.objective.losses(batch, student_pred, features, training.alphas_cumprod, training.prediction_type)
+
+
 def after_step(
     settings: TrainingSettings, accelerator: Accelerator, training: Training, metrics: Metrics, norm: Tensor, stop: bool
 ) -> None:
-    """What follows an optimiser step: schedule, average, and now and then a line of metrics and a checkpoint.
+    """What follows an optimiser step: schedule, average, and at intervals metrics, a checkpoint, validation images.
 
-    `stop` says that this step is the last of the run and shall leave a checkpoint.
+    `stop` makes this step the last of the run, which leaves a checkpoint.
     """
     training.step += 1
     learning_rate = training.lr_scheduler.get_last_lr()[0]
@@ -251,7 +279,7 @@ def after_step(
         epoch = training.position / len(training.dataset)
         keys = metrics.first_keys_not_finite()
         line = metrics.log(training.step, learning_rate=learning_rate, epoch=epoch, grad_norm=float(norm))
-        # With a gradient scaler an infinite norm is its way to find the scale; that step was skipped.
+        # A gradient scaler finds its scale by infinite norms, and skips those steps.
         check_finite(line if training.optimizer.scaler is None else {**line, "grad_norm": 0.0}, keys, settings)
     if checkpointing:
         save_state(settings, accelerator, training)
@@ -260,7 +288,7 @@ def after_step(
 
 
 def validate(settings: TrainingSettings, accelerator: Accelerator, training: Training) -> None:
-    """Pictures of the student at this step, drawn by the main process while the others wait."""
+    """Images of the student at this step, generated by the main process while the others wait."""
     if accelerator.is_main_process:
         name = f"step-{training.step:07d}"
         generate_validation(
@@ -281,43 +309,34 @@ def save_state(settings: TrainingSettings, accelerator: Accelerator, training: T
         save_checkpoint(
             settings.out / CHECKPOINTS,
             training.step,
-            training.save_weights,
+            lambda folder: training.transform.save_weights(training.student, folder),
             training.state(),
             settings.checkpoints_total_limit,
         )
     accelerator.wait_for_everyone()
 
 
-def step_losses(training: Training, settings: TrainingSettings, batch: Batch) -> dict[str, Tensor]:
-    """The loss terms of one batch: float32 scalars by name (see `losses.distillation_losses`)."""
-    pairs = training.pairs
-    latents, noise, timesteps = batch.latents, batch.noise, batch.timesteps
-    noisy = add_noise(latents, batch.added_noise, timesteps, training.alphas_cumprod)
-    with training.taps.recording() as features:
-        prediction = training.model(noisy, timesteps, encoder_hidden_states=batch.prompt_embeds.float()).sample
-    sampled, stored = {}, {}
-    for student_tap, teacher_tap in pairs:
-        feature = batch.features[teacher_tap]
-        sampled[student_tap] = sample_tokens(features[student_tap], feature.rows, feature.columns, feature.stride)
-        stored[teacher_tap] = feature.decode()
-    prediction_type = training.prediction_type
-    aim = target(latents, noise, timesteps, training.alphas_cumprod, prediction_type)
-    weights = None
-    if settings.snr_gamma is not None:
-        weights = min_snr_weights(timesteps, training.alphas_cumprod, settings.snr_gamma, prediction_type)
-    return distillation_losses(
-        prediction, aim, batch.teacher_pred, sampled, stored, pairs, settings.feature_loss, weights
-    )
+def check_finite(line: dict[str, float], keys: tuple[str, ...], settings: TrainingSettings) -> None:
+    """Raise UserError if a line of metrics has NaN or Inf. `keys` are those of the first such batch."""
+    bad = ", ".join(name for name, value in line.items() if not math.isfinite(value))
+    if bad:
+        saved = [folder for _, folder in list_checkpoints(settings.out / CHECKPOINTS)]
+        raise UserError(
+            f"the loss is NaN or Inf by step {line['step']} ({bad})"
+            + (f", first with the entries {', '.join(keys)}. " if keys else ". ")
+            + (f"The last good checkpoint is {saved[-1]}. " if saved else "There is no checkpoint yet. ")
+            + "Lower --learning-rate, or use --mixed-precision bf16 or no."
+        )
 
 
-def batches(settings: TrainingSettings, dataset: Dataset, accelerator: Accelerator, position: int) -> Iterator[Batch]:
-    """Batches of this process on its device, without end, from sample `position` of the stream on."""
+def batches(settings: TrainingSettings, dataset: Any, accelerator: Accelerator, position: int) -> Iterator[Batch]:
+    """Batches of this process on its device, endlessly, from entry `position` of the stream on."""
     for batch in make_loader(settings, dataset, accelerator, position):
         yield batch.to(accelerator.device)
 
 
-def make_loader(settings: TrainingSettings, dataset: Dataset, accelerator: Accelerator, position: int) -> DataLoader:
-    """What `dataset.collate` makes of this process's batches, without end, from sample `position` on."""
+def make_loader(settings: TrainingSettings, dataset: Any, accelerator: Accelerator, position: int) -> DataLoader:
+    """This process's batches as `dataset.collate` makes them, endlessly, from entry `position` on."""
     order = EpochBatches(
         len(dataset),
         settings.train_batch_size,
@@ -328,7 +347,7 @@ def make_loader(settings: TrainingSettings, dataset: Dataset, accelerator: Accel
     )
     workers = settings.dataloader_num_workers
     if workers is None:
-        # Processes beside a student that trains on all cores cost it more than reading between its steps does.
+        # On a CPU, loader processes take more time from training than reading between the steps costs.
         workers = 2 if is_accelerator(accelerator.device) else 0
     return DataLoader(
         dataset,
@@ -340,28 +359,15 @@ def make_loader(settings: TrainingSettings, dataset: Dataset, accelerator: Accel
     )
 
 
-def check_finite(line: dict[str, float], keys: tuple[str, ...], settings: TrainingSettings) -> None:
-    """Raise UserError if anything measured in a line of metrics is NaN or Inf; `keys` are of the first such batch."""
-    bad = ", ".join(name for name, value in line.items() if not math.isfinite(value))
-    if bad:
-        saved = [folder for _, folder in list_checkpoints(settings.out / CHECKPOINTS)]
-        raise UserError(
-            f"the loss is NaN or Inf by step {line['step']} ({bad})"
-            + (f", first with the entries {', '.join(keys)}" if keys else "")
-            + (f"; the last good checkpoint is {saved[-1]}" if saved else "; there is no checkpoint yet")
-            + ". Lower --learning-rate, or use --mixed-precision bf16 or no"
-        )
-
-
 def claim(settings: TrainingSettings, spec: dict[str, Any]) -> None:
     """Take the output directory for the training that `spec` describes.
 
-    Raises ShardError with the difference if it holds a checkpoint or a student of another one.
+    Raises ShardError, with the difference, if it holds a checkpoint or a student of another training.
     """
     path = settings.out / SPEC
     if list_checkpoints(settings.out / CHECKPOINTS) or finished_step(settings.out):
         if not path.is_file():
-            raise UserError(f"{settings.out} holds a training without its {SPEC}: choose another output directory")
+            raise UserError(f"{settings.out} holds a training without its {SPEC}. Choose another output directory.")
         refuse_other_spec(settings.out, json.loads(path.read_text(encoding="utf-8")), spec)
         remove_leftovers(settings.out, settings.out / CHECKPOINTS)
         return
@@ -372,15 +378,15 @@ def claim(settings: TrainingSettings, spec: dict[str, Any]) -> None:
 
 
 def nothing_left(settings: TrainingSettings, accelerator: Accelerator, what: str, complete: bool = True) -> bool:
-    """Whether `out` holds a finished `what`, `complete` with all that belongs to it, and nothing is to be uploaded.
+    """Whether `out` holds a finished `what`, `complete` with everything that belongs to it, and there is no upload.
 
-    Says so; else makes sure that the hub's repository can be written, before anything is trained.
+    Prints so. Otherwise makes sure that the hub's repository can be written, before anything is trained.
     """
     done = finished_step(settings.out)
-    if done >= settings.max_train_steps and complete and not settings.push_to_hub:
+    if done >= (settings.max_train_steps or 0) and complete and not settings.push_to_hub:
         accelerator.print(
-            f"already finished, nothing to do: {settings.out} holds a {what} of {done} steps; "
-            "raise --max-train-steps to train it further"
+            f"already finished, nothing to do: {settings.out} holds a {what} of {done} steps. "
+            "Raise --max-train-steps to train it further."
         )
         return True
     if settings.push_to_hub and accelerator.is_main_process:
@@ -393,3 +399,8 @@ def finished_step(out: Path) -> int:
     """The step of the student that `out` holds as a pipeline; 0 if it holds none."""
     path = out / FINISHED
     return json.loads(path.read_text(encoding="utf-8"))["step"] if path.is_file() else 0
+
+
+def checkpointed_step(out: Path) -> int:
+    """The step of the newest checkpoint; 0 if there is none."""
+    return max([step for step, _ in list_checkpoints(out / CHECKPOINTS)], default=0)

@@ -1,4 +1,4 @@
-"""What a training run reports: means of the loss terms, to the progress bar and to metrics.jsonl."""
+"""Training metrics: means of the loss terms, in the progress bar and in metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from shards.files import write_bytes
 
 
 class Metrics:
-    """Sums loss terms on the device and looks at them only when it logs.
+    """Sums loss terms on the device and reads them only when it logs.
 
-    A resumed run drops the lines of steps it is about to do again.
+    A resumed run drops the lines of the steps that it is about to repeat.
     """
 
     def __init__(self, path: Path, accelerator: Accelerator, name: str, step: int, max_train_steps: int) -> None:
@@ -35,7 +35,7 @@ class Metrics:
             self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
 
     def add(self, terms: dict[str, Tensor], total: Tensor, keys: tuple[str, ...]) -> None:
-        """Take one batch's terms, float32 scalars on the device, and its entries' keys. No synchronisation."""
+        """Add a batch's terms, float32 scalars on the device, and the keys of its entries. Does not synchronise."""
         for name, term in {"loss": total, **terms}.items():
             value = term.detach()
             self._sums[name] = self._sums[name] + value if name in self._sums else value
@@ -45,18 +45,18 @@ class Metrics:
         self._bar.update(1)
 
     def first_keys_not_finite(self) -> tuple[str, ...]:
-        """Keys of the first batch since the last line whose total is NaN or Inf, of this process; () if none is."""
+        """The keys of this process's first batch since the last line whose total is NaN or Inf; () if there is none."""
         return next((keys for keys, total in self._batches if not math.isfinite(total.item())), ())
 
     def log(self, step: int, **values: float) -> dict[str, float]:
-        """Mean of the terms over batches since the last call and over processes, and `values`; writes a line."""
+        """Write and return a line: `values`, and the terms' means since the last line, over batches and processes."""
         names = list(self._sums)
         stacked = torch.stack([self._sums[name] for name in names]) / len(self._batches)
         means = self._accelerator.reduce(stacked, reduction="mean").tolist()
         seconds, self._since = time.monotonic() - self._since, time.monotonic()
         line = {"step": step, **dict(zip(names, means, strict=True)), **values}
-        samples = sum(len(keys) for keys, _ in self._batches)
-        line["samples_per_second"] = round(samples * self._accelerator.num_processes / seconds, 3)
+        entries = sum(len(keys) for keys, _ in self._batches)
+        line["samples_per_second"] = round(entries * self._accelerator.num_processes / seconds, 3)
         self._sums, self._batches = {}, []
         if self._file:
             self._file.write(json.dumps({k: v if math.isfinite(v) else str(v) for k, v in line.items()}) + "\n")
@@ -77,6 +77,6 @@ def _lines_up_to(path: Path, step: int) -> list[str]:
     if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    # A crash may have cut the last line.
-    whole = [line for line in lines if line.endswith("}\n")]
-    return [line for line in whole if json.loads(line)["step"] <= step]
+    # A crash may have truncated the last line.
+    complete = [line for line in lines if line.endswith("}\n")]
+    return [line for line in complete if json.loads(line)["step"] <= step]

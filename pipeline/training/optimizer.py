@@ -1,4 +1,4 @@
-"""The optimiser of a training: AdamW with fused steps, or its form with 8-bit moments."""
+"""The optimiser of a training: AdamW with fused steps, or with 8-bit moments."""
 
 from __future__ import annotations
 
@@ -18,22 +18,27 @@ def make_optimizer(
     weight_decay: float,
     use_8bit_adam: bool = False,
 ) -> torch.optim.Optimizer:
-    """AdamW over `parameters`. Raises UserError if the package for 8-bit moments is not there."""
-    options = {"lr": learning_rate, "betas": betas, "eps": epsilon, "weight_decay": weight_decay}
+    """AdamW over `parameters`. Raises UserError if the package for 8-bit moments is not installed."""
     if not use_8bit_adam:
-        return torch.optim.AdamW(parameters, fused=True, **options)
+        return torch.optim.AdamW(
+            parameters, lr=learning_rate, betas=betas, eps=epsilon, weight_decay=weight_decay, fused=True
+        )
     try:
         import bitsandbytes
     except ImportError:
-        raise UserError("--use-8bit-adam needs the package bitsandbytes: pip install bitsandbytes") from None
-    return bitsandbytes.optim.AdamW8bit(parameters, **options)
+        raise UserError(
+            "--use-8bit-adam needs the package bitsandbytes. Install it: pip install bitsandbytes"
+        ) from None
+    return bitsandbytes.optim.AdamW8bit(
+        parameters, lr=learning_rate, betas=betas, eps=epsilon, weight_decay=weight_decay
+    )
 
 
 def match_memory_format(optimizer: torch.optim.Optimizer) -> None:
     """Give moments that were loaded the memory format of their parameters.
 
-    A checkpoint of another device may have another, and fused steps take it for the same: on a CPU they are silently
-    wrong where it is not.
+    A checkpoint of another device may use another format. Fused steps assume that both are the same, and on a CPU they
+    are silently wrong if they are not.
     """
     for parameter, state in optimizer.state.items():
         for name, value in state.items():

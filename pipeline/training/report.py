@@ -1,4 +1,4 @@
-"""report.html: one page, with nothing outside it, that says what a student learned and what it costs."""
+"""report.html: one self-contained page that shows what a student learned and what it costs."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from typing import Any
 
 import matplotlib
 
+from pipeline.sampling.generate import GeneratedImages, Scorer
 from pipeline.system.page import curves, folded_settings, grid, write_page
 
 matplotlib.use("Agg")
-
-from pipeline.sampling.generate import GeneratedImages, Scorer
 
 
 def write_report(
@@ -25,8 +24,8 @@ def write_report(
 ) -> None:
     """Write out/report.html.
 
-    `metrics` are the lines of metrics.jsonl; `rows` maps the name of a model to its samples, the
-    teacher's first, all of the same prompts. No rows leave the pictures out. `scorer` judges the images.
+    `metrics` are the lines of metrics.jsonl. `rows` maps each model's name to its images, the teacher's first and all
+    for the same prompts; if it is empty, the report has no images. `scorer` judges the images.
     """
     sections = [
         f"<p class=lead>{html.escape(_lead(metrics))}</p>",
@@ -52,11 +51,11 @@ def _lead(metrics: list[dict[str, Any]]) -> str:
 
 
 def _comparison(rows: dict[str, GeneratedImages], scorer: Scorer) -> str:
-    """Parameters, size, time, memory and, for scenes, the oracle's score, beside the first row's."""
+    """Parameters, size, time, memory and, for scenes, the oracle's score, compared with the first row's."""
     first = next(iter(rows.values()))
     scores = {name: scorer(samples.images, samples.prompts) for name, samples in rows.items()}
     scored = all(score is not None for score in scores.values())
-    head = ["", "U-Net parameters", "fp16 size, MB", "seconds a picture", "peak memory, MB", "drawn on"]
+    head = ["", "U-Net parameters", "fp16 size, MB", "seconds per image", "peak memory, MB", "generated on"]
     head += ["facts that hold"] if scored else []
     lines = []
     for name, samples in rows.items():
@@ -68,10 +67,13 @@ def _comparison(rows: dict[str, GeneratedImages], scorer: Scorer) -> str:
             html.escape(samples.device),
         ]
         if scored:
-            cells.append(f"{scores[name]:.1%} of {len(samples.prompts)} pictures'")
+            cells.append(f"{scores[name]:.1%} over {len(samples.prompts)} images")
         lines.append(f"<tr><th>{html.escape(name)}</th>{''.join(f'<td class=number>{c}</td>' for c in cells)}</tr>")
     header = "".join(f"<th class=number>{cell}</th>" for cell in head)
-    note = "Seconds and memory are of the whole pipeline, in a process of its own; shares are of the first row's."
+    note = (
+        "Seconds and memory cover the complete pipeline, run in a separate process. Percentages are relative to the "
+        "first row."
+    )
     return f"<div class=wide><table><tr>{header}</tr>{''.join(lines)}</table></div><p class=lead>{note}</p>"
 
 
@@ -82,7 +84,7 @@ def _memory(samples: GeneratedImages, first: GeneratedImages) -> str:
 
 
 def _losses(metrics: list[dict[str, Any]]) -> str:
-    """Two plots over steps: the loss and its terms, and the features' terms."""
+    """Two plots over steps: the loss with its terms, and the features' losses."""
     features = [name for name in metrics[-1] if name.startswith("feature/")]
     groups = {
         "loss and its terms": [name for name in ("loss", "task", "output") if name in metrics[-1]],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from diffusers.optimization import SchedulerType
 
@@ -20,53 +20,63 @@ OPEN_ENDED = ("constant", "constant_with_warmup")
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings(DeviceOptions):
+    command: ClassVar[str]
+
     out: Path = option(REQUIRED, "Directory to write the student's pipeline to.")
     max_train_steps: int | None = option(None, "Optimiser steps; 15000 unless epochs are given.", ge=1)
-    num_train_epochs: int | None = option(None, "Passes over the cache, in place of --max-train-steps.", ge=1)
-    train_batch_size: int = option(8, "Entries in one forward pass, on each process.", ge=1)
-    gradient_accumulation_steps: int = option(1, "Forward passes in one optimiser step.", ge=1)
-    snr_gamma: float | None = option(None, "Min-SNR weights of task and output; 5.0 is usual.", gt=0.0)
+    num_train_epochs: int | None = option(None, "Passes over the entries, in place of --max-train-steps.", ge=1)
+    train_batch_size: int = option(8, "Entries per forward pass and process.", ge=1)
+    gradient_accumulation_steps: int = option(1, "Forward passes per optimiser step.", ge=1)
+    snr_gamma: float | None = option(None, "Gamma of Min-SNR weights for task and output; 5.0 is usual.", gt=0.0)
     learning_rate: float = option(1e-5, "Learning rate after warm-up.", gt=0.0)
-    scale_lr: bool = option(False, "Multiply the learning rate by the entries of a step, over all processes.")
+    scale_lr: bool = option(False, "Multiply the learning rate by the entries per step, over all processes.")
     lr_scheduler: str = option(
         "constant",
-        "Course of the learning rate.",
+        "Learning-rate schedule.",
         choices=tuple(s.value for s in SchedulerType if s != SchedulerType.PIECEWISE_CONSTANT),
     )
     lr_warmup_steps: int = option(0, "Optimiser steps of linear warm-up.", ge=0)
-    max_grad_norm: float = option(1.0, "Norm that gradients are clipped to.", gt=0.0)
-    adam_beta1: float = option(0.9, "AdamW's first decay.", ge=0.0, lt=1.0)
-    adam_beta2: float = option(0.999, "AdamW's second decay.", ge=0.0, lt=1.0)
-    adam_weight_decay: float = option(1e-2, "AdamW's weight decay.", ge=0.0)
-    adam_epsilon: float = option(1e-8, "AdamW's epsilon.", gt=0.0)
-    use_8bit_adam: bool = option(False, "AdamW with 8-bit moments: less memory; takes the package bitsandbytes.")
-    use_ema: bool = option(False, "Keep a moving average of the weights, and save that as the student.")
-    ema_decay: float = option(0.9999, "Largest decay of the average; it warms up to it.", ge=0.0, le=1.0)
+    max_grad_norm: float = option(1.0, "Largest gradient norm; larger gradients are clipped.", gt=0.0)
+    adam_beta1: float = option(0.9, "AdamW beta1.", ge=0.0, lt=1.0)
+    adam_beta2: float = option(0.999, "AdamW beta2.", ge=0.0, lt=1.0)
+    adam_weight_decay: float = option(1e-2, "AdamW weight decay.", ge=0.0)
+    adam_epsilon: float = option(1e-8, "AdamW epsilon.", gt=0.0)
+    use_8bit_adam: bool = option(False, "AdamW with 8-bit moments, which take less memory; needs bitsandbytes.")
+    use_ema: bool = option(False, "Keep an exponential moving average of the weights and save it as the student.")
+    ema_decay: float = option(0.9999, "Decay of the average, after its warm-up.", ge=0.0, le=1.0)
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass: less memory, more time.")
-    mixed_precision: str = option("no", "Precision of the student's arithmetic.", choices=("no", "fp16", "bf16"))
-    compile: bool = option(False, "Compile the student with torch.compile: minutes at the start, faster steps.")
-    allow_tf32: bool = option(False, "Let an NVIDIA GPU multiply float32 in TF32: faster, 10 bits of mantissa.")
+    mixed_precision: str = option(
+        "no", "Precision of the student's forward and backward passes.", choices=("no", "fp16", "bf16")
+    )
+    compile: bool = option(False, "Compile the student with torch.compile: a slow start, then faster steps.")
+    allow_tf32: bool = option(
+        False, "Multiply float32 matrices in TF32 on NVIDIA GPUs: faster, with 10 bits of mantissa."
+    )
     checkpointing_steps: int = option(500, "Optimiser steps between checkpoints.", ge=1)
-    checkpoints_total_limit: int = option(2, "Checkpoints to keep, the newest.", ge=1)
+    checkpoints_total_limit: int = option(2, "Newest checkpoints to keep.", ge=1)
     logging_steps: int = option(10, "Optimiser steps between lines of metrics.jsonl.", ge=1)
-    validation_prompts: Path | None = option(None, "Text file, one prompt a line, to draw while training.")
-    validation_steps: int = option(500, "Optimiser steps from one drawing of the prompts to the next.", ge=1)
+    validation_prompts: Path | None = option(
+        None, "Text file with one prompt per line, to generate images of during training."
+    )
+    validation_steps: int = option(500, "Optimiser steps between validation images.", ge=1)
     report_to: str = option("none", "Also log the metrics to this tracker.", choices=("none", *TRACKERS))
     push_to_hub: str | None = option(None, "Repository on the model hub, as owner/name, to upload the student to.")
     dataloader_num_workers: int | None = option(
-        None, "Processes that read and decompress; 0 reads in the training loop. By default 2, on a CPU 0.", ge=0
+        None, "Processes that read and decompress; 0 reads in the training loop. Default: 2, or 0 on a CPU.", ge=0
     )
-    seed: int = option(0, "Seed of the order of entries.", ge=0)
+    seed: int = option(0, "Seed for the order of entries.", ge=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.lr_scheduler == "constant" and self.lr_warmup_steps:
-            raise UserError("--lr-scheduler constant has no warm-up: choose constant_with_warmup")
+            raise UserError("--lr-scheduler constant has no warm-up. Use constant_with_warmup.")
         if self.max_train_steps is not None and self.num_train_epochs is not None:
-            raise UserError("--max-train-steps and --num-train-epochs both say how long to train: give one of them")
+            raise UserError(
+                "--max-train-steps and --num-train-epochs both set the length of the training. Use only one."
+            )
 
 
-# What may differ between two runs that continue one another: none of it changes a step, but by rounding.
+# Settings that may differ between a run and its continuation: they change a step by rounding at most.
 MAY_CHANGE_ON_RESUME = (
     "out",
     "train_batch_size",
@@ -91,10 +101,10 @@ Chosen = TypeVar("Chosen", bound=TrainingSettings)
 
 
 def resolve_steps_and_lr(settings: Chosen, entries: int, processes: int) -> Chosen:
-    """The settings with steps and learning rate as they follow from the rest.
+    """The settings with steps and learning rate worked out.
 
-    An epoch is as many steps as show every entry once; `scale_lr` multiplies by the entries of a step, as diffusers'
-    scripts do.
+    An epoch has as many steps as it takes to see every entry once. `scale_lr` multiplies by the entries per step, as
+    in diffusers' scripts.
     """
     batch_size = global_batch_size(settings, processes)
     steps = settings.max_train_steps or DEFAULT_STEPS
@@ -105,14 +115,15 @@ def resolve_steps_and_lr(settings: Chosen, entries: int, processes: int) -> Chos
 
 
 def global_batch_size(settings: TrainingSettings, processes: int) -> int:
-    """Entries in one optimiser step."""
+    """Entries per optimiser step."""
     return settings.train_batch_size * settings.gradient_accumulation_steps * processes
 
 
 def resume_fingerprint(settings: TrainingSettings, processes: int, free: tuple[str, ...]) -> dict[str, Any]:
-    """What decides the weights at a given step. The length counts only where the lr schedule hangs on it.
+    """The settings that decide the weights at a given step; `free` ones do not count.
 
-    Of the batch only the whole counts, over processes and accumulation: a step sees the same entries.
+    The length counts only if the lr schedule depends on it. Of the batch only its global size counts, over processes
+    and accumulation, since a step then sees the same entries.
     """
     spec = {key: value for key, value in settings.as_json().items() if key not in (*MAY_CHANGE_ON_RESUME, *free)}
     spec["global_batch_size"] = global_batch_size(settings, processes)

@@ -1,4 +1,4 @@
-"""Pictures of a student in training, of the same prompts and seeds every so many steps."""
+"""Images of a student in training, of the same prompts and seeds at regular steps."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ def generate_validation(
     folder: Path,
     name: str,
 ) -> None:
-    """Draw the prompts with the student, or with the average of what is `trained` if there is one; nothing changes.
+    """Generate an image per prompt with the student, or with the average of its `trained` parameters if there is one.
 
-    The pictures go into `folder`. The other parts of the pipeline are loaded from `base` for the time of the drawing.
+    The images go into `folder`. The student is left unchanged. The other parts of the pipeline are loaded from `base`
+    and dropped afterwards.
     """
     if ema:
         ema.store(trained)
@@ -32,9 +33,9 @@ def generate_validation(
     student.eval()
     pipe = load_base(base, unet=student).to(student.device)
     sampler = Sampler()
-    samples = generate(pipe, prompts, sampler, name)
+    images = generate(pipe, prompts, sampler, name)
     student.train()
     if ema:
         ema.restore(trained)
     shutil.rmtree(folder, ignore_errors=True)
-    save_images(samples, sampler, folder)
+    save_images(images, sampler, folder)

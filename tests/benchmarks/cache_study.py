@@ -35,6 +35,7 @@ from pipeline.models.bundled import teacher_folder
 from shards.files import write_json
 from shards.reader import ShardSet, read_sidecar
 from shards.schema import COLUMNS, TAP_PREFIX
+from shards.store import open_store
 
 LEVEL = "sd_small"
 STUDENT = {
@@ -85,10 +86,10 @@ def cache_of(work: Path, name: str, seed: int, scenes: int) -> Path:
 
 def bytes_of_taps(cache: Path) -> float:
     """An entry's bytes in its taps' members, mean of all entries."""
-    shards = ShardSet(cache, "cache")
+    shards = ShardSet(open_store(cache), "cache")
     total = 0
     for shard in shards.shards:
-        sidecar = read_sidecar(cache, shard, shards.manifest.spec_sha256)
+        sidecar = read_sidecar(open_store(cache), shard, shards.manifest.spec_sha256)
         taps = [place for place, name in enumerate(sidecar.members) if name.startswith(TAP_PREFIX)]
         total += int(sidecar.table[:, taps, COLUMNS.index("length")].sum())
     return total / len(shards)
@@ -100,7 +101,7 @@ def train_online(work: Path, latents: Path, cache: Path, steps: int, seed: int) 
     shutil.rmtree(out, ignore_errors=True)
     settings = {option.replace("-", "_"): value for option, value in STUDENT.items()}
     chosen = distill.DistillSettings(cache=cache, out=out, max_train_steps=steps, seed=seed, report=False, **settings)
-    cpu, stored = torch.device("cpu"), ShardSet(latents, "latents")
+    cpu, stored = torch.device("cpu"), ShardSet(open_store(latents), "latents")
     source = OnlineBatches(teacher_folder(), LEVEL, len(stored), stored_inputs(stored, cpu), cpu, torch.float32)
     with mock.patch.object(distill, "batches", source):
         distill.run(chosen)

@@ -32,9 +32,10 @@ from diffusers import UNet2DConditionModel
 from pipeline.core.diffusion import add_noise, target
 from pipeline.core.losses import distillation_losses, total_loss
 from pipeline.core.taps import Taps, sample_tokens
-from pipeline.models.families.sd import LEVELS
+from pipeline.models.families import LEVELS
 from shards.codec import decode_npy, dequantise, encode_npy, pack_quantised, quantise, unpack_quantised
 from shards.dataset import Batch, CacheDataset
+from shards.store import open_store
 
 DECIBELS = (30.0, 20.0, 15.0, 10.0, 5.0, 0.0)
 STRIDES = (1, 2, 4)
@@ -129,7 +130,9 @@ def gradient(
     noisy = add_noise(batch.latents, batch.noise, batch.timesteps, alphas)
     taps = Taps(student, [name for name, _ in PAIRS])
     with taps.recording() as own:
-        predicted = student(noisy, batch.timesteps, encoder_hidden_states=batch.prompt_embeds.float()).sample
+        predicted = student(
+            noisy, batch.timesteps, encoder_hidden_states=batch.conditioning["prompt_embeds"].float()
+        ).sample
     taps.remove()
     sampled, wanted = {}, {}
     for student_tap, teacher_tap in PAIRS:
@@ -168,7 +171,7 @@ def gradient_rows(student: UNet2DConditionModel, batch: Batch, alphas: torch.Ten
 @click.command()
 @click.option("--work", type=Path, required=True, help="Directory for a small exact cache of the demo.")
 def main(work: Path) -> None:
-    dataset = CacheDataset(exact_cache(work), [teacher for _, teacher in PAIRS])
+    dataset = CacheDataset(open_store(exact_cache(work)), [teacher for _, teacher in PAIRS])
     batch = dataset.collate([dataset[i] for i in range(len(dataset))])
     taps = [entry for feature in batch.features.values() for entry in feature.decode().numpy()[:8]]
     gaussian = list(np.random.default_rng(0).standard_normal((4, 320, 64, 64), np.float32))

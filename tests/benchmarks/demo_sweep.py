@@ -37,6 +37,7 @@ from pipeline.models.bundled import teacher_folder
 from pipeline.sampling.generate import Sampler, generate
 from shards.dataset import CacheDataset
 from shards.files import write_json
+from shards.store import open_store
 
 GUIDANCE = 5.0
 HELD_OUT_SEED = 77
@@ -141,7 +142,7 @@ def train(work: Path, name: str, settings: dict, cache: Path) -> tuple[Path, flo
 @torch.inference_mode()
 def output_errors(unet: UNet2DConditionModel, teacher: DiffusionPipeline, held_out: Path) -> tuple[float, float]:
     """Mean square errors of the U-Net's prediction to the teacher's over the whole held-out cache: plain and guided."""
-    dataset = CacheDataset(held_out, [])
+    dataset = CacheDataset(open_store(held_out), [])
     spec = dataset.shards.manifest.spec["noise_scheduler"]
     alphas_cumprod = diffusers.DDPMScheduler.from_config(spec).alphas_cumprod
     empty = teacher.encode_prompt("", "cpu", 1, False)[0]
@@ -149,7 +150,7 @@ def output_errors(unet: UNet2DConditionModel, teacher: DiffusionPipeline, held_o
     for start in range(0, len(dataset), 64):
         batch = dataset.collate([dataset[i] for i in range(start, min(start + 64, len(dataset)))])
         noisy = add_noise(batch.latents, batch.noise, batch.timesteps, alphas_cumprod)
-        prompts = (batch.prompt_embeds.float(), empty.expand_as(batch.prompt_embeds))
+        prompts = (batch.conditioning["prompt_embeds"].float(), empty.expand_as(batch.conditioning["prompt_embeds"]))
         with_caption, without = (predict(unet, noisy, batch.timesteps, p) for p in prompts)
         teacher_without = predict(teacher.unet, noisy, batch.timesteps, prompts[1])
         plain.append(mse(with_caption, batch.teacher_pred).item() * len(batch.keys))

@@ -21,11 +21,12 @@ import click
 import torch
 from torch.utils.data import DataLoader
 
-from pipeline.models.families.sd import LEVELS
+from pipeline.models.families import LEVELS
 from shards.codec import decompress
 from shards.dataset import CacheDataset, EpochBatches
 from shards.reader import read_sidecar
 from shards.schema import TAP_PREFIX
+from shards.store import open_store
 
 
 def entries_per_second(dataset: CacheDataset, batch_size: int, workers: int, batches: int) -> float:
@@ -64,7 +65,7 @@ def packed_taps(dataset: CacheDataset, entries: int) -> list[tuple[bytes, int]]:
     shards, found = dataset.shards, []
     for index in range(entries):
         shard, place = shards.locate(index)
-        sidecar = read_sidecar(shards.directory, shard, shards.manifest.spec_sha256)
+        sidecar = read_sidecar(open_store(shards.directory), shard, shards.manifest.spec_sha256)
         data = (shards.directory / shard).read_bytes()
         for name, (offset, length, raw_bytes, _) in sidecar.locate(place).items():
             if name.startswith(TAP_PREFIX) and name.endswith(".zst"):
@@ -84,7 +85,7 @@ def unpack(members: list[tuple[bytes, int]]) -> None:
 @click.option("--batches", default=60, show_default=True, help="Batches that are timed.")
 @click.option("--workers", multiple=True, default=(0, 1, 2, 4), show_default=True)
 def main(cache: Path, level: str, batch_size: int, batches: int, workers: tuple[int, ...]) -> None:
-    dataset = CacheDataset(cache, [teacher for _, teacher in LEVELS[level].taps])
+    dataset = CacheDataset(open_store(cache), [teacher for _, teacher in LEVELS[level].taps])
     paths = [cache / shard for shard in dataset.shards.shards]
     size = sum(path.stat().st_size for path in paths)
     per_entry = size / len(dataset) / 1e6

@@ -14,8 +14,9 @@ from pipeline import distill
 from pipeline.core.diffusion import add_noise
 from pipeline.core.taps import Taps
 from pipeline.models.encoders import encode_images, latents_shape
-from pipeline.models.families.sd import encode_prompts, teacher_taps
+from pipeline.models.families.sd import encode_prompts
 from pipeline.models.load import load_base, load_unet
+from pipeline.models.students import teacher_taps
 from shards.dataset import Batch, CacheDataset, EpochBatches, Feature
 from shards.reader import ShardSet
 from shards.schema import LATENTS, PROMPT_EMBEDS

@@ -24,12 +24,14 @@ import numpy as np
 import torch
 from PIL import Image
 
+from shards.store import open_store
+
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from support.tiny import tiny_pipeline
 
 from pipeline import encode, teacher_cache
 from pipeline.encode import EncodeSettings
-from pipeline.models.families.sd import teacher_taps
+from pipeline.models.students import teacher_taps
 from pipeline.teacher_cache import TeacherCacheSettings
 from shards.dataset import CacheDataset, EpochBatches
 
@@ -68,7 +70,7 @@ def watched(stage, settings) -> list[Point]:
                 count += 1
                 yield entry
 
-        write_shard(directory, shard, spec_sha256, counted(), skipped)
+        write_shard(open_store(directory), shard, spec_sha256, counted(), skipped)
         points.append((points[-1][0] + count, time.perf_counter(), megabytes_resident()))
 
     with mock.patch.object(stage, "write_shard", write):
@@ -111,7 +113,7 @@ def run_teacher_cache(work: Path, entries_per_shard: int) -> list[Point]:
 
 def run_reading(work: Path, entries_per_shard: int) -> list[Point]:
     """Every entry of the cache once, in training's order, collated but not dequantised."""
-    dataset = CacheDataset(work / "cache", teacher_taps(("sd_small",)))
+    dataset = CacheDataset(open_store(work / "cache"), teacher_taps(("sd_small",)))
     points = [(0, time.perf_counter(), megabytes_resident())]
     for number, indices in enumerate(EpochBatches(len(dataset), BATCH, seed=0), 1):
         dataset.collate([dataset[i] for i in indices])

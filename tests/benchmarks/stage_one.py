@@ -30,7 +30,7 @@ from pipeline.demo.scenes import write_folder
 from pipeline.encode import EncodeSettings
 from pipeline.models.bundled import teacher_folder
 from pipeline.models.encoders import encode_images, latents_shape
-from pipeline.models.families.sd import encode_prompts
+from pipeline.models.families.sd import SD
 from pipeline.teacher_cache import TeacherCacheSettings
 
 RESOLUTIONS = {"demo": 64, "sd15": 512}
@@ -97,7 +97,7 @@ def bare_encode(clock: Clock, settings: EncodeSettings) -> float:
     started = time.perf_counter()
     for pixels, captions in batches:
         encode_images(base.vae, pixels, torch.zeros(len(captions), *shape))
-        encode_prompts(base, captions)
+        SD.encode_prompts(base, captions)
     synchronise(base.vae.device)
     return time.perf_counter() - started
 

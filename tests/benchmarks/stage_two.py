@@ -37,13 +37,14 @@ from pipeline import distill, encode, teacher_cache
 from pipeline.demo.scenes import write_folder
 from pipeline.encode import EncodeSettings
 from pipeline.models.bundled import teacher_folder
-from pipeline.models.families.sd import LEVELS
+from pipeline.models.families import LEVELS
 from pipeline.system.device import use_cpu
 from pipeline.teacher_cache import TeacherCacheSettings
 from pipeline.training import loop
 from pipeline.training.loop import make_accelerator, train
 from shards.dataset import Batch
 from shards.reader import ShardSet
+from shards.store import open_store
 
 RESOLUTIONS = {"demo": 64, "sd15": 512}
 TOKEN_MIN = {"demo": 16, "sd15": 32}
@@ -127,7 +128,7 @@ def source_of(row: str, case: Case, device: torch.device) -> Callable:
         return distill.batches
     if row == "in memory":
         return in_memory
-    latents = ShardSet(case.work / "latents", "latents")
+    latents = ShardSet(open_store(case.work / "latents"), "latents")
     if row in (REFERENCE, CAST):
         captions = [latents.read(i, ()).meta["caption"] for i in range(len(latents))]
         inputs = encoded_inputs(case.teacher, RESOLUTIONS[case.arch], captions, device, dtype)

@@ -25,16 +25,19 @@ import torch
 from diffusers import UNet2DConditionModel
 from sd15_road import SD15_UNET
 
+from pipeline.demo.networks import TEXT_WIDTH
 from pipeline.evaluation.cost import count_macs, unet_inputs
 from pipeline.models.bundled import teacher_folder
-from pipeline.models.families.sd import student_config
+from pipeline.models.families import denoise
+from pipeline.models.families.sd import SD
 from pipeline.models.load import unet_config
+from pipeline.models.students import student_config
 from pipeline.system.device import DEVICES, DTYPES, device_name, resolve_dtype, use_cpu
 from pipeline.system.memory import peak_memory
 
 ROWS = ("teacher", "sd_small", "bk_small", "sd_tiny")
 REFERENCE = "teacher"
-TOKENS = {"sd15": 77, "demo": 24}
+CONDITIONING = {"sd15": {"prompt_embeds": (77, 768)}, "demo": {"prompt_embeds": (24, TEXT_WIDTH)}}
 WARM_UP, TIMED = 2, 3
 
 
@@ -70,7 +73,7 @@ def unet_on_meta(arch: str, row: str) -> UNet2DConditionModel:
 def size_of(arch: str, row: str) -> tuple[int, int]:
     """Parameters, and multiply-accumulates of one picture's forward pass."""
     unet = unet_on_meta(arch, row)
-    return unet.num_parameters(), count_macs(unet, *unet_inputs(unet, 1, TOKENS[arch]))
+    return unet.num_parameters(), count_macs(denoise, unet, *unet_inputs(unet, 1, CONDITIONING[arch]), SD)
 
 
 @torch.inference_mode()
@@ -83,11 +86,11 @@ def run(row: str, case: Case) -> Run:
     for parameter in unet.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     forward = torch.compile(unet) if case.compiled else unet
-    inputs = unet_inputs(unet, case.batch_size, TOKENS[case.arch])
+    inputs = unet_inputs(unet, case.batch_size, CONDITIONING[case.arch])
     times = []
     for _ in range(WARM_UP + TIMED):
         started = time.perf_counter()
-        forward(*inputs)
+        denoise(forward, *inputs, SD)
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
@@ -124,7 +127,7 @@ def lines(runs: dict[str, list[Run]], case: Case) -> list[str]:
 
 
 @click.command()
-@click.option("--arch", type=click.Choice(list(TOKENS)), default="sd15", show_default=True)
+@click.option("--arch", type=click.Choice(list(CONDITIONING)), default="sd15", show_default=True)
 @click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True)
 @click.option(
     "--dtype",

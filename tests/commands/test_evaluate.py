@@ -1,4 +1,4 @@
-"""distill-sd evaluate: one table of cost, fidelity and quality; taken up again where it stopped; what it refuses."""
+"""distill-sd evaluate: one table of cost, fidelity and quality; resuming a stopped run; and what it refuses."""
 
 import json
 import re
@@ -18,8 +18,9 @@ from pipeline.commands import evaluate
 from pipeline.demo.evaluate import judge
 from pipeline.demo.oracle import score_scenes
 from pipeline.demo.scenes import make_scene
+from pipeline.evaluation import measure
 from pipeline.evaluation.table import HEAD, Row, as_html, markdown, rows_of
-from pipeline.models.families.sd import student_config, student_weights
+from pipeline.models.students import student_config, student_weights
 from pipeline.sampling import folder
 from pipeline.sampling.generate import Sampler, generate
 
@@ -28,7 +29,7 @@ PROMPTS = ["a red cat", "a dog", "three birds", "a house", "the sea"]
 
 @pytest.fixture(scope="module")
 def place(teacher, images, tmp_path_factory):
-    """A student, held-out latents and prompts, under short names."""
+    """A folder with a student, its teacher, held-out latents and prompts."""
     work = tmp_path_factory.mktemp("evaluate")
     pipe = tiny_pipeline()
     student = UNet2DConditionModel.from_config(student_config(dict(pipe.unet.config), "sd_small"))
@@ -50,36 +51,36 @@ def invoke(place, out, *options):
     return result
 
 
-def whole(place, out, *options):
-    given = ["--latents", place / "latents", "--entries", 4, "--bins", 5, "--prompts", place / "prompts.txt"]
-    return invoke(place, out, *given, *options)
+def evaluate_all(place, out, *options):
+    inputs = ["--latents", place / "latents", "--entries", 4, "--bins", 5, "--prompts", place / "prompts.txt"]
+    return invoke(place, out, *inputs, *options)
 
 
 @pytest.fixture(scope="module")
 def done(place):
-    """A run with all but Inception and CLIP."""
-    result = whole(place, place / "out")
+    """A run with everything except Inception and CLIP."""
+    result = evaluate_all(place, place / "out")
     assert result.exit_code == 0, result.output
     return place / "out", result.output
 
 
 @pytest.fixture
 def copied(done, tmp_path):
-    """A finished run, to go on from."""
+    """A copy of the finished run."""
     return shutil.copytree(done[0], tmp_path / "out")
 
 
-def figures(out):
+def results(out):
     return json.loads((out / "evaluation.json").read_text())
 
 
 def cells(output, name):
-    """The cells of a table's line."""
+    """The cells of the row with a name, in the printed table."""
     (line,) = [line for line in output.splitlines() if line.startswith(f"| {name} ")]
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-def test_the_table_sets_the_students_cost_beside_the_teachers(done, place):
+def test_the_table_compares_the_costs_of_student_and_teacher(done, place):
     out, output = done
     counts = {
         name: sum(t.numel() for t in DiffusionPipeline.from_pretrained(place / name).unet.state_dict().values())
@@ -87,7 +88,7 @@ def test_the_table_sets_the_students_cost_beside_the_teachers(done, place):
     }
     ratio = f"{counts['student'] / counts['teacher']:.3f}"
     assert cells(output, "U-Net parameters")[1:4] == [f"{counts['teacher']:,}", f"{counts['student']:,}", ratio]
-    cost = figures(out)["cost"]
+    cost = results(out)["cost"]
     for name in ("teacher", "student"):
         assert cost[name]["unet_parameters"] == counts[name]
         assert 0 < cost[name]["forward_seconds"] < cost[name]["picture_seconds"]
@@ -98,9 +99,9 @@ def test_the_table_sets_the_students_cost_beside_the_teachers(done, place):
         assert cost["student"][key] < cost["teacher"][key], key
 
 
-def test_the_table_has_the_errors_over_timesteps_and_of_each_tap(done):
+def test_the_table_has_the_errors_over_timesteps_and_per_tap(done):
     out, output = done
-    found = figures(out)
+    found = results(out)
     assert found["student"]["level"] == "sd_small"
     assert [part["first"] for part in found["fidelity"]["bins"]] == [0, 200, 400, 600, 800]
     for part in found["fidelity"]["bins"]:
@@ -112,7 +113,7 @@ def test_the_table_has_the_errors_over_timesteps_and_of_each_tap(done):
     assert cells(output, "mid_block, all timesteps")[2:] == expected
 
 
-def test_what_is_not_there_is_said_with_how_to_get_it_and_the_rest_runs(done, place, tmp_path):
+def test_missing_inputs_are_named_with_the_remedy_and_the_rest_runs(done, place, tmp_path):
     assert "--clip FOLDER" in cells(done[1], "CLIP score, 100 cos")[4]
     shutil.copytree(done[0], tmp_path / "out", ignore=shutil.ignore_patterns("pictures", "fidelity.json"))
     result = invoke(place, tmp_path / "out")
@@ -123,22 +124,22 @@ def test_what_is_not_there_is_said_with_how_to_get_it_and_the_rest_runs(done, pl
     assert not (tmp_path / "out" / "pictures").exists()
 
 
-def test_a_student_with_int8_weights_stands_in_the_table_like_any_other(done, place, tmp_path):
+def test_a_student_with_int8_weights_is_evaluated_like_any_other(done, place, tmp_path):
     options = ["--model", place / "student", "--format", "int8", "--out", tmp_path / "int8"]
     assert CliRunner().invoke(main, ["export", *map(str, options)]).exit_code == 0
-    result = whole(place, tmp_path / "out", "--student", tmp_path / "int8")
+    result = evaluate_all(place, tmp_path / "out", "--student", tmp_path / "int8")
     assert result.exit_code == 0, result.output
-    exact, found = figures(done[0]), figures(tmp_path / "out")
+    exact, found = results(done[0]), results(tmp_path / "out")
     assert found["student"]["level"] == "sd_small"
     for key in ("unet_parameters", "macs"):
         assert found["cost"]["student"][key] == exact["cost"]["student"][key]
     assert found["cost"]["student"]["forward_seconds"] > 0
-    errors = [each["fidelity"]["all"]["output"]["mse"] for each in (exact, found)]
+    errors = [evaluation["fidelity"]["all"]["output"]["mse"] for evaluation in (exact, found)]
     assert errors[0] != errors[1]
     assert errors[0] == pytest.approx(errors[1], rel=0.05)
 
 
-def test_quantised_weights_are_not_trained_on_and_not_asked_as_a_teacher(place, tmp_path):
+def test_quantised_weights_can_generate_but_not_train_or_teach(place, tmp_path):
     options = ["--model", place / "student", "--format", "int8", "--out", tmp_path / "int8"]
     assert CliRunner().invoke(main, ["export", *map(str, options)]).exit_code == 0
     for command in (
@@ -148,13 +149,13 @@ def test_quantised_weights_are_not_trained_on_and_not_asked_as_a_teacher(place, 
         result = CliRunner().invoke(main, list(map(str, [*command, "--device", "cpu"])))
         reset_accelerate()
         assert result.exit_code == 2
-        assert "has quantised weights: give the pipeline that it was exported from" in result.output
-    drawn = ["sample", "--model", tmp_path / "int8", "--prompts", "a cat", "--out", tmp_path / "drawn"]
-    result = CliRunner().invoke(main, list(map(str, [*drawn, "--num-inference-steps", 1, "--device", "cpu"])))
+        assert "has quantised weights, which cannot be trained. Use the pipeline it was exported from." in result.output
+    sample = ["sample", "--model", tmp_path / "int8", "--prompts", "a cat", "--out", tmp_path / "images"]
+    result = CliRunner().invoke(main, list(map(str, [*sample, "--num-inference-steps", 1, "--device", "cpu"])))
     assert result.exit_code == 0, result.output
 
 
-def test_the_report_holds_the_table_the_curves_and_the_pictures(done):
+def test_the_report_shows_the_table_the_curves_and_the_images(done):
     page = (done[0] / "report.html").read_text()
     assert page.count("<img") == 1 + 2 * len(PROMPTS)
     assert 'alt="errors over timesteps"' in page
@@ -163,16 +164,16 @@ def test_the_report_holds_the_table_the_curves_and_the_pictures(done):
     assert set(re.findall(r"""(?:src|href)=["']?(.{5})""", page)) == {"data:"}
 
 
-def test_the_pictures_are_those_of_the_pipelines(done, place):
+def test_the_images_are_those_of_the_pipelines(done, place):
     sampler = Sampler(steps=2, guidance_scale=7.5, batch_size=2, scheduler="pndm")
     for name in ("teacher", "student"):
-        drawn = generate(DiffusionPipeline.from_pretrained(place / name), PROMPTS, sampler, None).images
-        for i, image in enumerate(drawn):
+        expected = generate(DiffusionPipeline.from_pretrained(place / name), PROMPTS, sampler, None).images
+        for i, image in enumerate(expected):
             stored = Image.open(done[0] / "pictures" / name / f"{i:06d}.png")
             np.testing.assert_allclose(np.asarray(stored, int), np.asarray(image, int), atol=1)
 
 
-def test_a_stopped_run_keeps_its_pictures_and_ends_in_the_same_bytes(done, copied, place, monkeypatch):
+def test_a_stopped_run_keeps_its_images_and_ends_with_the_same_bytes(done, copied, place, monkeypatch):
     shutil.rmtree(copied / "pictures")
     save, saved = folder.save_image, []
 
@@ -182,29 +183,29 @@ def test_a_stopped_run_keeps_its_pictures_and_ends_in_the_same_bytes(done, copie
         save(image, file)
         saved.append(file)
 
-    monkeypatch.setattr(folder, "save_picture", stop_at_the_seventh)
-    assert whole(place, copied).exit_code == 130
+    monkeypatch.setattr(folder, "save_image", stop_at_the_seventh)
+    assert evaluate_all(place, copied).exit_code == 130
     assert sorted(copied.glob("pictures/*/*.png")) == sorted(saved)
-    # One in the middle of a batch is lost as well.
+    # An image in the middle of a batch is lost as well.
     saved[2].unlink()
     times = {file: file.stat().st_mtime_ns for file in saved if file.exists()}
-    monkeypatch.setattr(folder, "save_picture", save)
-    assert whole(place, copied).exit_code == 0
+    monkeypatch.setattr(folder, "save_image", save)
+    assert evaluate_all(place, copied).exit_code == 0
     assert {file: file.stat().st_mtime_ns for file in times} == times
     assert tree(copied / "pictures") == tree(done[0] / "pictures")
-    assert figures(copied)["quality"] == figures(done[0])["quality"]
+    assert results(copied)["quality"] == results(done[0])["quality"]
 
 
-def test_the_same_command_again_measures_and_draws_nothing(done, copied, place, monkeypatch):
+def test_a_rerun_measures_and_generates_nothing(done, copied, place, monkeypatch):
     for name in ("measure_cost", "measure_fidelity", "load_pipeline"):
-        monkeypatch.setattr(evaluate, name, lambda *_: pytest.fail("this was done already"))
-    result = whole(place, copied)
+        monkeypatch.setattr(evaluate, name, lambda *_: pytest.fail("this was already done"))
+    result = evaluate_all(place, copied)
     assert result.exit_code == 0, result.output
-    before, after = figures(done[0]), figures(copied)
+    before, after = results(done[0]), results(copied)
     assert [after[part] for part in ("cost", "fidelity", "quality")] == [
         before[part] for part in ("cost", "fidelity", "quality")
     ]
-    assert cells(result.output, "seconds of a picture") == cells(done[1], "seconds of a picture")
+    assert cells(result.output, "seconds per image") == cells(done[1], "seconds per image")
 
 
 @pytest.mark.parametrize(
@@ -218,7 +219,7 @@ def test_the_same_command_again_measures_and_draws_nothing(done, copied, place, 
 )
 def test_other_settings_on_the_same_output_are_refused(copied, place, option, file, difference):
     before = tree(copied)
-    result = whole(place, copied, *option)
+    result = evaluate_all(place, copied, *option)
     assert result.exit_code == 2
     assert f"{copied / file} was made with other settings" in result.output
     assert difference in result.output
@@ -227,34 +228,34 @@ def test_other_settings_on_the_same_output_are_refused(copied, place, option, fi
 
 def test_other_prompts_or_another_student_are_refused(copied, place, tmp_path):
     (tmp_path / "other.txt").write_text("a cat\n" * len(PROMPTS))
-    result = whole(place, copied, "--prompts", tmp_path / "other.txt")
+    result = evaluate_all(place, copied, "--prompts", tmp_path / "other.txt")
     assert result.exit_code == 2
     assert "prompts_sha256" in result.output
-    result = whole(place, copied, "--student", place / "teacher")
+    result = evaluate_all(place, copied, "--student", place / "teacher")
     assert result.exit_code == 2
     assert "student.unet" in result.output
 
 
-def test_fid_inception_and_clip_score_stand_in_the_table(done, copied, place, tmp_path, monkeypatch):
-    """With a random network for Inception, and a CLIP that says how red a picture is."""
+def test_fid_inception_and_clip_score_are_in_the_table(done, copied, place, tmp_path, monkeypatch):
+    """With a random network as Inception, and the amount of red in an image as its CLIP score."""
     weights = torch.randn(3 * 16, 6, generator=torch.Generator().manual_seed(0))
 
     def inception(batch):
         features = torch.nn.functional.adaptive_avg_pool2d(batch.float() / 255, 4).flatten(1) @ weights
         return features, features[:, :4]
 
-    monkeypatch.setattr(evaluate, "open_inception", lambda *_: inception)
-    monkeypatch.setattr(evaluate, "clip_score", lambda batches, *_: sum(b[:, 0].float().sum() for b in batches).item())
-    monkeypatch.setattr(evaluate, "open_clip", lambda *_: "a CLIP")
+    monkeypatch.setattr(evaluate, "load_inception", lambda *_: inception)
+    monkeypatch.setattr(measure, "clip_score", lambda batches, *_: sum(b[:, 0].float().sum() for b in batches).item())
+    monkeypatch.setattr(evaluate, "load_clip", lambda *_: "a CLIP")
     shutil.copytree(copied / "pictures" / "teacher", tmp_path / "real")
     options = ["--reference", tmp_path / "real", "--clip", place, "--picture-size", 16]
-    result = whole(place, copied, *options)
+    result = evaluate_all(place, copied, *options)
     assert result.exit_code == 0, result.output
-    scores = figures(copied)["quality"]["scores"]
+    scores = results(copied)["quality"]["scores"]
     assert scores["fid"]["teacher"] == pytest.approx(0, abs=1e-4)
     assert scores["fid"]["student"] > 1e-3
     assert cells(result.output, "FID")[2] == f"{scores['fid']['student']:.2f}"
-    assert cells(result.output, "Inception score")[4] == "not measured: needs at least 20 pictures; give more prompts"
+    assert cells(result.output, "Inception score")[4] == "not measured: needs at least 20 images; pass more prompts"
     red = [
         np.asarray(Image.open(f).resize((16, 16), Image.Resampling.BICUBIC), float)[..., 0].sum()
         for f in sorted((copied / "pictures" / "student").glob("*.png"))
@@ -263,64 +264,64 @@ def test_fid_inception_and_clip_score_stand_in_the_table(done, copied, place, tm
     assert "2 PNDM steps, guidance 7.5, measured at 16 px (bicubic)" in result.output
 
 
-def test_the_inception_score_of_enough_pictures_is_measured(place, copied, tmp_path, monkeypatch):
-    """Pictures of an earlier run, of two sorts that the network is sure of."""
+def test_the_inception_score_of_enough_images_is_measured(place, copied, tmp_path, monkeypatch):
+    """With images from an earlier run, of two kinds that the network tells apart with certainty."""
     for name in ("teacher", "student"):
         for i in range(20):
             Image.new("RGB", (8, 8), "red" if i % 2 and name == "teacher" else "blue").save(
                 copied / "pictures" / name / f"{i:06d}.png"
             )
             (copied / "pictures" / name / "pictures.json").unlink(missing_ok=True)
-    (tmp_path / "many.txt").write_text("a picture\n" * 20)
-    sure = lambda batch: (batch.float().flatten(1), batch[:, [0, 2], 0, 0].float())  # noqa: E731
-    monkeypatch.setattr(evaluate, "open_inception", lambda *_: sure)
-    result = whole(place, copied, "--prompts", tmp_path / "many.txt", "--picture-size", 8)
+    (tmp_path / "many.txt").write_text("an image\n" * 20)
+    inception = lambda batch: (batch.float().flatten(1), batch[:, [0, 2], 0, 0].float())  # noqa: E731
+    monkeypatch.setattr(evaluate, "load_inception", lambda *_: inception)
+    result = evaluate_all(place, copied, "--prompts", tmp_path / "many.txt", "--picture-size", 8)
     assert result.exit_code == 0, result.output
-    scores = figures(copied)["quality"]["scores"]["inception_score"]
+    scores = results(copied)["quality"]["scores"]["inception_score"]
     assert scores["student"] == pytest.approx(1)
     assert 1.1 < scores["teacher"] < 2
     assert cells(result.output, "Inception score")[1] == f"{scores['teacher']:.2f}"
-    assert "needs --reference, a folder of pictures" in cells(result.output, "FID")[4]
+    assert "needs --reference, a folder of images" in cells(result.output, "FID")[4]
 
 
 def test_scenes_are_judged_by_the_oracle(done, copied, place, tmp_path):
-    """Pictures of an earlier run, here scenes whose captions were mixed up for the student."""
+    """With images from an earlier run: scenes, in the wrong order for the student."""
     scenes = [make_scene(5, i) for i in range(6)]
     captions = [scene.caption for scene in scenes]
     (tmp_path / "captions.txt").write_text("\n".join(captions))
     shutil.rmtree(copied / "pictures")
-    drawn = {"teacher": scenes, "student": scenes[1:] + scenes[:1]}
-    for name, own in drawn.items():
+    generated = {"teacher": scenes, "student": scenes[1:] + scenes[:1]}
+    for name, images in generated.items():
         (copied / "pictures" / name).mkdir(parents=True)
-        for i, scene in enumerate(own):
-            Image.fromarray(scene.picture).save(copied / "pictures" / name / f"{i:06d}.png")
-    result = whole(place, copied, "--prompts", tmp_path / "captions.txt")
+        for i, scene in enumerate(images):
+            Image.fromarray(scene.image).save(copied / "pictures" / name / f"{i:06d}.png")
+    result = evaluate_all(place, copied, "--prompts", tmp_path / "captions.txt")
     assert result.exit_code == 0, result.output
-    expected = {n: judge([Image.fromarray(s.picture) for s in own], captions).score for n, own in drawn.items()}
-    assert figures(copied)["quality"]["scores"]["facts"] == pytest.approx(expected)
+    expected = {n: judge([Image.fromarray(s.image) for s in images], captions).score for n, images in generated.items()}
+    assert results(copied)["quality"]["scores"]["facts"] == pytest.approx(expected)
     assert expected["student"] < expected["teacher"] == 1
-    assert cells(result.output, "the captions' facts that hold")[1] == "100.0%"
-    assert score_scenes([Image.fromarray(scenes[0].picture)], ["a photo"]) is None
-    assert "facts" not in figures(done[0])["quality"]["scores"]
+    assert cells(result.output, "caption facts that hold")[1] == "100.0%"
+    assert score_scenes([Image.fromarray(scenes[0].image)], ["a photo"]) is None
+    assert "facts" not in results(done[0])["quality"]["scores"]
 
 
-def test_a_dry_run_says_what_is_left_and_writes_nothing(copied, place, tmp_path):
-    result = whole(place, tmp_path / "new", "--dry-run")
+def test_a_dry_run_shows_what_is_left_and_writes_nothing(copied, place, tmp_path):
+    result = evaluate_all(place, tmp_path / "new", "--dry-run")
     assert result.exit_code == 0, result.output
-    assert "fidelity: 40 U-Net forwards" in result.output
-    assert "pictures: 10, 10 of them still to draw" in result.output
+    assert "fidelity: 40 U-Net forward passes" in result.output
+    assert "images: 10, 10 still to generate" in result.output
     assert not (tmp_path / "new").exists()
     (copied / "pictures" / "student" / "000001.png").unlink()
     before = tree(copied)
-    result = whole(place, copied, "--dry-run")
-    assert "pictures: 10, 1 of them still to draw" in result.output
-    assert "cost: measured already" in result.output
+    result = evaluate_all(place, copied, "--dry-run")
+    assert "images: 10, 1 still to generate" in result.output
+    assert "cost: already measured" in result.output
     assert tree(copied) == before
 
 
 @pytest.fixture
 def bad(place, tmp_path):
-    """Inputs that cannot be used, in a folder of their own."""
+    """A folder with inputs that cannot be used."""
     (tmp_path / "folder").mkdir()
     (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "latin.txt").write_bytes("Märchen".encode("latin-1"))
@@ -336,20 +337,20 @@ def bad(place, tmp_path):
 
 def test_bad_input_ends_in_one_message(bad, place):
     cases = {
-        "--student {bad}/nowhere": "--student {bad}/nowhere is no folder",
-        "--student {bad}/folder": "has no model_index.json: give a checkpoint in diffusers layout",
-        "--student {bad}/stranger": "is no student of --teacher",
-        "--student {bad}/v": "predicts v_prediction, and --teacher",
+        "--student {bad}/nowhere": "--student {bad}/nowhere is not a folder",
+        "--student {bad}/folder": "has no model_index.json. Use a checkpoint in diffusers layout",
+        "--student {bad}/stranger": "is not a student of --teacher",
+        "--student {bad}/v": "predicts v_prediction, but --teacher",
         "--student {bad}/cut": "{bad}/cut/unet cannot be loaded",
-        "--student {bad}/torn": "{bad}/torn/model_index.json is damaged",
-        "--level sd_tiny": "--level sd_tiny is not that of --student",
-        "--prompts {bad}/empty.txt": "{bad}/empty.txt holds no prompts: write one a line",
+        "--student {bad}/torn": "{bad}/torn/model_index.json is corrupt",
+        "--level sd_tiny": "--level sd_tiny is not the level of --student",
+        "--prompts {bad}/empty.txt": "{bad}/empty.txt holds no prompts. Write one prompt per line.",
         "--prompts {bad}/latin.txt": "{bad}/latin.txt is not UTF-8",
         "--prompts {bad}/none.txt": "{bad}/none.txt cannot be read",
         "--latents {bad}/folder": "{bad}/folder has no manifest.json",
-        "--clip {bad}/folder": "--clip measures pictures, and there are none without --prompts",
+        "--clip {bad}/folder": "--clip scores images, and without --prompts there are none",
         "--prompts {place}/prompts.txt --reference {bad}/no.npz": "--reference {bad}/no.npz does not exist",
-        "--prompts {place}/prompts.txt --reference {bad}/folder": "--reference {bad}/folder holds 0 pictures",
+        "--prompts {place}/prompts.txt --reference {bad}/folder": "--reference {bad}/folder holds 0 images",
         "--prompts {place}/prompts.txt --clip {bad}/folder": "--clip {bad}/folder cannot be loaded",
     }
     for options, message in cases.items():
@@ -360,26 +361,27 @@ def test_bad_input_ends_in_one_message(bad, place):
         assert not (bad / "out").exists()
 
 
-def test_a_disk_without_room_for_the_pictures_is_said_before_they_are_drawn(copied, place, monkeypatch):
+def test_a_disk_without_space_for_the_images_is_reported_before_they_are_generated(copied, place, monkeypatch):
     shutil.rmtree(copied / "pictures")
-    monkeypatch.setattr("pipeline.cache.output.free_bytes", lambda _: 10)
-    result = whole(place, copied)
+    monkeypatch.setattr("pipeline.system.disk.free_bytes", lambda _: 10)
+    result = evaluate_all(place, copied)
     assert result.exit_code == 2
     assert (
-        "its disk has 10 bytes free: make room, choose an --out on another disk, or give fewer prompts" in result.output
+        "its disk has only 10 bytes free. Free some space, choose an --out on another disk, or pass fewer prompts"
+        in result.output
     )
     assert not list(copied.glob("pictures/*/*.png"))
 
 
-def test_a_part_that_is_damaged_is_named(copied, place):
+def test_a_corrupt_result_is_named(copied, place):
     (copied / "cost.json").write_text("{")
-    result = whole(place, copied)
+    result = evaluate_all(place, copied)
     assert result.exit_code == 2
-    assert f"{copied / 'cost.json'} is damaged" in result.output
-    assert "delete it, and it is made again" in result.output
+    assert f"{copied / 'cost.json'} is corrupt" in result.output
+    assert "Delete it to measure it again." in result.output
 
 
-def test_a_table_has_its_columns_in_line_and_no_markup_of_others():
+def test_a_table_has_aligned_columns_and_escapes_markup():
     rows = [Row("a heading"), Row("a|b <i>", "1", "2", "2.000", "note")]
     lines = markdown(rows).splitlines()
     assert len({len(line) for line in lines}) == 1
@@ -389,12 +391,12 @@ def test_a_table_has_its_columns_in_line_and_no_markup_of_others():
     assert "<i>" not in as_html(rows)
 
 
-def test_the_figures_come_onto_the_card_of_a_distilled_student(place, teacher, tmp_path):
+def test_the_results_are_added_to_the_card_of_a_distilled_student(place, teacher, tmp_path):
     cache = run_teacher_cache(teacher, place / "latents", tmp_path / "cache", rounds=1)
     student = run_distill(cache, tmp_path / "student", max_train_steps=1)
     result = invoke(place, tmp_path / "out", "--student", student)
     assert result.exit_code == 0, result.output
-    assert f"the figures are on the card, {student / 'README.md'}" in result.output
+    assert f"Added the results to the model card {student / 'README.md'}." in result.output
     evaluation = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     card = (student / "README.md").read_text()
     assert markdown(rows_of(evaluation)) in card

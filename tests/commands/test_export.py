@@ -1,4 +1,4 @@
-"""distill-sd export: what other programs read back is the model that was exported; and what it refuses."""
+"""distill-sd export: other programs load the model that was exported; and what the command refuses."""
 
 import errno
 import json
@@ -18,7 +18,8 @@ from transformers import CLIPTextModelWithProjection
 from pipeline.cli import main
 from pipeline.commands import export
 from pipeline.export import onnx
-from pipeline.models.families.sd import LEVELS
+from pipeline.models.families import LEVELS
+from pipeline.models.families.sd import SD
 
 PARTS = ("unet", "vae", "text_encoder")
 
@@ -52,33 +53,33 @@ def keys(file):
 
 def assert_same_weights(left, right):
     for name in PARTS:
-        ours, theirs = getattr(left, name).state_dict(), getattr(right, name).state_dict()
-        assert ours.keys() == theirs.keys()
-        for key in ours:
-            assert torch.equal(ours[key], theirs[key]), f"{name}.{key}"
+        left_weights, right_weights = getattr(left, name).state_dict(), getattr(right, name).state_dict()
+        assert left_weights.keys() == right_weights.keys()
+        for key in left_weights:
+            assert torch.equal(left_weights[key], right_weights[key]), f"{name}.{key}"
 
 
 @pytest.mark.parametrize("level", [None, *LEVELS])
-def test_a_single_file_of_every_level_is_read_back_to_the_bit(tmp_path, level):
+def test_a_single_file_of_every_level_is_loaded_back_bit_for_bit(tmp_path, level):
     pipe = pruned_pipeline(level) if level else tiny_pipeline()
     folder = save(pipe, tmp_path / "student")
     exported(folder, "single-file", tmp_path / "student.safetensors")
     assert_same_weights(pipe, read_back(tmp_path / "student.safetensors", folder))
 
 
-def test_a_single_file_draws_the_same_picture(tmp_path):
+def test_a_single_file_generates_the_same_image(tmp_path):
     folder = save(pruned_pipeline("sd_tiny"), tmp_path / "student")
     exported(folder, "single-file", tmp_path / "out" / "student.safetensors")
     pipes = [DiffusionPipeline.from_pretrained(folder), read_back(tmp_path / "out" / "student.safetensors", folder)]
-    pictures = [
+    images = [
         pipe("a cat", num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np").images
         for pipe in pipes
     ]
-    np.testing.assert_array_equal(*pictures)
+    np.testing.assert_array_equal(*images)
 
 
 def test_the_names_are_those_of_the_original_checkpoints(tmp_path):
-    """Of a whole U-Net, by the names that programs look for to tell what a file is."""
+    """For a complete U-Net, with the names by which programs recognise the architecture of a file."""
     folder = save(tiny_pipeline(), tmp_path / "teacher")
     exported(folder, "single-file", tmp_path / "teacher.safetensors")
     assert keys(tmp_path / "teacher.safetensors") >= {
@@ -97,7 +98,7 @@ def test_the_names_are_those_of_the_original_checkpoints(tmp_path):
 
 
 @pytest.mark.parametrize("level", ["sd_small", "bk_tiny"])
-def test_sd2_goes_with_its_own_text_encoder_layout(tmp_path, level):
+def test_sd2_gets_its_own_text_encoder_layout(tmp_path, level):
     pipe = pruned_pipeline(level, use_linear_projection=True, attention_head_dim=[1, 2, 2, 2])
     pipe.text_encoder.config.hidden_act = "gelu"
     folder = save(pipe, tmp_path / "student")
@@ -117,8 +118,8 @@ def test_half_precision_is_half_the_size(tmp_path):
         assert {opened.get_tensor(key).dtype for key in opened.keys()} == {torch.float16}  # noqa: SIM118
 
 
-def test_onnx_says_what_torch_says_at_any_size(tmp_path):
-    """A U-Net of two stages, for the exporter's time grows with the blocks."""
+def test_onnx_matches_torch_at_any_size(tmp_path):
+    """With a U-Net of two stages, because the exporter's time grows with the number of blocks."""
     import onnxruntime
 
     pipe = tiny_pipeline(
@@ -129,22 +130,24 @@ def test_onnx_says_what_torch_says_at_any_size(tmp_path):
         mid_block_type=None,
     )
     folder = save(pipe, tmp_path / "student")
-    said = exported(folder, "onnx", tmp_path / "onnx")
-    assert "largest difference from torch" in said
+    output = exported(folder, "onnx", tmp_path / "onnx")
+    assert "Its output differs from torch's by at most" in output
     session = onnxruntime.InferenceSession(tmp_path / "onnx" / "model.onnx")
     unet = pipe.unet.eval()
     for batch, size, tokens in ((1, (16, 16), 8), (3, (10, 24), 5)):
-        inputs = onnx.example_inputs(unet, batch, size, tokens, seed=batch)
-        (answer,) = session.run(None, {n: x.numpy() for n, x in zip(onnx.INPUTS, inputs, strict=True)})
+        inputs = onnx.example_inputs(unet, batch, size, {"prompt_embeds": (tokens, 10)}, seed=batch)
+        latents, timesteps, conditioning = inputs
+        named = {"sample": latents, "timestep": timesteps, "encoder_hidden_states": conditioning["prompt_embeds"]}
+        (found,) = session.run(None, {name: tensor.numpy() for name, tensor in named.items()})
         with torch.no_grad():
-            expected = unet(*inputs).sample.numpy()
-        np.testing.assert_allclose(answer, expected, atol=1e-5)
+            expected = unet(*named.values()).sample.numpy()
+        np.testing.assert_allclose(found, expected, atol=1e-5)
     assert UNet2DConditionModel.load_config(tmp_path / "onnx")["layers_per_block"] == 1
 
 
-def test_int8_is_a_pipeline_again_and_its_error_is_told(tmp_path):
+def test_int8_is_a_pipeline_and_its_error_is_reported(tmp_path):
     folder = save(pruned_pipeline("sd_small"), tmp_path / "student")
-    said = exported(folder, "int8", tmp_path / "int8")
+    output = exported(folder, "int8", tmp_path / "int8")
     plain = DiffusionPipeline.from_pretrained(folder)
     small = DiffusionPipeline.from_pretrained(tmp_path / "int8", torch_dtype=torch.float32)
     linear = [name for name, module in small.unet.named_modules() if isinstance(module, torch.nn.Linear)]
@@ -152,42 +155,55 @@ def test_int8_is_a_pipeline_again_and_its_error_is_told(tmp_path):
     for name in linear:
         weight = small.unet.get_submodule(name).weight
         assert weight.qdata.dtype == torch.int8, name
-        # Symmetric, 255 steps a row: half a step is the most that rounding takes.
+        # Symmetric, with 255 steps per row: rounding changes a weight by at most half a step.
         exact = plain.unet.get_submodule(name).weight
         bound = exact.abs().amax(dim=1, keepdim=True) / 127
         assert ((weight.dequantize() - exact).abs() <= bound * 0.51).all(), name
-    latents, timesteps, prompts = export.guided_step(plain, 4, 16)
+    latents, timesteps, conditioning = export.guided_step(plain, SD, 4, 16)
     with torch.no_grad():
-        expected, answer = (pipe.unet(latents, timesteps, prompts).sample for pipe in (plain, small))
-    error = ((expected - answer).square().mean() / expected.square().mean()).item()
+        prompts = conditioning["prompt_embeds"]
+        expected, found = (pipe.unet(latents, timesteps, prompts).sample for pipe in (plain, small))
+    error = ((expected - found).square().mean() / expected.square().mean()).item()
     assert 0 < error < 1e-3
-    row = next(line for line in said.splitlines() if line.startswith("| fp32, int8"))
+    row = next(line for line in output.splitlines() if line.startswith("| fp32, int8"))
     assert float(row.split("|")[3]) == pytest.approx(error, rel=0.05)
     assert small("a cat", num_inference_steps=1, output_type="np").images.shape == (1, 32, 32, 3)
 
 
-def test_what_is_there_is_left_alone(teacher, tmp_path):
+def test_an_existing_file_is_left_alone(teacher, tmp_path):
     (tmp_path / "x.safetensors").write_text("mine")
     result = run(teacher, "single-file", tmp_path / "x.safetensors")
     assert result.exit_code == 2
-    assert "is there already: choose another name" in result.output
+    assert "already exists. Choose another name" in result.output
     assert (tmp_path / "x.safetensors").read_text() == "mine"
 
 
 @pytest.mark.parametrize(
     ("model", "format", "out", "options", "message"),
     [
-        ("nowhere/at/all", "onnx", "out", [], "--model nowhere/at/all is no folder"),
-        (".", "int8", "out", [], "has no model_index.json: give a checkpoint in diffusers layout"),
+        ("nowhere/at/all", "onnx", "out", [], "--model nowhere/at/all is not a folder"),
+        (".", "int8", "out", [], "has no model_index.json. Use a checkpoint in diffusers layout"),
         ("teacher", "single-file", "out.ckpt", [], "does not end in .safetensors"),
-        ("teacher", "onnx", "out", ["--dtype", "fp16"], "--dtype fp16 does not go with --format onnx"),
-        ("xl", "single-file", "out.safetensors", [], "is a StableDiffusionXLPipeline; SD-1.x and SD-2.x are supported"),
+        ("teacher", "onnx", "out", ["--dtype", "fp16"], "--dtype fp16 does not work with --format onnx"),
+        (
+            "xl",
+            "single-file",
+            "out.safetensors",
+            [],
+            "is a StableDiffusionXLPipeline. Use a pipeline of a supported family",
+        ),
         ("projecting", "single-file", "out.safetensors", [], "has a CLIPTextModelWithProjection as its text encoder"),
-        ("deep", "single-file", "out.safetensors", [], "text encoder of 24 layers, of which 23 would be read back"),
+        (
+            "deep",
+            "single-file",
+            "out.safetensors",
+            [],
+            "text encoder of 24 layers, of which diffusers would load only 23",
+        ),
         ("embedding", "single-file", "out.safetensors", [], "no place for the U-Net's class_embedding"),
     ],
 )
-def test_bad_input_ends_in_one_sentence(models, tmp_path, model, format, out, options, message):
+def test_bad_input_ends_in_one_message(models, tmp_path, model, format, out, options, message):
     result = run(models.get(model, tmp_path if model == "." else model), format, tmp_path / out, *options)
     assert result.exit_code == 2, result.output
     assert message in result.output
@@ -196,7 +212,7 @@ def test_bad_input_ends_in_one_sentence(models, tmp_path, model, format, out, op
 
 @pytest.fixture(scope="module")
 def models(teacher, tmp_path_factory):
-    """Pipelines that cannot be exported in every form, by what they have too much of."""
+    """Pipelines that cannot be exported in every format, by the reason."""
     place = tmp_path_factory.mktemp("models")
     xl = shutil.copytree(teacher, place / "xl")
     index = json.loads((xl / "model_index.json").read_text())
@@ -221,18 +237,21 @@ def test_a_missing_package_is_named_with_its_extra(teacher, tmp_path, monkeypatc
     monkeypatch.setattr(export, "find_spec", lambda name: None)
     result = run(teacher, format, tmp_path / "out")
     assert result.exit_code == 2
-    assert f"--format {format} needs {package}: pip install 'distill-sd[{format}]'" in result.output
+    assert f"--format {format} needs {package}. Run: pip install 'distill-sd[{format}]'" in result.output
 
 
-def test_a_disk_without_room_is_met_before_anything_is_written(teacher, tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.cache.output.free_bytes", lambda out: 1000)
+def test_a_full_disk_is_noticed_before_anything_is_written(teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.system.disk.free_bytes", lambda out: 1000)
     result = run(teacher, "single-file", tmp_path / "x.safetensors")
     assert result.exit_code == 2
-    assert "its disk has 1 kB free: make room, choose an --out on another disk, or give --dtype fp16" in result.output
+    assert (
+        "its disk has only 1 kB free. Free some space, choose an --out on another disk, or use --dtype fp16"
+        in result.output
+    )
     assert not list(tmp_path.iterdir())
 
 
-def test_a_file_that_cannot_be_finished_is_not_left(teacher, tmp_path, monkeypatch):
+def test_a_file_that_cannot_be_finished_is_removed(teacher, tmp_path, monkeypatch):
     def full(weights, path, metadata):
         Path(path).write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -240,5 +259,5 @@ def test_a_file_that_cannot_be_finished_is_not_left(teacher, tmp_path, monkeypat
     monkeypatch.setattr(export, "save_file", full)
     result = run(teacher, "single-file", tmp_path / "x.safetensors")
     assert result.exit_code == 2
-    assert "No space left on device; mend that" in result.output
+    assert "No space left on device. Fix this and rerun the same command." in result.output
     assert not list(tmp_path.iterdir())

@@ -25,8 +25,8 @@ from pipeline.commands.finetune import FinetuneSettings, LatentsDataset
 from pipeline.core.losses import mse
 from pipeline.models.load import load_unet
 from pipeline.system.errors import UserError
-from pipeline.training import loop
 from pipeline.training.loop import step_losses, train
+from pipeline.training.objective import Objective
 from shards.schema import ShardError
 
 
@@ -59,7 +59,7 @@ def prepare(settings, folder, dataset, accelerator):
 
 def stopped(model, latents, out, after, monkeypatch, **changes):
     """A run that ends with an error in the step after `after`."""
-    real, calls = step_losses, []
+    real, calls = Objective.losses, []
 
     def failing(*arguments):
         calls.append(1)
@@ -68,7 +68,7 @@ def stopped(model, latents, out, after, monkeypatch, **changes):
         return real(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "step_losses", failing)
+        patch.setattr(Objective, "losses", failing)
         with pytest.raises(RuntimeError, match="power cut"):
             run(model, latents, out, checkpointing_steps=2, **changes)
     reset_accelerate()
@@ -86,8 +86,10 @@ def test_the_loss_is_diffusers_own_of_each_draw(student, latents, tmp_path):
     unet = UNet2DConditionModel.from_pretrained(student / "unet")
     with torch.no_grad():
         noisy = scheduler.add_noise(batch.latents.float(), batch.noise, batch.timesteps)
-        predicted = unet(noisy, batch.timesteps, encoder_hidden_states=batch.prompt_embeds.float()).sample
-        terms = step_losses(training, settings, batch)
+        predicted = unet(
+            noisy, batch.timesteps, encoder_hidden_states=batch.conditioning["prompt_embeds"].float()
+        ).sample
+        terms = step_losses(training, batch)
     assert list(terms) == ["task"]
     torch.testing.assert_close(terms["task"], F.mse_loss(predicted, batch.noise))
     reset_accelerate()
@@ -113,7 +115,7 @@ def test_each_visit_draws_anew_and_draws_hang_on_picture_and_visit_alone(student
         seen = {}
         for batch in first(finetune.batches(settings, dataset, accelerator, 0, 1000), count):
             for i, key in enumerate(batch.keys):
-                values = batch.noise[i], batch.timesteps[i], batch.prompt_embeds[i], batch.latents[i]
+                values = batch.noise[i], batch.timesteps[i], batch.conditioning["prompt_embeds"][i], batch.latents[i]
                 seen.setdefault(key, []).append(values)
         return seen
 
@@ -163,13 +165,13 @@ def test_lora_trains_the_adapter_alone_and_is_loaded_by_the_pipeline(student, la
     changed = {name for name, value in training.student.state_dict().items() if not torch.equal(before[name], value)}
     assert changed
     assert all("lora_" in name for name in changed)
-    finetune.save(settings, student, training.student)
+    finetune.save(settings, training)
 
     pipe = StableDiffusionPipeline.from_pretrained(student, safety_checker=None)
     pipe.load_lora_weights(settings.out)
     batch = first(finetune.batches(settings, dataset, accelerator, 0, 1000), 1)[0]
     inputs = batch.latents.float(), batch.timesteps
-    embeds = {"encoder_hidden_states": batch.prompt_embeds.float()}
+    embeds = {"encoder_hidden_states": batch.conditioning["prompt_embeds"].float()}
     with torch.no_grad():
         expected = training.student.eval()(*inputs, **embeds).sample
         torch.testing.assert_close(pipe.unet.eval()(*inputs, **embeds).sample, expected)

@@ -1,4 +1,4 @@
-"""inspect: what a set holds, in text, and its pictures."""
+"""distill-sd inspect: the contents of a set as text, and its images."""
 
 import re
 import shutil
@@ -7,20 +7,21 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image
-from support.stages import run_encode, run_teacher_cache, samples, tree
+from support.stages import read_entries, run_encode, run_teacher_cache, tree
 from support.tiny import write_images
 
 from pipeline.cli import main
 from pipeline.commands.inspect import histogram
 from shards.manifest import read_manifest
 from shards.reader import read_sidecar
+from shards.store import open_store
 
 
 @pytest.fixture(scope="module")
 def latents(teacher, tmp_path_factory):
     work = tmp_path_factory.mktemp("inspect")
     data = write_images(work / "images", 5)
-    (data / "002.png").write_bytes(b"no picture")
+    (data / "002.png").write_bytes(b"not an image")
     return run_encode(teacher, data, work / "latents", entries_per_shard=3)
 
 
@@ -50,15 +51,15 @@ def test_a_cache_is_shown_and_left_alone(cache):
         "entries: 8",
     ):
         assert line in output.splitlines()
-    sample = samples(cache, "cache", [])[0]
-    assert f"sample {sample.key}\n  caption: {sample.meta['caption']}\n  source: 000.png" in output
+    entry = read_entries(cache, "cache", [])[0]
+    assert f"entry {entry.key}\n  caption: {entry.meta['caption']}\n  source: 000.png" in output
     assert tree(cache) == before
 
 
-def test_the_bytes_are_those_of_the_sidecars(cache):
+def test_the_bytes_match_the_sidecars(cache):
     _, output = inspect(cache)
-    manifest = read_manifest(cache)
-    sidecars = [read_sidecar(cache, shard, manifest.spec_sha256) for shard in manifest.shard_names()]
+    manifest = read_manifest(open_store(cache))
+    sidecars = [read_sidecar(open_store(cache), shard, manifest.spec_sha256) for shard in manifest.plan.names()]
     for number, name in enumerate(sidecars[0].members):
         total = sum(int(sidecar.table[:, number, 1].sum()) for sidecar in sidecars)
         assert re.search(rf"^{re.escape(name)} +{round(total / 8):,} +{total:,}$", output, re.MULTILINE), name
@@ -69,7 +70,7 @@ def test_the_histogram_counts_every_timestep(cache):
     _, output = inspect(cache)
     bars = re.findall(r"^ +(\d+) to (\d+) +#* *(\d+)$", output, re.MULTILINE)
     assert [(bars[0][0], bars[0][1]), (bars[-1][0], bars[-1][1])] == [("0", "99"), ("900", "999")]
-    timesteps = [sample.meta["timestep"] for sample in samples(cache, "cache", [])]
+    timesteps = [entry.meta["timestep"] for entry in read_entries(cache, "cache", [])]
     assert [int(count) for _, _, count in bars] == np.histogram(timesteps, 10, (0, 1000))[0].tolist()
     assert histogram([5, 5, 999], 1000)[1] == "    0 to 99    " + "#" * 40 + " 2"
     assert histogram([5, 5, 999], 1000)[10] == "  900 to 999   " + "#" * 20 + " " * 20 + " 1"
@@ -83,7 +84,7 @@ def test_latents_are_shown_without_timesteps(latents):
     assert "timesteps" not in output
 
 
-def test_an_unfinished_set_shows_what_is_there(cache, tmp_path):
+def test_an_unfinished_set_shows_its_finished_shards(cache, tmp_path):
     copy = shutil.copytree(cache, tmp_path / "cache")
     (copy / "r0001-s00001.json").unlink()
     status, output = inspect(copy)
@@ -96,33 +97,33 @@ def test_an_unfinished_set_shows_what_is_there(cache, tmp_path):
     assert "holds no entries yet" in output
 
 
-def test_pictures_are_the_bases_vae_of_the_latents(teacher, cache, tmp_path):
+def test_images_are_the_latents_decoded_by_the_vae_of_the_base(teacher, cache, tmp_path):
     import torch
     from diffusers import AutoencoderKL
 
     status, output = inspect(cache, "--images", tmp_path / "out")
     assert status == 0, output
-    assert f"8 pictures in {tmp_path / 'out'}" in output
+    assert f"Wrote 8 images to {tmp_path / 'out'}." in output
     vae = AutoencoderKL.from_pretrained(teacher, subfolder="vae")
-    for sample in samples(cache, "cache", ["latents"])[::3]:
-        latents = torch.tensor(sample.tensors["latents"].values).float()[None] / vae.config.scaling_factor
+    for entry in read_entries(cache, "cache", ["latents"])[::3]:
+        latents = torch.tensor(entry.tensors["latents"].values).float()[None] / vae.config.scaling_factor
         with torch.no_grad():
             decoded = vae.decode(latents).sample[0].permute(1, 2, 0).numpy()
-        picture = np.asarray(Image.open(tmp_path / "out" / f"{sample.key}.png"))
-        np.testing.assert_allclose(picture, np.clip(decoded * 127.5 + 127.5, 0, 255), atol=1)
+        image = np.asarray(Image.open(tmp_path / "out" / f"{entry.key}.png"))
+        np.testing.assert_allclose(image, np.clip(decoded * 127.5 + 127.5, 0, 255), atol=1)
     status, output = inspect(cache, "--images", tmp_path / "out")
-    assert (status, "exists already" in output) == (2, True)
+    assert (status, "already exists" in output) == (2, True)
 
 
-def test_pictures_need_a_vae(latents, tmp_path):
+def test_images_need_a_vae(latents, tmp_path):
     status, output = inspect(latents, "--images", tmp_path / "out")
     assert status == 2
-    assert f"--images needs base/vae, which {latents} has not: give a cache" in output
+    assert f"--images needs base/vae, which {latents} lacks. Pass a cache" in output
     assert not (tmp_path / "out").exists()
 
 
-def test_what_is_no_shard_set_is_refused(tmp_path):
+def test_a_directory_without_shards_is_refused(tmp_path):
     for directory in (tmp_path, tmp_path / "nowhere"):
         status, output = inspect(directory)
         assert status == 2
-        assert "has no manifest.json: it is no latents or cache directory" in output
+        assert "has no manifest.json, so it is not a latents or cache directory" in output

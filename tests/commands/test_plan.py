@@ -11,11 +11,12 @@ from support.stages import reset_accelerate
 from pipeline.cache import sizes, trial
 from pipeline.cache.trial import Trial
 from pipeline.commands.plan import LADDER, PERIODS, PlanSettings, bytes_of, command, cost_of, fit, format_duration
-from pipeline.models.families.sd import teacher_taps
 from pipeline.models.shapes import TeacherShapes
+from pipeline.models.students import teacher_taps
 from pipeline.system.disk import format_bytes, require_space
 from pipeline.system.errors import UserError
 from shards.codec import encode_npy, pack_quantised, quantise
+from shards.store import open_store
 from shards.writer import EntryBuilder, write_shard
 
 # Stable Diffusion 1.x at 512 px: the taps of sd_small in the order of `teacher_taps`.
@@ -30,7 +31,9 @@ SD15_TAPS = (
     (640, 64, 64),
     (320, 64, 64),
 )
-SD15 = TeacherShapes((4, 64, 64), (77, 768), dict(zip(teacher_taps(("sd_small",)), SD15_TAPS, strict=True)))
+SD15 = TeacherShapes(
+    (4, 64, 64), {"prompt_embeds": (77, 768)}, dict(zip(teacher_taps(("sd_small",)), SD15_TAPS, strict=True))
+)
 
 
 def settings(**changes):
@@ -54,7 +57,7 @@ def sd15_entry(key, codec, snr_db, stride):
         ("latents", SD15.latents),
         ("noise", SD15.latents),
         ("teacher_pred", SD15.latents),
-        ("prompt_embeds", SD15.prompt_embeds),
+        ("prompt_embeds", SD15.conditioning["prompt_embeds"]),
     ):
         entry.add_array(name, draw.standard_normal(shape).astype(np.float16))
     for name, (channels, height, width) in SD15.taps.items():
@@ -73,7 +76,7 @@ def sd15_entry(key, codec, snr_db, stride):
 @pytest.mark.parametrize(("codec", "snr_db", "stride"), [("fp16", 15.0, 1), ("dither", 15.0, 2), ("dither", 5.0, 4)])
 def test_the_bytes_of_sd15_are_those_of_a_written_shard(tmp_path, codec, snr_db, stride):
     entries = [sd15_entry(f"00000000{i}-r0000", codec, snr_db, stride) for i in range(2)]
-    write_shard(tmp_path, "r0000-s00000.tar", "0" * 64, entries, [])
+    write_shard(open_store(tmp_path), "r0000-s00000.tar", "0" * 64, entries, [])
     written = sum(file.stat().st_size for file in tmp_path.iterdir())
     planned = cost_of(settings(codec=codec, snr_db=snr_db, token_stride=stride), SD15).entry
     assert 2 * sizes.stored_bytes(planned) == pytest.approx(written, rel=0.03)
@@ -104,13 +107,13 @@ def test_a_budget_for_less_than_the_wanted_rounds_gives_those_that_fit():
 
 
 def test_a_budget_that_holds_nothing_is_refused_with_what_it_takes():
-    with pytest.raises(UserError, match="does not hold one round of 1000 images: it takes .* MB"):
+    with pytest.raises(UserError, match="is less than one round of 1000 images, which takes .* MB"):
         fit(settings(budget="1MB"), SD15)
 
 
 @pytest.mark.parametrize("size", ["500", "GB", "-3GB", "5 apples", "1e3GB"])
 def test_what_is_no_size_is_refused(size):
-    with pytest.raises(UserError, match="write it as 500GB"):
+    with pytest.raises(UserError, match="Write it as 500GB"):
         settings(budget=size)
 
 
@@ -129,7 +132,7 @@ def test_the_command_needs_no_weights(teacher, tmp_path):
 
 
 def test_a_disk_that_is_too_small_is_said_before_anything_is_computed(tmp_path):
-    with pytest.raises(UserError, match="needs about 1e\\+09 TB more, and its disk has .* free: make room"):
+    with pytest.raises(UserError, match=r"needs about 1e\+09 TB more, but its disk has only .* free\. Free some space"):
         require_space(tmp_path / "not" / "yet", 10**21, "give fewer --rounds")
 
 
@@ -160,16 +163,16 @@ def test_a_trial_runs_the_teacher_and_says_how_long_the_rounds_take(teacher, mon
     assert result.exit_code == 0, result.output
     line = result.output.splitlines()[-1]
     told = re.fullmatch(
-        r"time: about (\S+) (\w+) at (\S+) entries a second, as one process on cpu tried it in batches of 2", line
+        r"time: about (\S+) (\w+) at (\S+) entries per second, measured with one process on cpu in batches of 2", line
     )
     assert told, line
     length = dict(PERIODS)[told[2]]
     assert float(told[1]) * length * float(told[3]) == pytest.approx(300, rel=0.02)
 
 
-def test_where_the_cpu_is_free_the_slower_of_asking_and_compressing_decides():
-    assert Trial(asking=3.0, compressing=1.0, beside=True).seconds(10) == 30
-    assert Trial(asking=3.0, compressing=1.0, beside=False).seconds(10) == 40
+def test_where_the_two_overlap_the_slower_decides():
+    assert Trial(running=3.0, compressing=1.0, overlaps=True).seconds(10) == 30
+    assert Trial(running=3.0, compressing=1.0, overlaps=False).seconds(10) == 40
 
 
 @pytest.mark.parametrize(

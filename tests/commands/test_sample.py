@@ -1,4 +1,4 @@
-"""distill-sd sample: the pictures that diffusers itself draws, whatever the batch; and what it refuses."""
+"""distill-sd sample: the same images as diffusers, whatever the batch size; and what it refuses."""
 
 import json
 
@@ -21,11 +21,11 @@ def sample(teacher, out, *options):
     return result
 
 
-def pictures(out):
+def read_images(out):
     return [np.asarray(Image.open(path), int) for path in sorted(out.glob("0*.png"))]
 
 
-def test_the_pictures_are_those_of_diffusers(teacher, tmp_path):
+def test_the_images_match_diffusers(teacher, tmp_path):
     result = sample(
         teacher,
         tmp_path / "out",
@@ -50,35 +50,35 @@ def test_the_pictures_are_those_of_diffusers(teacher, tmp_path):
         negative_prompt="dogs",
         generator=torch.Generator().manual_seed(11),
     ).images[0]
-    (drawn,) = pictures(tmp_path / "out")
-    np.testing.assert_allclose(drawn, np.asarray(expected, int), atol=1)
+    (found,) = read_images(tmp_path / "out")
+    np.testing.assert_allclose(found, np.asarray(expected, int), atol=1)
 
 
-def test_a_picture_depends_on_its_own_seed_and_not_on_the_batch(teacher, tmp_path):
+def test_an_image_depends_on_its_own_seed_and_not_on_the_batch(teacher, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat\n\na dog\n")
-    given = ["--prompts", "a bird", "--prompts", prompts]
-    assert sample(teacher, tmp_path / "one", *given, "--batch-size", 1).exit_code == 0
-    assert sample(teacher, tmp_path / "three", *given, "--batch-size", 3).exit_code == 0
+    options = ["--prompts", "a bird", "--prompts", prompts]
+    assert sample(teacher, tmp_path / "one", *options, "--batch-size", 1).exit_code == 0
+    assert sample(teacher, tmp_path / "three", *options, "--batch-size", 3).exit_code == 0
     assert json.loads((tmp_path / "one" / "samples.json").read_text())["prompts"] == ["a bird", "a cat", "a dog"]
-    for one, three in zip(pictures(tmp_path / "one"), pictures(tmp_path / "three"), strict=True):
+    for one, three in zip(read_images(tmp_path / "one"), read_images(tmp_path / "three"), strict=True):
         np.testing.assert_allclose(one, three, atol=1)
-    assert len(pictures(tmp_path / "one")) == 3
+    assert len(read_images(tmp_path / "one")) == 3
     assert (tmp_path / "one" / "sheet.png").is_file()
 
 
-def test_the_size_is_what_was_asked_for(teacher, tmp_path):
+def test_the_images_have_the_requested_size(teacher, tmp_path):
     assert sample(teacher, tmp_path / "out", "--prompts", "a cat", "--height", 16, "--width", 24).exit_code == 0
-    assert pictures(tmp_path / "out")[0].shape == (16, 24, 3)
+    assert read_images(tmp_path / "out")[0].shape == (16, 24, 3)
 
 
 @pytest.mark.parametrize("scheduler", ["dpm", "ddim", "euler", "euler-ancestral", "heun", "unipc"])
-def test_every_scheduler_draws(teacher, tmp_path, scheduler):
+def test_every_scheduler_generates(teacher, tmp_path, scheduler):
     assert sample(teacher, tmp_path / "out", "--prompts", "a cat", "--scheduler", scheduler).exit_code == 0
-    assert pictures(tmp_path / "out")[0].std() > 0
+    assert read_images(tmp_path / "out")[0].std() > 0
 
 
-def test_a_contact_sheet_is_about_square():
+def test_a_contact_sheet_is_roughly_square():
     images = [Image.new("RGB", (512, 256), (i, 0, 0)) for i in range(70)]
     sheet = contact_sheet(images)
     assert sheet.size == (8 * 256, 8 * 128)
@@ -90,9 +90,9 @@ def test_a_contact_sheet_is_about_square():
     ("options", "message"),
     [
         (["--height", 16], "--height and --width go together"),
-        (["--height", 20, "--width", 16], "--height is 20; it must be a multiple of 8"),
-        (["--model", "nowhere/at/all"], "--model nowhere/at/all is no folder"),
-        (["--out", "."], "is there already: choose another folder"),
+        (["--height", 20, "--width", 16], "--height is 20, but must be a multiple of 8"),
+        (["--model", "nowhere/at/all"], "--model nowhere/at/all is not a folder"),
+        (["--out", "."], "already exists. Choose another folder"),
     ],
 )
 def test_bad_input_ends_in_one_message(teacher, tmp_path, options, message):

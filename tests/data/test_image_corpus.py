@@ -1,4 +1,4 @@
-"""Pictures as they are found in the wild: each is taken as a person would expect, or skipped with its reason."""
+"""Images as found in the wild: each is decoded as a person would expect, or skipped with a reason."""
 
 import contextlib
 import io
@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from support.stages import run_encode, samples
+from support.stages import read_entries, run_encode
 
 from pipeline.core.draws import generator
 from pipeline.data.images import ImageProblem, decode, square
@@ -21,7 +21,7 @@ SIDE = 32
 
 
 def photo(width=48, height=40, seed=0):
-    """Something smooth with a corner of its own, so that turning it shows."""
+    """A smooth image with one white corner, so that its orientation can be seen."""
     rows, columns = np.mgrid[:height, :width]
     values = np.stack([columns * 255 // width, rows * 255 // height, np.full_like(rows, 64)], -1)
     values[: height // 4, : width // 4] = (255, 255, 255)
@@ -39,7 +39,7 @@ def chunk(kind, data):
 
 
 def png(width, height, bits=8, colour=2, data=b""):
-    """A PNG made by hand, whatever its header claims."""
+    """A PNG made by hand, which need not match its header."""
     header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
 
@@ -68,7 +68,7 @@ TAKEN = {
     "exif 0.jpg": turned(0),
     "exif 99.jpg": turned(99),
     "bytes after the end.jpg": JPEG + b"<html>appended</html>" * 50,
-    "picture in a text's name.txt.jpg": JPEG,
+    "image with a text file's name.txt.jpg": JPEG,
     "png that is called.jpg": PNG,
     "jpeg that is called.png": JPEG,
     "rgb.png": PNG,
@@ -78,7 +78,7 @@ TAKEN = {
     "grey.png": saved(photo().convert("L")),
     "grey and alpha.png": saved(photo().convert("LA")),
     "alpha.png": saved(photo().convert("RGBA")),
-    "wholly transparent.png": saved(Image.new("RGBA", (40, 40))),
+    "fully transparent.png": saved(Image.new("RGBA", (40, 40))),
     "sixteen bits.png": saved(Image.fromarray(np.arange(1600, dtype=np.uint16).reshape(40, 40) * 40)),
     "sixteen bits of colour.png": png(40, 40, 16, 2, (b"\0" + b"\x80\x01" * 120) * 40),
     "interlaced.png": saved(photo(), interlace=1),
@@ -115,7 +115,7 @@ TAKEN = {
 
 SKIPPED = {
     "empty.jpg": (b"", "not decodable"),
-    "text.jpg": (b"not a picture", "not decodable"),
+    "text.jpg": (b"not an image", "not decodable"),
     "html.jpg": (b"<!DOCTYPE html><html><body>404</body></html>" * 40, "not decodable"),
     "zeros.png": (bytes(4096), "not decodable"),
     "noise.png": (random.Random(0).randbytes(4096), "not decodable"),
@@ -145,8 +145,8 @@ def test_the_corpus_is_large():
     assert len(TAKEN) + len(SKIPPED) >= 60
 
 
-def test_every_picture_is_taken_or_skipped_with_its_reason(teacher, tmp_path):
-    """All of them in one run of `encode`, with links besides."""
+def test_every_image_is_taken_or_skipped_with_a_reason(teacher, tmp_path):
+    """All of them, and several links, in one run of `encode`."""
     data = tmp_path / "data"
     data.mkdir()
     files = {**TAKEN, **{name: content for name, (content, _) in SKIPPED.items()}}
@@ -175,12 +175,12 @@ def test_every_picture_is_taken_or_skipped_with_its_reason(teacher, tmp_path):
     assert set(reasons) == set(expected)
     for name, reason in expected.items():
         assert reason in reasons[name], (name, reasons[name])
-    assert {sample.meta["source_id"] for sample in samples(out, "latents", ["latents"])} == {*TAKEN, "link in.png"}
+    assert {entry.meta["source_id"] for entry in read_entries(out, "latents", ["latents"])} == {*TAKEN, "link in.png"}
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_all_orientations_show_the_same_scene_upright(orientation):
-    """The stored pixels are turned back, so the white corner lies where the orientation says."""
+    """The stored pixels are rotated, so the white corner is where the orientation puts it."""
     pixels = np.asarray(decode(turned(orientation)))
     corners = {1: (0, 0), 2: (0, -1), 3: (-1, -1), 4: (-1, 0), 5: (0, 0), 6: (0, -1), 7: (-1, -1), 8: (-1, 0)}
     assert pixels[corners[orientation]].min() > 240
@@ -188,7 +188,7 @@ def test_all_orientations_show_the_same_scene_upright(orientation):
 
 
 @pytest.mark.parametrize("name", ["animated.gif", "animated.webp", "animated.png", "pages.tiff"])
-def test_of_an_animation_the_first_picture_is_taken(name):
+def test_the_first_frame_of_an_animation_is_taken(name):
     difference = np.asarray(decode(TAKEN[name])).astype(int) - np.asarray(photo())
     assert np.abs(difference).mean() < 12
 
@@ -196,20 +196,20 @@ def test_of_an_animation_the_first_picture_is_taken(name):
 @pytest.mark.parametrize(
     "name", ["alpha.png", "alpha.webp", "palette.png", "cmyk.tiff", "bitmap.bmp", "interlaced.png"]
 )
-def test_the_colours_stay(name):
+def test_colours_are_kept(name):
     difference = np.asarray(decode(TAKEN[name])).astype(int) - np.asarray(photo())
     assert np.abs(difference).mean() < (20 if name == "palette.png" else 12)
 
 
-def test_a_float_picture_keeps_its_tones():
+def test_a_float_image_keeps_its_tones():
     grey = np.asarray(photo().convert("L")).astype(int)
     assert np.abs(np.asarray(decode(TAKEN["float.tiff"]))[..., 0] - grey).max() <= 1
 
 
 @settings(max_examples=150, deadline=None)
 @given(st.sampled_from(sorted(TAKEN)), st.integers(0, 2**32 - 1), st.integers(1, 6), st.booleans())
-def test_damage_never_ends_in_another_error(name, seed, count, cut):
-    """Bits flipped and ends cut anywhere: a square of pixels, or the one error that is listed."""
+def test_damage_never_raises_another_error(name, seed, count, cut):
+    """Flipped bits and truncation anywhere give a square of pixels or an ImageProblem."""
     draw = random.Random(seed)
     data = bytearray(TAKEN[name])
     for _ in range(count):
@@ -227,6 +227,6 @@ def test_damage_never_ends_in_another_error(name, seed, count, cut):
 @given(
     st.binary(max_size=300), st.sampled_from([b"", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"RIFF", b"II*\0"])
 )
-def test_any_bytes_are_a_picture_or_a_problem(data, start):
+def test_any_bytes_are_an_image_or_a_problem(data, start):
     with contextlib.suppress(ImageProblem):
         decode(start + data)

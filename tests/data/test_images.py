@@ -1,4 +1,4 @@
-"""Pictures as they come, made square as torchvision's Resize and CenterCrop would."""
+"""Images of any kind, made square as torchvision's Resize and CenterCrop would."""
 
 import io
 
@@ -54,7 +54,7 @@ def test_sixteen_bits_of_grey_keep_their_tones():
 
 
 @pytest.mark.parametrize("data", [b"", b"this is text", encoded(gradient(64, 64))[:150]], ids=["empty", "text", "cut"])
-def test_what_cannot_be_decoded_says_so(data):
+def test_an_undecodable_image_is_reported(data):
     with pytest.raises(ImageProblem, match="not decodable"):
         decode(data)
 

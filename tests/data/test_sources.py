@@ -1,4 +1,4 @@
-"""Image folders: what is listed, in which order, and how a bad one is refused."""
+"""Image folders: which images are listed, in which order, and how a bad folder is refused."""
 
 import json
 import os
@@ -25,12 +25,12 @@ def open_folder(path, image_column=None, caption_column=None, **chosen):
     return open_source(DataSettings(data=str(path), image_column=image_column, caption_column=caption_column, **chosen))
 
 
-def test_records_are_sorted_and_blank_lines_left_out(tmp_path):
+def test_records_are_sorted_and_blank_lines_are_ignored(tmp_path):
     source = open_folder(folder(tmp_path, row("b.png"), "", row("a.png", "eins"), "  "))
     assert [(r.source_id, r.caption) for r in source.records] == [("a.png", "eins"), ("b.png", "a caption")]
 
 
-def test_a_file_listed_again_is_a_record_of_its_own(tmp_path):
+def test_a_file_listed_twice_gives_two_records(tmp_path):
     source = open_folder(folder(tmp_path, row("a.png", "one"), row("a.png", "two")))
     assert [(r.source_id, r.location, r.caption) for r in source.records] == [
         ("a.png", "a.png", "one"),
@@ -38,7 +38,7 @@ def test_a_file_listed_again_is_a_record_of_its_own(tmp_path):
     ]
 
 
-def test_of_several_captions_the_first_all_or_one_at_random(tmp_path):
+def test_the_first_caption_or_all_or_a_random_one_is_taken(tmp_path):
     lines = [row(f"{i}.png", ["", "one", "two", "three"]) for i in range(30)]
     data = folder(tmp_path, *lines)
     assert {record.caption for record in open_folder(data).records} == {"one"}
@@ -67,7 +67,7 @@ def test_a_sample_is_drawn_by_the_seed_and_keeps_the_order(tmp_path):
     assert len(open_folder(data, max_samples=31).records) == 30
 
 
-def test_captions_beside_the_pictures(tmp_path):
+def test_captions_in_text_files_next_to_the_images(tmp_path):
     (tmp_path / "deep").mkdir()
     for name in ("b.jpg", "deep/a.PNG", "deep/b.webp", "c.png", "notes.pdf", "d.gif"):
         (tmp_path / name).write_bytes(b"x")
@@ -75,11 +75,11 @@ def test_captions_beside_the_pictures(tmp_path):
     (tmp_path / "deep" / "a.txt").write_text("zwei")
     (tmp_path / "deep" / "b.txt").write_bytes(b"\xff")
     (tmp_path / "d.txt").write_text("\n")
-    (tmp_path / "alone.txt").write_text("no picture")
+    (tmp_path / "alone.txt").write_text("no image")
     source = open_folder(tmp_path)
     assert [(record.source_id, record.caption, record.problem) for record in source.records] == [
         ("b.jpg", "one", None),
-        ("c.png", "", "there is no caption: c.txt is not there"),
+        ("c.png", "", "no caption file c.txt"),
         ("d.gif", "", "the caption is empty"),
         ("deep/a.PNG", "zwei", None),
         ("deep/b.webp", "", "the caption in deep/b.txt is not UTF-8 (byte 0)"),
@@ -101,7 +101,7 @@ def test_a_caption_outside_the_folder_is_not_read(tmp_path):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="file names are text there")
-def test_file_names_that_are_no_text(tmp_path):
+def test_file_names_that_are_not_text(tmp_path):
     for name in (b"\xff.png", "größe 大.png".encode(), b"new\nline.png"):
         Path(os.fsdecode(os.path.join(os.fsencode(tmp_path), name))).write_bytes(name)
         Path(os.fsdecode(os.path.join(os.fsencode(tmp_path), name))).with_suffix(".txt").write_text("a caption")
@@ -127,7 +127,7 @@ def test_other_columns(tmp_path):
         ({"en": "a"}, "the caption is {'en': 'a'}, not text"),
     ],
 )
-def test_a_caption_that_is_no_text_is_a_problem_of_that_record(tmp_path, caption, problem):
+def test_a_caption_that_is_not_text_is_a_problem_of_its_record(tmp_path, caption, problem):
     source = open_folder(folder(tmp_path, row("a.png", caption), row("b.png")))
     assert source.records[0].problem == problem
     assert source.records[1].problem is None
@@ -136,11 +136,11 @@ def test_a_caption_that_is_no_text_is_a_problem_of_that_record(tmp_path, caption
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ((row("a.png"), "{broken"), "metadata.jsonl, line 2 is no JSON"),
-        (("[1]",), "line 1 is no JSON object"),
-        (({"file_name": "a.png", "caption": "x"},), "line 1 has no 'text'; it has 'file_name', .*--caption-column"),
+        ((row("a.png"), "{broken"), "metadata.jsonl, line 2 is not JSON .*Fix or delete the line"),
+        (("[1]",), "line 1 is not a JSON object"),
+        (({"file_name": "a.png", "caption": "x"},), r"line 1 has no 'text'\. It has 'file_name', .*--caption-column"),
         (({"text": "x"},), "no 'file_name'.*--image-column"),
-        ((row(7),), "'file_name' is 7, not a file name"),
+        ((row(7),), "'file_name' is 7, which is not a file name"),
         ((), "lists no images"),
     ],
 )
@@ -149,28 +149,30 @@ def test_a_line_that_cannot_be_used_is_named(tmp_path, lines, message):
         open_folder(folder(tmp_path, *lines))
 
 
-def test_a_caption_that_is_no_unicode_is_a_problem_of_that_record(tmp_path):
+def test_a_caption_that_is_not_unicode_is_a_problem_of_its_record(tmp_path):
     source = open_folder(folder(tmp_path, '{"file_name": "a.png", "text": "half \\ud83d"}', row("b.png")))
     assert source.records[0].problem == "the caption is not valid Unicode"
-    with pytest.raises(UserError, match="not a file name"):
+    with pytest.raises(UserError, match="which is not a file name"):
         open_folder(folder(tmp_path, '{"file_name": "\\ud83d.png", "text": "x"}'))
 
 
-def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path):
+def test_a_byte_order_mark_is_not_part_of_the_first_line(tmp_path):
     (tmp_path / "metadata.jsonl").write_text(json.dumps(row("a.png")), encoding="utf-8-sig")
     assert len(open_folder(tmp_path).records) == 1
 
 
-def test_a_list_says_that_the_folder_is_meant_whatever_else_lies_there(tmp_path):
+def test_a_folder_with_a_list_is_an_image_folder_whatever_else_it_contains(tmp_path):
     for name in ("a.tar", "b.parquet", "state.json"):
         (tmp_path / name).write_bytes(b"something else")
     assert [record.source_id for record in open_folder(folder(tmp_path, row("a.png"))).records] == ["a.png"]
 
 
-def test_a_folder_that_is_not_there_or_has_no_list(tmp_path):
+def test_a_folder_that_does_not_exist_or_has_no_list(tmp_path):
     with pytest.raises(UserError, match="--data .*nowhere"):
         open_folder(tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"has no metadata.jsonl, and no picture with a .txt beside it.*\"file_name\""):
+    with pytest.raises(
+        UserError, match=r"has neither a metadata.jsonl nor an image with a .txt next to it.*\"file_name\""
+    ):
         open_folder(tmp_path)
 
 
@@ -191,7 +193,7 @@ def test_files_outside_the_folder_are_not_read(tmp_path, name):
         source.read(source.records[0])
 
 
-def test_the_inputs_hash_tells_captions_and_order_apart(tmp_path):
+def test_the_inputs_hash_depends_on_captions_and_order(tmp_path):
     hashes = set()
     for number, lines in enumerate(
         [(row("a"), row("b")), (row("b"), row("a")), (row("a"), row("b", "x")), (row("a"),)]

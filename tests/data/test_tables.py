@@ -1,4 +1,4 @@
-"""Parquet, arrow and saved datasets as a source; columns, splits and names; what is refused."""
+"""Parquet, arrow and saved datasets as a source: columns, splits, names, and bad tables that are refused."""
 
 import builtins
 
@@ -50,7 +50,7 @@ def test_bytes_in_every_kind_of_table(tmp_path, kind):
     assert listed(open_table(data)) == PLAIN
     if kind == "split":
         assert listed(open_table(data, split="test")) == [("000000000", "uno", b"one")]
-        with pytest.raises(UserError, match="has no split 'all'; it has 'train', 'test': choose one with --split"):
+        with pytest.raises(UserError, match=r"has no split 'all'\. It has 'train', 'test': choose one with --split\."):
             open_table(data, split="all")
 
 
@@ -86,9 +86,9 @@ def test_other_columns_and_several_captions(tmp_path):
 @pytest.mark.parametrize(
     ("chosen", "message"),
     [
-        ({"image_column": "jpg"}, "has no column 'jpg'; it has 'image', 'text': choose one with --image-column"),
+        ({"image_column": "jpg"}, r"has no column 'jpg'\. It has 'image', 'text': choose one with --image-column\."),
         ({"caption_column": "label"}, "has no column 'label'.*--caption-column"),
-        ({"image_column": "text"}, "column 'text' holds .*, no images: choose another with --image-column"),
+        ({"image_column": "text"}, r"column 'text' holds .*, not images\. Choose another one with --image-column\."),
     ],
 )
 def test_columns_that_cannot_be_used(tmp_path, chosen, message):
@@ -97,12 +97,12 @@ def test_columns_that_cannot_be_used(tmp_path, chosen, message):
         open_table(tmp_path / "data.parquet", **chosen)
 
 
-def test_a_file_of_a_stranger_does_not_name_files_of_ours(tmp_path):
+def test_a_table_from_elsewhere_cannot_name_local_files(tmp_path):
     (tmp_path / "secret.png").write_bytes(b"secret")
     images = [{"bytes": None, "path": str(tmp_path / "secret.png")}, {"bytes": None, "path": None}]
     Dataset.from_dict({"image": images, "text": ["a", "b"]}).to_parquet(tmp_path / "data.parquet")
     source = open_table(tmp_path / "data.parquet")
-    for record, message in zip(source.records, ("holds a path .*, not the image's bytes", "no image"), strict=True):
+    for record, message in zip(source.records, ("has a path .*, not the image's bytes", "has no image"), strict=True):
         with pytest.raises(OSError, match=message):
             source.read(record)
 
@@ -112,25 +112,28 @@ def test_a_damaged_file_and_an_unknown_name_are_refused(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="data.parquet cannot be read as a dataset: "):
         open_table(tmp_path / "data.parquet")
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="--data no/such-dataset-anywhere does not exist here, and no hub gave it"):
+    with pytest.raises(
+        UserError,
+        match="--data no/such-dataset-anywhere does not exist and cannot be read as a dataset from the hub: ",
+    ):
         open_table("no/such-dataset-anywhere")
 
 
-def test_a_name_on_the_hub_is_loaded_with_what_was_chosen(tmp_path, monkeypatch):
-    asked = []
+def test_a_dataset_on_the_hub_is_opened_with_the_chosen_options(tmp_path, monkeypatch):
+    calls = []
 
     def load_dataset(*names, **chosen):
-        asked.append((*names, chosen))
+        calls.append((*names, chosen))
         return rows()
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     monkeypatch.chdir(tmp_path)
     source = open_table("owner/name", dataset_config_name="small", split="test[:10]", dataset_revision="abc")
     assert listed(source) == PLAIN
-    assert asked == [("owner/name", "small", {"split": "test[:10]", "revision": "abc"})]
+    assert calls == [("owner/name", "small", {"split": "test[:10]", "revision": "abc"})]
 
 
-def test_without_the_library_it_is_said_how_to_get_it(tmp_path, monkeypatch):
+def test_without_the_library_the_message_says_how_to_install_it(tmp_path, monkeypatch):
     rows().to_parquet(tmp_path / "data.parquet")
     real = builtins.__import__
 

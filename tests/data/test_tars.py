@@ -1,4 +1,4 @@
-"""WebDataset tars as a source: what is taken for a sample, its caption and its picture; damaged and hostile tars."""
+"""WebDataset tars as a source: samples with their images and captions, and damaged or hostile tars."""
 
 import io
 import json
@@ -11,7 +11,7 @@ from pipeline.system.errors import UserError
 
 
 def write_tar(path, *members):
-    """A tar of (name, bytes) members; a name alone is a directory, a TarInfo is taken as it is."""
+    """A tar of members, which are (name, bytes) pairs or TarInfo objects."""
     with tarfile.open(path, "w") as tar:
         for member in members:
             if isinstance(member, tarfile.TarInfo):
@@ -57,19 +57,19 @@ def test_a_directory_and_a_brace_pattern_name_the_same_tars(tmp_path):
     assert [everything.read(record) for record in everything.records] == [b"0", b"1", b"2"]
     assert listed(open_tars(tmp_path / "{00000..00002}.tar")) == listed(everything)
     assert listed(open_tars(tmp_path / "{00001..00002}.tar")) == listed(everything)[1:]
-    with pytest.raises(UserError, match=r"00003.tar is not there, and with it 2 of 4 tars"):
+    with pytest.raises(UserError, match=r"00003.tar does not exist \(2 of 4 tars are missing\)"):
         open_tars(tmp_path / "{00001..00004}.tar")
 
 
 @pytest.mark.parametrize("data", ["pipe:echo x > hacked.tar", "http://127.0.0.1/{0..3}.tar", "s3://bucket/a.tar"])
 def test_commands_and_addresses_are_not_opened(data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="read from the disk only"):
+    with pytest.raises(UserError, match="can be read only from a local disk"):
         open_tars(data)
     assert not list(tmp_path.iterdir())
 
 
-def test_columns_choose_the_picture_and_the_caption(tmp_path):
+def test_columns_choose_the_image_and_the_caption(tmp_path):
     tar = write_tar(
         tmp_path / "a.tar",
         ("x.seg.png", b"mask"),
@@ -83,10 +83,10 @@ def test_columns_choose_the_picture_and_the_caption(tmp_path):
     assert chosen.read(chosen.records[0]) == b"photo"
 
 
-def test_what_makes_no_picture_with_a_caption_says_why(tmp_path):
+def test_a_sample_without_an_image_or_a_caption_has_a_problem(tmp_path):
     tar = write_tar(
         tmp_path / "a.tar",
-        ("a.json", fields(caption="no picture")),
+        ("a.json", fields(caption="no image")),
         ("b.jpg", b"x"),
         ("c.jpg", b"x"),
         ("c.txt", b"\xff"),
@@ -101,10 +101,10 @@ def test_what_makes_no_picture_with_a_caption_says_why(tmp_path):
     )
     found = {record.source_id: record.problem or record.caption for record in open_tars(tar).records}
     assert found == {
-        "a": "there is no picture in the sample, which has .json",
+        "a": "the sample has no image, only .json",
         "b.jpg": "there is no caption",
         "c.jpg": "the .txt is not UTF-8 (byte 0)",
-        "d.jpg": "the .json is no JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char 1))",
+        "d.jpg": "the .json is not JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char 1))",
         "e.jpg": "there is no caption",
         "f.jpg": "the .txt has 1048577 bytes, too many for a caption",
         "g.jpg": "two",
@@ -131,7 +131,7 @@ def test_links_and_devices_in_a_tar_are_not_followed(tmp_path):
     assert source.read(source.records[0]) == b"inside"
 
 
-def test_a_key_that_comes_again_is_a_picture_of_its_own(tmp_path):
+def test_a_key_in_two_tars_gives_two_images(tmp_path):
     for name in ("a.tar", "b.tar"):
         write_tar(tmp_path / name, ("0.jpg", name.encode()), ("0.txt", b"c"))
     source = open_tars(tmp_path)
@@ -140,18 +140,18 @@ def test_a_key_that_comes_again_is_a_picture_of_its_own(tmp_path):
 
 
 @pytest.mark.parametrize("keep", [0, 100, 512, 700, 1024, 2048, -1024, -1])
-def test_a_tar_that_is_cut_is_refused_wherever_it_is_cut(tmp_path, keep):
+def test_a_truncated_tar_is_refused_wherever_it_ends(tmp_path, keep):
     tar = write_tar(tmp_path / "a.tar", *[(f"{i}.{end}", b"z" * 600) for i in range(4) for end in ("jpg", "txt")])
-    whole = tar.read_bytes().rstrip(b"\0")
-    whole += bytes(-len(whole) % 512 + 1024)
-    tar.write_bytes(whole)
+    complete = tar.read_bytes().rstrip(b"\0")
+    complete += bytes(-len(complete) % 512 + 1024)
+    tar.write_bytes(complete)
     assert len(open_tars(tar).records) == 4
-    tar.write_bytes(whole[:keep])
-    with pytest.raises(UserError, match=r"a.tar is (cut off|damaged)"):
+    tar.write_bytes(complete[:keep])
+    with pytest.raises(UserError, match=r"a.tar is (truncated|damaged)"):
         open_tars(tar)
 
 
-def test_a_tar_with_a_broken_header_or_a_size_that_lies_is_refused(tmp_path):
+def test_a_tar_with_a_broken_header_or_a_wrong_size_is_refused(tmp_path):
     tar = write_tar(tmp_path / "a.tar", ("0.jpg", b"x" * 600), ("0.txt", b"c"))
     data = bytearray(tar.read_bytes())
     data[512 + 1024 + 150] ^= 0xFF
@@ -165,9 +165,9 @@ def test_a_tar_with_a_broken_header_or_a_size_that_lies_is_refused(tmp_path):
         open_tars(tar)
 
 
-def test_a_file_that_is_no_tar(tmp_path):
+def test_a_file_that_is_not_a_tar(tmp_path):
     (tmp_path / "a.tar").write_bytes(b"text" * 2000)
-    with pytest.raises(UserError, match="a.tar is cut off, or no tar"):
+    with pytest.raises(UserError, match="a.tar is truncated or not a tar"):
         open_tars(tmp_path / "a.tar")
 
 
@@ -175,5 +175,5 @@ def test_a_tar_that_shrinks_after_it_was_listed(tmp_path):
     tar = write_tar(tmp_path / "a.tar", ("0.jpg", b"x" * 600), ("0.txt", b"c"))
     source = open_tars(tar)
     tar.write_bytes(tar.read_bytes()[:700])
-    with pytest.raises(OSError, match="has become shorter"):
+    with pytest.raises(OSError, match="is shorter than when it was listed"):
         source.read(source.records[0])

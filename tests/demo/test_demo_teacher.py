@@ -1,4 +1,4 @@
-"""The bundled teacher: whole, loadable by diffusers, follows captions; and the command that makes it anew."""
+"""The bundled teacher is complete, loads with diffusers and follows captions; and the command that retrains it."""
 
 import json
 import shutil
@@ -15,7 +15,8 @@ from pipeline.demo.evaluate import captions_of, evaluate, judge, table
 from pipeline.demo.scenes import make_scene
 from pipeline.demo.trainer import Trainer
 from pipeline.models.bundled import CHECKSUMS, TEACHER, teacher_folder
-from pipeline.models.families.sd import LEVELS, student_config, student_weights
+from pipeline.models.families import LEVELS
+from pipeline.models.students import student_config, student_weights
 from pipeline.sampling.generate import Sampler, generate
 from pipeline.system.errors import UserError
 
@@ -30,7 +31,7 @@ SIZES = {
     "--batch": 4,
 }
 TRAINING = [*(str(word) for pair in SIZES.items() for word in pair), "--evaluate", "0", "--checkpoint-every", "1"]
-# Well under what the README beside the weights reports, for the chance of few captions.
+# Well below the scores in the teacher's README, because so few captions vary by chance.
 FLOOR = 0.85
 BEST_GUIDANCE = 5.0
 
@@ -45,7 +46,7 @@ def copy(tmp_path):
     return shutil.copytree(TEACHER, tmp_path / "teacher")
 
 
-def test_the_bundled_weights_are_whole_and_small():
+def test_the_bundled_weights_are_complete_and_small():
     weights = json.loads((teacher_folder() / CHECKSUMS).read_text())
     assert {name.split("/")[0] for name in weights} == {"vae", "text_encoder", "unet"}
     assert sum((TEACHER / name).stat().st_size for name in weights) <= 12e6
@@ -60,37 +61,38 @@ def test_the_bundled_teacher_has_the_blocks_of_sd(pipeline):
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_every_student_can_be_made_of_the_bundled_teacher(pipeline, level):
+def test_every_student_can_be_made_from_the_bundled_teacher(pipeline, level):
     teacher = pipeline.unet
     student = UNet2DConditionModel.from_config(student_config(dict(teacher.config), level))
     shapes = {name: tuple(tensor.shape) for name, tensor in student.state_dict().items()}
     student.load_state_dict(student_weights(shapes, teacher.state_dict(), level), strict=True)
     inputs = torch.zeros(1, 4, 16, 16), torch.zeros(1), torch.zeros(1, 24, teacher.config.cross_attention_dim)
-    with Taps(student, [name for name, _ in LEVELS[level].taps]).recording() as own, torch.no_grad():
+    with Taps(student, [name for name, _ in LEVELS[level].taps]).recording() as student_outputs, torch.no_grad():
         student(*inputs)
     teacher_taps = Taps(teacher, [name for _, name in LEVELS[level].taps])
-    with teacher_taps.recording() as others, torch.no_grad():
+    with teacher_taps.recording() as teacher_outputs, torch.no_grad():
         teacher(*inputs)
     teacher_taps.remove()
-    assert all(own[name].shape == others[other].shape for name, other in LEVELS[level].taps)
+    for student_name, teacher_name in LEVELS[level].taps:
+        assert student_outputs[student_name].shape == teacher_outputs[teacher_name].shape
 
 
 def test_the_bundled_teacher_follows_captions(pipeline):
     captions = captions_of("train", 24)
-    samples = generate(pipeline, captions, Sampler(guidance_scale=BEST_GUIDANCE), "test")
-    assert judge(samples.images, captions).score >= FLOOR
+    generated = generate(pipeline, captions, Sampler(guidance_scale=BEST_GUIDANCE), "test")
+    assert judge(generated.images, captions).score >= FLOOR
 
 
 def test_the_oracle_still_finds_the_facts_after_the_autoencoder(pipeline):
     scenes = [make_scene(11, index, "train" if index % 2 else "heldout") for index in range(100)]
-    pixels = torch.from_numpy(np.stack([scene.picture for scene in scenes])).permute(0, 3, 1, 2) / 127.5 - 1
+    pixels = torch.from_numpy(np.stack([scene.image for scene in scenes])).permute(0, 3, 1, 2) / 127.5 - 1
     with torch.inference_mode():
         decoded = pipeline.vae.decode(pipeline.vae.encode(pixels).latent_dist.mean).sample
     images = pipeline.image_processor.postprocess(decoded)
     assert judge(images, [scene.caption for scene in scenes]).score >= 0.97
 
 
-def test_scores_make_a_table_of_a_line_for_each_split_and_guidance(pipeline):
+def test_the_table_has_one_line_per_split_and_guidance(pipeline):
     scores = evaluate(pipeline, 2, (1.0, 2.0))
     assert list(scores) == [("train", 1.0), ("train", 2.0), ("heldout", 1.0), ("heldout", 2.0)]
     lines = table(scores).splitlines()
@@ -105,11 +107,18 @@ def test_a_missing_file_names_itself_and_the_command(copy, name):
         teacher_folder(copy)
 
 
-@pytest.mark.parametrize("name", [UNET, CHECKSUMS])
-def test_a_cut_file_names_itself_and_the_command(copy, name):
-    whole = (copy / name).read_bytes()
-    (copy / name).write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match=f"{name} is damaged.*`distill-sd demo-teacher`"):
+@pytest.mark.parametrize(("name", "problem"), [(UNET, "was changed"), (CHECKSUMS, "cannot be read")])
+def test_a_truncated_file_names_itself_and_the_command(copy, name, problem):
+    complete = (copy / name).read_bytes()
+    (copy / name).write_bytes(complete[: len(complete) // 2])
+    with pytest.raises(UserError, match=f"is damaged: {name} {problem}.*`distill-sd demo-teacher`"):
+        teacher_folder(copy)
+
+
+@pytest.mark.parametrize("listing", ["{}", "[]"])
+def test_checksums_that_list_no_files_are_refused(copy, listing):
+    (copy / CHECKSUMS).write_text(listing)
+    with pytest.raises(UserError, match="is damaged: checksums.json lists no files.*`distill-sd demo-teacher`"):
         teacher_folder(copy)
 
 
@@ -125,42 +134,42 @@ def test_the_command_makes_a_teacher_that_loads(tmp_path):
     assert made.unet.dtype == torch.float32
 
 
-def test_a_teacher_begun_from_another_keeps_its_autoencoder_and_trains_its_unet(tmp_path):
+def test_training_from_another_teacher_keeps_its_autoencoder_and_trains_its_unet(tmp_path):
     result = train(tmp_path / "teacher", tmp_path / "work", "--init-from", str(TEACHER), "--learning-rate", "1e-6")
     assert result.exit_code == 0, result.output
-    was, made = (DiffusionPipeline.from_pretrained(folder) for folder in (TEACHER, tmp_path / "teacher"))
-    assert torch.equal(made.vae.decoder.conv_in.weight, was.vae.decoder.conv_in.weight)
-    moved = made.unet.conv_in.weight - was.unet.conv_in.weight
-    assert 0 <= moved.abs().max() < 1e-3
+    initial, made = (DiffusionPipeline.from_pretrained(folder) for folder in (TEACHER, tmp_path / "teacher"))
+    assert torch.equal(made.vae.decoder.conv_in.weight, initial.vae.decoder.conv_in.weight)
+    change = made.unet.conv_in.weight - initial.unet.conv_in.weight
+    assert 0 <= change.abs().max() < 1e-3
     assert not torch.equal(
-        made.text_encoder.get_input_embeddings().weight, was.text_encoder.get_input_embeddings().weight
+        made.text_encoder.get_input_embeddings().weight, initial.text_encoder.get_input_embeddings().weight
     )
 
 
-def test_what_is_no_demo_teacher_cannot_be_begun_from(tmp_path, copy):
+def test_a_folder_that_is_not_a_demo_teacher_is_refused_as_the_initial_one(tmp_path, copy):
     (copy / UNET).unlink()
     result = train(tmp_path / "teacher", tmp_path / "work", "--init-from", str(copy))
     assert result.exit_code == 2
-    assert f"--init-from {copy} is no demo teacher" in result.output
+    assert f"--init-from {copy} is not a demo teacher" in result.output
 
 
-def test_a_work_folder_of_other_settings_is_refused(tmp_path):
+def test_a_work_folder_with_other_settings_is_refused(tmp_path):
     (tmp_path / "settings.json").write_text('{"seed": 7}')
     result = train(tmp_path / "teacher", tmp_path)
     assert result.exit_code == 2
-    assert "seed: 7 there, 0 now" in result.output
+    assert "seed 7, now 0" in result.output
 
 
-def test_training_that_was_stopped_goes_on_to_the_same_weights(tmp_path, monkeypatch):
-    assert train(tmp_path / "whole", tmp_path / "work 1").exit_code == 0
+def test_resumed_training_ends_with_the_same_weights(tmp_path, monkeypatch):
+    assert train(tmp_path / "uninterrupted", tmp_path / "work 1").exit_code == 0
     update = Trainer.update
 
-    def stop_at_the_first(self, loss):
+    def stop_after_one_step(self, loss):
         update(self, loss)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Trainer, "update", stop_at_the_first)
+    monkeypatch.setattr(Trainer, "update", stop_after_one_step)
     for _ in range(6):
         assert train(tmp_path / "resumed", tmp_path / "work 2").exit_code == 130
     assert train(tmp_path / "resumed", tmp_path / "work 2").exit_code == 0
-    assert (tmp_path / "resumed" / CHECKSUMS).read_text() == (tmp_path / "whole" / CHECKSUMS).read_text()
+    assert (tmp_path / "resumed" / CHECKSUMS).read_text() == (tmp_path / "uninterrupted" / CHECKSUMS).read_text()

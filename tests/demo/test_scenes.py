@@ -1,4 +1,4 @@
-"""The demo's scenes: repeatable, said and drawn alike, split by combination; and an oracle that can tell."""
+"""The demo's scenes are reproducible, match their captions and are split by combination. The oracle knows the facts."""
 
 import collections
 import json
@@ -15,8 +15,10 @@ from pipeline.demo.scenes import (
     HELD_OUT,
     SHAPES,
     caption_of,
+    generator,
     make_scene,
     parse_caption,
+    render_image,
     shape_mask,
     write_folder,
 )
@@ -29,28 +31,28 @@ def scenes():
     return [make_scene(11, index, "train" if index % 2 else "heldout") for index in range(COUNT)]
 
 
-def test_a_scene_depends_on_its_seed_split_and_index_alone():
+def test_a_scene_depends_only_on_its_seed_split_and_index():
     first = make_scene(3, 17)
     np.random.seed(5)
     make_scene(3, 18)
     again = make_scene(3, 17)
     assert first.caption == again.caption
-    np.testing.assert_array_equal(first.picture, again.picture)
-    assert not np.array_equal(first.picture, make_scene(4, 17).picture)
+    np.testing.assert_array_equal(first.image, again.image)
+    assert not np.array_equal(first.image, make_scene(4, 17).image)
 
 
-def test_a_caption_says_the_facts_and_nothing_more(scenes):
+def test_a_caption_states_the_facts_and_nothing_more(scenes):
     for scene in scenes:
         assert parse_caption(scene.caption) == scene.facts
         assert caption_of(scene.facts) == scene.caption
 
 
-def test_equal_captions_have_pictures_of_their_own():
-    pictures = collections.defaultdict(list)
+def test_scenes_with_equal_captions_have_different_images():
+    images = collections.defaultdict(list)
     for index in range(3000):
         scene = make_scene(0, index)
-        pictures[scene.caption].append(scene.picture)
-    repeated = [group for group in pictures.values() if len(group) > 1]
+        images[scene.caption].append(scene.image)
+    repeated = [group for group in images.values() if len(group) > 1]
     assert len(repeated) > 100
     assert all(np.abs(group[0].astype(int) - group[1]).mean() > 2 for group in repeated)
 
@@ -68,7 +70,7 @@ def test_held_out_combinations_never_appear_in_training():
     "caption",
     ["", "a photo of a cat", "a red circle", "a red cube on a white background", "red circle on a white background"],
 )
-def test_a_caption_of_another_kind_is_refused_with_its_words(caption):
+def test_another_kind_of_caption_is_refused_and_quoted(caption):
     with pytest.raises(ValueError, match="caption"):
         parse_caption(caption)
 
@@ -84,16 +86,16 @@ def test_masks_are_antialiased_and_cover_the_shapes_area():
     assert ((mask > 0) & (mask < 1)).sum() > 50
 
 
-def test_a_folder_of_scenes_enters_by_a_users_door(tmp_path):
+def test_a_folder_of_scenes_is_read_like_any_image_folder(tmp_path):
     folder = write_folder(tmp_path / "scenes", 12, seed=2)
     source = open_source(DataSettings(data=str(folder)))
     assert [record.caption for record in source.records] == [make_scene(2, i).caption for i in range(12)]
-    np.testing.assert_array_equal(np.asarray(Image.open(folder / source.records[5].location)), make_scene(2, 5).picture)
+    np.testing.assert_array_equal(np.asarray(Image.open(folder / source.records[5].location)), make_scene(2, 5).image)
     assert len((folder / "metadata.jsonl").read_text().splitlines()) == 12
     assert json.loads((folder / "metadata.jsonl").read_text().splitlines()[0]).keys() == {"file_name", "text"}
 
 
-def test_the_command_makes_a_folder_once_and_refuses_one_of_other_scenes(tmp_path):
+def test_the_command_makes_a_folder_once_and_refuses_one_with_other_scenes(tmp_path):
     def scenes(*more):
         return CliRunner().invoke(command, ["--out", str(tmp_path / "scenes"), "--count", "5", *more])
 
@@ -104,7 +106,7 @@ def test_the_command_makes_a_folder_once_and_refuses_one_of_other_scenes(tmp_pat
     for other in (["--count", "6"], ["--seed", "1"], ["--split", "heldout"]):
         refused = scenes(*other)
         assert refused.exit_code == 2
-        assert "holds other than scenes 0 to" in refused.output
+        assert "already exists and does not hold scenes 0 to" in refused.output
     (tmp_path / "scenes" / "metadata.jsonl").write_text("not json")
     assert scenes().exit_code == 2
 
@@ -114,30 +116,30 @@ def share(verdicts):
     return sum(facts) / len(facts)
 
 
-def test_the_oracle_finds_every_fact_of_a_true_picture(scenes):
-    verdicts = [oracle.score(scene.picture, scene.caption) for scene in scenes]
+def test_the_oracle_finds_every_fact_of_a_rendered_image(scenes):
+    verdicts = [oracle.score(scene.image, scene.caption) for scene in scenes]
     assert share(verdicts) >= 0.99
     assert np.mean([verdict.all for verdict in verdicts]) >= 0.98
     kinds = {name.split()[0] for verdict in verdicts for name in verdict.facts}
     assert kinds == {"background", "number", "colour", "shape", "count", "size", "relation"}
 
 
-def test_the_oracle_finds_hardly_any_fact_of_anothers_picture(scenes):
+def test_the_oracle_finds_hardly_any_fact_of_another_scenes_image(scenes):
     verdicts = [
-        oracle.score(scene.picture, other.caption) for scene, other in zip(scenes, scenes[1:] + scenes[:1], strict=True)
+        oracle.score(scene.image, other.caption) for scene, other in zip(scenes, scenes[1:] + scenes[:1], strict=True)
     ]
     assert share(verdicts) < 0.3
     assert np.mean([verdict.all for verdict in verdicts]) < 0.02
 
 
-def test_the_oracle_bears_blur_and_noise(scenes):
+def test_the_oracle_tolerates_blur_and_noise(scenes):
     draw = np.random.default_rng(0)
 
-    def worn(picture):
-        blurred = np.asarray(Image.fromarray(picture).filter(ImageFilter.GaussianBlur(0.8)), float)
+    def degraded(image):
+        blurred = np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(0.8)), float)
         return np.clip(blurred + draw.normal(0, 5, blurred.shape), 0, 255).astype(np.uint8)
 
-    assert share([oracle.score(worn(scene.picture), scene.caption) for scene in scenes]) >= 0.97
+    assert share([oracle.score(degraded(scene.image), scene.caption) for scene in scenes]) >= 0.97
 
 
 CHANGES = {
@@ -154,18 +156,16 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("fact", CHANGES)
-def test_the_oracle_tells_which_fact_is_wrong(fact):
-    from pipeline.demo.scenes import draw_picture, generator
-
-    said, drawn = CHANGES[fact]
+def test_the_oracle_finds_which_fact_is_wrong(fact):
+    caption, rendered = CHANGES[fact]
     for index in range(10):
-        picture = draw_picture(parse_caption(drawn), generator(1, index))
-        facts = oracle.score(picture, said).facts
+        image = render_image(parse_caption(rendered), generator(1, index))
+        facts = oracle.score(image, caption).facts
         assert not facts[fact]
         assert facts["background"] == (fact != "background")
-        assert oracle.score(picture, drawn).all
+        assert oracle.score(image, rendered).all
 
 
-def test_a_picture_of_another_size_is_refused():
-    with pytest.raises(ValueError, match=r"\(32, 32, 3\); a scene's is \(64, 64, 3\)"):
+def test_an_image_of_another_size_is_refused():
+    with pytest.raises(ValueError, match=r"\(32, 32, 3\)\. A scene's image has shape \(64, 64, 3\)"):
         oracle.score(np.zeros((32, 32, 3), np.uint8), "a red circle on a gray background")

@@ -1,4 +1,4 @@
-"""What the text encoder is taught: the facts of a caption, by colour and by place."""
+"""The text encoder's task: to give the facts of a caption, by colour and by place."""
 
 import pytest
 import torch
@@ -11,12 +11,12 @@ from pipeline.demo.train import tokenize
 
 
 def words(caption, query):
-    """The answers to one query, as words; None where nothing is said."""
+    """The answers to one query, as words, or None for no answer."""
     answers = answers_of(parse_caption(caption))[QUERIES.index(query)].tolist()
     return {kind: values[a - 1] if a else None for a, (kind, values) in zip(answers, VALUES.items(), strict=True)}
 
 
-def test_a_colour_and_a_place_are_answered_by_the_same_thing():
+def test_a_colour_and_a_place_can_ask_for_the_same_thing():
     caption = "a red circle above a blue square on a yellow background"
     circle = {"colour": "red", "shape": "circle", "count": 1, "size": None, "place": "top"}
     assert words(caption, ("colour", "red")) == words(caption, ("place", "top")) == circle
@@ -26,7 +26,7 @@ def test_a_colour_and_a_place_are_answered_by_the_same_thing():
     assert not any(words(caption, ("place", "left")).values())
 
 
-def test_number_and_size_are_answered():
+def test_count_and_size_are_answered():
     assert words("three red stars on a gray background", ("colour", "red"))["count"] == 3
     assert words("a small red star on a gray background", ("place", "anywhere"))["size"] == "small"
 
@@ -34,8 +34,8 @@ def test_number_and_size_are_answered():
 def test_every_relation_has_its_places():
     assert set(PLACES) == set(RELATIONS)
     opposite = {"above": "below", "left of": "right of"}
-    for one, other in opposite.items():
-        assert PLACES[one] == PLACES[other][::-1]
+    for relation, reverse in opposite.items():
+        assert PLACES[relation] == PLACES[reverse][::-1]
 
 
 @pytest.mark.parametrize("split", ["train", "heldout"])
@@ -46,7 +46,7 @@ def test_no_two_things_of_a_caption_share_a_colour_or_a_place(split):
             assert len({thing[kind] for thing in things}) == len(things), caption
 
 
-def test_a_reader_and_a_text_encoder_learn_captions_by_heart():
+def test_a_reader_and_a_text_encoder_can_memorise_captions():
     captions = captions_of("train", 6)
     tokenizer = make_tokenizer()
     tokens = tokenize(tokenizer, captions)

@@ -1,4 +1,4 @@
-"""What the cost of a student is counted by: arithmetic by hand, parameters, bytes, and turns."""
+"""How the cost of a student is measured: arithmetic, parameters, bytes, and turns."""
 
 import pytest
 import torch
@@ -15,18 +15,19 @@ from pipeline.evaluation.cost import (
     sample_size,
     unet_macs,
 )
-from pipeline.models.families.sd import student_config
+from pipeline.models.families.sd import SD
 from pipeline.models.load import load_unet, unet_config
+from pipeline.models.students import student_config
 
 
-def test_the_macs_of_a_convolution_are_those_counted_by_hand():
+def test_the_macs_of_a_convolution_match_a_count_by_hand():
     with torch.device("meta"):
-        # Each of 5 x 16 x 20 outputs is a sum over 4 channels and 3 x 3 places.
+        # Each of the 5 x 16 x 20 outputs is a sum over 4 channels and 3 x 3 positions.
         macs = count_macs(nn.Conv2d(4, 5, 3, padding=1), torch.empty(2, 4, 16, 20))
     assert macs == 2 * 5 * 16 * 20 * 4 * 3 * 3
 
 
-def test_the_macs_of_a_linear_layer_and_of_attention_are_those_counted_by_hand():
+def test_the_macs_of_a_linear_layer_and_of_attention_match_a_count_by_hand():
     with torch.device("meta"):
         assert count_macs(nn.Linear(7, 11), torch.empty(3, 7)) == 3 * 7 * 11
         q, k = torch.empty(1, 2, 6, 4), torch.empty(1, 2, 10, 4)
@@ -36,37 +37,38 @@ def test_the_macs_of_a_linear_layer_and_of_attention_are_those_counted_by_hand()
         assert count_macs(attention) == 2 * (2 * 6 * 10 * 4)
 
 
-def test_the_first_convolution_of_a_unet_counts_as_by_hand():
+def test_the_macs_of_a_unets_first_convolution_match_a_count_by_hand():
     with torch.device("meta"):
         unet = tiny_unet()
         macs = count_macs(unet.conv_in, torch.empty(1, 4, 16, 16))
     assert macs == TINY["block_out_channels"][0] * 16 * 16 * 4 * 9
 
 
-def test_sd_1_5_takes_the_macs_that_are_known_of_it():
+def test_sd_1_5_has_its_published_macs():
     config = {**SD15, "_class_name": "UNet2DConditionModel"}
-    assert unet_macs(config, 77) == pytest.approx(401.6e9, rel=1e-3)
+    assert unet_macs(config, {"prompt_embeds": (77, 768)}, SD) == pytest.approx(401.6e9, rel=1e-3)
 
 
-def test_a_student_takes_fewer_macs_and_parameters(teacher):
+def test_a_student_takes_fewer_macs(teacher):
     config = unet_config(teacher)
     macs = [
-        unet_macs(each, 8) for each in (config, student_config(config, "sd_small"), student_config(config, "sd_tiny"))
+        unet_macs(unet, {"prompt_embeds": (8, 10)}, SD)
+        for unet in (config, student_config(config, "sd_small"), student_config(config, "sd_tiny"))
     ]
     assert macs[0] > macs[1] > macs[2] > 0
 
 
-def test_parameters_are_all_of_them(teacher):
+def test_all_parameters_are_counted(teacher):
     unet = load_unet(teacher, None)
     assert parameters(unet) == sum(tensor.numel() for tensor in unet.state_dict().values())
 
 
-def test_a_sample_size_may_be_a_side_or_two():
+def test_a_sample_size_may_be_one_side_or_two():
     assert sample_size({"sample_size": 64}) == (64, 64)
     assert sample_size({"sample_size": [64, 96]}) == (64, 96)
 
 
-def test_the_bytes_of_a_pipeline_are_those_of_its_parts(tmp_path):
+def test_the_bytes_of_a_pipeline_are_the_bytes_of_its_parts(tmp_path):
     tiny_pipeline().save_pretrained(tmp_path)
     (tmp_path / "unet" / "more").write_bytes(bytes(1000))
     before = pipeline_bytes(tmp_path)
@@ -96,7 +98,7 @@ def test_actions_take_turns_and_the_first_turn_does_not_count(monkeypatch):
     assert turns == ["teacher", "student"] * 4
 
 
-def test_a_forward_of_more_work_takes_longer():
+def test_a_larger_forward_pass_takes_longer():
     wide = tiny_unet(sample_size=64)
-    seconds = forward_seconds({"wide": wide, "narrow": tiny_unet(sample_size=8)}, 1, 8, 3)
+    seconds = forward_seconds({"wide": wide, "narrow": tiny_unet(sample_size=8)}, 1, {"prompt_embeds": (8, 10)}, SD, 3)
     assert seconds["wide"] > seconds["narrow"] > 0

@@ -1,4 +1,4 @@
-"""The model card says what is known, in the form that the hub reads, and gives away nobody's folders."""
+"""The model card states what is known, in the format that the hub reads, and reveals no one's folders."""
 
 import json
 import re
@@ -39,7 +39,7 @@ SETTINGS = {
     "snr_gamma": None,
     "init_from": "/home/me/earlier",
 }
-KNOWN = CardInputs(SETTINGS, CACHE, 4, 323384964)
+INPUTS = CardInputs(SETTINGS, CACHE, 4, 323384964)
 
 
 def head_of(card):
@@ -47,12 +47,14 @@ def head_of(card):
 
 
 def rows_of(card):
-    return dict(re.findall(r"^\| ([^|]+) \| (.*) \|$", card, re.MULTILINE))
+    """The two-column rows of the card's tables, without their padding."""
+    rows = re.findall(r"^\| ([^|]+) \| (.*) \|$", card, re.MULTILINE)
+    return {name.strip(): value.strip() for name, value in rows}
 
 
 @pytest.fixture(scope="module")
 def student(teacher, images, tmp_path_factory):
-    """A student whose teacher has a card, beside its cache."""
+    """A student of a teacher that has a model card, and the student's cache."""
     place = tmp_path_factory.mktemp("card")
     folder = shutil.copytree(teacher, place / "my-teacher")
     (folder / "README.md").write_text(TEACHER_CARD)
@@ -61,7 +63,7 @@ def student(teacher, images, tmp_path_factory):
     return run_distill(cache, place / "student"), cache, images
 
 
-def test_a_distilled_student_has_a_card_of_what_was_done(student):
+def test_a_distilled_students_card_says_how_it_was_made(student):
     out, _, images = student
     card = (out / "README.md").read_text()
     assert head_of(card)["license"] == "other"
@@ -71,7 +73,7 @@ def test_a_distilled_student_has_a_card_of_what_was_done(student):
     assert "The teacher's licence is [tiny-license](https://example.org/licence)" in card
     rows = rows_of(card)
     assert rows["data"] == images.name
-    assert rows["pictures"] == f"13 of {RESOLUTION} px"
+    assert rows["images"] == f"13 at {RESOLUTION} px"
     assert rows["entries"] == "26 in 2 rounds"
     assert (rows["max train steps"], rows["global batch size"]) == ("4", "3")
     last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
@@ -79,7 +81,7 @@ def test_a_distilled_student_has_a_card_of_what_was_done(student):
     assert str(out.parent) not in card
 
 
-def test_the_snippet_of_the_card_draws(student, tmp_path, monkeypatch):
+def test_the_cards_snippet_generates_an_image(student, tmp_path, monkeypatch):
     out, _, _ = student
     (snippet,) = re.findall(r"```python\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)
     monkeypatch.chdir(tmp_path)
@@ -93,15 +95,15 @@ def test_a_cache_of_an_earlier_version_still_gives_a_student(student, tmp_path):
     old = shutil.copytree(cache, tmp_path / "cache")
     (old / "origin.json").unlink()
     card = (run_distill(old, tmp_path / "out", max_train_steps=1) / "README.md").read_text()
-    assert "a teacher without a name" in card
+    assert "an unnamed teacher" in card
     assert "license" not in head_of(card)
 
 
-def test_what_is_not_known_is_not_said():
-    card = model_card(KNOWN)
+def test_a_card_states_only_what_is_known():
+    card = model_card(INPUTS)
     assert not {"license", "base_model", "datasets"} & head_of(card).keys()
-    assert "Which licence the teacher has is not known here" in card
-    assert "None were measured." in card
+    assert "The teacher's licence is not known." in card
+    assert "Nothing was measured." in card
     assert "no mid block and no innermost stage" in card
     assert "323,384,964" in card
     assert "/home/me" not in card
@@ -111,17 +113,17 @@ def test_what_is_not_known_is_not_said():
 def test_names_on_the_hub_are_in_the_head():
     origin = {
         "teacher": {"name": "some/teacher", "hub": True, "license": "creativeml-openrail-m"},
-        "data": {"name": "some/pictures", "hub": True},
+        "data": {"name": "some/images", "hub": True},
     }
-    card = model_card(replace(KNOWN, origin=origin, settings={**SETTINGS, "push_to_hub": "me/student"}))
+    card = model_card(replace(INPUTS, origin=origin, settings={**SETTINGS, "push_to_hub": "me/student"}))
     head = head_of(card)
-    assert (head["base_model"], head["datasets"]) == ("some/teacher", ["some/pictures"])
+    assert (head["base_model"], head["datasets"]) == ("some/teacher", ["some/images"])
     assert head["license"] == "creativeml-openrail-m"
     assert 'from_pretrained("me/student")' in card
 
 
 def test_the_last_losses_are_shown():
-    card = model_card(replace(KNOWN, metrics={"step": 10, "loss": 0.5, "feature/a": 1.0, "feature/b": 2.0}))
+    card = model_card(replace(INPUTS, metrics={"step": 10, "loss": 0.5, "feature/a": 1.0, "feature/b": 2.0}))
     assert rows_of(card)["features, summed"] == "3"
 
 
@@ -132,7 +134,7 @@ def test_a_card_that_cannot_be_read_has_no_licence(card):
     assert licence(card) == {}
 
 
-def test_the_origin_is_noted_once_and_names_no_folder_of_anyone(teacher, tmp_path):
+def test_the_origin_is_written_once_and_reveals_no_folders(teacher, tmp_path):
     (tmp_path / "latents").mkdir()
     (tmp_path / "latents" / "encode.json").write_text(json.dumps({"data": "/home/me/holiday"}))
     write_origin(tmp_path, str(teacher), teacher, None, tmp_path / "latents")
@@ -144,15 +146,15 @@ def test_the_origin_is_noted_once_and_names_no_folder_of_anyone(teacher, tmp_pat
     assert read_origin(tmp_path)["teacher"]["name"] == teacher.name
 
 
-def test_the_card_of_a_teacher_on_the_hub_is_asked_for(teacher, tmp_path, monkeypatch):
+def test_the_card_of_a_teacher_on_the_hub_is_downloaded(teacher, tmp_path, monkeypatch):
     (tmp_path / "README.md").write_text("---\nlicense: openrail++\n---\n")
-    asked = []
+    downloads = []
 
     def download(name, file, revision):
-        asked.append((name, file, revision))
+        downloads.append((name, file, revision))
         return str(tmp_path / file)
 
     monkeypatch.setattr("pipeline.models.provenance.hf_hub_download", download)
     found = teacher_origin("some/teacher", teacher, "fp16")
-    assert asked == [("some/teacher", "README.md", "fp16")]
+    assert downloads == [("some/teacher", "README.md", "fp16")]
     assert found == {"name": "some/teacher", "hub": True, "revision": "fp16", "license": "openrail++"}

@@ -6,14 +6,9 @@ from diffusers import UNet2DConditionModel
 from support.tiny import SD15, SD21, tiny_unet
 
 from pipeline.core.taps import Taps
-from pipeline.models.families.sd import (
-    LEVELS,
-    check_teacher,
-    student_config,
-    student_weights,
-    teacher_key,
-    teacher_taps,
-)
+from pipeline.models.families import LEVELS
+from pipeline.models.families.sd import check_teacher
+from pipeline.models.students import student_config, student_weights, teacher_taps
 
 PARAMETERS = {
     "sd_small": 579_384_964,
@@ -91,7 +86,7 @@ EXPECTED_SOURCES = {
 
 @pytest.mark.parametrize(("level", "key"), EXPECTED_SOURCES)
 def test_the_key_map_names_the_teacher_tensor(level, key):
-    assert teacher_key(key, level) == EXPECTED_SOURCES[level, key]
+    assert LEVELS[level].teacher_key(key) == EXPECTED_SOURCES[level, key]
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -107,14 +102,14 @@ def test_weights_are_copied_tensor_by_tensor(level):
     shapes = {name: tuple(tensor.shape) for name, tensor in random.items()}
     student.load_state_dict(student_weights(shapes, teacher.state_dict(), level), strict=True)
     for name, tensor in student.state_dict().items():
-        assert torch.equal(tensor, teacher.state_dict()[teacher_key(name, level)]), name
+        assert torch.equal(tensor, teacher.state_dict()[LEVELS[level].teacher_key(name)]), name
         assert not torch.equal(tensor, random[name]), name
 
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_no_teacher_tensor_is_used_twice(level):
     student = on_meta(student_config(dict(tiny_unet().config), level))
-    sources = [teacher_key(name, level) for name in student.state_dict()]
+    sources = [LEVELS[level].teacher_key(name) for name in student.state_dict()]
     assert len(sources) == len(set(sources))
 
 
@@ -136,7 +131,7 @@ def test_a_teacher_of_the_wrong_shape_is_refused_with_the_tensors_name():
         ({"layers_per_block": 1}, "layers_per_block is 1"),
         ({"mid_block_type": None}, "mid_block_type is None"),
         ({"in_channels": 9}, "9 input channels"),
-        ({"addition_embed_type": "text_time"}, "as SDXL's does"),
+        ({"addition_embed_type": "text_time"}, "as SDXL does"),
     ],
 )
 def test_a_teacher_of_another_family_is_refused(changes, message):

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import webdataset
 
-from shards import reader
 from shards.codec import pack_quantised
 from shards.files import write_bytes
 from shards.manifest import (
@@ -19,9 +18,11 @@ from shards.manifest import (
     sha256_of_json,
     write_manifest,
 )
+from shards.plan import ShardPlan
 from shards.reader import ShardSet, read_sidecar
-from shards.schema import ShardError, shard_names
-from shards.writer import EntryBuilder, is_finished, write_shard
+from shards.schema import ShardError
+from shards.store import open_store
+from shards.writer import EntryBuilder, write_shard
 
 SPEC = {"stage": "latents", "entries": 5, "entries_per_shard": 3}
 
@@ -37,21 +38,20 @@ def make_entry(index: int) -> EntryBuilder:
 def make_set(directory, spec=SPEC):
     directory.mkdir(exist_ok=True)
     manifest = Manifest(spec)
-    write_manifest(directory, manifest)
-    for number, shard in enumerate(manifest.shard_names()):
+    write_manifest(open_store(directory), manifest)
+    for number, shard in enumerate(manifest.plan.names()):
         indices = range(number * 3, min(number * 3 + 3, 5))
-        write_shard(directory, shard, manifest.spec_sha256, map(make_entry, indices), [])
+        write_shard(open_store(directory), shard, manifest.spec_sha256, map(make_entry, indices), [])
     return directory
 
 
 @pytest.fixture
 def directory(tmp_path):
-    reader._cached_sidecar.cache_clear()
     return make_set(tmp_path / "set")
 
 
 def test_stock_webdataset_finds_every_member(directory):
-    shards = [str(directory / name) for name in shard_names(5, 3)]
+    shards = [str(directory / name) for name in ShardPlan(5, 3).names()]
     samples = list(webdataset.WebDataset(shards, shardshuffle=False).decode())
     assert [s["__key__"] for s in samples] == [f"{i:09d}" for i in range(5)]
     for index, sample in enumerate(samples):
@@ -61,8 +61,8 @@ def test_stock_webdataset_finds_every_member(directory):
 
 
 def test_the_sidecar_says_where_each_member_lies(directory):
-    for shard in shard_names(5, 3):
-        sidecar = read_sidecar(directory, shard, Manifest(SPEC).spec_sha256)
+    for shard in ShardPlan(5, 3).names():
+        sidecar = read_sidecar(open_store(directory), shard, Manifest(SPEC).spec_sha256)
         stated = {
             f"{key}.{name}": tuple(where[:2])
             for place, key in enumerate(sidecar.keys)
@@ -80,7 +80,7 @@ def test_equal_entries_give_equal_bytes(directory, tmp_path):
 
 
 def test_reading_by_position(directory):
-    shards = ShardSet(directory, "latents")
+    shards = ShardSet(open_store(directory), "latents")
     assert len(shards) == 5
     for index in (4, 0, 3, 2, 1):
         sample = shards.read(index, ["latents", "tap.down_blocks.0"])
@@ -97,15 +97,15 @@ def test_an_exception_while_writing_leaves_no_shard(tmp_path):
         raise RuntimeError("the device fell over")
 
     with pytest.raises(RuntimeError):
-        write_shard(tmp_path, "s00000.tar", "0" * 64, entries(), [])
+        write_shard(open_store(tmp_path), "s00000.tar", "0" * 64, entries(), [])
     assert list(tmp_path.iterdir()) == []
-    assert not is_finished(tmp_path, "s00000.tar")
+    assert not open_store(tmp_path).exists("s00000.json")
 
 
 def test_a_tar_without_its_sidecar_is_unfinished(directory):
     (directory / "s00001.json").unlink()
-    with pytest.raises(ShardError, match=r"1 of 2 shards are missing, the first s00001.tar.*run the same"):
-        ShardSet(directory, "latents")
+    with pytest.raises(ShardError, match=r"1 of 2 shards are missing, the first is s00001.tar.*Rerun the same"):
+        ShardSet(open_store(directory), "latents")
 
 
 @pytest.mark.parametrize("cut", [1, 512, 1024, 3000])
@@ -113,19 +113,19 @@ def test_a_cut_tar_is_refused_by_name(directory, cut):
     path = directory / "s00000.tar"
     path.write_bytes(path.read_bytes()[:-cut])
     with pytest.raises(ShardError, match=r"s00000.tar is damaged.*Delete it"):
-        ShardSet(directory, "latents")
+        ShardSet(open_store(directory), "latents")
 
 
 def test_a_flipped_bit_in_any_member_is_refused_by_name(directory):
     path = directory / "s00000.tar"
     whole = path.read_bytes()
-    sidecar = read_sidecar(directory, "s00000.tar", Manifest(SPEC).spec_sha256)
+    sidecar = read_sidecar(open_store(directory), "s00000.tar", Manifest(SPEC).spec_sha256)
     for name, (offset, length, _, _) in sidecar.locate(1).items():
         damaged = bytearray(whole)
         damaged[offset + length // 2] ^= 1
         path.write_bytes(damaged)
         with pytest.raises(ShardError, match=f"s00000.tar.*000000001.{name}"):
-            ShardSet(directory, "latents").read(1, ["latents", "tap.down_blocks.0"])
+            ShardSet(open_store(directory), "latents").read(1, ["latents", "tap.down_blocks.0"])
 
 
 def test_a_shard_of_another_set_is_refused(directory, tmp_path):
@@ -133,14 +133,14 @@ def test_a_shard_of_another_set_is_refused(directory, tmp_path):
     for name in ("s00000.tar", "s00000.json"):
         (directory / name).write_bytes((other / name).read_bytes())
     with pytest.raises(ShardError, match="s00000.json belongs to another shard set"):
-        ShardSet(directory, "latents")
+        ShardSet(open_store(directory), "latents")
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"format": 1}'])
 def test_a_damaged_sidecar_is_refused_by_name(directory, content):
     (directory / "s00000.json").write_text(content)
     with pytest.raises(ShardError, match="s00000.json is damaged"):
-        read_sidecar(directory, "s00000.tar", Manifest(SPEC).spec_sha256)
+        read_sidecar(open_store(directory), "s00000.tar", Manifest(SPEC).spec_sha256)
 
 
 @pytest.mark.parametrize("row", [[-1, 5, 5, 0], [0, 1 << 60, 5, 0], [1 << 62, 1, 1, 0]])
@@ -150,29 +150,29 @@ def test_a_sidecar_that_points_outside_its_shard_is_refused(directory, row):
     content["table"][1][0] = row
     path.write_text(json.dumps(content))
     with pytest.raises(ShardError, match="s00000.json is damaged.*outside the shard"):
-        ShardSet(directory, "latents")
+        ShardSet(open_store(directory), "latents")
 
 
 def test_a_tensor_that_is_not_there_is_named(directory):
     with pytest.raises(ShardError, match=r"holds no noise.npy for entry 000000002; it has json, latents.npy"):
-        ShardSet(directory, "latents").read(2, ["noise"])
+        ShardSet(open_store(directory), "latents").read(2, ["noise"])
 
 
 def test_a_directory_without_manifest_names_the_command(tmp_path):
     with pytest.raises(ShardError, match="no manifest.json.*distill-sd encode"):
-        read_manifest(tmp_path, "latents")
+        read_manifest(open_store(tmp_path), "latents")
 
 
 def test_an_edited_manifest_is_refused(directory):
     path = directory / "manifest.json"
     path.write_text(path.read_text().replace('"entries": 5', '"entries": 4'))
-    with pytest.raises(ShardError, match="manifest.json was changed after it was written"):
-        ShardSet(directory, "latents")
+    with pytest.raises(ShardError, match="manifest.json was edited"):
+        ShardSet(open_store(directory), "latents")
 
 
 def test_a_manifest_of_the_other_stage_is_refused(directory):
     with pytest.raises(ShardError, match="describes latents, not cache"):
-        read_manifest(directory, "cache")
+        read_manifest(open_store(directory), "cache")
 
 
 @pytest.mark.parametrize(
@@ -181,18 +181,18 @@ def test_a_manifest_of_the_other_stage_is_refused(directory):
 def test_a_manifest_that_cannot_be_read_is_refused_by_name(tmp_path, content):
     (tmp_path / "manifest.json").write_text(content)
     with pytest.raises(ShardError, match="manifest.json"):
-        read_manifest(tmp_path, "latents")
+        read_manifest(open_store(tmp_path), "latents")
 
 
 def test_a_file_beside_the_shards_is_read_only_as_it_was_written(tmp_path):
     manifest = Manifest(SPEC, files={"extra.npy": write_bytes(tmp_path / "extra.npy", b"content")})
-    write_manifest(tmp_path, manifest)
-    manifest = read_manifest(tmp_path, "latents")
-    assert read_file(tmp_path, manifest, "extra.npy") == b"content"
+    write_manifest(open_store(tmp_path), manifest)
+    manifest = read_manifest(open_store(tmp_path), "latents")
+    assert read_file(open_store(tmp_path), manifest, "extra.npy") == b"content"
     for damage in (lambda path: path.write_bytes(b"contenu"), lambda path: path.unlink()):
         damage(tmp_path / "extra.npy")
         with pytest.raises(ShardError, match="extra.npy is missing or was changed"):
-            read_file(tmp_path, manifest, "extra.npy")
+            read_file(open_store(tmp_path), manifest, "extra.npy")
 
 
 def test_the_difference_names_each_field():
@@ -211,10 +211,3 @@ def test_the_difference_names_each_field():
 def test_a_spec_hash_does_not_depend_on_the_order_of_fields():
     assert sha256_of_json({"a": 1, "b": [2]}) == sha256_of_json({"b": [2], "a": 1})
     assert sha256_of_json({"a": 1}) != sha256_of_json({"a": 2})
-
-
-def test_each_round_has_shards_of_its_own():
-    assert shard_names(5, 3) == ["s00000.tar", "s00001.tar"]
-    two, three = shard_names(5, 3, rounds=2), shard_names(5, 3, rounds=3)
-    assert two == three[:4] == ["r0000-s00000.tar", "r0000-s00001.tar", "r0001-s00000.tar", "r0001-s00001.tar"]
-    assert shard_names(0, 3) == []

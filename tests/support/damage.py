@@ -18,8 +18,9 @@ from click.testing import CliRunner
 from pipeline.cli import main
 from shards.expected import expected_tensors
 from shards.manifest import read_manifest, sha256_of_json
-from shards.reader import ShardSet, StoredEntry, _cached_sidecar
+from shards.reader import ShardSet, StoredEntry
 from shards.schema import MANIFEST, ShardError, sidecar_name
+from shards.store import open_store
 
 VICTIM = "r0001-s00001.tar"
 BLOCK = 512
@@ -211,9 +212,8 @@ def verify(cache: Path, *options: str) -> tuple[int, str]:
 
 def read_all(cache: Path) -> tuple[dict[str, StoredEntry], list[str]]:
     """Every entry that can be read, by key, and the messages of those that cannot."""
-    _cached_sidecar.cache_clear()
-    shards = ShardSet(cache, "cache")
-    names = list(expected_tensors(read_manifest(cache, "cache").spec))
+    shards = ShardSet(open_store(cache), "cache")
+    names = list(expected_tensors(read_manifest(open_store(cache), "cache").spec))
     found, messages = {}, []
     for index in range(len(shards)):
         try:

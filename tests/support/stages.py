@@ -12,9 +12,10 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from pipeline import distill, encode, teacher_cache
 from pipeline.distill import DistillSettings
 from pipeline.encode import EncodeSettings
-from pipeline.models.families.sd import student_config, student_weights
+from pipeline.models.students import student_config, student_weights
 from pipeline.teacher_cache import TeacherCacheSettings
-from shards.reader import ShardSet, _cached_sidecar
+from shards.reader import ShardSet
+from shards.store import open_store
 from support.tiny import tiny_pipeline
 
 
@@ -70,9 +71,8 @@ def prepared(cache: Path, out: Path, **changes) -> tuple[DistillSettings, distil
     return settings, distill.prepare(settings, distill.open_cache(settings), Accelerator(cpu=True))
 
 
-def samples(directory: Path, stage: str, tensors: list[str]):
-    _cached_sidecar.cache_clear()
-    shards = ShardSet(directory, stage)
+def read_entries(directory: Path, stage: str, tensors: list[str]):
+    shards = ShardSet(open_store(directory), stage)
     return [shards.read(i, tensors) for i in range(len(shards))]
 
 

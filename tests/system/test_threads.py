@@ -1,4 +1,4 @@
-"""Threads keep the order, stay close, and hand errors on."""
+"""Threads keep the order, never run far ahead, and pass errors on."""
 
 import threading
 import time
@@ -13,7 +13,7 @@ def threads():
 
 
 def counting(taken, stop=10, fail_at=None):
-    """0, 1, 2, ...: notes in `taken` what was asked for, and may fail."""
+    """Yield 0, 1, 2, ..., record in `taken` the items that were requested, and fail at item `fail_at`."""
     for i in range(stop):
         taken.append(i)
         if i == fail_at:
@@ -21,7 +21,7 @@ def counting(taken, stop=10, fail_at=None):
         yield i
 
 
-def test_a_map_keeps_the_order_whatever_the_speed():
+def test_a_map_keeps_the_order_at_any_speed():
     def slow_when_even(i):
         time.sleep(0.01 if i % 2 == 0 else 0)
         return i * i
@@ -37,12 +37,12 @@ def test_a_map_never_runs_far_ahead():
 
 
 @pytest.mark.parametrize("ahead", [1, 3, 50])
-def test_what_is_made_in_the_background_comes_whole_and_in_order(ahead):
+def test_background_items_are_complete_and_in_order(ahead):
     assert list(in_background(counting([]), ahead)) == list(range(10))
     assert list(in_background([], ahead)) == []
 
 
-def test_it_is_made_by_another_thread_while_the_taker_works():
+def test_another_thread_produces_items_while_the_consumer_works():
     makers = []
 
     def make():
@@ -52,7 +52,7 @@ def test_it_is_made_by_another_thread_while_the_taker_works():
 
     for i in in_background(make(), 2):
         deadline = time.monotonic() + 10
-        # The next two are made without being asked for.
+        # The next two items are produced before they are requested.
         while len(makers) < min(i + 3, 4) and time.monotonic() < deadline:
             time.sleep(0.001)
         assert len(makers) >= min(i + 3, 4)
@@ -69,14 +69,14 @@ def test_the_background_never_runs_far_ahead():
     items.close()
 
 
-def test_an_error_comes_where_its_item_would_have_come():
+def test_an_error_is_raised_at_the_position_of_its_item():
     items = in_background(counting([], fail_at=2), 5)
     assert [next(items), next(items)] == [0, 1]
     with pytest.raises(OSError, match="item 2"):
         next(items)
 
 
-def test_to_stop_taking_ends_the_thread():
+def test_closing_the_iterator_ends_the_thread():
     before = threads()
     items = in_background(counting([], 1000), 2)
     next(items)

@@ -265,7 +265,7 @@ def test_a_hub_that_refuses_is_met_before_training(cache, tmp_path, monkeypatch)
 def test_an_upload_that_fails_leaves_the_student_and_is_tried_again(cache, tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr("pipeline.models.hub.HfApi", lambda: Hub(calls, refuse=["upload_folder"]))
-    with pytest.raises(UserError, match="is finished, but was not uploaded .*run the same command again"):
+    with pytest.raises(UserError, match="is finished but was not uploaded .*Rerun the same command"):
         run_distill(cache, tmp_path / "out", push_to_hub="me/student")
     weights = (tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors").stat().st_mtime_ns
     monkeypatch.setattr("pipeline.models.hub.HfApi", lambda: Hub(calls))

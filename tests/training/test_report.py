@@ -1,4 +1,4 @@
-"""Sample pictures and the report: the same on any batch size, whole in one file, shown by a real browser."""
+"""Generated images and the report: independent of the batch size, self-contained, and shown by a real browser."""
 
 import os
 import re
@@ -21,7 +21,7 @@ from pipeline.sampling.process import PipelineRef, generate_in_process
 from pipeline.system.memory import peak_memory
 from pipeline.training.report import write_report
 
-PROMPTS = [f"picture {i}" for i in range(5)]
+PROMPTS = [f"image {i}" for i in range(5)]
 METRICS = [
     {"step": s, "loss": 1 / s, "task": 0.5 / s, "output": 0.1 / s, "feature/mid_block": 0.2 / s, "epoch": s / 10}
     for s in (1, 2, 5)
@@ -35,41 +35,41 @@ def pixels(samples):
     return np.stack([np.asarray(image, int) for image in samples.images])
 
 
-def test_a_picture_depends_on_its_prompt_and_seed_not_on_the_batch():
+def test_an_image_depends_on_its_prompt_and_seed_but_not_on_the_batch():
     pipe = tiny_pipeline()
     one, three = (generate(pipe, PROMPTS, Sampler(steps=3, batch_size=size), "samples") for size in (1, 3))
     assert np.abs(pixels(one) - pixels(three)).max() <= 1
     assert np.abs(pixels(one)[0] - pixels(one)[1]).mean() > 1
 
 
-def test_samples_are_those_of_the_diffusers_pipeline():
+def test_images_match_the_diffusers_pipeline():
     pipe = tiny_pipeline()
-    drawn = generate(pipe, PROMPTS[:1], Sampler(steps=4, guidance_scale=3.0), "samples")
+    samples = generate(pipe, PROMPTS[:1], Sampler(steps=4, guidance_scale=3.0), "samples")
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     expected = pipe(PROMPTS[0], num_inference_steps=4, guidance_scale=3.0, generator=torch.Generator().manual_seed(0))
-    assert np.array_equal(np.asarray(drawn.images[0]), np.asarray(expected.images[0]))
+    assert np.array_equal(np.asarray(samples.images[0]), np.asarray(expected.images[0]))
 
 
-def test_drawing_leaves_the_pipelines_scheduler():
+def test_generating_leaves_the_pipelines_scheduler():
     pipe = tiny_pipeline()
     before = pipe.scheduler
     generate(pipe, PROMPTS[:1], Sampler(steps=2), "samples")
     assert pipe.scheduler is before
 
 
-def test_samples_come_back_as_they_were_saved(tmp_path):
+def test_saved_images_are_read_back_unchanged(tmp_path):
     sampler = Sampler(steps=2, guidance_scale=2.5, batch_size=2)
     samples = generate(tiny_pipeline(), PROMPTS, sampler, "samples")
     save_images(samples, sampler, tmp_path / "samples")
-    again, same = load_images(tmp_path / "samples")
-    assert same == sampler
-    assert replace(again, images=[]) == replace(samples, images=[])
-    assert np.array_equal(pixels(again), pixels(samples))
+    loaded, loaded_sampler = load_images(tmp_path / "samples")
+    assert loaded_sampler == sampler
+    assert replace(loaded, images=[]) == replace(samples, images=[])
+    assert np.array_equal(pixels(loaded), pixels(samples))
 
 
-def test_the_oracle_scores_scenes_and_nothing_else():
+def test_the_oracle_scores_only_scenes():
     scenes = [make_scene(5, i) for i in range(6)]
-    images, captions = [Image.fromarray(s.picture) for s in scenes], [s.caption for s in scenes]
+    images, captions = [Image.fromarray(s.image) for s in scenes], [s.caption for s in scenes]
     assert score_scenes(images, captions) == 1.0
     assert score_scenes(images, captions[1:] + captions[:1]) < 0.6
     assert score_scenes(images, ["a photo of a cat", *captions[1:]]) is None
@@ -77,18 +77,18 @@ def test_the_oracle_scores_scenes_and_nothing_else():
 
 @pytest.fixture(scope="module")
 def student(teacher, images, tmp_path_factory):
-    """A student made with a report, and the cache that the teacher left its samples in."""
+    """A student distilled with a report, from a cache with images of the teacher."""
     work = tmp_path_factory.mktemp("reported")
     latents = run_encode(teacher, images, work / "latents")
     cache = run_teacher_cache(teacher, latents, work / "cache", rounds=1, samples=3)
     return run_distill(cache, work / "student", report=True)
 
 
-def test_the_cache_holds_pictures_of_the_teacher_itself(student, teacher):
+def test_the_cache_holds_images_of_the_teacher(student, teacher):
     stored, sampler = load_images(student.parent / "cache" / "samples")
     assert stored.prompts == ["picture 0", "picture 6", "picture 12"]
-    drawn = generate(DiffusionPipeline.from_pretrained(teacher), stored.prompts, sampler, "again")
-    assert np.abs(pixels(stored) - pixels(drawn)).max() <= 1
+    expected = generate(DiffusionPipeline.from_pretrained(teacher), stored.prompts, sampler, "expected")
+    assert np.abs(pixels(stored) - pixels(expected)).max() <= 1
     assert stored.parameters == sum(p.numel() for p in DiffusionPipeline.from_pretrained(teacher).unet.parameters())
 
 
@@ -102,7 +102,7 @@ def test_the_report_shows_teacher_untrained_student_and_student(student):
     assert "facts that hold" not in page
 
 
-def test_the_cost_of_all_three_is_measured_and_set_against_the_teachers(student):
+def test_the_cost_of_all_three_is_measured_and_compared_with_the_teachers(student):
     page = (student / "report.html").read_text()
     memory = re.findall(r"<td class=number>([\d,]+) \((\d+)%\)</td><td class=number>cpu, fp32</td>", page)
     assert len(memory) == 3
@@ -110,7 +110,7 @@ def test_the_cost_of_all_three_is_measured_and_set_against_the_teachers(student)
     assert all(1 <= int(megabytes.replace(",", "")) < 2000 for megabytes, _ in memory)
 
 
-def test_peak_memory_is_that_of_the_drawing_alone(teacher):
+def test_peak_memory_is_that_of_the_generation_alone(teacher):
     model = PipelineRef(teacher, teacher / "unet", torch.device("cpu"), torch.float32)
     first = generate_in_process(model, PROMPTS[:2], Sampler(steps=2), "samples")
     held = np.ones(500_000_000, np.uint8)
@@ -125,7 +125,7 @@ def test_peak_memory_grows_with_what_a_process_holds():
     assert peak_memory(torch.device("cpu")) >= max(before, held.nbytes)
 
 
-def test_the_report_stands_alone(student):
+def test_the_report_is_self_contained(student):
     page = (student / "report.html").read_text()
     assert set(re.findall(r"""(?:src|href)=["']?(.{5})""", page)) == {"data:"}
     assert not re.search(r"https?://", re.sub(r"data:[^\"']+", "", page))
@@ -133,19 +133,17 @@ def test_the_report_stands_alone(student):
 
 def test_scenes_are_scored_in_the_report(tmp_path):
     scenes = [make_scene(5, i) for i in range(4)]
-    samples = GeneratedImages(
-        [Image.fromarray(s.picture) for s in scenes], [s.caption for s in scenes], 0.5, 1000, "cpu"
-    )
+    samples = GeneratedImages([Image.fromarray(s.image) for s in scenes], [s.caption for s in scenes], 0.5, 1000, "cpu")
     write_report(tmp_path, "title", {}, METRICS, {"teacher": samples, "student": samples}, score_scenes)
     page = (tmp_path / "report.html").read_text()
     assert "facts that hold" in page
-    assert "100.0% of 4 pictures&#x27;" in page or "100.0% of 4 pictures'" in page
+    assert "100.0% over 4 images" in page
 
 
-def test_a_report_without_samples_has_the_curves_alone(tmp_path):
+def test_a_report_without_images_has_only_the_curves(tmp_path):
     write_report(tmp_path, "<script>", {"level": "<b>"}, METRICS, {}, score_scenes)
     page = (tmp_path / "report.html").read_text()
-    assert "<h2>Pictures" not in page
+    assert "<h2>Images" not in page
     assert 'alt="loss curves"' in page
     assert "<script>" not in page
     assert "<b>" not in page
@@ -153,9 +151,9 @@ def test_a_report_without_samples_has_the_curves_alone(tmp_path):
 
 @pytest.mark.skipif(BROWSER is None and "CI" not in os.environ, reason="no Chromium on this machine")
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_a_browser_shows_every_picture_and_logs_nothing(student, tmp_path, theme):
+def test_a_browser_shows_every_image_and_logs_nothing(student, tmp_path, theme):
     page = student / "report.html"
-    # The page itself carries no script; this copy reports what the browser made of it.
+    # The page itself has no script; this copy reports how the browser rendered it.
     probe = (
         "<script>addEventListener('load', () => document.title = JSON.stringify([[...document.images].map(i => "
         "i.complete && i.naturalWidth > 0), getComputedStyle(document.body).backgroundColor]))</script></body>"

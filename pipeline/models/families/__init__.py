@@ -1,1 +1,41 @@
-"""What is particular to a family of teachers."""
+"""The families of teachers. A new one is a module with a `Family`, and its entry in FAMILIES."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.models.families.family import Family, Level, denoise, random_conditioning
+from pipeline.models.families.sd import SD
+
+__all__ = [
+    "FAMILIES",
+    "LEVELS",
+    "Family",
+    "Level",
+    "denoise",
+    "family_of_index",
+    "family_of_level",
+    "family_of_spec",
+    "random_conditioning",
+]
+
+FAMILIES: dict[str, Family] = {family.name: family for family in (SD,)}
+# The levels of all families, whose names are unique.
+LEVELS: dict[str, Level] = {name: level for family in FAMILIES.values() for name, level in family.levels.items()}
+
+
+def family_of_index(index: Mapping[str, Any]) -> Family | None:
+    """The first family that has all the text encoders which a model_index.json names, or None."""
+    named = {part for part in index if part.startswith("text_encoder") and index[part] and index[part][0]}
+    return next((family for family in FAMILIES.values() if named <= set(family.parts)), None)
+
+
+def family_of_level(level: str) -> Family:
+    """The family of teachers that students of this level have."""
+    return next(family for family in FAMILIES.values() if level in family.levels)
+
+
+def family_of_spec(spec: Mapping[str, Any]) -> Family:
+    """The family of the teacher that latents or a cache were made with. A spec that names none is of SD-1.x or 2.x."""
+    return FAMILIES[spec.get("latents", spec).get("family", SD.name)]

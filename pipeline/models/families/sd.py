@@ -1,20 +1,30 @@
-"""The students: for each level its U-Net config, where its weights come from, and its tap pairs.
+"""SD-1.x and SD-2.x: one text encoder, four stages of two layers each; and their students.
 
-Levels are those of distill-sd (sd_small, sd_tiny) and of BK-SDM (Kim et al. 2023, arXiv:2305.15798). A
-student is a config that diffusers builds natively; nothing is cut out of a teacher. Nothing here does
-any I/O.
+Levels are those of distill-sd (sd_small, sd_tiny) and of BK-SDM (Kim et al. 2023, arXiv:2305.15798). A student is a
+config that diffusers builds natively; nothing is cut out of a teacher.
 """
 
 from __future__ import annotations
 
+import functools
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
 from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTokenizer
 
-INNERMOST_STAGE_FIELDS = (
+from pipeline.models.families.family import Conditioning, Family, Level, Shapes
+from pipeline.models.families.sd_single_file import pipeline_weights
+from pipeline.models.reading import read_part
+
+PROMPT_EMBEDS = "prompt_embeds"
+DOWN = tuple(f"down_blocks.{i}" for i in range(4))
+UP = tuple(f"up_blocks.{i}" for i in range(4))
+# Config fields with an item per stage.
+STAGE_FIELDS = (
     "attention_head_dim",
     "block_out_channels",
     "cross_attention_dim",
@@ -26,117 +36,94 @@ INNERMOST_STAGE_FIELDS = (
 )
 
 
-@dataclass(frozen=True)
-class Level:
-    """How a student differs from its teacher, and which of its outputs are held against the teacher's.
-
-    `taps` pairs (student module, teacher module), of a U-Net with four stages.
-    """
-
-    mid_block: bool
-    innermost_stage: bool
-    taps: tuple[tuple[str, str], ...]
-
-
-def _same(*names: str) -> tuple[tuple[str, str], ...]:
-    return tuple((name, name) for name in names)
-
-
-DOWN = tuple(f"down_blocks.{i}" for i in range(4))
-UP = tuple(f"up_blocks.{i}" for i in range(4))
-_TINY_ENDS = (
-    *_same("down_blocks.0", "down_blocks.1"),
-    *((f"up_blocks.{i}", f"up_blocks.{i + 1}") for i in range(3)),
-)
-# The student's last down block feeds what the teacher's first up block feeds.
-_TINY_MIDDLE = ("down_blocks.2", "up_blocks.0")
-_BK_TINY_MIDDLE = ("down_blocks.2.attentions.0.proj_out", "down_blocks.2.attentions.1.proj_out")
-
-LEVELS: dict[str, Level] = {
-    "sd_small": Level(True, True, _same(*DOWN, "mid_block", *UP)),
-    "sd_tiny": Level(False, False, (*_TINY_ENDS[:2], _TINY_MIDDLE, *_TINY_ENDS[2:])),
-    "bk_base": Level(True, True, _same(*DOWN, *UP)),
-    "bk_small": Level(False, True, _same(*DOWN, *UP)),
-    "bk_tiny": Level(False, False, (*_TINY_ENDS[:2], _BK_TINY_MIDDLE, *_TINY_ENDS[2:])),
-}
-
-
-def check_teacher(config: dict[str, Any]) -> None:
-    """Raise ValueError unless `config` is a U-Net of the shape that the level rules are written for."""
+def check_teacher(config: Mapping[str, Any]) -> None:
+    """Raise ValueError unless `config` is a U-Net of the architecture that the levels are written for."""
     stages, layers = len(config["down_block_types"]), config["layers_per_block"]
-    problems = [
+    checks = [
         (stages == 4, f"it has {stages} stages, not 4"),
         (layers in (2, [2] * 4, (2,) * 4), f"layers_per_block is {layers}, not 2"),
         (config["mid_block_type"] == "UNetMidBlock2DCrossAttn", f"mid_block_type is {config['mid_block_type']}"),
         (config["in_channels"] == 4, f"it takes {config['in_channels']} input channels, not 4"),
-        (not config["addition_embed_type"], f"it needs {config['addition_embed_type']} conditioning, as SDXL's does"),
+        (not config["addition_embed_type"], f"it needs {config['addition_embed_type']} conditioning, as SDXL does"),
     ]
-    for fine, what in problems:
-        if not fine:
-            raise ValueError(f"the teacher's U-Net is not of the SD-1.x or SD-2.x family: {what}")
+    for passed, problem in checks:
+        if not passed:
+            raise ValueError(f"the teacher's U-Net is not of the SD-1.x or SD-2.x family: {problem}")
 
 
-def student_config(teacher_config: dict[str, Any], level: str) -> dict[str, Any]:
-    """The student's U-Net config: one layer a block, and without what its level leaves out."""
-    check_teacher(teacher_config)
-    rule = LEVELS[level]
+def student_config(teacher_config: dict[str, Any], *, mid_block: bool, innermost_stage: bool) -> dict[str, Any]:
+    """The student's U-Net config: one layer per block, with or without the mid block and the innermost stage."""
     config = {key: value for key, value in teacher_config.items() if not key.startswith("_")}
     config["layers_per_block"] = 1
-    if not rule.mid_block:
+    if not mid_block:
         config["mid_block_type"] = None
-    if not rule.innermost_stage:
-        for name in INNERMOST_STAGE_FIELDS:
+    if not innermost_stage:
+        for name in STAGE_FIELDS:
             if isinstance(config.get(name), list | tuple):
                 config[name] = config[name][:-1]
         config["up_block_types"] = config["up_block_types"][1:]
     return config
 
 
-def teacher_key(student_key: str, level: str) -> str:
+def teacher_key(student_key: str, *, innermost_stage: bool) -> str:
     """The teacher's tensor that a student's tensor starts from.
 
-    Of an up block's three layers the student keeps the first and the last: only of these do the
-    widths fit, since a layer's input is the running map joined with one skip connection.
+    Of the three layers of an up block the student keeps the first and the last. Only their widths fit, since a layer's
+    input is the running map concatenated with one skip connection.
     """
     match = re.match(r"up_blocks\.(\d+)\.(resnets|attentions)\.(\d+)\.(.*)", student_key)
-    shift = 0 if LEVELS[level].innermost_stage else 1
+    shift = 0 if innermost_stage else 1
     if match:
         block, kind, layer, rest = match.groups()
         return f"up_blocks.{int(block) + shift}.{kind}.{2 if layer == '1' else layer}.{rest}"
     return re.sub(r"^up_blocks\.(\d+)\.", lambda m: f"up_blocks.{int(m[1]) + shift}.", student_key)
 
 
-def student_weights(
-    student_shapes: dict[str, tuple[int, ...]], teacher_weights: dict[str, Tensor], level: str
-) -> dict[str, Tensor]:
-    """Every tensor of the student: the teacher's own, not a copy.
-
-    Raises ValueError that names the tensor where the teacher has none of that name or shape.
-    """
-    weights = {}
-    for key, shape in student_shapes.items():
-        source = teacher_key(key, level)
-        if source not in teacher_weights:
-            raise ValueError(f"the teacher has no tensor {source}, from which the {level} student's {key} starts")
-        tensor = teacher_weights[source]
-        if tuple(tensor.shape) != tuple(shape):
-            raise ValueError(
-                f"the teacher's {source} has shape {tuple(tensor.shape)}; "
-                f"the {level} student's {key} needs {tuple(shape)}"
-            )
-        weights[key] = tensor
-    return weights
+def _level(mid_block: bool, innermost_stage: bool, taps: tuple[tuple[str, str], ...]) -> Level:
+    missing = [
+        "one layer per block instead of two",
+        *(() if mid_block else ("no mid block",)),
+        *(() if innermost_stage else ("no innermost stage",)),
+    ]
+    return Level(
+        functools.partial(student_config, mid_block=mid_block, innermost_stage=innermost_stage),
+        functools.partial(teacher_key, innermost_stage=innermost_stage),
+        taps,
+        missing[0] if len(missing) == 1 else f"{', '.join(missing[:-1])} and {missing[-1]}",
+    )
 
 
-def teacher_taps(levels: tuple[str, ...]) -> list[str]:
-    """The teacher's modules that any of the levels looks at, once each, in the order of the forward pass."""
-    wanted = {teacher for level in levels for _, teacher in LEVELS[level].taps}
-    order = (*DOWN[:3], _BK_TINY_MIDDLE[1], DOWN[3], "mid_block", *UP)
-    return [tap for tap in order if tap in wanted]
+def _same(*names: str) -> tuple[tuple[str, str], ...]:
+    return tuple((name, name) for name in names)
 
 
-def encode_prompts(base: DiffusionPipeline, captions: list[str]) -> Tensor:
-    """(B, L, D) float32: the text encoder's last hidden state, as StableDiffusionPipeline uses it."""
+def _tiny_taps(middle: tuple[str, str]) -> tuple[tuple[str, str], ...]:
+    """Without the innermost stage, the student's up block i stands for the teacher's up block i + 1."""
+    ups = tuple((f"up_blocks.{i}", f"up_blocks.{i + 1}") for i in range(3))
+    return (*_same("down_blocks.0", "down_blocks.1"), middle, *ups)
+
+
+# BK-Tiny compares the last attention layers of the innermost stage that both have.
+_BK_TINY_MIDDLE = ("down_blocks.2.attentions.0.proj_out", "down_blocks.2.attentions.1.proj_out")
+LEVELS: dict[str, Level] = {
+    "sd_small": _level(True, True, _same(*DOWN, "mid_block", *UP)),
+    # The student's last down block feeds the up block that the teacher's first up block feeds.
+    "sd_tiny": _level(False, False, _tiny_taps(("down_blocks.2", "up_blocks.0"))),
+    "bk_base": _level(True, True, _same(*DOWN, *UP)),
+    "bk_small": _level(False, True, _same(*DOWN, *UP)),
+    "bk_tiny": _level(False, False, _tiny_taps(_BK_TINY_MIDDLE)),
+}
+
+
+def conditioning_shapes(folder: Path) -> Shapes:
+    """{"prompt_embeds": (L, D)} of the pipeline in a folder, from its configs."""
+    text = read_part(CLIPTextConfig, folder, "text_encoder")
+    tokenizer = read_part(CLIPTokenizer, folder, "tokenizer")
+    return {PROMPT_EMBEDS: (tokenizer.model_max_length, text.hidden_size)}
+
+
+def encode_prompts(base: DiffusionPipeline, captions: list[str]) -> dict[str, Tensor]:
+    """prompt_embeds (B, L, D) float32: the text encoder's last hidden state, as StableDiffusionPipeline uses it."""
     tokenizer, text_encoder = base.tokenizer, base.text_encoder
     tokens = tokenizer(
         captions, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
@@ -144,13 +131,34 @@ def encode_prompts(base: DiffusionPipeline, captions: list[str]) -> Tensor:
     device = text_encoder.device
     uses_mask = getattr(text_encoder.config, "use_attention_mask", False)
     mask = tokens.attention_mask.to(device) if uses_mask else None
-    return text_encoder(tokens.input_ids.to(device), attention_mask=mask)[0].float()
+    return {PROMPT_EMBEDS: text_encoder(tokens.input_ids.to(device), attention_mask=mask)[0].float()}
 
 
 def count_truncated(base: DiffusionPipeline, captions: list[str]) -> int:
-    """How many captions have more tokens than the text encoder takes, begin and end included."""
-    tokenizer, cut = base.tokenizer, 0
+    """How many captions have more tokens than the text encoder takes, start and end tokens included."""
+    tokenizer, truncated = base.tokenizer, 0
     for first in range(0, len(captions), 1000):
         tokens = tokenizer(captions[first : first + 1000], truncation=False, verbose=False).input_ids
-        cut += sum(len(each) > tokenizer.model_max_length for each in tokens)
-    return cut
+        truncated += sum(len(ids) > tokenizer.model_max_length for ids in tokens)
+    return truncated
+
+
+def unet_kwargs(conditioning: Conditioning) -> dict[str, Tensor]:
+    return {"encoder_hidden_states": conditioning[PROMPT_EMBEDS]}
+
+
+SD = Family(
+    name="sd",
+    title="SD-1.x and SD-2.x",
+    parts=("vae", "text_encoder", "tokenizer", "unet", "scheduler"),
+    encoders=("vae", "text_encoder"),
+    levels=LEVELS,
+    modules=(*DOWN[:3], _BK_TINY_MIDDLE[1], DOWN[3], "mid_block", *UP),
+    blocks=(*DOWN, "mid_block", *UP),
+    check=check_teacher,
+    conditioning_shapes=conditioning_shapes,
+    encode_prompts=encode_prompts,
+    count_truncated=count_truncated,
+    unet_kwargs=unet_kwargs,
+    single_file=pipeline_weights,
+)

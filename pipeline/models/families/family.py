@@ -1,0 +1,82 @@
+"""A family of teachers: one record says everything that is particular to it. And the one call of a U-Net."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+# A U-Net's inputs besides noisy latents and timesteps, by name: (B, ...) each, or their shapes without B.
+Conditioning = Mapping[str, Tensor]
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Level:
+    """A student of a family: how it differs from its teacher, and which of their outputs the loss compares.
+
+    `student_config` makes the student's U-Net config from the teacher's; `teacher_key` names the teacher's tensor that
+    a tensor of the student starts from; `taps` are pairs (student module, teacher module) whose outputs have equal
+    shapes. `summary` completes the sentence "Compared with its teacher, the student has ...".
+    """
+
+    student_config: Callable[[dict[str, Any]], dict[str, Any]]
+    teacher_key: Callable[[str], str]
+    taps: tuple[tuple[str, str], ...]
+    summary: str
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the stages need to know about a kind of teacher.
+
+    `parts` are the pipeline's parts that must exist; of them `encoders` make latents and conditioning, and the spec
+    states their hashes. `check` raises ValueError for a U-Net config that the levels do not fit. `modules` are the
+    teacher's modules that can be tapped, in the order of the forward pass, and `blocks` those that a student with all
+    of the teacher's layers is compared at.
+
+    `conditioning_shapes` reads the shapes of the conditioning from a pipeline's folder, without B. `encode_prompts`
+    computes it from captions, float32; what it returns for the empty prompt is the unconditional conditioning.
+    `count_truncated` counts the captions that do not fit the text encoder. `unet_kwargs` names conditioning as
+    the U-Net does. `single_file` gives a pipeline's weights under the names of the original single-file layout, and
+    raises ValueError if that layout has no name for one.
+
+    `spec` is what specs of latents and caches state about the family; SD-1.x, the first, states nothing.
+    """
+
+    name: str
+    title: str
+    parts: tuple[str, ...]
+    encoders: tuple[str, ...]
+    levels: Mapping[str, Level]
+    modules: tuple[str, ...]
+    blocks: tuple[str, ...]
+    check: Callable[[Mapping[str, Any]], None]
+    conditioning_shapes: Callable[[Path], Shapes]
+    encode_prompts: Callable[[DiffusionPipeline, list[str]], dict[str, Tensor]]
+    count_truncated: Callable[[DiffusionPipeline, list[str]], int]
+    unet_kwargs: Callable[[Conditioning], dict[str, Any]]
+    single_file: Callable[[DiffusionPipeline], dict[str, Tensor]]
+    spec: Mapping[str, str] = field(default_factory=dict)
+
+
+def denoise(unet: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, family: Family) -> Tensor:
+    """What a U-Net predicts: (B, C, H, W), in the U-Net's dtype and on its device, to which all inputs are moved.
+
+    noisy (B, C, H, W); timesteps (B,) int64; conditioning (B, ...) by name. `unet` may be wrapped, as for compiled or
+    distributed training.
+    """
+    first = next(unet.parameters())
+    like = {"device": first.device, "dtype": first.dtype}
+    placed = {name: tensor.to(**like) for name, tensor in conditioning.items()}
+    return unet(noisy.to(**like), timesteps.to(first.device), **family.unet_kwargs(placed), return_dict=False)[0]
+
+
+def random_conditioning(shapes: Shapes, batch_size: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    """Gaussian conditioning (B, ...) float32 of these shapes: for timing and tracing."""
+    return {name: torch.randn(batch_size, *shape, generator=generator) for name, shape in shapes.items()}

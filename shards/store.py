@@ -1,0 +1,107 @@
+"""Where a shard set lives. Everything else in this package reads and writes through a store, by name.
+
+A store holds named files without folders. What it promises: a file appears complete or not at all, and a file that
+was written replaces the one before it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Protocol
+
+from shards.files import atomic_file
+
+# Bytes per read where a file is read from end to end.
+CHUNK = 1 << 20
+
+
+class Store(Protocol):
+    """Reads raise FileNotFoundError for a name that does not exist; `str(store)` is what a user calls the place."""
+
+    def read(self, name: str) -> bytes:
+        """All bytes of a file."""
+
+    def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """The bytes of each (offset, length), shorter only where the file ends."""
+
+    def write(self, name: str) -> AbstractContextManager[IO[bytes]]:
+        """A binary stream; the file takes its name when the block ends well, and nothing is left if it does not."""
+
+    def exists(self, name: str) -> bool:
+        """Whether there is such a file."""
+
+    def size(self, name: str) -> int | None:
+        """Its length in bytes; None if there is no such file."""
+
+    def list(self) -> list[str]:
+        """The names of all files, sorted."""
+
+    def delete(self, name: str) -> None:
+        """Remove a file. A file that does not exist is no error."""
+
+
+@dataclass(frozen=True)
+class LocalStore:
+    """A directory. It is made when the first file is written."""
+
+    directory: Path
+
+    def __str__(self) -> str:
+        return str(self.directory)
+
+    def read(self, name: str) -> bytes:
+        return (self.directory / name).read_bytes()
+
+    def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        descriptor = os.open(self.directory / name, os.O_RDONLY)
+        try:
+            return [_read_at(descriptor, offset, length) for offset, length in ranges]
+        finally:
+            os.close(descriptor)
+
+    def write(self, name: str) -> AbstractContextManager[IO[bytes]]:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        return atomic_file(self.directory / name)
+
+    def exists(self, name: str) -> bool:
+        return (self.directory / name).is_file()
+
+    def size(self, name: str) -> int | None:
+        return (self.directory / name).stat().st_size if self.exists(name) else None
+
+    def list(self) -> list[str]:
+        if not self.directory.is_dir():
+            return []
+        with os.scandir(self.directory) as entries:
+            return sorted(entry.name for entry in entries if entry.is_file())
+
+    def delete(self, name: str) -> None:
+        (self.directory / name).unlink(missing_ok=True)
+
+
+def open_store(location: str | Path) -> LocalStore:
+    """The store at `location`: a directory, which need not exist yet."""
+    return LocalStore(Path(location))
+
+
+def read_chunks(store: Store, name: str) -> Iterator[bytes]:
+    """A file from end to end, CHUNK bytes at a time."""
+    offset = 0
+    while chunk := store.read_ranges(name, [(offset, CHUNK)])[0]:
+        yield chunk
+        offset += len(chunk)
+
+
+def _read_at(descriptor: int, offset: int, length: int) -> bytes:
+    """A read may return less than it was asked for; only at the end of the file does it return nothing."""
+    data = os.pread(descriptor, length, offset)
+    while 0 < len(data) < length:
+        more = os.pread(descriptor, length - len(data), offset + len(data))
+        if not more:
+            break
+        data += more
+    return data

@@ -1,0 +1,307 @@
+"""What the pages tell people to type works: every command and snippet is run, on small models.
+
+The tests run in order: a page's commands use what the pages before it have written, and its snippets what its
+commands have.
+"""
+
+import importlib
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tarfile
+import traceback
+from pathlib import Path
+
+import click
+import datasets
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from support.stages import reset_accelerate, run_encode, run_teacher_cache
+from support.web import IMG2DATASET, serving, write_list
+from test_floors import FLOORS
+
+from pipeline.cli import COMMANDS, main
+from pipeline.data.settings import DataSettings
+from pipeline.data.source import OpenSource
+from shards.dataset import CacheDataset
+from shards.store import open_store
+
+ROOT = Path(__file__).parent.parent
+DOCS = [f"pipeline/docs/{name}.md" for name in ("data", "stages", "disk", "trust", "scaling")]
+FORMAT, CONTRIBUTING, ARCHITECTURE = "shards/README.md", ".github/CONTRIBUTING.md", "pipeline/README.md"
+PAGES = ["README.md", *DOCS, FORMAT, CONTRIBUTING, ARCHITECTURE]
+BENCHMARKS = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests" / "benchmarks").glob("*.md"))]
+TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in [*PAGES, *BENCHMARKS]}
+# Options that belong to other programs.
+FOREIGN_OPTIONS = {"--help", "--multi_gpu", "--nproc-per-node"}
+# This takes a minute; tests/commands/test_export.py does it.
+SLOW = "--format onnx"
+
+SMALL = {
+    "--resolution 512": "--resolution 32",
+    "--max-train-steps 15000": "--max-train-steps 2",
+    "--max-train-steps 2000": "--max-train-steps 2",
+    "--trial": "--trial --resolution 32 --batch-size 2",
+    "distill-sd evaluate": "distill-sd evaluate --repeats 1 --bins 2",
+    "STEPS=15000": "STEPS=2",
+}
+
+
+def commands_of(page: str) -> list[str]:
+    return re.findall(r"^    ((?:make|distill-sd|accelerate|torchrun) .*)$", TEXTS[page], re.MULTILINE)
+
+
+def snippets_of(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", TEXTS[page], re.DOTALL)
+
+
+ALL_COMMANDS = list(dict.fromkeys(command for page in PAGES for command in commands_of(page)))
+MAKE = [command for command in ALL_COMMANDS if command.startswith("make ")]
+
+
+def small(command: str) -> str:
+    for large, replacement in SMALL.items():
+        command = command.replace(large, replacement)
+    return command
+
+
+@pytest.fixture(scope="module")
+def desk(teacher, images, tmp_path_factory):
+    """A directory in which the names of the pages exist."""
+    place = tmp_path_factory.mktemp("desk")
+    (place / "path" / "to").mkdir(parents=True)
+    for name in ("checkpoint", "path/to/checkpoint"):
+        (place / name).symlink_to(teacher)
+    for name in ("images", "path/to/images"):
+        (place / name).symlink_to(images)
+    (place / "prompts.txt").write_text("a lighthouse at dusk\na red bicycle\n")
+    write_own_data(images, place)
+    with serving() as server:
+        write_list(place / "list.parquet", [(f"{server}/good/{number}.jpg", "a caption") for number in range(3)])
+        yield place
+
+
+def write_own_data(images, place):
+    """The same images as a folder with texts, tars, a table and a saved dataset."""
+    rows = [json.loads(line) for line in (images / "metadata.jsonl").read_text().splitlines()]
+    (place / "captioned").mkdir()
+    (place / "tars").mkdir()
+    for row in rows:
+        shutil.copy(images / row["file_name"], place / "captioned")
+        (place / "captioned" / row["file_name"]).with_suffix(".txt").write_text(row["text"])
+    with tarfile.open(place / "tars" / "00000.tar", "w") as tar:
+        for path in sorted((place / "captioned").iterdir()):
+            tar.add(path, path.name)
+    columns = {
+        "image": [(images / row["file_name"]).read_bytes() for row in rows],
+        "text": [row["text"] for row in rows],
+    }
+    dataset = datasets.Dataset.from_dict(columns)
+    dataset.rename_column("text", "title").to_parquet(place / "photos.parquet")
+    datasets.DatasetDict(validation=dataset).save_to_disk(place / "dataset")
+
+
+@pytest.fixture
+def at_desk(desk, monkeypatch):
+    """This process in that directory, with img2dataset on the PATH."""
+    monkeypatch.chdir(desk)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", desk / "library")
+    monkeypatch.setattr("pipeline.cache.trial.SECONDS", 0.0)
+    if IMG2DATASET:
+        monkeypatch.setenv("PATH", f"{Path(IMG2DATASET).parent}:{os.environ['PATH']}")
+    return desk
+
+
+def run_make(command: str, variables: str, cwd: Path) -> None:
+    """A make command in a shell, with this test's environment in place of the one that make would create."""
+    here = f"-f {ROOT}/Makefile VENV={sys.prefix} -o {sys.prefix}/.ready"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        f"{small(command)} {here} {variables}", shell=True, cwd=cwd, env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+
+
+def run_in_process(command: str) -> None:
+    result = CliRunner().invoke(main, shlex.split(small(command))[1:])
+    reset_accelerate()
+    if result.exit_code:
+        raised = "".join(traceback.format_exception(*result.exc_info)) if result.exc_info else ""
+        pytest.fail(f"{command}\n{result.output}\n{raised}")
+
+
+def test_make_distill_alone_runs_the_demo(desk):
+    assert "make distill" in MAKE
+    run_make("make distill", "SCENES=12 ROUNDS=1 SAMPLES=2 STEPS=2 BATCH=2", desk)
+    assert (desk / "work" / "demo" / "sd_small" / "report.html").is_file()
+
+
+def test_make_distill_runs_all_stages_on_a_checkpoint(desk):
+    command = next(command for command in MAKE if command.startswith("make distill TEACHER"))
+    run_make(command, "RESOLUTION=32", desk)
+    assert (desk / "work" / "sd_small" / "model_index.json").is_file()
+
+
+@pytest.mark.parametrize("command", [c for c in ALL_COMMANDS if c.startswith("distill-sd ") and SLOW not in c])
+def test_every_command_runs_as_written(command, at_desk):
+    if "downloaded/" in command and not IMG2DATASET:
+        pytest.skip("img2dataset is not installed")
+    run_in_process(command)
+
+
+@pytest.mark.parametrize("command", [c for c in ALL_COMMANDS if not c.startswith("make ")])
+def test_every_command_takes_its_options(command):
+    """Also those that are not run: they need several devices, or a minute."""
+    if command.startswith("distill-sd "):
+        _, name, arguments = command.split(" ", 2)
+        module = COMMANDS[name][0]
+    else:
+        _, module, arguments = re.split(r" -m (\S+) ", command)
+    importlib.import_module(module).command.make_context(module, shlex.split(arguments))
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if snippets_of(page)])
+def test_the_snippets_of_a_page_run(page, at_desk, monkeypatch):
+    """Images take two steps."""
+    from diffusers import StableDiffusionPipeline
+
+    real = StableDiffusionPipeline.__call__
+    monkeypatch.setattr(
+        StableDiffusionPipeline, "__call__", lambda self, *a, **k: real(self, *a, **{**k, "num_inference_steps": 2})
+    )
+    for snippet in snippets_of(page):
+        exec(compile(snippet, page, "exec"), {})
+        for image in re.findall(r'\.save\("(.*?)"\)', snippet):
+            assert (at_desk / image).is_file()
+
+
+def test_every_command_is_on_a_page():
+    named = {command.split()[1] for command in ALL_COMMANDS if command.startswith("distill-sd ")}
+    assert named >= set(COMMANDS) - {"demo-teacher"}
+
+
+def options_of(command: click.Command) -> set[str]:
+    return {
+        name
+        for option in command.params
+        if isinstance(option, click.Option)
+        for name in option.opts + option.secondary_opts
+    }
+
+
+def test_every_option_named_exists():
+    context = click.Context(main)
+    known = set.union(FOREIGN_OPTIONS, *(options_of(main.get_command(context, name)) for name in COMMANDS))
+    for page in PAGES:
+        assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]*", TEXTS[page])) <= known, page
+
+
+def test_every_make_target_and_variable_named_exists():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert {command.split()[1] for command in MAKE} >= {"encode", "teacher-cache", "distill", "test"}
+    for command in MAKE:
+        assert re.search(rf"^{command.split()[1]}:", makefile, re.MULTILINE), command
+        for variable in re.findall(r" ([A-Z_]+)=", command):
+            assert re.search(rf"^{variable} +\?=", makefile, re.MULTILINE), command
+
+
+def test_every_extra_named_exists():
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "pipeline").rglob("*.py")]
+    named = set(re.findall(r"(?:distill-sd|'\.)\[([a-z0-9]+)\]", "\n".join([*TEXTS.values(), *sources])))
+    assert named >= {"datasets", "evaluate", "int8", "lora", "onnx", "tensorboard"}
+    _, extras = (ROOT / "pyproject.toml").read_text(encoding="utf-8").split("[project.optional-dependencies]")
+    assert named <= set(re.findall(r"^([a-z0-9]+) = ", extras.split("\n[")[0], re.MULTILINE))
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors that GitHub gives the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [*PAGES, *BENCHMARKS])
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\((?!http)([^)]+)\)", TEXTS[page]):
+        file, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / file if file else ROOT / page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), link
+
+
+def test_all_pages_are_tested():
+    assert set(DOCS) == {str(path.relative_to(ROOT)) for path in (ROOT / "pipeline" / "docs").iterdir()}
+
+
+def tree_of(text: str) -> dict[str, str]:
+    """path -> description of the lines in the first block of the architecture page that shows a tree."""
+    block = next(block for block in re.findall(r"```\n(.*?)```", text, re.DOTALL) if block.startswith("pipeline/"))
+    found, folders = {}, []
+    for line in filter(str.strip, block.splitlines()):
+        depth = (len(line) - len(line.lstrip())) // 2
+        name, _, description = line.strip().partition(" ")
+        folders = [*folders[:depth], name]
+        found["".join(folders)] = description.strip()
+    return found
+
+
+def test_the_tree_lists_every_file_and_says_what_it_does():
+    listed = {path: description for path, description in tree_of(TEXTS[ARCHITECTURE]).items() if path.endswith(".py")}
+    files = [path for package in ("pipeline", "shards") for path in (ROOT / package).rglob("*.py")]
+    assert set(listed) == {str(path.relative_to(ROOT)) for path in files if path.name != "__init__.py"}
+    assert all(listed.values())
+
+
+def test_the_floors_on_the_page_are_those_that_are_tested():
+    (block,) = re.findall(r"```\n(cli\n.*?)```", TEXTS[ARCHITECTURE], re.DOTALL)
+    *floors, lowest = [set(line.split()) for line in block.splitlines()]
+    assert tuple(reversed(floors)) == FLOORS
+    assert lowest == {"shards"}
+
+
+@pytest.mark.parametrize("codec", ["dither", "fp16", "fp32"])
+def test_the_reader_on_the_format_page_reads_what_the_dataset_reads(codec, teacher, images, tmp_path, monkeypatch):
+    latents = run_encode(teacher, images, tmp_path / "latents")
+    run_teacher_cache(teacher, latents, tmp_path / "cache", codec=codec, uncond_fraction=0.5, input_perturbation=0.1)
+    monkeypatch.chdir(tmp_path)
+    reader: dict = {}
+    exec(compile(snippets_of(FORMAT)[0], FORMAT, "exec"), reader)
+    cache, manifest = reader["cache"], reader["manifest"]
+    sidecars = [reader["read_sidecar"](cache, name, manifest) for name in reader["shard_names"](manifest)]
+    entries = [
+        (key, *reader["read_entry"](cache, sidecar, place, reader["table"]))
+        for sidecar in sidecars
+        for place, key in enumerate(sidecar["keys"])
+    ]
+
+    dataset = CacheDataset(open_store("cache"), list(manifest["spec"]["taps"]))
+    assert len(entries) == len(dataset) == 26
+    for index, (key, meta, tensors) in enumerate(entries):
+        batch = dataset.collate([dataset[index]])
+        assert (key, meta["timestep"]) == (batch.keys[0], batch.timesteps.item())
+        expected = {
+            "latents": batch.latents,
+            "noise": batch.noise,
+            "input_noise": batch.input_noise,
+            "teacher_pred": batch.teacher_pred,
+            **batch.conditioning,
+            **{f"tap.{tap}": feature.decode() for tap, feature in batch.features.items()},
+        }
+        assert tensors.keys() == expected.keys()
+        for name, tensor in expected.items():
+            np.testing.assert_array_equal(tensors[name], tensor[0].numpy(), err_msg=name)
+
+
+def test_the_example_of_a_source_is_one(tmp_path, images):
+    (tmp_path / "captions.txt").write_text("one\ntwo\n")
+    for number in range(2):
+        shutil.copy(images / f"{number:03d}.png", tmp_path / f"{number}.png")
+    example: dict = {}
+    exec(compile(snippets_of(CONTRIBUTING)[0], CONTRIBUTING, "exec"), example)
+    source = OpenSource(example["NumberedImages"](tmp_path), DataSettings(data="numbered"))
+    assert [(record.source_id, record.caption) for record in source.records] == [("0.png", "one"), ("1.png", "two")]
+    assert source.read(source.records[1]) == (images / "001.png").read_bytes()
