@@ -1,6 +1,6 @@
-# Two-stage offline distillation. `make help` lists the targets; every variable below can be set on the
-# command line, as in `make distill TEACHER=path/to/checkpoint DATA=path/to/pictures LEVEL=sd_tiny`.
-# With no TEACHER the stages run on the bundled demo teacher and generated scenes.
+# Two-stage offline distillation. `make help` lists the targets. Every variable below can be set on the
+# command line, as in `make distill TEACHER=path/to/checkpoint DATA=path/to/images LEVEL=sd_tiny`.
+# Without TEACHER, the stages run on the bundled demo teacher and generated scenes.
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -12,7 +12,7 @@ STUDENTS ?= $(LEVEL)
 CODEC    ?= dither
 SNR_DB   ?= 10
 SEED     ?= 0
-# Guidance takes the teacher's answer without a caption too: the student has to learn that one as well.
+# Guidance also uses the prediction for the empty prompt, so the student has to learn it as well.
 UNCOND   ?= 0.1
 ENCODE_FLAGS  ?=
 CACHE_FLAGS   ?=
@@ -59,37 +59,36 @@ STUDENT ?= $(WORK)/$(LEVEL)
 help: ## List the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  \1|\2/' | column -t -s '|'
 
-install: $(READY) ## Make the environment in .venv with the pinned versions.
+install: $(READY) ## Create the environment in .venv with the pinned versions.
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-# img2dataset needs an older webdataset than this project, so it has an environment of its own.
+# img2dataset needs an older webdataset than this project, so it gets its own environment.
 $(TOOLS)/bin/img2dataset:
 	$(PYTHON) -m venv $(TOOLS)
 	$(TOOLS)/bin/python -m pip install --quiet 'img2dataset==1.47.0'
 
-test: $(READY) $(TOOLS)/bin/img2dataset ## Run the tests and the linter.
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+test: lint $(TOOLS)/bin/img2dataset ## Run the linter, the type checker and the tests.
 	OMP_NUM_THREADS=1 IMG2DATASET='$(abspath $(TOOLS))/bin/img2dataset' $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-lint: $(READY) ## Run the linter alone.
+lint: $(READY) ## Run the linter and the type checker alone.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
-encode: $(READY) data ## Images and captions (DATA=) to latents, with the VAE and text encoder of TEACHER=.
+encode: $(READY) data ## Encode images and captions (DATA=) with the VAE and text encoder of TEACHER=.
 	$(LAUNCH) -m pipeline.encode --teacher '$(TEACHER)' --data '$(DATA)' --out '$(LATENTS)' \
 	  --resolution $(RESOLUTION) --seed $(SEED) $(ENCODE_FLAGS)
 
-teacher-cache: encode ## Latents to the teacher's predictions and features: ROUNDS=, CODEC=, SNR_DB=, STRIDE=.
+teacher-cache: encode ## Run the teacher on the latents: ROUNDS=, CODEC=, SNR_DB=, STRIDE=.
 	$(LAUNCH) -m pipeline.teacher_cache --teacher '$(TEACHER)' --latents '$(LATENTS)' --out '$(CACHE)' --rounds $(ROUNDS) \
 	  --codec $(CODEC) --snr-db $(SNR_DB) --token-stride $(STRIDE) --token-min $(TOKEN_MIN) --students $(STUDENTS) \
 	  --samples $(SAMPLES) --samples-guidance $(GUIDANCE) --uncond-fraction $(UNCOND) --seed $(SEED) $(CACHE_FLAGS)
 
-distill: teacher-cache ## Train the student of LEVEL= for STEPS= steps; ends with a diffusers pipeline and a report.
+distill: teacher-cache ## Train the student of LEVEL= for STEPS= steps, to a diffusers pipeline and a report.
 	$(LAUNCH) -m pipeline.distill --cache '$(CACHE)' --out '$(STUDENT)' --level $(LEVEL) --max-train-steps $(STEPS) \
 	  --train-batch-size $(BATCH) --learning-rate $(LR) --seed $(SEED) $(DISTILL_FLAGS)
 
@@ -97,8 +96,8 @@ data: $(READY)
 ifeq ($(TEACHER),demo)
 	$(BIN)/distill-sd demo-scenes --out '$(DATA)' --count $(SCENES) --seed $(SEED)
 else
-	@test -n '$(DATA)' || { echo 'Error: set DATA= to a folder of images with captions, or what else --data takes' >&2; exit 2; }
+	@test -n '$(DATA)' || { echo 'Error: set DATA= to a folder of images with captions, or another input that --data accepts' >&2; exit 2; }
 endif
 
-clean: ## Remove what the stages wrote under WORK=, and caches of the tools. Keeps .venv.
-	rm -rf '$(WORK)' .pytest_cache .ruff_cache .hypothesis
+clean: ## Delete WORK= and the caches of the tools. Keeps .venv.
+	rm -rf '$(WORK)' .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -191,7 +191,7 @@ def encode_batch(
     shape = latents_shape(base.vae, settings.resolution)
     ids = [image.record.source_id for image in batch]
     noise = [draws.standard_normal(settings.seed, source_id, 0, "posterior", shape) for source_id in ids]
-    pixels = torch.from_numpy(np.stack([image.pixels for image in batch]))
+    pixels = torch.from_numpy(np.stack([image.pixels for image in batch if image.pixels is not None]))
     latents = encode_images(base.vae, pixels, torch.from_numpy(np.stack(noise)))
     conditioning = family.encode_prompts(base, [image.record.caption for image in batch])
     stored = {name: t.half().cpu().numpy() for name, t in {LATENTS: latents, **conditioning}.items()}
@@ -202,6 +202,7 @@ def encode_batch(
 
 def new_entry(image: LoadedImage, arrays: dict[str, np.ndarray], settings: EncodeSettings) -> EntryBuilder:
     record = image.record
+    assert image.crop is not None
     entry = EntryBuilder(
         image_key(image.index),
         {"source_id": record.source_id, "caption": record.caption, "crop": image.crop.as_json()},

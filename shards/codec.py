@@ -23,7 +23,7 @@ import zstandard
 from shards.schema import ShardError
 
 CODECS = ("fp16", "fp32", "dither")
-EXACT_DTYPES = {"fp16": np.dtype(np.float16), "fp32": np.dtype(np.float32)}
+EXACT_DTYPES: dict[str, np.dtype] = {"fp16": np.dtype(np.float16), "fp32": np.dtype(np.float32)}
 DITHER_TABLE_SIZE = 1 << 22
 # Bytes of a .npy file before its header: magic, version, and the header's length in the last two.
 NPY_PREAMBLE = 10

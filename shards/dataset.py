@@ -135,16 +135,16 @@ class CacheDataset(Dataset):
         member = tap_member(tap)
         records = [entry.meta["taps"][tap] for entry in entries]
         stored = [entry.tensors[member] for entry in entries]
-        quantised = stored[0].mu is not None
+        means = [tensor.mu for tensor in stored if tensor.mu is not None]
         return Feature(
             # An entry whose q needed more byte planes widens its batch: stacking promotes the dtype.
             values=torch.from_numpy(np.stack([tensor.values for tensor in stored])),
             rows=tuple(record["row"] for record in records),
             columns=tuple(record["column"] for record in records),
             stride=self.shards.manifest.spec["taps"][tap]["stride"],
-            mu=torch.from_numpy(np.stack([tensor.mu for tensor in stored])) if quantised else None,
-            quant_step=torch.tensor([record["step"] for record in records]) if quantised else None,
-            offsets=tuple(record["dither"] for record in records) if quantised else None,
+            mu=torch.from_numpy(np.stack(means)) if means else None,
+            quant_step=torch.tensor([record["step"] for record in records]) if means else None,
+            offsets=tuple(record["dither"] for record in records) if means else None,
         )
 
 

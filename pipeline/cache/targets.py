@@ -139,8 +139,8 @@ def add_feature(targets: BatchTargets, tap: str, features: Tensor, stride: int, 
     else:
         check_finite(entries, tap_member(tap), kept)
         offsets = [draws.dither_offset(*key) for key in keys]
-        q, mu, quant_step = device_codec.quantise(kept, spec["codec"]["snr_db"], offsets)
-        q, mu = q.cpu().numpy(), mu.cpu().numpy()
+        quantised, means, quant_step = device_codec.quantise(kept, spec["codec"]["snr_db"], offsets)
+        q, mu = quantised.cpu().numpy(), means.cpu().numpy()
         for i, (entry, record, step, offset) in enumerate(
             zip(entries, records, quant_step.tolist(), offsets, strict=True)
         ):

@@ -64,7 +64,7 @@ def run(settings: SampleSettings) -> None:
         settings.batch_size,
         settings.scheduler,
         settings.negative_prompt,
-        (settings.height, settings.width) if settings.height else None,
+        (settings.height, settings.width) if settings.height and settings.width else None,
         settings.seed,
     )
     samples = generate(pipe, prompts, sampler, "sample")

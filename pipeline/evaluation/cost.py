@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from collections.abc import Callable
@@ -80,7 +81,7 @@ def forward_seconds(
             torch.accelerator.synchronize()
 
     with torch.inference_mode():
-        return in_turns({name: lambda name=name: forward(name) for name in unets}, repeats)
+        return in_turns({name: functools.partial(forward, name) for name in unets}, repeats)
 
 
 def in_turns(actions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
@@ -106,7 +107,7 @@ def image_costs(models: dict[str, PipelineRef], sampler: Sampler, repeats: int) 
         def generate_batch(name: str) -> None:
             memory[name] = processes[name](prompts, sampler, None).peak_memory
 
-        seconds = in_turns({name: lambda name=name: generate_batch(name) for name in models}, repeats)
+        seconds = in_turns({name: functools.partial(generate_batch, name) for name in models}, repeats)
     return {name: {"seconds": seconds[name] / sampler.batch_size, "peak_memory": memory[name]} for name in models}
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from pipeline.evaluation.cost import folder_bytes, forward_seconds, image_costs, parameters, pipeline_bytes, unet_macs
 from pipeline.evaluation.fidelity import fidelity, pairs_of, read_held_out
@@ -146,14 +147,18 @@ def inception_scores(
     outputs = {
         name: inception_features(_batches(settings, images), inception, count, name) for name, images in files.items()
     }
-    if isinstance(reference, list) and count >= 2:
-        reference, _ = inception_features(_batches(settings, reference), inception, len(reference), "reference")
+    fid: dict[str, Any]
     if reference is None:
         fid = {"missing": "needs --reference, a folder of images or a file with their statistics"}
     elif count < 2:
         fid = {"missing": "needs at least two images; pass more prompts"}
     else:
-        fid = {name: frechet_distance(reference, features) for name, (features, _) in outputs.items()}
+        if isinstance(reference, list):
+            batches = _batches(settings, reference)
+            known: Statistics | Tensor = inception_features(batches, inception, len(reference), "reference")[0]
+        else:
+            known = reference
+        fid = {name: frechet_distance(known, features) for name, (features, _) in outputs.items()}
     fewest = 2 * INCEPTION_SCORE_SPLITS
     if count < fewest:
         return {"fid": fid, "inception_score": {"missing": f"needs at least {fewest} images; pass more prompts"}}

@@ -77,7 +77,7 @@ def write_model_card(out: Path, settings: dict[str, Any]) -> None:
     inputs = CardInputs(
         settings=settings,
         cache=manifest.spec,
-        rounds=settings.get("rounds") or manifest.rounds,
+        rounds=settings.get("rounds") or manifest.rounds or 0,
         parameters=unet.num_parameters(),
         origin=read_origin(cache),
         metrics=json.loads(lines[-1]) if lines else {},

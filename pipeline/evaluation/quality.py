@@ -208,9 +208,9 @@ def read_image(file: Path) -> Image.Image:
 def center_square(image: Image.Image, side: int, filter: str) -> Image.Image:
     """The centre square of an image whose shorter side was resized to `side` with one of FILTERS."""
     short = min(image.size)
-    size = tuple(max(side, round(length * side / short)) for length in image.size)
-    left, top = ((length - side) // 2 for length in size)
-    return image.resize(size, FILTERS[filter]).crop((left, top, left + side, top + side))
+    width, height = (max(side, round(length * side / short)) for length in image.size)
+    left, top = (width - side) // 2, (height - side) // 2
+    return image.resize((width, height), FILTERS[filter]).crop((left, top, left + side, top + side))
 
 
 @torch.inference_mode()

@@ -18,7 +18,7 @@ def write_evaluation(out: Path, evaluation: dict[str, Any], prompts: list[str], 
     if "bins" in evaluation["fidelity"]:
         sections += ["<h2>Error against the teacher over timesteps</h2>", _errors(evaluation["fidelity"]["bins"])]
     if prompts:
-        shown = {
+        shown: dict[str, list[Image.Image]] = {
             name: [Image.open(file) for file in image_files(folder, len(prompts))[:GRID_PICTURES]]
             for name, folder in folders.items()
         }

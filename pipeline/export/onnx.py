@@ -59,6 +59,7 @@ def write_onnx(unet: UNet2DConditionModel, family: Family, conditioning: Shapes,
             dynamic_shapes=shapes,
             verbose=False,
         )
+    assert program is not None
     program.save(folder / GRAPH, external_data=True)
     unet.save_config(folder)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from diffusers import AutoencoderKL
+from torch import Tensor
 
 from pipeline.system.errors import UserError
 
 
-def encode_images(vae: nn.Module, pixels: Tensor, standard_normal: Tensor) -> Tensor:
+def encode_images(vae: AutoencoderKL, pixels: Tensor, standard_normal: Tensor) -> Tensor:
     """uint8 (B, H, W, 3) -> latents (B, 4, H/f, W/f) float32, sampled and scaled.
 
     `standard_normal`, of the latents' shape, is the noise of the posterior's sample: mean + std * standard_normal.
@@ -18,7 +19,7 @@ def encode_images(vae: nn.Module, pixels: Tensor, standard_normal: Tensor) -> Te
     return sampled * vae.config.scaling_factor
 
 
-def latents_shape(vae: nn.Module, resolution: int) -> tuple[int, int, int]:
+def latents_shape(vae: AutoencoderKL, resolution: int) -> tuple[int, int, int]:
     """(C, H, W) of a square image's latents. Raises UserError for a resolution that the VAE cannot divide."""
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     if resolution % factor:

@@ -19,7 +19,7 @@ def weights_sha256(module: nn.Module) -> str:
     tensors = itertools.chain.from_iterable(plain_tensors(*item) for item in sorted(module.state_dict().items()))
     for name, tensor in tensors:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -36,7 +37,7 @@ def save_pipeline(base: Path, unet: UNet2DConditionModel, out: Path) -> None:
     (out / MODEL_INDEX).unlink(missing_ok=True)
     index = json.loads((base / MODEL_INDEX).read_text(encoding="utf-8"))
     for part in sorted(base / name for name in index if name != "unet" and (base / name).is_dir()):
-        _replace_directory(out / part.name, lambda folder, part=part: shutil.copytree(part, folder, dirs_exist_ok=True))
+        _replace_directory(out / part.name, functools.partial(shutil.copytree, part, dirs_exist_ok=True))
     _replace_directory(out / "unet", unet.save_pretrained)
     write_json(out / MODEL_INDEX, index, indent=2)
 

@@ -36,7 +36,7 @@ def tap_shapes(
         unet = UNet2DConditionModel.from_config(config)
         with Taps(unet, taps).recording() as features:
             denoise(unet, torch.empty(1, *latents), torch.zeros(1), random_conditioning(conditioning, 1), family)
-    return {tap: tuple(features[tap].shape[1:]) for tap in taps}
+    return {tap: (features[tap].shape[1], features[tap].shape[2], features[tap].shape[3]) for tap in taps}
 
 
 def teacher_shapes(folder: Path, resolution: int, taps: list[str]) -> TeacherShapes:

@@ -9,6 +9,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+
+matplotlib.use("Agg")
 from matplotlib import pyplot
 from PIL import Image
 

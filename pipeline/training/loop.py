@@ -268,7 +268,7 @@ def after_step(
     `stop` makes this step the last of the run, which leaves a checkpoint.
     """
     training.step += 1
-    learning_rate = training.lr_scheduler.get_last_lr()[0]
+    learning_rate = float(training.lr_scheduler.get_last_lr()[0])
     training.lr_scheduler.step()
     if training.ema:
         training.ema.step(training.trained)

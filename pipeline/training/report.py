@@ -6,12 +6,8 @@ import html
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
 from pipeline.sampling.generate import GeneratedImages, Scorer
 from pipeline.system.page import curves, folded_settings, grid, write_page
-
-matplotlib.use("Agg")
 
 
 def write_report(
@@ -86,7 +82,7 @@ def _memory(samples: GeneratedImages, first: GeneratedImages) -> str:
 def _losses(metrics: list[dict[str, Any]]) -> str:
     """Two plots over steps: the loss with its terms, and the features' losses."""
     features = [name for name in metrics[-1] if name.startswith("feature/")]
-    groups = {
+    groups: dict[str, list[str]] = {
         "loss and its terms": [name for name in ("loss", "task", "output") if name in metrics[-1]],
         "features, by the student's block": features,
     }

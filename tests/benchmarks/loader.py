@@ -65,8 +65,8 @@ def packed_taps(dataset: CacheDataset, entries: int) -> list[tuple[bytes, int]]:
     shards, found = dataset.shards, []
     for index in range(entries):
         shard, place = shards.locate(index)
-        sidecar = read_sidecar(open_store(shards.directory), shard, shards.manifest.spec_sha256)
-        data = (shards.directory / shard).read_bytes()
+        sidecar = read_sidecar(shards.store, shard, shards.manifest.spec_sha256)
+        data = shards.store.read(shard)
         for name, (offset, length, raw_bytes, _) in sidecar.locate(place).items():
             if name.startswith(TAP_PREFIX) and name.endswith(".zst"):
                 found.append((data[offset : offset + length], raw_bytes))

@@ -14,12 +14,12 @@ from pipeline import distill
 from pipeline.core.diffusion import add_noise
 from pipeline.core.taps import Taps
 from pipeline.models.encoders import encode_images, latents_shape
-from pipeline.models.families.sd import encode_prompts
+from pipeline.models.families.sd import PROMPT_EMBEDS, SD
 from pipeline.models.load import load_base, load_unet
 from pipeline.models.students import teacher_taps
 from shards.dataset import Batch, CacheDataset, EpochBatches, Feature
 from shards.reader import ShardSet
-from shards.schema import LATENTS, PROMPT_EMBEDS
+from shards.schema import LATENTS
 
 Inputs = Callable[[list[int]], tuple[Tensor, Tensor]]
 """Pictures by number -> their latents (B, C, H, W) and prompt embeddings (B, L, D), on the teacher's device."""
@@ -48,7 +48,7 @@ def encoded_inputs(folder: Path, resolution: int, captions: list[str], device: t
 
     def compute(indices: list[int]) -> tuple[Tensor, Tensor]:
         latents = encode_images(base.vae, pixels[indices], torch.randn(len(indices), *shape, generator=draw))
-        return latents, encode_prompts(base, [captions[i] for i in indices])
+        return latents, SD.encode_prompts(base, [captions[i] for i in indices])[PROMPT_EMBEDS]
 
     return compute
 
@@ -94,4 +94,4 @@ class OnlineBatches:
             nowhere = (0,) * len(indices)
             features = {tap: Feature(values, nowhere, nowhere, 1) for tap, values in recorded.items()}
             keys = tuple(map(str, indices))
-            yield Batch(keys, timesteps, latents, noise, prompt_embeds, teacher_pred, features)
+            yield Batch(keys, timesteps, latents, noise, {PROMPT_EMBEDS: prompt_embeds}, teacher_pred, features)

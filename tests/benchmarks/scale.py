@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from shards.store import open_store
+from shards.store import Store, open_store
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from support.tiny import tiny_pipeline
@@ -61,7 +61,7 @@ def watched(stage, settings) -> list[Point]:
     points = [(0, time.perf_counter(), megabytes_resident())]
     write_shard = stage.write_shard
 
-    def write(directory: Path, shard: str, spec_sha256: str, entries, skipped) -> None:
+    def write(store: Store, shard: str, spec_sha256: str, entries, skipped) -> None:
         count = 0
 
         def counted():
@@ -70,7 +70,7 @@ def watched(stage, settings) -> list[Point]:
                 count += 1
                 yield entry
 
-        write_shard(open_store(directory), shard, spec_sha256, counted(), skipped)
+        write_shard(store, shard, spec_sha256, counted(), skipped)
         points.append((points[-1][0] + count, time.perf_counter(), megabytes_resident()))
 
     with mock.patch.object(stage, "write_shard", write):

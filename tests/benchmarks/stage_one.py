@@ -30,8 +30,11 @@ from pipeline.demo.scenes import write_folder
 from pipeline.encode import EncodeSettings
 from pipeline.models.bundled import teacher_folder
 from pipeline.models.encoders import encode_images, latents_shape
+from pipeline.models.families import denoise, random_conditioning
+from pipeline.models.families.family import Shapes
 from pipeline.models.families.sd import SD
 from pipeline.teacher_cache import TeacherCacheSettings
+from shards.schema import conditioning_shapes
 
 RESOLUTIONS = {"demo": 64, "sd15": 512}
 TOKEN_MIN = {"demo": 16, "sd15": 32}
@@ -92,7 +95,7 @@ def bare_encode(clock: Clock, settings: EncodeSettings) -> float:
     shape = latents_shape(base.vae, settings.resolution)
     batches = [
         (torch.stack([torch.from_numpy(item.pixels) for item in batch]), [item.record.caption for item in batch])
-        for batch, _, _ in clock.calls
+        for batch, *_ in clock.calls
     ]
     started = time.perf_counter()
     for pixels, captions in batches:
@@ -103,16 +106,16 @@ def bare_encode(clock: Clock, settings: EncodeSettings) -> float:
 
 
 @torch.inference_mode()
-def bare_teacher(clock: Clock, latents_shape: tuple[int, ...], prompt_embeds_shape: tuple[int, ...]) -> float:
+def bare_teacher(clock: Clock, latents_shape: tuple[int, ...], conditioning: Shapes) -> float:
     teacher = clock.calls[0][3]
     device, dtype = teacher.unet.device, teacher.unet.dtype
     started = time.perf_counter()
     for samples, *_ in clock.calls:
         count = len(samples)
         noisy = torch.zeros(count, *latents_shape, device=device, dtype=dtype)
-        prompt_embeds = torch.zeros(count, *prompt_embeds_shape, device=device, dtype=dtype)
+        inputs = {name: tensor.to(device, dtype) for name, tensor in random_conditioning(conditioning, count).items()}
         with teacher.taps.recording():
-            teacher.unet(noisy, torch.zeros(count, device=device), encoder_hidden_states=prompt_embeds)
+            denoise(teacher.unet, noisy, torch.zeros(count, device=device), inputs, teacher.family)
     synchronise(device)
     return time.perf_counter() - started
 
@@ -154,8 +157,8 @@ def main(
             latents=latents, out=cache, rounds=1, samples=0, token_min=TOKEN_MIN[arch], **common
         )
         spec = teacher_cache.open_latents(latents).manifest.spec
-        clock = run_stage(teacher_cache, "ask", asked)
-        bare = bare_teacher(clock, spec["latents_shape"], spec["prompt_embeds_shape"])
+        clock = run_stage(teacher_cache, "run_teacher", asked)
+        bare = bare_teacher(clock, spec["latents_shape"], conditioning_shapes(spec))
         rows.append(("teacher-cache", clock.entries, clock.seconds, bare))
         shutil.rmtree(cache)
 

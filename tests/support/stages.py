@@ -24,14 +24,14 @@ def reset_accelerate() -> None:
     PartialState._reset_state()
 
 
-def run_encode(teacher: Path, data: Path, out: Path, **changes) -> Path:
+def run_encode(teacher: Path | str, data: Path | str, out: Path, **changes) -> Path:
     settings = {"resolution": 32, "batch_size": 4, "entries_per_shard": 5, "device": "cpu", **changes}
     encode.run(EncodeSettings(teacher=str(teacher), data=str(data), out=out, **settings))
     reset_accelerate()
     return out
 
 
-def run_teacher_cache(teacher: Path, latents: Path, out: Path, **changes) -> Path:
+def run_teacher_cache(teacher: Path | str, latents: Path, out: Path, **changes) -> Path:
     settings = {
         "rounds": 2,
         "token_stride": 2,

@@ -72,9 +72,9 @@ def denoise(unet: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: Con
     distributed training.
     """
     first = next(unet.parameters())
-    like = {"device": first.device, "dtype": first.dtype}
-    placed = {name: tensor.to(**like) for name, tensor in conditioning.items()}
-    return unet(noisy.to(**like), timesteps.to(first.device), **family.unet_kwargs(placed), return_dict=False)[0]
+    device, dtype = first.device, first.dtype
+    placed = {name: tensor.to(device, dtype) for name, tensor in conditioning.items()}
+    return unet(noisy.to(device, dtype), timesteps.to(device), **family.unet_kwargs(placed), return_dict=False)[0]
 
 
 def random_conditioning(shapes: Shapes, batch_size: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:

@@ -68,8 +68,7 @@ def pipeline_weights(pipe: DiffusionPipeline) -> dict[str, Tensor]:
             f"the text encoder has {layers} layers, of which diffusers would load only {OPEN_CLIP_LAYERS} from a "
             "single file"
         )
-    networks = (pipe.unet, pipe.vae, text_encoder)
-    return single_file_weights(*(network.state_dict() for network in networks), open_clip=open_clip)
+    return single_file_weights(pipe.unet.state_dict(), pipe.vae.state_dict(), text_encoder.state_dict(), open_clip)
 
 
 def single_file_weights(

@@ -1,0 +1,111 @@
+"""What version 0.1.0 wrote, in its own words and bytes, is read, continued and verified by this one.
+
+The archive was made by that version: a miniature teacher, latents, a cache of one round, a student of two steps with
+its checkpoint, and the shards that the same version wrote for a second round.
+"""
+
+import json
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.damage import verify
+from support.stages import (
+    metrics,
+    read_entries,
+    reset_accelerate,
+    run_distill,
+    run_encode,
+    run_teacher_cache,
+    shard_files,
+    tree,
+)
+
+from pipeline.commands import finetune
+from pipeline.commands.finetune import FinetuneSettings
+from shards.codec import dequantise
+from shards.expected import expected_tensors
+from shards.manifest import read_manifest
+from shards.store import open_store
+
+ARCHIVE = Path(__file__).parent / "support" / "made_by_0_1_0.tar.xz"
+CACHE = {"entries_per_shard": 3, "uncond_fraction": 0.4, "samples": 1}
+STUDENT = {"train_batch_size": 2, "checkpointing_steps": 2}
+
+
+@pytest.fixture
+def made(tmp_path, monkeypatch):
+    """The unpacked archive, as on the machine that made it: the spec states the libraries, so they are its own."""
+    with tarfile.open(ARCHIVE) as archive:
+        archive.extractall(tmp_path, filter="data")
+    libraries = json.loads((tmp_path / "cache" / "manifest.json").read_text())["spec"]["libraries"]
+    monkeypatch.setattr("pipeline.encode.library_versions", lambda: libraries)
+    monkeypatch.setattr("pipeline.teacher_cache.library_versions", lambda: libraries)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_finished_latents_and_caches_stay_as_they_are(made):
+    before = {name: tree(made / name) for name in ("latents", "cache")}
+    run_encode("teacher", "images", Path("latents"), entries_per_shard=3)
+    run_teacher_cache("teacher", Path("latents"), Path("cache"), rounds=1, **CACHE)
+    assert {name: tree(made / name) for name in before} == before
+
+
+def test_the_same_input_gives_the_same_entries(made):
+    """Bytes depend on the processor's arithmetic too, so pixels and draws are compared to the bit, the rest closely."""
+    for directory in (Path("again"), Path("latents")):
+        run_encode("teacher", "images", directory, entries_per_shard=3)
+    old, new = (read_entries(Path(name), "latents", ["latents", "prompt_embeds"]) for name in ("latents", "again"))
+    assert [(entry.key, entry.meta) for entry in new] == [(entry.key, entry.meta) for entry in old]
+    for left, right in zip(old, new, strict=True):
+        for name, tensor in left.tensors.items():
+            np.testing.assert_allclose(right.tensors[name].values, tensor.values, rtol=1e-2, atol=1e-3)
+    assert (made / "again" / "manifest.json").read_bytes() == (made / "latents" / "manifest.json").read_bytes()
+
+
+def test_a_cache_is_given_the_round_that_the_version_before_would_have_written(made):
+    kept = shard_files(made / "cache")
+    run_teacher_cache("teacher", Path("latents"), Path("cache"), rounds=2, **CACHE)
+    assert kept.items() <= shard_files(made / "cache").items()
+    assert verify(made / "cache", "--full", "--recompute", "10", "--teacher", "teacher", "--device", "cpu")[0] == 0
+
+    spec = read_manifest(open_store("cache"), "cache").spec
+    new = {entry.key: entry for entry in read_entries(Path("cache"), "cache", list(expected_tensors(spec)))}
+    for shard in (made / "later-round").iterdir():
+        shutil.copy(shard, made / "cache" / shard.name)
+    old = read_entries(Path("cache"), "cache", list(expected_tensors(spec)))
+    assert len(old) == len(new) == 10
+    for entry in old:
+        same = new[entry.key]
+        assert {**same.meta, "taps": None} == {**entry.meta, "taps": None}
+        for name in ("latents", "noise", "prompt_embeds"):
+            np.testing.assert_array_equal(same.tensors[name].values, entry.tensors[name].values)
+        for tap, record in entry.meta["taps"].items():
+            own = same.meta["taps"][tap]
+            assert (own["row"], own["column"], own["dither"]) == (record["row"], record["column"], record["dither"])
+            decoded = [
+                dequantise(e.tensors[f"tap.{tap}"].values, e.tensors[f"tap.{tap}"].mu, r["step"], r["dither"])
+                for e, r in ((same, own), (entry, record))
+            ]
+            np.testing.assert_allclose(*decoded, atol=1.01 * record["step"])
+
+
+def test_a_training_goes_on_from_its_checkpoint(made):
+    steps = metrics(made / "student")
+    run_distill(Path("cache"), Path("student"), max_train_steps=4, **STUDENT)
+    lines = metrics(made / "student")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert lines[:2] == steps
+    assert (made / "student" / "checkpoints" / "step-0000004").is_dir()
+
+
+def test_a_finished_student_is_finetuned_and_its_training_is_known(made, capsys):
+    run_distill(Path("cache"), Path("student"), max_train_steps=2, **STUDENT)
+    assert "already finished" in capsys.readouterr().out
+    settings = {"train_batch_size": 2, "max_train_steps": 1, "dataloader_num_workers": 0, "device": "cpu"}
+    finetune.run(FinetuneSettings(model="student", latents=Path("latents"), out=Path("polished"), **settings))
+    reset_accelerate()
+    assert (made / "polished" / "model_index.json").is_file()
