@@ -3,7 +3,7 @@
 import logging
 import os
 
-# diffusers imports torchao where it is there, which tells at every start of GPU libraries that it did not find.
+# diffusers imports torchao if it is installed, and torchao logs missing GPU libraries at every start.
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 for _name in ("torchao", "torch.utils._pytree"):
     logging.getLogger(_name).setLevel(logging.ERROR)

@@ -1,9 +1,9 @@
-"""The feature codec in numpy: the reference that says what is right, and the bytes of a member.
+"""The feature codec in numpy: the reference implementation, and the bytes of a member.
 
 Subtractive dithered quantisation (Gray & Stockham, "Dithered quantizers", 1993), with zstd as the
 entropy coder:
 
-    step = sqrt(12 * 10^(-snr_db/10) * mean((x - mu)^2))     one per entry and tap; mu per channel
+    step = sqrt(12 * 10^(-snr_db/10) * mean((x - mu)^2))     one per entry and tap; mu one per channel
     q    = round((x - mu) / step + u)                        u uniform in [-1/2, 1/2), known to both sides
     x'   = (q - u) * step + mu                               |x' - x| <= step/2; the error is independent of x
 
@@ -27,10 +27,10 @@ EXACT_DTYPES: dict[str, np.dtype] = {"fp16": np.dtype(np.float16), "fp32": np.dt
 DITHER_TABLE_SIZE = 1 << 22
 # Bytes of a .npy file before its header: magic, version, and the header's length in the last two.
 NPY_PREAMBLE = 10
-# Up to here |q| stays under 2^24, where float32 holds every integer, for any tensor of 2^22 elements.
+# Up to this, |q| stays below 2^24, where float32 represents every integer, for any tensor of 2^22 elements.
 MAX_SNR_DB = 60.0
-# zstd as an entropy coder: with the smallest hash table and the longest minimal match it all but stops looking
-# for matches, which in noise are false and cost bits.
+# zstd as an entropy coder: with the smallest hash table and the longest minimal match it hardly looks for matches,
+# which are spurious in noise and cost bits.
 ENTROPY_CODER = zstandard.ZstdCompressionParameters.from_level(1, hash_log=6, min_match=7, write_checksum=True)
 
 
@@ -38,7 +38,7 @@ ENTROPY_CODER = zstandard.ZstdCompressionParameters.from_level(1, hash_log=6, mi
 def dither_table() -> np.ndarray:
     """(2^22,) float32 in [-1/2, 1/2), multiples of 2^-16: part of the format, the same everywhere.
 
-    Raw bits of a counter-based generator are used because numpy promises that they never change.
+    It is made of a counter-based generator's raw bits, because numpy guarantees that those never change.
     """
     bits = np.random.Philox(key=0xD17AE5).random_raw(DITHER_TABLE_SIZE // 4)
     integers = bits.astype("<u8").view("<u2")
@@ -46,7 +46,7 @@ def dither_table() -> np.ndarray:
 
 
 def dither(offset: int, shape: tuple[int, ...]) -> np.ndarray:
-    """The dither of one tensor: `shape` consecutive values of the table from `offset`, wrapping round."""
+    """The dither of one tensor: `shape` consecutive values of the table from `offset` on, wrapping around."""
     table = dither_table()
     return np.take(table, np.arange(offset, offset + math.prod(shape)), mode="wrap").reshape(shape)
 
@@ -78,10 +78,9 @@ def smallest_integer_dtype(low: int, high: int) -> np.dtype:
 def pack_quantised(q: np.ndarray, mu: np.ndarray) -> tuple[bytes, int]:
     """q (C, H, W) integers and mu (C,) float32 -> the member's bytes, and their size uncompressed.
 
-    Two .npy arrays in a row under one zstd frame: mu, then the byte planes of q, (planes, C, H, W)
-    uint8, least significant first (a plane of high bytes is nearly constant and costs little). A block
-    ends between the two, so that the bytes of mu do not spoil the code lengths of q. The frame carries a
-    checksum.
+    One zstd frame holds two .npy arrays in a row: mu, then the byte planes of q, (planes, C, H, W) uint8, least
+    significant first (a plane of high bytes is nearly constant and costs little). A zstd block ends between the two,
+    so that the bytes of mu do not affect the code lengths of q. The frame has a checksum.
     """
     narrow = q.astype(smallest_integer_dtype(int(q.min()), int(q.max())), copy=False)
     planes = np.moveaxis(np.ascontiguousarray(narrow)[..., None].view(np.uint8), -1, 0)
@@ -95,14 +94,14 @@ def pack_quantised(q: np.ndarray, mu: np.ndarray) -> tuple[bytes, int]:
 def unpack_quantised(data: bytes | memoryview, raw_bytes: int) -> tuple[np.ndarray, np.ndarray]:
     """The inverse of `pack_quantised`: q (C, H, W) int8, int16 or int32, and mu (C,) float32.
 
-    Raises ShardError when the frame is damaged or states another size than `raw_bytes`, before
-    anything of that size is allocated.
+    Raises ShardError if the frame is damaged, or if it states another size than `raw_bytes`, before anything of that
+    size is allocated.
     """
     raw = decompress(data, raw_bytes)
     mu, rest = _take_npy(memoryview(raw))
     planes, rest = _take_npy(rest)
     if rest or mu.dtype != np.float32 or mu.ndim != 1 or planes.dtype != np.uint8 or planes.ndim != 4:
-        raise ShardError("the member does not hold one mu and one q")
+        raise ShardError("the member does not hold exactly one mu and one q")
     if planes.shape[0] not in (1, 2, 4) or planes.shape[1] != mu.shape[0]:
         raise ShardError(f"q has shape {planes.shape}, which does not fit mu of shape {mu.shape}")
     if planes.shape[0] == 1:
@@ -112,17 +111,17 @@ def unpack_quantised(data: bytes | memoryview, raw_bytes: int) -> tuple[np.ndarr
 
 
 def decompress(data: bytes | memoryview, raw_bytes: int) -> bytes:
-    """One whole zstd frame of exactly `raw_bytes` bytes; ShardError for anything else."""
+    """Decompress exactly one zstd frame of `raw_bytes` bytes. Raises ShardError for anything else."""
     try:
         stated = zstandard.get_frame_parameters(data).content_size
         if stated != raw_bytes:
-            raise ShardError(f"a zstd frame states {stated} bytes where the index states {raw_bytes}")
+            raise ShardError(f"a zstd frame states {stated} bytes, but the index states {raw_bytes}")
         return _decompressor(threading.get_ident()).decompress(data, max_output_size=raw_bytes, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise ShardError(f"a zstd frame is damaged ({error})") from None
 
 
-# One for each thread, since none may be shared; making one takes longer than most members do.
+# One per thread, since they must not be shared. Making one takes longer than coding most members.
 @functools.lru_cache(maxsize=64)
 def _compressor(thread: int) -> zstandard.ZstdCompressor:
     return zstandard.ZstdCompressor(compression_params=ENTROPY_CODER)
@@ -134,7 +133,7 @@ def _decompressor(thread: int) -> zstandard.ZstdDecompressor:
 
 
 def encode_npy(array: np.ndarray) -> bytes:
-    """The bytes of a .npy file, those that numpy.save writes for an array in C order."""
+    """The bytes of a .npy file, as numpy.save writes them for an array in C order."""
     return _npy_head(array.shape, array.dtype) + array.tobytes()
 
 
@@ -147,7 +146,7 @@ def _npy_head(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
 
 
 def decode_npy(data: bytes | memoryview) -> np.ndarray:
-    """A read-only array over `data`, which must be one .npy file and nothing else; else ShardError."""
+    """A read-only array over `data`, which must be exactly one .npy file. Raises ShardError otherwise."""
     array, rest = _take_npy(memoryview(data))
     if rest:
         raise ShardError(f"{len(rest)} bytes follow the array")
@@ -155,22 +154,23 @@ def decode_npy(data: bytes | memoryview) -> np.ndarray:
 
 
 def _take_npy(data: memoryview) -> tuple[np.ndarray, memoryview]:
-    """The array at the head of `data`, without a copy, and what follows it.
+    """The array at the start of `data`, without a copy, and the rest.
 
-    numpy's own reader allocates what the header claims; here the claim is held against what is there.
+    numpy's own reader allocates what the header claims. Here the claim is checked against the length of `data`.
     """
     start = NPY_PREAMBLE + int.from_bytes(data[NPY_PREAMBLE - 2 : NPY_PREAMBLE], "little")
     shape, dtype = _npy_header(bytes(data[:start]))
     count = math.prod(shape)
     if len(data) - start < count * dtype.itemsize:
-        raise ShardError(f"an array states shape {shape} of {dtype}, and {len(data) - start} bytes follow")
+        raise ShardError(f"an array states shape {shape} of {dtype}, but only {len(data) - start} bytes follow")
     end = start + count * dtype.itemsize
     return np.frombuffer(data[start:end], dtype).reshape(shape), data[end:]
 
 
 @functools.lru_cache(maxsize=1024)
 def _npy_header(header: bytes) -> tuple[tuple[int, ...], np.dtype]:
-    """Shape and type that a .npy header of format 1.0 states. numpy takes longer over it than over most arrays."""
+    """The shape and dtype in a .npy header of format 1.0. Cached: numpy takes longer to parse it than to read most
+    arrays."""
     stream = io.BytesIO(header)
     try:
         if np.lib.format.read_magic(stream) != (1, 0):
@@ -179,7 +179,7 @@ def _npy_header(header: bytes) -> tuple[tuple[int, ...], np.dtype]:
     except ShardError:
         raise
     except ValueError as error:
-        raise ShardError(f"an array has no valid .npy header ({error})") from None
+        raise ShardError(f"an array has an invalid .npy header ({error})") from None
     if fortran_order or dtype.hasobject or dtype.itemsize == 0:
-        raise ShardError(f"an array states {dtype}, fortran_order {fortran_order}: it is none of this format's")
+        raise ShardError(f"an array states {dtype}, fortran_order {fortran_order}, which this format does not use")
     return shape, dtype

@@ -1,7 +1,7 @@
-"""The feature codec in torch, batched, on whatever device the tensors are. Decodes to the very values of
-`shards.codec`; encodes to the same up to the rounding of sums.
+"""The feature codec in torch, batched, on the tensors' device. It decodes to exactly the values of `shards.codec` and
+encodes to the same up to the rounding of sums.
 
-Shapes: B entries, C channels, H x W positions. Only `q`, `mu` and `step` cross between device and host.
+Shapes: B entries, C channels, H x W positions. Only `q`, `mu` and `step` are copied between device and host.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from shards.codec import DITHER_TABLE_SIZE, dither_table
 
 @functools.lru_cache(maxsize=8)
 def _table_on(device: torch.device) -> Tensor:
-    """The dither table twice over, so that a run which wraps round is still one slice."""
+    """The dither table twice in a row, so that a run which wraps around is still one slice."""
     table = torch.from_numpy(dither_table())
     return torch.cat((table, table)).to(device)
 

@@ -1,4 +1,4 @@
-"""The manifest: an immutable spec that says what the shards of a set are, with its own hash."""
+"""The manifest: an immutable spec of what the shards of a set contain, with its own hash."""
 
 from __future__ import annotations
 

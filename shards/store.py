@@ -20,7 +20,7 @@ CHUNK = 1 << 20
 
 
 class Store(Protocol):
-    """Reads raise FileNotFoundError for a name that does not exist; `str(store)` is what a user calls the place."""
+    """Reads raise FileNotFoundError for a name that does not exist; `str(store)` names the place in messages."""
 
     def read(self, name: str) -> bytes:
         """All bytes of a file."""

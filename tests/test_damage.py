@@ -176,7 +176,7 @@ def test_a_bomb_is_refused_before_it_is_unpacked(monkeypatch):
     data = bomb()
     assert len(data) < 1 << 17
     monkeypatch.setattr(codec.zstandard, "ZstdDecompressor", explode)
-    with pytest.raises(ShardError, match="states 1073741824 bytes where the index states 1000"):
+    with pytest.raises(ShardError, match="states 1073741824 bytes, but the index states 1000"):
         codec.unpack_quantised(data, 1000)
 
 

@@ -508,7 +508,7 @@ def test_training_may_start_on_the_rounds_that_are_finished(cache, tmp_path):
     growing = tmp_path / "cache"
     shutil.copytree(cache, growing)
     (growing / "r0001-s00000.json").unlink()
-    with pytest.raises(ShardError, match=r"or `distill-sd distill --rounds 1` to train on what is finished"):
+    with pytest.raises(ShardError, match=r"or train on the finished rounds with `distill --rounds 1`"):
         run_distill(growing, tmp_path / "out")
     run_distill(growing, tmp_path / "out", rounds=1, max_train_steps=2)
     run_distill(cache, tmp_path / "whole", rounds=1)

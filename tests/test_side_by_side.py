@@ -23,7 +23,7 @@ def test_a_range_is_a_slice_of_the_plan(text, chosen):
 
 @pytest.mark.parametrize("text", ["", ":", "3", "3:3", "5:2", "-1:2", "a:b", "0:1:2"])
 def test_what_is_no_range_is_refused(text):
-    with pytest.raises(UserError, match="write it as 0:50"):
+    with pytest.raises(UserError, match="Write it as 0:50"):
         TeacherCacheSettings(teacher="demo", latents="l", out="o", shard_range=text)
 
 
@@ -32,7 +32,7 @@ def test_jobs_side_by_side_write_what_one_job_writes(teacher, images, tmp_path, 
     latents = tmp_path / "latents in parts"
     for part in ("2:", "0:1"):
         run_encode(teacher, images, latents, shard_range=part)
-        assert "shards so far; the first still to write is s0000" in capsys.readouterr().out
+        assert "shards so far; the next one to write is s0000" in capsys.readouterr().out
         with pytest.raises(ShardError, match="is unfinished"):
             ShardSet(open_store(latents), "latents")
     run_encode(teacher, images, latents, shard_range="1:2")

@@ -1,4 +1,4 @@
-"""A short trial of the teacher on this machine, so that a plan can say how long the rounds will take."""
+"""A short trial of the teacher on this machine, to estimate how long the rounds will take."""
 
 from __future__ import annotations
 

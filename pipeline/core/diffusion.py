@@ -1,4 +1,4 @@
-"""The maths of diffusion training, pure: noising, and what a network is asked to predict."""
+"""The maths of diffusion training: adding noise, the prediction target, and Min-SNR weights. Pure functions."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def target(latents: Tensor, noise: Tensor, timesteps: Tensor, alphas_cumprod: Te
 def min_snr_weights(timesteps: Tensor, alphas_cumprod: Tensor, gamma: float, prediction_type: str) -> Tensor:
     """Min-SNR weights (B,) float32 of a squared error in the network's output (Hang et al. 2023, sec. 3.4).
 
-    With snr = a_t / (1 - a_t): min(snr, gamma) / snr for epsilon, and over snr + 1 for v_prediction, so that either
-    way the error in x_0 counts min(snr, gamma).
+    With snr = a_t / (1 - a_t): min(snr, gamma) / snr for epsilon, and over snr + 1 for v_prediction, so that
+    in both cases the error in x_0 has weight min(snr, gamma).
     """
     alpha = alphas_cumprod.to(timesteps.device)[timesteps]
     snr = alpha / (1 - alpha)

@@ -1,7 +1,7 @@
-"""Random draws that belong to an entry, not to a run: a counter-based generator for each purpose.
+"""Random draws that belong to an entry and not to a run: a counter-based generator for each purpose.
 
-A draw depends on (seed, source id, round, purpose) alone: not on the batch, the shard, the process, the
-device, or on what was drawn before.
+A draw depends only on (seed, source id, round, purpose), and not on the batch, the shard, the process, the device or
+earlier draws.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from shards.codec import DITHER_TABLE_SIZE
 
 
 def generator(seed: int, source_id: str, round_index: int, purpose: str) -> np.random.Generator:
-    """A Philox generator keyed by the sha256 of the four, which are joined so that none can run on."""
+    """A Philox generator keyed by the sha256 of the four arguments, separated so that no two keys collide."""
     name = "\0".join((str(seed), source_id, str(round_index), purpose))
     return np.random.Generator(np.random.Philox(key=_first_uint64s(name, 2)))
 
@@ -22,10 +22,10 @@ def generator(seed: int, source_id: str, round_index: int, purpose: str) -> np.r
 def timestep(seed: int, source_id: str, round_index: int, strata: int, train_timesteps: int) -> int:
     """The timestep of an image in one round: uniform over [0, train_timesteps), stratified over rounds.
 
-    Of the first `strata` rounds, each takes another stratum (an equal part of the range), in an order
-    drawn for the image; the next `strata` rounds go through them again in that order. Within a
-    stratum the rounds follow the van der Corput sequence (van der Corput 1935), rotated by a uniform
-    draw (Cranley & Patterson 1976), so that rounds added later fall between the earlier ones.
+    Each of the first `strata` rounds takes another stratum (an equal part of the range), in an order drawn for the
+    image. The next `strata` rounds go through them again in that order. Within a stratum, the rounds follow the van der
+    Corput sequence (van der Corput 1935), rotated by a uniform draw (Cranley & Patterson 1976), so that rounds added
+    later fall between the earlier ones.
     """
     draw = generator(seed, source_id, 0, "timestep")
     order, shifts = draw.permutation(strata), draw.random(strata)
@@ -35,7 +35,7 @@ def timestep(seed: int, source_id: str, round_index: int, strata: int, train_tim
 
 
 def radical_inverse(index: int) -> float:
-    """0, 1/2, 1/4, 3/4, 1/8, ...: the binary digits of `index` mirrored at the point."""
+    """0, 1/2, 1/4, 3/4, 1/8, ...: the binary digits of `index`, mirrored at the binary point."""
     value, digit = 0.0, 0.5
     while index:
         index, bit = divmod(index, 2)
@@ -49,9 +49,9 @@ def standard_normal(seed: int, source_id: str, round_index: int, purpose: str, s
 
 
 def noise(seed: int, source_id: str, round_index: int, shape: tuple[int, ...], noise_offset: float) -> np.ndarray:
-    """(C, H, W) float32 Gaussian noise; `noise_offset` adds one Gaussian value a channel, times it.
+    """(C, H, W) float32 Gaussian noise; `noise_offset` scales one Gaussian value that is added per channel.
 
-    The offset is that of https://www.crosslabs.org/blog/diffusion-with-offset-noise, as in diffusers.
+    The offset is from https://www.crosslabs.org/blog/diffusion-with-offset-noise, as in diffusers.
     """
     draw = generator(seed, source_id, round_index, "noise")
     drawn = draw.standard_normal(shape, dtype=np.float32)
@@ -61,9 +61,9 @@ def noise(seed: int, source_id: str, round_index: int, shape: tuple[int, ...], n
 
 
 def perturbed(seed: int, source_id: str, round_index: int, noise: np.ndarray, perturbation: float) -> np.ndarray:
-    """`noise` (C, H, W) and `perturbation` times as much again, float32: what is added to the latents.
+    """`noise` (C, H, W) plus `perturbation` times more noise, float32: this is added to the latents.
 
-    What is to be predicted stays `noise` (Ning et al. 2023, "Input Perturbation Reduces Exposure Bias in Diffusion
+    The target stays `noise` (Ning et al. 2023, "Input Perturbation Reduces Exposure Bias in Diffusion
     Models", as in diffusers).
     """
     more = standard_normal(seed, source_id, round_index, "perturbation", noise.shape)
@@ -76,13 +76,13 @@ def is_unconditional(seed: int, source_id: str, round_index: int, fraction: floa
 
 
 def token_offset(seed: int, source_id: str, round_index: int, tap: str, stride: int) -> tuple[int, int]:
-    """The row and column, each in [0, stride), that token sampling keeps of every cell."""
+    """The row and column, each in [0, stride), that token sampling keeps of each cell."""
     row, column = generator(seed, source_id, round_index, f"tokens/{tap}").integers(stride, size=2)
     return int(row), int(column)
 
 
 def dither_offset(seed: int, source_id: str, round_index: int, tap: str) -> int:
-    """Where in the dither table the entry's tap starts."""
+    """The position in the dither table at which the entry's tap starts."""
     return int(generator(seed, source_id, round_index, f"dither/{tap}").integers(DITHER_TABLE_SIZE))
 
 

@@ -1,4 +1,4 @@
-"""The losses of distillation (BK-SDM, eq. 1 to 4; weights as in distill-sd), each term in float32."""
+"""The distillation losses (BK-SDM, eq. 1 to 4; weights as in distill-sd). Every term is float32."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from torch import Tensor
 
 
 def mse(a: Tensor, b: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Mean square error over everything, a scalar; with `weights` (B,), each entry's counts that many times.
+    """Mean square error over all elements, a scalar. `weights` (B,) multiply the error of each entry.
 
-    Half precision would overflow over |a - b| of 255.
+    Computed in float32, since half precision would overflow from |a - b| = 256 on.
     """
     if weights is None:
         return F.mse_loss(a.float(), b.float())
@@ -18,9 +18,9 @@ def mse(a: Tensor, b: Tensor, weights: Tensor | None = None) -> Tensor:
 
 
 def relative_mse(a: Tensor, b: Tensor) -> Tensor:
-    """Each entry's mean square error as a share of the mean square of `b`, (B, ...); their mean, a scalar.
+    """The mean over entries of mean((a - b)^2) / mean(b^2), a scalar; a, b (B, ...).
 
-    It is 1 when `a` is zero. Entry by entry, so that accumulation over small batches equals a large one.
+    It is 1 if `a` is zero. It is computed per entry, so that accumulating small batches equals one large batch.
     """
     error, power = ((x.float().square()).flatten(1).mean(1) for x in (a.float() - b.float(), b))
     return (error / power.clamp(min=torch.finfo(torch.float32).tiny)).mean()
@@ -39,12 +39,12 @@ def distillation_losses(
     feature_loss: str = "mse",
     weights: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """The terms by name, each a float32 scalar: `task`, `output`, and `feature/<student tap>` a pair.
+    """The terms by name, each a float32 scalar: `task`, `output`, and `feature/<student tap>` per pair.
 
-    student_pred, target, teacher_pred (B, C, H, W); features by module path, equal shapes in a pair.
-    `teacher_pred` None leaves `output` out, and no pairs leave the features out. `feature_loss` is a key of
-    FEATURE_LOSSES: the papers' `mse`, in which the taps of the largest values rule, or `relative`, in which
-    each tap counts by the share of its power that is missed. `weights` (B,) are the entries', in `task` and `output`.
+    student_pred, target, teacher_pred (B, C, H, W); features by module path, with equal shapes in a pair. Without
+    `teacher_pred` there is no `output`, and without pairs there are no features. `feature_loss` is a key of
+    FEATURE_LOSSES: the papers' `mse`, which the taps with the largest values dominate, or `relative`, which measures
+    each tap's error against its own power. `weights` (B,) apply to `task` and `output`.
     """
     terms = {"task": mse(student_pred, target, weights)}
     if teacher_pred is not None:
@@ -56,7 +56,7 @@ def distillation_losses(
 
 
 def total_loss(terms: dict[str, Tensor], output_weight: float, feature_weight: float) -> Tensor:
-    """task + output_weight * output + feature_weight * sum of the features' terms."""
+    """task + output_weight * output + feature_weight * sum of the feature terms."""
     features = [term for name, term in terms.items() if name.startswith("feature/")]
     total = terms["task"]
     if "output" in terms:

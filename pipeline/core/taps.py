@@ -1,9 +1,9 @@
-"""Taps: the outputs of named modules, caught during a forward pass, and their sampled positions."""
+"""Taps: the outputs of named modules, captured during a forward pass, and the sampling of their positions."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -11,26 +11,26 @@ from torch import Tensor, nn
 
 
 class Taps:
-    """Catches the outputs of `names` (module paths of `module`) while recording.
+    """Captures the outputs of `names` (module paths of `module`) while recording.
 
-    Hooks sit on the modules themselves, so a wrapper around `module` changes nothing; and they are
-    silent outside `recording`, so that the recomputation of gradient checkpointing is not caught.
+    The hooks are on the modules themselves, so wrapping `module` changes nothing. They do nothing outside `recording`,
+    so the recomputation of gradient checkpointing is not captured.
     """
 
     def __init__(self, module: nn.Module, names: Iterable[str]) -> None:
         self._features: dict[str, Tensor] | None = None
         self._handles = [module.get_submodule(n).register_forward_hook(self._hook(n)) for n in names]
 
-    def _hook(self, name: str):
-        def catch(_module: nn.Module, _inputs: tuple, output: Tensor | tuple[Tensor, ...]) -> None:
+    def _hook(self, name: str) -> Callable[..., None]:
+        def capture(_module: nn.Module, _inputs: tuple, output: Tensor | tuple[Tensor, ...]) -> None:
             if self._features is not None:
                 self._features[name] = as_map(output)
 
-        return catch
+        return capture
 
     @contextmanager
     def recording(self) -> Iterator[dict[str, Tensor]]:
-        """A dict that fills with {name: (B, C, H, W)} as the module runs."""
+        """A dict that is filled with {name: (B, C, H, W)} as the module runs."""
         self._features = {}
         try:
             yield self._features
@@ -43,7 +43,7 @@ class Taps:
 
 
 def as_map(output: Tensor | tuple[Tensor, ...]) -> Tensor:
-    """A module's output as (B, C, H, W): a down block's first output; tokens (B, H*H, C) unrolled."""
+    """A module's output as a map (B, C, H, W): the first of several outputs; tokens (B, H*H, C) as a square map."""
     tensor = output if isinstance(output, Tensor) else output[0]
     if tensor.ndim == 4:
         return tensor
@@ -52,10 +52,10 @@ def as_map(output: Tensor | tuple[Tensor, ...]) -> Tensor:
 
 
 def sample_tokens(features: Tensor, rows: Sequence[int], columns: Sequence[int], stride: int) -> Tensor:
-    """One position of every stride x stride cell: (B, C, H, W) -> (B, C, H/stride, W/stride).
+    """One position per stride x stride cell: (B, C, H, W) -> (B, C, H/stride, W/stride).
 
-    Entry b keeps row rows[b] and column columns[b] of each cell. With both drawn uniformly, the mean
-    square over the kept positions is an unbiased estimate of that over all.
+    Entry b keeps row rows[b] and column columns[b] of each cell. If both are drawn uniformly, the mean square over the
+    kept positions is an unbiased estimate of the mean square over all positions.
     """
     if stride == 1:
         return features
@@ -64,6 +64,6 @@ def sample_tokens(features: Tensor, rows: Sequence[int], columns: Sequence[int],
 
 
 def token_stride(height: int, width: int, stride: int, token_min: int) -> int:
-    """The stride that a tap of this size gets: 1 if it has fewer than `token_min` rows or does not divide."""
+    """The stride for a tap of this size: 1 if it has fewer than `token_min` rows or is not divisible by `stride`."""
     divides = height % stride == 0 and width % stride == 0
     return stride if height >= token_min and divides else 1

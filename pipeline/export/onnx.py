@@ -40,11 +40,13 @@ def write_onnx(unet: UNet2DConditionModel, family: Family, conditioning: Shapes,
     height, width, length = (Dim(name) for name in ("height", "width", "tokens"))
     # From a batch of 64 on, diffusers' upsamplers take another branch, and a graph holds only one branch.
     batch = Dim("batch", max=63)
-    shapes = (
-        {0: batch, 2: factor * height, 3: factor * width},
-        {0: batch},
-        {name: {0: batch, 1: length} if len(shape) == 2 else {0: batch} for name, shape in conditioning.items()},
-    )
+    dynamic_shapes = {
+        "sample": {0: batch, 2: factor * height, 3: factor * width},
+        "timestep": {0: batch},
+        "conditioning": {
+            name: {0: batch, 1: length} if len(shape) == 2 else {0: batch} for name, shape in conditioning.items()
+        },
+    }
     # No two sizes may be equal, or the exporter could treat them as one dimension.
     traced = example_inputs(unet, 2, (size, size + factor), conditioning, seed=0)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
@@ -52,11 +54,12 @@ def write_onnx(unet: UNet2DConditionModel, family: Family, conditioning: Shapes,
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             _Denoiser(unet, family).eval(),
-            traced,
+            traced[:2],
+            kwargs={"conditioning": traced[2]},
             input_names=input_names(family, traced),
             output_names=[OUTPUT],
             dynamo=True,
-            dynamic_shapes=shapes,
+            dynamic_shapes=dynamic_shapes,
             verbose=False,
         )
     assert program is not None

@@ -1,4 +1,4 @@
-"""Finding a pipeline and loading its networks, in float32 on the CPU unless said otherwise."""
+"""Finding a pipeline and loading its networks, in float32 on the CPU unless noted otherwise."""
 
 from __future__ import annotations
 

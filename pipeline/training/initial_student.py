@@ -31,7 +31,7 @@ def initial_student(cache: Path, level: str, init_from: Path | None) -> UNet2DCo
         wanted = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder))
     if shapes_of(student) != shapes_of(wanted):
         raise UserError(
-            f"--init-from {init_from} is not a {level} of this cache's teacher: its layers differ. "
+            f"--init-from {init_from} does not have the layers of {level} for this cache's teacher. "
             "Use a student of that level, or the --level that it has."
         )
     return student

@@ -162,14 +162,7 @@ def prepare_training(
         # For matrix products. torch lets convolutions use it anyway.
         torch.backends.cuda.matmul.allow_tf32 = True
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    optimizer = make_optimizer(
-        trained,
-        settings.learning_rate,
-        (settings.adam_beta1, settings.adam_beta2),
-        settings.adam_epsilon,
-        settings.adam_weight_decay,
-        settings.use_8bit_adam,
-    )
+    optimizer = make_optimizer(trained, settings)
     # Not prepared: accelerate would step the schedule once per process.
     lr_scheduler = get_scheduler(
         settings.lr_scheduler,

@@ -2,36 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
 
 from pipeline.system.errors import UserError
+from pipeline.training.settings import TrainingSettings
 
 
-def make_optimizer(
-    parameters: Iterable[nn.Parameter],
-    learning_rate: float,
-    betas: tuple[float, float],
-    epsilon: float,
-    weight_decay: float,
-    use_8bit_adam: bool = False,
-) -> torch.optim.Optimizer:
+def make_optimizer(parameters: list[nn.Parameter], settings: TrainingSettings) -> torch.optim.Optimizer:
     """AdamW over `parameters`. Raises UserError if the package for 8-bit moments is not installed."""
-    if not use_8bit_adam:
-        return torch.optim.AdamW(
-            parameters, lr=learning_rate, betas=betas, eps=epsilon, weight_decay=weight_decay, fused=True
-        )
+    options: dict[str, Any] = {
+        "lr": settings.learning_rate,
+        "betas": (settings.adam_beta1, settings.adam_beta2),
+        "eps": settings.adam_epsilon,
+        "weight_decay": settings.adam_weight_decay,
+    }
+    if not settings.use_8bit_adam:
+        return torch.optim.AdamW(parameters, fused=True, **options)
     try:
         import bitsandbytes
     except ImportError:
         raise UserError(
             "--use-8bit-adam needs the package bitsandbytes. Install it: pip install bitsandbytes"
         ) from None
-    return bitsandbytes.optim.AdamW8bit(
-        parameters, lr=learning_rate, betas=betas, eps=epsilon, weight_decay=weight_decay
-    )
+    return bitsandbytes.optim.AdamW8bit(parameters, **options)
 
 
 def match_memory_format(optimizer: torch.optim.Optimizer) -> None:

@@ -206,7 +206,7 @@ def test_latents_of_another_model_are_refused(student, v_teacher, images, tmp_pa
             parameter.add_(0.01)
     other.save_pretrained(tmp_path / "other")
     latents = run_encode(tmp_path / "other", images, tmp_path / "latents")
-    with pytest.raises(UserError, match="was encoded with another VAE than --model"):
+    with pytest.raises(UserError, match="was encoded with another VAE than the one of --model"):
         run(student, latents, tmp_path / "out")
     reset_accelerate()
 

@@ -1,4 +1,4 @@
-"""A family of teachers: one record says everything that is particular to it. And the one call of a U-Net."""
+"""A family of teachers: one record holds everything that is particular to it. Also the one call of a U-Net."""
 
 from __future__ import annotations
 
