@@ -10,7 +10,7 @@ import pytest
 from accelerate.state import AcceleratorState, PartialState
 from support.tiny import tiny_pipeline, write_images
 
-LONGEST = ("test_docs.py", "test_kill.py", "test_cli.py", "test_distill.py", "test_training_options.py")
+LONGEST = ("test_docs.py", "test_kill.py", "test_cli.py", "test_distill.py", "test_options.py")
 
 
 @pytest.fixture(autouse=True)
