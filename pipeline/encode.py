@@ -50,7 +50,9 @@ SKIPPED = "skipped.jsonl"
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeSettings(DataSettings, DeviceOptions, HubOptions):
-    teacher: str = option(REQUIRED, "Stable Diffusion pipeline: a folder in diffusers layout, a hub's name, or demo.")
+    teacher: str = option(
+        REQUIRED, "Stable Diffusion pipeline: a folder in diffusers layout, a name on the hub, or demo."
+    )
     out: Path = option(REQUIRED, "Directory to write the latents to.")
     resolution: int = option(512, "Side of the square training images, in pixels.", ge=8)
     center_crop: bool = option(False, "Crop at the centre instead of a random position.")

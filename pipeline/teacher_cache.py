@@ -55,7 +55,9 @@ PACKERS = 2
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherCacheSettings(CacheFormat, PrecisionOptions, HubOptions):
-    teacher: str = option(REQUIRED, "The pipeline that the latents were made with: a folder, a hub's name, or demo.")
+    teacher: str = option(
+        REQUIRED, "The pipeline that the latents were made with: a folder, a name on the hub, or demo."
+    )
     latents: Path = option(REQUIRED, "Directory that `encode` wrote.")
     out: Path = option(REQUIRED, "Directory to write the cache to.")
     rounds: int = option(4, "Passes over the latents, each with its own noise and timesteps.", ge=1)

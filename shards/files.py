@@ -71,14 +71,16 @@ def remove_leftovers(*directories: Path) -> None:
     Those of live processes and of other machines stay. Call this before this process writes anything. (In a container,
     a killed process may have had the same id as this one.)
     """
-    for path in [path for directory in directories if directory.is_dir() for path in directory.iterdir()]:
-        match = LEFTOVER.fullmatch(path.name)
-        if not match or match[1] != _host() or _is_another_live_process(int(match[2])):
-            continue
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+    for directory in filter(Path.is_dir, directories):
+        for name in os.listdir(directory):
+            match = LEFTOVER.fullmatch(name)
+            if not match or match[1] != _host() or _is_another_live_process(int(match[2])):
+                continue
+            path = directory / name
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def partial_name(path: Path) -> Path:

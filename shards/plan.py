@@ -6,7 +6,7 @@ The plan follows from three counts alone, so every process knows the same one, a
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from shards.schema import shard_name, sidecar_name
 from shards.store import Store
@@ -14,8 +14,7 @@ from shards.store import Store
 EVERYTHING = slice(None)
 
 
-@dataclass(frozen=True, slots=True)
-class PlannedShard:
+class PlannedShard(NamedTuple):
     """One shard: its name, its round (None for latents), and the indices of the inputs that it is made from."""
 
     name: str

@@ -1,4 +1,4 @@
-"""Small random models and pictures that every test may use. Nothing here needs a network or a GPU."""
+"""Fixtures for all tests: small random models and images. Nothing here needs a network or a GPU."""
 
 import os
 from pathlib import Path
@@ -15,14 +15,14 @@ LONGEST = ("test_docs.py", "test_kill.py", "test_cli.py", "test_distill.py", "te
 
 @pytest.fixture(autouse=True)
 def _fresh_accelerate():
-    """accelerate keeps one state a process; each test gets its own."""
+    """accelerate keeps one state per process. Each test gets its own."""
     yield
     AcceleratorState._reset_state(True)
     PartialState._reset_state()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files go first, so that with two processes none of them is left alone at the end."""
+    """The longest files go first, so that neither of two processes is left with one of them at the end."""
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 

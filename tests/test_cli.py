@@ -1,17 +1,18 @@
-"""The commands as a user types them: the whole road, exit statuses, help, dry runs, the Makefile."""
+"""The commands as a user types them: the three stages, exit statuses, help, dry runs, the Makefile."""
 
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
-from support.stages import run_encode, run_teacher_cache, shard_files, state_dict_of, tree
+from support.stages import reset_accelerate, run_encode, run_teacher_cache, shard_files, state_dict_of, tree
 from support.tiny import write_images
 
 from pipeline.cli import main
@@ -28,15 +29,10 @@ STAGES = {"encode": EncodeSettings, "teacher-cache": TeacherCacheSettings, "dist
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
-def run(*arguments, cwd=None) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "pipeline.cli", *map(str, arguments)]
-    return subprocess.run(
-        command, cwd=cwd or ROOT, env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
-    )
-
-
 def invoke(*arguments):
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    reset_accelerate()
+    return result
 
 
 # The commands of the interface, with every option that it names.
@@ -52,14 +48,16 @@ ROAD = [
 
 @pytest.fixture(scope="module")
 def road(teacher, images, tmp_path_factory):
-    """The three commands, one after the other, each a process of its own."""
+    """The three commands, one after the other."""
     work = tmp_path_factory.mktemp("road")
-    return work, [run(*c.format(teacher=teacher, images=images).split(), cwd=work) for c in ROAD]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(work)
+        return work, [invoke(*command.format(teacher=teacher, images=images).split()) for command in ROAD]
 
 
-def test_the_whole_road_ends_in_a_student(road):
+def test_the_three_stages_end_in_a_student(road):
     work, results = road
-    assert [r.returncode for r in results] == [0, 0, 0], [r.stderr for r in results]
+    assert [r.exit_code for r in results] == [0, 0, 0], [r.output for r in results]
     assert "holds 13 images in 3 shards" in results[0].stdout
     assert "holds 26 entries (2 rounds)" in results[1].stdout
     assert "holds the sd_tiny student of 3 steps" in results[2].stdout
@@ -76,34 +74,36 @@ def test_progress_bars_show_rate_and_the_terms_and_nothing_else_is_printed(road)
     assert re.search(r"loss=.*task=.*output=.*feature=", results[2].stderr)
 
 
-def test_settings_are_written_beside_the_output(road):
+def test_settings_are_written_next_to_the_output(road):
     work, _ = road
     assert json.loads((work / "latents" / "encode.json").read_text())["resolution"] == 32
     assert json.loads((work / "cache" / "teacher-cache.json").read_text())["students"] == ["sd_small", "sd_tiny"]
     assert json.loads((work / "student" / "distill.json").read_text())["use_ema"] is True
 
 
+def as_shown(setting):
+    """A default as --help shows it."""
+    default, name = setting.default, setting.name.replace("_", "-")
+    if isinstance(default, bool):
+        return name if default else f"no-{name}"
+    if isinstance(default, tuple):
+        return f"({','.join(default)})"
+    return "(none)" if default is None else str(default)
+
+
 @pytest.mark.parametrize("stage", STAGES)
-def test_help_names_every_option_with_its_default(stage):
-    result = invoke(stage, "--help")
-    assert result.exit_code == 0
-    text = re.sub(r"\s+", " ", result.output.replace("no-\n", "no-"))
+def test_an_option_has_the_default_and_the_help_of_its_setting(stage):
+    """The options left out give the settings' own defaults, and --help shows both."""
+    options = {option.name: option for option in main.get_command(None, stage).params}
+    shown = re.sub(r"\s+", "", invoke(stage, "--help").output)
     for setting in fields(STAGES[stage]):
-        name = "--" + setting.name.replace("_", "-")
-        assert name in text
-        entry = text.split(f" {name} ", 1)[1].split(" --", 2)
-        assert "[default: " in " --".join(entry) or "[required]" in entry[0], name
-    assert "--dry-run" in text
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_each_stage_is_a_module_of_its_own(stage):
-    module = f"pipeline.{stage.replace('-', '_')}"
-    result = subprocess.run(
-        [sys.executable, "-m", module, "--help"], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
-    )
-    assert result.returncode == 0
-    assert "--dry-run" in result.stdout
+        option = options.pop(setting.name)
+        assert option.required == (setting.default is MISSING)
+        assert re.sub(r"\s+", "", setting.metadata["help"]) in shown
+        if not option.required:
+            assert option.default == setting.default
+            assert f"[default:{as_shown(setting)}]" in shown
+    assert list(options) == ["dry_run"]
 
 
 def test_the_umbrella_lists_the_stages():
@@ -150,7 +150,7 @@ def test_the_dry_runs_bytes_are_those_of_a_real_entry(road, teacher, tmp_path):
     )
     planned = int(re.search(r"on disk +([\d,]+)", result.output)[1].replace(",", ""))
     named = dict(re.findall(r"^  ([a-z_.0-9]+) +([\d,]+)$", result.output, re.MULTILINE))
-    run(
+    invoke(
         "teacher-cache",
         "--teacher",
         teacher,
@@ -180,10 +180,10 @@ def test_the_dry_runs_bytes_are_those_of_a_real_entry(road, teacher, tmp_path):
 ENCODE = "encode --teacher {teacher} --data {images} --out {o} "
 CACHE = "teacher-cache --teacher {teacher} --latents {road}/latents --out {o} "
 DISTILL = "distill --cache {road}/cache --out {o} --level sd_small "
-MENDABLE = {
+FIXABLE = {
     ENCODE + "--data nowhere": "--data nowhere does not exist",
-    ENCODE + "--teacher nowhere/at/all": "--teacher nowhere/at/all is no folder",
-    ENCODE + "--teacher some/name": "--teacher some/name is no folder, and no model hub gave it",
+    ENCODE + "--teacher nowhere/at/all": "--teacher nowhere/at/all is not a folder",
+    ENCODE + "--teacher some/name": "--teacher some/name is not a folder, and it cannot be downloaded",
     ENCODE + "--teacher {images}": "has no model_index.json",
     ENCODE + "--resolution 33": "--resolution 33 is not a multiple of 2",
     ENCODE + "--batch-size 0": "--batch-size is 0; it must be at least 1",
@@ -199,7 +199,7 @@ MENDABLE = {
     DISTILL + "--cache {road}/latents": "describes latents, not cache",
     DISTILL + "--level sd_huge": "'sd_huge' is not one of",
     DISTILL + "--out {road}/student": 'level: "sd_tiny" -> "sd_small"',
-    DISTILL + "--lr-warmup-steps 5": "choose constant_with_warmup",
+    DISTILL + "--lr-warmup-steps 5": "Use constant_with_warmup",
     DISTILL + "--learning-rate nan": "--learning-rate is nan; it must be a finite number",
     DISTILL + "--adam-beta1 1": "--adam-beta1 is 1.0; it must be less than 1.0",
     DISTILL + "--learning-rate 0": "--learning-rate is 0.0; it must be more than 0.0",
@@ -207,8 +207,8 @@ MENDABLE = {
 }
 
 
-@pytest.mark.parametrize("command", MENDABLE, ids=[message[:40] for message in MENDABLE.values()])
-def test_what_the_user_can_mend_ends_in_one_message_and_status_2(command, road, teacher, images, tmp_path):
+@pytest.mark.parametrize("command", FIXABLE, ids=[message[:40] for message in FIXABLE.values()])
+def test_what_the_user_can_fix_ends_in_one_message_and_status_2(command, road, teacher, images, tmp_path):
     (tmp_path / "blocked").write_text("a file where a directory should be")
     result = invoke(
         *command.format(
@@ -216,12 +216,12 @@ def test_what_the_user_can_mend_ends_in_one_message_and_status_2(command, road, 
         ).split()
     )
     assert result.exit_code == 2, result.output
-    assert MENDABLE[command] in result.output
+    assert FIXABLE[command] in result.output
     assert "Traceback" not in result.output
     assert not (tmp_path / "o").exists()
 
 
-def test_a_fault_of_ours_keeps_its_traceback_and_ends_in_status_1(teacher, images, tmp_path, monkeypatch):
+def test_a_bug_keeps_its_traceback_and_ends_in_status_1(teacher, images, tmp_path, monkeypatch):
     def fail(*arguments):
         raise ZeroDivisionError("ours")
 
@@ -231,18 +231,18 @@ def test_a_fault_of_ours_keeps_its_traceback_and_ends_in_status_1(teacher, image
     assert isinstance(result.exception, ZeroDivisionError)
 
 
-def test_a_full_disk_is_said_and_leaves_what_was_written(teacher, images, tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_and_leaves_what_was_written(teacher, images, tmp_path, monkeypatch):
     import errno
 
     from pipeline import encode
 
     real, shards = encode.write_shard, []
 
-    def full(directory, shard, *rest):
+    def full(store, shard, *rest):
         if shards:
-            raise OSError(errno.ENOSPC, "No space left on device", str(directory / shard))
+            raise OSError(errno.ENOSPC, "No space left on device", f"{store}/{shard}")
         shards.append(shard)
-        real(directory, shard, *rest)
+        real(store, shard, *rest)
 
     monkeypatch.setattr(encode, "write_shard", full)
     arguments = [
@@ -280,17 +280,14 @@ def test_two_processes_write_the_bytes_of_one(road, teacher, images, tmp_path):
 
     By torchrun, since `accelerate launch --cpu` starts a single process on one machine.
     """
-    launch = f"{sys.executable} -m torch.distributed.run --nproc-per-node 2 -m pipeline."
-    results = []
-    for line in ROAD:
-        stage, options = line.format(teacher=teacher, images=images).split(" ", 1)
-        command = (launch + stage.replace("-", "_") + " " + options).split()
-        environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT)}
-        results.append(subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True))
-    assert [r.returncode for r in results] == [0, 0, 0], [r.stderr for r in results]
+    launch = f"{sys.executable} -m torch.distributed.run --nproc-per-node 2 {ROOT}/tests/support/commands.py"
+    lines = [line.format(teacher=teacher, images=images) for line in ROAD]
+    environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run([*launch.split(), *lines], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
     for name in ("latents", "cache"):
         assert shard_files(tmp_path / name) == shard_files(road[0] / name)
-    assert [r.stdout.count(" holds ") for r in results] == [1, 1, 1]
+    assert result.stdout.count(" holds ") == 3
     lines = [json.loads(line) for line in (tmp_path / "student" / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["step"] == 3
     assert lines[-1]["epoch"] == pytest.approx(3 * 2 * 2 / 26)
@@ -322,22 +319,28 @@ def test_make_help_lists_every_target():
         assert re.search(rf"^ +{target} +\S", listed, re.MULTILINE), target
 
 
-def test_make_passes_its_variables_to_the_stages():
-    variables = "TEACHER=some/sd DATA=pictures WORK=w LEVEL=sd_tiny ROUNDS=7 STEPS=99 RESOLUTION=256 SNR_DB=10 "
-    variables += "STRIDE=4 BATCH=3 LR=2e-5 SEED=5 UNCOND=0.2"
-    shown = make("-n", "distill", *variables.split(), "LAUNCH=accelerate launch").stdout
-    lines = [line for line in re.sub(r"\s*\\\n\s*", " ", shown).splitlines() if line.startswith("accelerate launch -m")]
-    assert [line.removeprefix("accelerate launch -m pipeline.").strip() for line in lines] == [
-        "encode --teacher 'some/sd' --data 'pictures' --out 'w/latents' --resolution 256 --seed 5",
-        "teacher_cache --teacher 'some/sd' --latents 'w/latents' --out 'w/cache' --rounds 7 --codec dither --snr-db 10 "
-        "--token-stride 4 --token-min 32 --students sd_tiny --samples 8 --samples-guidance 7 --uncond-fraction 0.2 "
-        "--seed 5",
-        "distill --cache 'w/cache' --out 'w/sd_tiny' --level sd_tiny --max-train-steps 99 --train-batch-size 3 "
-        "--learning-rate 2e-5 --seed 5",
-    ]
+def test_the_variables_of_make_arrive_in_the_settings():
+    variables = "TEACHER=some/sd DATA=images WORK=w LEVEL=sd_tiny ROUNDS=7 STEPS=99 RESOLUTION=256 SNR_DB=12 "
+    variables += "STRIDE=2 TOKEN_MIN=16 SAMPLES=3 GUIDANCE=4 BATCH=3 LR=2e-5 SEED=5 UNCOND=0.2 CODEC=dither"
+    shown = make("-n", "distill", *variables.split()).stdout
+    lines = re.findall(r"-m pipeline\.(\w+) (.*)", re.sub(r"\s*\\\n\s*", " ", shown))
+    given = {}
+    for module, arguments in lines:
+        command = main.get_command(None, module.replace("_", "-"))
+        values = command.make_context(module, shlex.split(arguments)).params
+        given[module] = STAGES[module.replace("_", "-")](**{k: v for k, v in values.items() if k != "dry_run"})
+    assert list(given) == ["encode", "teacher_cache", "distill"]
+    encode, cache, distill = given.values()
+    assert (encode.teacher, encode.data, encode.out, encode.resolution) == ("some/sd", "images", Path("w/latents"), 256)
+    assert (cache.teacher, cache.latents, cache.out) == ("some/sd", encode.out, Path("w/cache"))
+    assert (cache.rounds, cache.codec, cache.snr_db, cache.token_stride, cache.token_min) == (7, "dither", 12, 2, 16)
+    assert (cache.students, cache.samples, cache.samples_guidance, cache.uncond_fraction) == (("sd_tiny",), 3, 4, 0.2)
+    assert (distill.cache, distill.out, distill.level) == (cache.out, Path("w/sd_tiny"), "sd_tiny")
+    assert (distill.max_train_steps, distill.train_batch_size, distill.learning_rate) == (99, 3, 2e-5)
+    assert {encode.seed, cache.seed, distill.seed} == {5}
 
 
-def test_make_says_what_is_missing():
+def test_make_reports_what_is_missing():
     result = make("-o", f"{sys.prefix}/.ready", f"VENV={sys.prefix}", "encode", "TEACHER=some/sd")
     assert result.returncode == 2
     assert "set DATA= to a folder of images" in result.stderr
@@ -349,7 +352,7 @@ def test_make_alone_takes_the_demo(tmp_path):
     assert f"-m pipeline.encode --teacher 'demo' --data '{tmp_path}/scenes'" in shown
 
 
-def test_a_larger_set_in_several_shards_is_read_whole(teacher, tmp_path):
+def test_a_larger_set_in_several_shards_is_read_completely(teacher, tmp_path):
     """More shards than batches, uneven ones: every entry is taken once an epoch."""
     data = write_images(tmp_path / "data", 11, seed=3)
     latents = run_encode(teacher, data, tmp_path / "latents", entries_per_shard=4)

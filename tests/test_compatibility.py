@@ -27,12 +27,12 @@ def loaded(kind, student):
 
 
 def drawn(pipe, prompt="a cat", **options):
-    """One picture (H, W, 3), or with output_type="latent" its latents, always of the same noise."""
+    """One image (H, W, 3), or with output_type="latent" its latents, always of the same noise."""
     options = {"num_inference_steps": 3, "output_type": "np", **options}
     return np.asarray(pipe(prompt, generator=torch.Generator().manual_seed(0), **options).images[0])
 
 
-def noise_picture(seed):
+def noise_image(seed):
     pixels = np.random.default_rng(seed).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
@@ -46,13 +46,13 @@ def test_text_to_image(student):
 
 
 def test_image_to_image(student):
-    """The picture that it begins from counts, and so does the prompt."""
+    """Both the initial image and the prompt matter."""
     pipe = loaded(StableDiffusionImg2ImgPipeline, student)
-    first = drawn(pipe, image=noise_picture(1), strength=0.7)
+    first = drawn(pipe, image=noise_image(1), strength=0.7)
     assert first.shape == (32, 32, 3)
     assert np.isfinite(first).all()
-    assert not np.allclose(first, drawn(pipe, image=noise_picture(2), strength=0.7))
-    assert not np.allclose(first, drawn(pipe, "a dog", image=noise_picture(1), strength=0.7))
+    assert not np.allclose(first, drawn(pipe, image=noise_image(2), strength=0.7))
+    assert not np.allclose(first, drawn(pipe, "a dog", image=noise_image(1), strength=0.7))
 
 
 def test_inpainting_paints_where_the_mask_is(student):
@@ -60,7 +60,7 @@ def test_inpainting_paints_where_the_mask_is(student):
     pipe = loaded(StableDiffusionInpaintPipeline, student)
     mask = np.zeros((32, 32), np.uint8)
     mask[:, 16:] = 255
-    common = {"image": noise_picture(1), "mask_image": Image.fromarray(mask), "height": 32, "width": 32}
+    common = {"image": noise_image(1), "mask_image": Image.fromarray(mask), "height": 32, "width": 32}
     cat, dog = (drawn(pipe, prompt, output_type="latent", **common) for prompt in ("a cat", "a dog"))
     assert cat.shape == (4, 16, 16)
     np.testing.assert_array_equal(cat[..., :8], dog[..., :8])

@@ -52,7 +52,7 @@ def stamps(cache):
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
-def test_damage_is_seen_and_named_and_only_that_shard_is_removed(kind, cache, other, whole, copy):
+def test_damage_is_found_and_named_and_only_that_shard_is_removed(kind, cache, other, whole, copy):
     damage, file = DAMAGES[kind]
     damage(Place(copy, other))
     outcome = look(copy, whole)
@@ -76,7 +76,7 @@ EXPECTED_REMOVALS = {"two shards swapped": {*FIRST, *SECOND}, "sidecar gone": {s
 
 
 @pytest.mark.parametrize("kind", ["a bit flipped in a tensor", "two shards swapped", "sidecar gone"])
-def test_the_stage_writes_a_removed_shard_again_and_keeps_the_others(kind, teacher, latents, cache, other, copy):
+def test_the_stage_rewrites_a_removed_shard_and_keeps_the_others(kind, teacher, latents, cache, other, copy):
     kept = stamps(copy)
     DAMAGES[kind][0](Place(copy, other))
     verify(copy, "--full", "--remove-damaged")
@@ -99,7 +99,7 @@ def test_a_sound_set_passes_at_every_depth(teacher, latents, cache):
         assert verify(directory, "--full")[0] == 0
 
 
-def test_every_problem_is_told_and_the_last_line_counts_them(copy):
+def test_every_problem_is_printed_and_the_last_line_counts_them(copy):
     (copy / "r0000-s00000.tar").write_bytes(b"")
     (copy / "r0000-s00002.json").unlink()
     data = bytearray((copy / VICTIM).read_bytes())
@@ -140,7 +140,7 @@ def test_a_file_outside_the_plan_is_named(copy):
     assert "r0002-s00000.tar is not in the plan of manifest.json. Restore the manifest" in output
 
 
-def test_removing_leaves_all_else_alone(copy, other):
+def test_removing_leaves_everything_else_alone(copy, other):
     DAMAGES["tar cut in a header"][0](Place(copy, other))
     before = tree(copy)
     status, output = verify(copy, "--remove-damaged")
@@ -180,7 +180,7 @@ def test_a_bomb_is_refused_before_it_is_unpacked(monkeypatch):
         codec.unpack_quantised(data, 1000)
 
 
-def test_the_teacher_asked_again_finds_what_checksums_cannot(teacher, latents, tmp_path, monkeypatch):
+def test_recompute_finds_what_checksums_cannot(teacher, latents, tmp_path, monkeypatch):
     """A cache whose taps were written wrong, with right checksums: only the teacher tells."""
     from pipeline.cache import targets
 
@@ -235,7 +235,7 @@ def test_a_damaged_base_is_named(copy):
     shutil.rmtree(copy / "students" / "sd_small")
     assert "students/sd_small/config.json is missing. Copy it" in verify(copy)[1]
     (copy / "teacher-cache.json").unlink()
-    assert "students holds no student's initial weights; run the same" in verify(copy)[1]
+    assert "students holds no student's initial weights. Rerun the same" in verify(copy)[1]
 
 
 def test_a_cache_of_an_earlier_version_is_read_without_checksums(copy, tmp_path):
@@ -247,7 +247,7 @@ def test_a_cache_of_an_earlier_version_is_read_without_checksums(copy, tmp_path)
     run_distill(copy, tmp_path / "student", max_train_steps=1)
 
 
-def test_a_damaged_file_beside_the_latents_is_named(latents, tmp_path):
+def test_a_damaged_file_next_to_the_latents_is_named(latents, tmp_path):
     copy = shutil.copytree(latents, tmp_path / "latents")
     (copy / "empty_prompt_embeds.npy").write_bytes(b"")
     status, output = verify(copy)
@@ -266,7 +266,7 @@ def test_without_its_manifest_nothing_else_is_judged(copy, content):
     assert len(list(copy.glob("*.tar"))) == 6
 
 
-def test_rounds_that_cannot_be_are_refused(copy):
+def test_invalid_rounds_are_refused(copy):
     content = json.loads((copy / MANIFEST).read_text())
     (copy / MANIFEST).write_text(json.dumps({**content, "rounds": "many"}))
     assert "manifest.json has an invalid number of rounds, 'many'. Restore it" in verify(copy)[1]

@@ -138,7 +138,7 @@ def test_losses_and_gradients_equal_the_online_ones(
     assert (flat - expected_flat).norm() <= tolerance * expected_flat.norm()
 
 
-def test_with_input_perturbation_the_noise_stays_what_is_predicted(teacher, images, tmp_path):
+def test_with_input_perturbation_the_noise_stays_the_target(teacher, images, tmp_path):
     latents = run_encode(teacher, images, tmp_path / "latents")
     cache = run_teacher_cache(
         teacher, latents, tmp_path / "cache", codec="fp32", token_stride=1, rounds=1, input_perturbation=0.3
@@ -232,7 +232,7 @@ def test_metrics_hold_every_term_and_the_total_is_their_weighted_sum(cache, tmp_
         assert line["loss"] == approx(line["task"] + 0.3 * line["output"] + 0.2 * sum(features.values()), rel=1e-5)
 
 
-def test_terms_of_no_weight_are_neither_read_nor_computed(cache, tmp_path, monkeypatch):
+def test_terms_without_weight_are_neither_read_nor_computed(cache, tmp_path, monkeypatch):
     read = set()
     real = LocalStore.read_ranges
 
@@ -276,7 +276,7 @@ class Stopped(Exception):
 
 
 @pytest.mark.parametrize(("stop_at", "lr_scheduler"), [(1, "constant"), (5, "cosine"), (6, "linear")])
-def test_a_stopped_run_goes_on_bit_for_bit(cache, tmp_path, monkeypatch, stop_at, lr_scheduler):
+def test_a_stopped_run_resumes_bit_for_bit(cache, tmp_path, monkeypatch, stop_at, lr_scheduler):
     settings = {
         "max_train_steps": 8,
         "checkpointing_steps": 2,
@@ -302,7 +302,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(cache, tmp_path, monkeypatch, stop_at
     assert_equal_training(run_distill(cache, tmp_path / "stopped", **settings), whole, 8)
 
 
-def test_raising_the_steps_of_a_constant_schedule_goes_on(cache, tmp_path):
+def test_raising_the_steps_of_a_constant_schedule_continues_it(cache, tmp_path):
     whole = run_distill(cache, tmp_path / "whole", max_train_steps=6)
     out = run_distill(cache, tmp_path / "out", max_train_steps=3)
     assert_equal_training(run_distill(cache, out, max_train_steps=6), whole, 6)
@@ -428,7 +428,7 @@ def test_only_the_newest_checkpoints_are_kept(cache, tmp_path):
     assert loaded.config.layers_per_block == 1
 
 
-def test_a_finished_student_is_left_alone_and_that_is_said(cache, tmp_path, capsys):
+def test_a_finished_student_is_left_alone_and_reported(cache, tmp_path, capsys):
     out = run_distill(cache, tmp_path / "out")
     before = tree(out)
     run_distill(cache, out)
@@ -475,7 +475,7 @@ def test_a_cache_without_its_base_is_refused_before_training(cache, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_report_that_was_not_reached_is_made_by_the_next_run(cache, tmp_path, monkeypatch):
+def test_a_missing_report_is_written_by_the_next_run(cache, tmp_path, monkeypatch):
     def fail(*arguments):
         raise Stopped
 
@@ -518,7 +518,7 @@ def test_training_may_start_on_the_rounds_that_are_finished(cache, tmp_path):
     assert_equal_training(tmp_path / "out", tmp_path / "whole", 4)
     with pytest.raises(ShardError, match="rounds: 1 -> 2"):
         run_distill(growing, tmp_path / "out", max_train_steps=6)
-    with pytest.raises(ShardError, match="has 2 rounds, not 3: run `teacher-cache --rounds 3`"):
+    with pytest.raises(ShardError, match="has 2 rounds, not 3. To add rounds, run `teacher-cache --rounds 3`"):
         run_distill(growing, tmp_path / "more", rounds=3)
 
 
@@ -557,7 +557,7 @@ def test_a_loss_that_is_not_finite_names_the_entries_and_the_last_good_checkpoin
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_leaves_a_checkpoint_and_goes_on_bit_for_bit(cache, tmp_path, monkeypatch, number):
+def test_an_interrupted_run_leaves_a_checkpoint_and_resumes_bit_for_bit(cache, tmp_path, monkeypatch, number):
     whole = run_distill(cache, tmp_path / "whole", max_train_steps=5)
     real, calls = Objective.losses, []
 
@@ -632,7 +632,7 @@ def test_batches_hold_what_the_entries_hold_for_any_position(cache, tmp_path):
 
 
 def test_a_teacher_with_more_parts_hands_them_all_to_the_student(images, tmp_path):
-    """Whatever the teacher's pipeline holds beside the U-Net comes out at the other end."""
+    """Whatever the teacher's pipeline holds besides the U-Net is in the student too."""
     from transformers import CLIPImageProcessor
 
     pipe = tiny_pipeline()

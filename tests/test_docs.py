@@ -117,7 +117,7 @@ def at_desk(desk, monkeypatch):
     return desk
 
 
-def run_make(command: str, variables: str, cwd: Path) -> None:
+def run_make(command: str, variables: str, cwd: Path) -> subprocess.CompletedProcess:
     """A make command in a shell, with this test's environment in place of the one that make would create."""
     here = f"-f {ROOT}/Makefile VENV={sys.prefix} -o {sys.prefix}/.ready"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -125,6 +125,7 @@ def run_make(command: str, variables: str, cwd: Path) -> None:
         f"{small(command)} {here} {variables}", shell=True, cwd=cwd, env=environment, capture_output=True, text=True
     )
     assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+    return result
 
 
 def run_in_process(command: str) -> None:
@@ -137,13 +138,24 @@ def run_in_process(command: str) -> None:
 
 def test_make_distill_alone_runs_the_demo(desk):
     assert "make distill" in MAKE
-    run_make("make distill", "SCENES=12 ROUNDS=1 SAMPLES=2 STEPS=2 BATCH=2", desk)
+    result = run_make("make distill", "SCENES=12 ROUNDS=1 SAMPLES=2 STEPS=2 BATCH=2", desk)
     assert (desk / "work" / "demo" / "sd_small" / "report.html").is_file()
+    # Nothing but progress is printed besides: no library's warnings or bars.
+    bars = r"(scenes|encode|teacher-cache|teacher's samples|distill|untrained student|student): "
+    lines = [line for line in re.split(r"[\r\n]+", result.stderr) if line.strip()]
+    assert lines
+    assert [line for line in lines if not re.match(bars, line)] == []
 
 
-def test_make_distill_runs_all_stages_on_a_checkpoint(desk):
+def test_make_distill_runs_all_stages_on_a_checkpoint(at_desk):
+    """The commands that make would start are run here, in one process."""
     command = next(command for command in MAKE if command.startswith("make distill TEACHER"))
-    run_make(command, "RESOLUTION=32", desk)
+    shown = run_make(command, "-n RESOLUTION=32", at_desk).stdout
+    stages = re.findall(r"-m pipeline\.(\w+) (.*)", re.sub(r"\s*\\\n\s*", " ", shown))
+    assert [stage for stage, _ in stages] == ["encode", "teacher_cache", "distill"]
+    for stage, arguments in stages:
+        run_in_process(f"distill-sd {stage.replace('_', '-')} {arguments}")
+    desk = at_desk
     assert (desk / "work" / "sd_small" / "model_index.json").is_file()
 
 

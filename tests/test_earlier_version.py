@@ -93,7 +93,7 @@ def test_a_cache_is_given_the_round_that_the_version_before_would_have_written(m
             np.testing.assert_allclose(*decoded, atol=1.01 * record["step"])
 
 
-def test_a_training_goes_on_from_its_checkpoint(made):
+def test_a_training_resumes_from_its_checkpoint(made):
     steps = metrics(made / "student")
     run_distill(Path("cache"), Path("student"), max_train_steps=4, **STUDENT)
     lines = metrics(made / "student")

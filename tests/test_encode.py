@@ -61,7 +61,7 @@ def test_prompt_embeds_are_those_of_the_diffusers_pipeline(teacher, latents):
     torch.testing.assert_close(stored_empty, empty[0], rtol=2e-3, atol=1e-3)
 
 
-def test_a_teacher_stored_in_fp16_is_run_in_the_precision_that_was_asked_for(images, tmp_path):
+def test_a_teacher_stored_in_fp16_runs_in_the_chosen_precision(images, tmp_path):
     half = tiny_pipeline().to(torch.float16)
     half.save_pretrained(tmp_path / "half")
     latents = run_encode(tmp_path / "half", images, tmp_path / "latents")
@@ -118,7 +118,7 @@ def test_bad_images_are_skipped_listed_and_counted(teacher, tmp_path, capsys):
     ]
 
 
-def test_no_readable_image_is_an_error_that_says_where_the_reasons_are(teacher, tmp_path):
+def test_no_readable_image_is_an_error_that_names_the_file_of_reasons(teacher, tmp_path):
     data = write_images(tmp_path / "data", 2)
     for path in data.glob("*.png"):
         path.write_bytes(b"")
@@ -141,7 +141,7 @@ def test_a_run_that_loses_most_of_its_input_stops_and_keeps_what_it_has(teacher,
     assert len(read_entries(out, "latents", [])) == 7
 
 
-def test_skipped_pictures_that_can_be_read_by_now_are_taken_up(teacher, images, tmp_path, capsys):
+def test_skipped_images_that_can_be_read_now_are_encoded(teacher, images, tmp_path, capsys):
     data = write_images(tmp_path / "data", 13)
     good = {name: (data / name).read_bytes() for name in ("003.png", "004.png", "008.png")}
     (data / "003.png").unlink()
@@ -167,7 +167,7 @@ def test_skipped_pictures_that_can_be_read_by_now_are_taken_up(teacher, images, 
     )
 
 
-def test_views_are_other_crops_of_the_same_picture(teacher, images, tmp_path):
+def test_views_are_other_crops_of_the_same_image(teacher, images, tmp_path):
     plain = read_entries(run_encode(teacher, images, tmp_path / "1"), "latents", ["latents"])
     out = run_encode(teacher, images, tmp_path / "3", views=3, random_flip=False)
     three = read_entries(out, "latents", ["latents"])
@@ -181,7 +181,7 @@ def test_views_are_other_crops_of_the_same_picture(teacher, images, tmp_path):
         run_encode(teacher, images, tmp_path / "2", views=2, center_crop=True)
 
 
-def test_captions_that_are_cut_are_counted(teacher, images, tmp_path, capsys):
+def test_truncated_captions_are_counted(teacher, images, tmp_path, capsys):
     data = write_images(tmp_path / "data", 4)
     rows = [
         {"file_name": f"{i:03d}.png", "text": text} for i, text in enumerate(("abcdef", "abcdefg", "a " * 5000, "é"))
@@ -209,20 +209,20 @@ def test_odd_captions_come_through_as_they_are(teacher, tmp_path):
     assert [sample.meta["caption"] for sample in read_entries(out, "latents", ["prompt_embeds"])] == odd
 
 
-def test_every_source_gives_the_same_tensors_for_the_same_pictures(teacher, tmp_path, monkeypatch):
+def test_every_source_gives_the_same_tensors_for_the_same_images(teacher, tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "library")
     folder = write_images(tmp_path / "folder", 50)
     rows = sorted(
         map(json.loads, (folder / "metadata.jsonl").read_text().splitlines()), key=lambda row: row["file_name"]
     )
-    beside = tmp_path / "beside"
-    beside.mkdir()
+    texts = tmp_path / "texts"
+    texts.mkdir()
     (tmp_path / "tars").mkdir()
     for first in range(0, 50, 20):
         with tarfile.open(tmp_path / "tars" / f"{first // 20:05d}.tar", "w") as tar:
             for row in rows[first : first + 20]:
-                shutil.copy(folder / row["file_name"], beside)
-                caption = (beside / row["file_name"]).with_suffix(".txt")
+                shutil.copy(folder / row["file_name"], texts)
+                caption = (texts / row["file_name"]).with_suffix(".txt")
                 caption.write_text(row["text"])
                 tar.add(folder / row["file_name"], row["file_name"])
                 tar.add(caption, caption.name)
@@ -233,7 +233,7 @@ def test_every_source_gives_the_same_tensors_for_the_same_pictures(teacher, tmp_
     datasets.load_from_disk(tmp_path / "saved").to_parquet(tmp_path / "data.parquet")
     sources = [
         folder,
-        beside,
+        texts,
         tmp_path / "tars",
         tmp_path / "tars" / "{00000..00002}.tar",
         tmp_path / "saved",
@@ -247,7 +247,7 @@ def test_every_source_gives_the_same_tensors_for_the_same_pictures(teacher, tmp_
         assert shards == written[0], data
 
 
-def test_a_finished_output_is_left_alone_and_that_is_said(teacher, images, tmp_path, capsys):
+def test_a_finished_output_is_left_alone_and_reported(teacher, images, tmp_path, capsys):
     out = run_encode(teacher, images, tmp_path / "out")
     before = tree(out)
     stamps = {path: path.stat().st_mtime_ns for path in out.glob("*.tar")}

@@ -22,7 +22,7 @@ def test_a_range_is_a_slice_of_the_plan(text, chosen):
 
 
 @pytest.mark.parametrize("text", ["", ":", "3", "3:3", "5:2", "-1:2", "a:b", "0:1:2"])
-def test_what_is_no_range_is_refused(text):
+def test_an_invalid_range_is_refused(text):
     with pytest.raises(UserError, match="Write it as 0:50"):
         TeacherCacheSettings(teacher="demo", latents="l", out="o", shard_range=text)
 
@@ -45,7 +45,7 @@ def test_jobs_side_by_side_write_what_one_job_writes(teacher, images, tmp_path, 
         run_teacher_cache(teacher, latents, cache, samples=1, shard_range=part)
         assert not (cache / "samples").exists()
     assert shard_files(cache) == shard_files(whole)
-    # What is left over, the pictures, is for a run without a range.
+    # The samples are left to a run without a range.
     run_teacher_cache(teacher, latents, cache, samples=1)
     assert (cache / "samples" / "samples.json").is_file()
 
@@ -55,8 +55,8 @@ def test_what_is_written_while_the_device_computes_is_the_same(teacher, images, 
     cache = run_teacher_cache(teacher, latents, tmp_path / "cache")
     monkeypatch.setattr("pipeline.encode.is_accelerator", lambda device: True)
     monkeypatch.setattr("pipeline.teacher_cache.is_accelerator", lambda device: True)
-    assert shard_files(run_encode(teacher, images, tmp_path / "latents beside")) == shard_files(latents)
-    assert shard_files(run_teacher_cache(teacher, latents, tmp_path / "cache beside")) == shard_files(cache)
+    assert shard_files(run_encode(teacher, images, tmp_path / "latents overlapped")) == shard_files(latents)
+    assert shard_files(run_teacher_cache(teacher, latents, tmp_path / "cache overlapped")) == shard_files(cache)
 
 
 def fill(path, barrier):
@@ -66,7 +66,7 @@ def fill(path, barrier):
 
 
 def test_two_processes_may_make_the_same_directory_at_once(tmp_path):
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")
     barrier = context.Barrier(2)
     both = [context.Process(target=fill, args=(tmp_path / "base", barrier)) for _ in range(2)]
     for process in both:
@@ -77,7 +77,7 @@ def test_two_processes_may_make_the_same_directory_at_once(tmp_path):
     assert list(tree(tmp_path)) == ["base/weights"]
 
 
-def test_a_directory_that_is_there_is_not_replaced_unasked(tmp_path):
+def test_an_existing_directory_is_not_replaced(tmp_path):
     (tmp_path / "samples").mkdir()
     (tmp_path / "samples" / "old").write_text("old")
     with pytest.raises(OSError), atomic_directory(tmp_path / "samples") as folder:  # noqa: PT011

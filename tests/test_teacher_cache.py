@@ -53,7 +53,7 @@ TENSORS = ["latents", "noise", "prompt_embeds", "teacher_pred"]
 
 
 @pytest.mark.parametrize("codec", ["fp16", "fp32"])
-def test_an_exact_cache_holds_what_the_teacher_says(teacher, latents, tmp_path, codec):
+def test_an_exact_cache_holds_the_teachers_outputs(teacher, latents, tmp_path, codec):
     cache = run_teacher_cache(teacher, latents, tmp_path / "c", codec=codec, token_stride=1, rounds=1)
     tolerance = {"fp16": 2e-3, "fp32": 1e-5}[codec]
     taps = [*BLOCKS, "mid_block"]

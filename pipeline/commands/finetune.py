@@ -50,7 +50,7 @@ from shards.schema import LATENTS, conditioning_shapes
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneSettings(TrainingSettings, HubOptions):
-    model: str = option(REQUIRED, "Pipeline whose U-Net is trained: a student's folder, a hub's name, or demo.")
+    model: str = option(REQUIRED, "Pipeline whose U-Net is trained: a student's folder, a name on the hub, or demo.")
     latents: Path = option(REQUIRED, "Directory that `encode` wrote, with the model's own VAE and text encoder.")
     lora_rank: int | None = option(None, "Train LoRA adapters of this rank instead of the whole U-Net.", ge=1)
     noise_offset: float = option(0.0, "Standard deviation of an offset added to each channel of the noise.", ge=0.0)

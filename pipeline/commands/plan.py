@@ -30,7 +30,7 @@ LADDER = ((10.0, 4), (5.0, 4), (0.0, 4))
 
 @dataclass(frozen=True, kw_only=True)
 class PlanSettings(CacheFormat, PrecisionOptions, HubOptions):
-    teacher: str = option(REQUIRED, "The teacher: a folder (its configs are enough), a hub's name, or demo.")
+    teacher: str = option(REQUIRED, "The teacher: a folder (its configs are enough), a name on the hub, or demo.")
     images: int = option(REQUIRED, "Images to train on.", ge=1)
     rounds: int = option(4, "Passes over the images; with a budget, the minimum to aim for.", ge=1)
     resolution: int = option(512, "Side of the images, in pixels.", ge=8)

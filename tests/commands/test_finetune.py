@@ -107,7 +107,7 @@ def test_input_perturbation_is_added_and_not_predicted(student, latents, tmp_pat
     reset_accelerate()
 
 
-def test_each_visit_draws_anew_and_draws_hang_on_picture_and_visit_alone(student, latents, tmp_path):
+def test_each_visit_has_its_own_draws_which_depend_only_on_image_and_visit(student, latents, tmp_path):
     dataset, accelerator = LatentsDataset(latents), Accelerator(cpu=True)
 
     def drawn(size, count):
@@ -145,7 +145,7 @@ def test_a_student_is_trained_and_comes_out_as_a_pipeline(student, latents, tmp_
 
 
 @pytest.mark.parametrize("changes", [{}, {"lora_rank": 2, "use_ema": True}], ids=["whole", "lora"])
-def test_a_stopped_run_goes_on_bit_for_bit(student, latents, tmp_path, monkeypatch, changes):
+def test_a_stopped_run_resumes_bit_for_bit(student, latents, tmp_path, monkeypatch, changes):
     whole = run(student, latents, tmp_path / "whole", **changes)
     out = stopped(student, latents, tmp_path / "out", 3, monkeypatch, **changes)
     name = "pytorch_lora_weights.safetensors" if changes else "unet/diffusion_pytorch_model.safetensors"
@@ -211,7 +211,7 @@ def test_latents_of_another_model_are_refused(student, v_teacher, images, tmp_pa
     reset_accelerate()
 
 
-def test_a_folder_that_is_no_pipeline(latents, tmp_path):
+def test_a_folder_that_is_not_a_pipeline(latents, tmp_path):
     (tmp_path / "nothing").mkdir()
     with pytest.raises(UserError, match="--model .*nothing has no model_index.json"):
         run(tmp_path / "nothing", latents, tmp_path / "out")

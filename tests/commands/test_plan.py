@@ -82,7 +82,7 @@ def test_the_bytes_of_sd15_are_those_of_a_written_shard(tmp_path, codec, snr_db,
     assert 2 * sizes.stored_bytes(planned) == pytest.approx(written, rel=0.03)
 
 
-def test_an_array_takes_the_bytes_that_are_said():
+def test_an_array_takes_the_planned_bytes():
     assert sizes.npy_bytes((3, 5, 7), 2) == len(encode_npy(np.zeros((3, 5, 7), np.float16)))
 
 
@@ -112,7 +112,7 @@ def test_a_budget_that_holds_nothing_is_refused_with_what_it_takes():
 
 
 @pytest.mark.parametrize("size", ["500", "GB", "-3GB", "5 apples", "1e3GB"])
-def test_what_is_no_size_is_refused(size):
+def test_an_invalid_size_is_refused(size):
     with pytest.raises(UserError, match="Write it as 500GB"):
         settings(budget=size)
 
@@ -131,13 +131,13 @@ def test_the_command_needs_no_weights(teacher, tmp_path):
     assert re.search(r"chosen for 50MB: teacher-cache --rounds \d+ --snr-db 10 --token-stride 4", result.output)
 
 
-def test_a_disk_that_is_too_small_is_said_before_anything_is_computed(tmp_path):
+def test_a_disk_that_is_too_small_is_reported_before_anything_is_computed(tmp_path):
     with pytest.raises(UserError, match=r"needs about 1e\+09 TB more, but its disk has only .* free\. Free some space"):
         require_space(tmp_path / "not" / "yet", 10**21, "give fewer --rounds")
 
 
 @pytest.mark.parametrize("codec", ["dither", "fp16"])
-def test_a_trial_runs_the_teacher_and_says_how_long_the_rounds_take(teacher, monkeypatch, codec):
+def test_a_trial_runs_the_teacher_and_estimates_the_time(teacher, monkeypatch, codec):
     monkeypatch.setattr(trial, "SECONDS", 0.0)
     result = CliRunner().invoke(
         command,

@@ -193,12 +193,12 @@ class TestLosses:
         assert (halves[0] + 2 * halves[1]).item() / 3 == pytest.approx(relative_mse(teacher * 2, teacher).item())
         assert relative_mse(teacher * 0, teacher * 0).item() == 0
 
-    def test_the_feature_loss_that_is_asked_for_is_taken(self):
+    def test_the_chosen_feature_loss_is_used(self):
         one, three = torch.full((2, 4, 8, 8), 1.0), torch.full((2, 4, 8, 8), 3.0)
         terms = distillation_losses(one, one, None, {"s": one}, {"S": three}, (("s", "S"),), "relative")
         assert terms["feature/s"].item() == pytest.approx(4 / 9)
 
-    def test_what_is_left_out_is_not_in_the_terms(self):
+    def test_omitted_parts_have_no_terms(self):
         one = torch.ones(1, 4, 2, 2)
         terms = distillation_losses(one, one, None, {}, {}, ())
         assert list(terms) == ["task"]

@@ -77,7 +77,7 @@ def test_error_is_bounded_for_any_gaussian(exponent, mean, snr_db, seed, offset)
 
 
 @pytest.mark.parametrize("snr_db", [0.0, 10.0, 20.0, 30.0])
-def test_signal_to_noise_is_what_was_asked_for(snr_db):
+def test_the_signal_to_noise_ratio_is_the_requested_one(snr_db):
     x = gaussian(mean=5.0)
     decoded, _ = round_trip(x, snr_db)
     signal = x - x.mean(axis=(1, 2), keepdims=True)
@@ -209,7 +209,7 @@ class TestDamage:
             codec.decode_npy(stream.getvalue())
 
     @pytest.mark.parametrize("data", [b"", b"garbage", b"\x93NUMPY\x09\x00", codec.encode_npy(np.zeros(3)) + b"x"])
-    def test_what_is_no_array_is_refused(self, data):
+    def test_anything_but_an_array_is_refused(self, data):
         with pytest.raises(ShardError):
             codec.decode_npy(data)
 

@@ -29,7 +29,7 @@ def test_epochs_and_seeds_have_orders_of_their_own():
 
 
 @pytest.mark.parametrize("start", [0, 4, 12, 28])
-def test_the_stream_goes_on_from_any_position(start):
+def test_the_stream_resumes_at_any_position(start):
     whole = list(itertools.chain(*take(EpochBatches(11, 4, seed=5), 20)))
     later = list(itertools.chain(*take(EpochBatches(11, 4, seed=5, start=start), 5)))
     assert later == whole[start : start + 20]

@@ -60,7 +60,7 @@ def test_stock_webdataset_finds_every_member(directory):
         assert sample["tap.down_blocks.0.npy.zst"] == make_entry(index).members["tap.down_blocks.0.npy.zst"]
 
 
-def test_the_sidecar_says_where_each_member_lies(directory):
+def test_the_sidecar_locates_each_member(directory):
     for shard in ShardPlan(5, 3).names():
         sidecar = read_sidecar(open_store(directory), shard, Manifest(SPEC).spec_sha256)
         stated = {
@@ -153,7 +153,7 @@ def test_a_sidecar_that_points_outside_its_shard_is_refused(directory, row):
         ShardSet(open_store(directory), "latents")
 
 
-def test_a_tensor_that_is_not_there_is_named(directory):
+def test_a_missing_tensor_is_named(directory):
     with pytest.raises(ShardError, match=r"holds no noise.npy for entry 000000002; it has json, latents.npy"):
         ShardSet(open_store(directory), "latents").read(2, ["noise"])
 
@@ -184,7 +184,7 @@ def test_a_manifest_that_cannot_be_read_is_refused_by_name(tmp_path, content):
         read_manifest(open_store(tmp_path), "latents")
 
 
-def test_a_file_beside_the_shards_is_read_only_as_it_was_written(tmp_path):
+def test_a_file_next_to_the_shards_is_read_only_unchanged(tmp_path):
     manifest = Manifest(SPEC, files={"extra.npy": write_bytes(tmp_path / "extra.npy", b"content")})
     write_manifest(open_store(tmp_path), manifest)
     manifest = read_manifest(open_store(tmp_path), "latents")

@@ -57,7 +57,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(store):
     assert os.listdir(store.directory) == ["a"]
 
 
-def test_ranges_are_read_in_the_order_asked_and_end_with_the_file(store):
+def test_ranges_are_read_in_order_and_end_with_the_file(store):
     write(store, "a", bytes(range(10)))
     assert store.read_ranges("a", [(8, 5), (0, 2), (20, 3), (4, 0)]) == [b"\x08\x09", b"\x00\x01", b"", b""]
 

@@ -43,7 +43,7 @@ def tiny_unet(seed: int = 0, **changes) -> UNet2DConditionModel:
 
 
 def tiny_pipeline(seed: int = 0, prediction_type: str = "epsilon", **unet_changes) -> StableDiffusionPipeline:
-    """A whole Stable Diffusion in miniature: 32 px pictures, 4 x 16 x 16 latents, 8 tokens of width 10."""
+    """A complete Stable Diffusion in miniature: 32 px images, 4 x 16 x 16 latents, 8 tokens of width 10."""
     unet = tiny_unet(seed, **unet_changes)
     torch.manual_seed(seed + 1)
     vae = AutoencoderKL(

@@ -16,7 +16,7 @@ IMG2DATASET = shutil.which(os.environ.get("IMG2DATASET", "img2dataset"))
 SLOW = 8
 
 
-def picture(number, size=(700, 600), format="JPEG", **options):
+def encoded_image(number, size=(700, 600), format="JPEG", **options):
     stream = io.BytesIO()
     Image.new("RGB", size, (number * 7 % 256, 90, 120)).save(stream, format, **options)
     return stream.getvalue()
@@ -31,7 +31,7 @@ class Server(http.server.BaseHTTPRequestHandler):
         Server.hits.append(self.path)
         kind, name = self.path.strip("/").split("/")
         number = int(name.split(".")[0])
-        body, status, headers = picture(number), 200, {}
+        body, status, headers = encoded_image(number), 200, {}
         if kind == "missing":
             body, status = b"gone", 404
         elif kind == "broken":
@@ -46,7 +46,7 @@ class Server(http.server.BaseHTTPRequestHandler):
             body = b""
         elif kind == "animated":
             more = [Image.new("RGB", (700, 600), "red")]
-            body = picture(number, format="WEBP", save_all=True, append_images=more)
+            body = encoded_image(number, format="WEBP", save_all=True, append_images=more)
         elif kind == "refused":
             headers = {"X-Robots-Tag": "noai"}
         self.send_response(status)
