@@ -20,7 +20,7 @@ COMMANDS = {
     "evaluate": ("pipeline.commands.evaluate", "Compare a student with its teacher: cost, fidelity, quality."),
     "export": ("pipeline.commands.export", "Export a model as a single file, as ONNX, or with int8 weights."),
     "verify": ("pipeline.commands.verify", "Check latents or a cache for damage."),
-    "inspect": ("pipeline.commands.inspect", "Show the contents of latents or a cache."),
+    "inspect": ("pipeline.commands.inspect_shards", "Show the contents of latents or a cache."),
     "demo-scenes": ("pipeline.commands.demo_scenes", "Write captioned images of shapes, to try the stages on."),
     "demo-teacher": ("pipeline.commands.demo_teacher", "Retrain the bundled demo teacher."),
 }

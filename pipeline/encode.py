@@ -26,7 +26,7 @@ from pipeline.data.records import Record, inputs_sha256
 from pipeline.data.settings import DataSettings
 from pipeline.data.source import OpenSource, open_source
 from pipeline.models.encoders import encode_images, latents_shape
-from pipeline.models.families import Family
+from pipeline.models.families import Family, Shapes
 from pipeline.models.hashing import library_versions, weights_sha256
 from pipeline.models.load import family_of, find_pipeline, load_base
 from pipeline.system.command import stage_command
@@ -89,7 +89,10 @@ def run(settings: EncodeSettings) -> None:
     family, base = family_of(folder), load_base(folder, settings.variant)
     spec = latents_spec(settings, source, folder, base)
     with state.main_process_first():
-        manifest = claim(settings.out, "latents", spec, files=empty_prompt_files(base, family))
+        empty = empty_prompt(base, family)
+        check_shapes(settings, empty, conditioning_shapes(spec))
+        files = {empty_prompt_file(name): encode_npy(array) for name, array in empty.items()}
+        manifest = claim(settings.out, "latents", spec, files=files)
         if settings.retry_skipped and state.is_main_process:
             reopen_skipped(source, settings, manifest)
     unfinished, own = share_unfinished(settings.out, manifest, state, settings.shard_range)
@@ -193,7 +196,9 @@ def encode_batch(
     shape = latents_shape(base.vae, settings.resolution)
     ids = [image.record.source_id for image in batch]
     noise = [draws.standard_normal(settings.seed, source_id, 0, "posterior", shape) for source_id in ids]
-    pixels = torch.from_numpy(np.stack([image.pixels for image in batch if image.pixels is not None]))
+    squares = [image.pixels for image in batch if image.pixels is not None]
+    assert len(squares) == len(batch)
+    pixels = torch.from_numpy(np.stack(squares))
     latents = encode_images(base.vae, pixels, torch.from_numpy(np.stack(noise)))
     conditioning = family.encode_prompts(base, [image.record.caption for image in batch])
     stored = {name: t.half().cpu().numpy() for name, t in {LATENTS: latents, **conditioning}.items()}
@@ -220,10 +225,19 @@ def new_entry(image: LoadedImage, arrays: dict[str, np.ndarray], settings: Encod
 
 
 @torch.inference_mode()
-def empty_prompt_files(base: DiffusionPipeline, family: Family) -> dict[str, bytes]:
-    """The conditioning of the empty prompt, fp16, as files by name. Unconditional entries get it."""
-    empty = family.encode_prompts(base, [""])
-    return {empty_prompt_file(name): encode_npy(tensor[0].half().numpy()) for name, tensor in empty.items()}
+def empty_prompt(base: DiffusionPipeline, family: Family) -> dict[str, np.ndarray]:
+    """The conditioning of the empty prompt, fp16 without B, by name. Unconditional entries get it."""
+    return {name: tensor[0].half().numpy() for name, tensor in family.encode_prompts(base, [""]).items()}
+
+
+def check_shapes(settings: EncodeSettings, empty: dict[str, np.ndarray], stated: Shapes) -> None:
+    """Raise UserError if the encoders do not return the shapes that the pipeline's configs state."""
+    for name, array in empty.items():
+        if array.shape != stated.get(name):
+            raise UserError(
+                f"--teacher {settings.teacher} encodes prompts to {name} of shape {array.shape}, but its configs state "
+                f"{stated.get(name)}. Fix the configs of its tokenizer or text encoder."
+            )
 
 
 def report(out: Path, manifest: Manifest, prefix: str) -> None:

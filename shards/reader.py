@@ -21,7 +21,7 @@ from shards.store import Store
 
 # The header of a tar member begins with its name.
 NAME_BYTES = 100
-# Parsed sidecars that a ShardSet keeps. One of 1,000 entries takes about 100 kB.
+# Parsed sidecars that a ShardSet keeps. Those of 1,000 entries take 100 (latents) to 500 kB (a cache).
 CACHED_SIDECARS = 256
 
 
@@ -176,6 +176,8 @@ def read_sidecar(store: Store, shard: str, spec_sha256: str) -> Sidecar:
         sidecar = Sidecar(shard, content["bytes"], content["sha256"], content["skipped"], keys, members, table)
         if content["shard"] != shard or content["count"] != len(keys):
             raise ValueError("it describes another shard")
+        if type(sidecar.bytes) is not int:
+            raise ValueError(f"it states {sidecar.bytes!r} bytes")
         for key in keys:
             check_key(key, round_of(shard))
         outside = (table[..., 0] < BLOCK) | (table[..., 0] + table[..., 1] > sidecar.bytes)
@@ -236,5 +238,5 @@ def _parse_tensor(
 def damaged(path: str, what: str) -> ShardError:
     """The error for a damaged file of a shard: its name, what is wrong with it, and the remedy."""
     return ShardError(
-        f"{path} is damaged: {what}. Delete it and its sidecar, then rerun the stage, which rewrites only this shard."
+        f"{path} is damaged: {what}. Delete this shard's .tar and .json and rerun the stage, which rewrites only them."
     )

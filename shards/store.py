@@ -38,7 +38,7 @@ class Store(Protocol):
         """Its length in bytes; None if there is no such file."""
 
     def list(self) -> list[str]:
-        """The names of all files, sorted."""
+        """All names, sorted. Whatever occupies a name is listed, also what cannot be read."""
 
     def delete(self, name: str) -> None:
         """Remove a file. A file that does not exist is no error."""
@@ -46,7 +46,7 @@ class Store(Protocol):
 
 @dataclass(frozen=True)
 class LocalStore:
-    """A directory. It is made when the first file is written."""
+    """A directory, which must exist before anything is written."""
 
     directory: Path
 
@@ -64,7 +64,6 @@ class LocalStore:
             os.close(descriptor)
 
     def write(self, name: str) -> AbstractContextManager[IO[bytes]]:
-        self.directory.mkdir(parents=True, exist_ok=True)
         return atomic_file(self.directory / name)
 
     def exists(self, name: str) -> bool:
@@ -76,8 +75,7 @@ class LocalStore:
     def list(self) -> list[str]:
         if not self.directory.is_dir():
             return []
-        with os.scandir(self.directory) as entries:
-            return sorted(entry.name for entry in entries if entry.is_file())
+        return sorted(os.listdir(self.directory))
 
     def delete(self, name: str) -> None:
         (self.directory / name).unlink(missing_ok=True)

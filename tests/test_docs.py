@@ -166,6 +166,12 @@ def test_every_command_runs_as_written(command, at_desk):
     run_in_process(command)
 
 
+def test_the_commands_leave_a_student_and_the_downloaded_images(desk):
+    assert (desk / "student" / "model_index.json").is_file()
+    assert (desk / "student.safetensors").is_file()
+    assert not IMG2DATASET or (desk / "downloaded" / "00000.tar").is_file()
+
+
 @pytest.mark.parametrize("command", [c for c in ALL_COMMANDS if not c.startswith("make ")])
 def test_every_command_takes_its_options(command):
     """Also those that are not run: they need several devices, or a minute."""

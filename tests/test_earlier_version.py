@@ -33,6 +33,8 @@ from shards.store import open_store
 ARCHIVE = Path(__file__).parent / "support" / "made_by_0_1_0.tar.xz"
 CACHE = {"entries_per_shard": 3, "uncond_fraction": 0.4, "samples": 1}
 STUDENT = {"train_batch_size": 2, "checkpointing_steps": 2}
+# Of steps 3 and 4, when the version before trained on.
+LATER_LOSSES = (1.7169166803359985, 1.590412974357605)
 
 
 @pytest.fixture
@@ -99,6 +101,8 @@ def test_a_training_resumes_from_its_checkpoint(made):
     lines = metrics(made / "student")
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert lines[:2] == steps
+    for line, loss in zip(lines[2:], LATER_LOSSES, strict=True):
+        assert line["loss"] == pytest.approx(loss, rel=1e-3)
     assert (made / "student" / "checkpoints" / "step-0000004").is_dir()
 
 

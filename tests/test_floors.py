@@ -1,6 +1,7 @@
 """The floors of the architecture: imports point down only, wherever in a file they stand."""
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,11 @@ def test_the_core_does_no_io(path):
 @pytest.mark.parametrize("path", sorted((ROOT / "shards").rglob("*.py")), ids=lambda path: path.stem)
 def test_shards_never_imports_pipeline(path):
     assert not {name for name in imports(path) if name.split(".")[0] == "pipeline"}
+
+
+def test_no_module_hides_one_of_the_standard_library():
+    """Or `python pipeline/commands/verify.py`, which puts that folder on the path, would import ours in its place."""
+    assert not {path.stem for path in (ROOT / "pipeline" / "commands").glob("*.py")} & sys.stdlib_module_names
 
 
 def test_imports_inside_the_packages_form_no_circle():

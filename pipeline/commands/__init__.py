@@ -1,1 +1,1 @@
-"""The commands beside the three stages, one module each."""
+"""The commands besides the three stages, one module each."""

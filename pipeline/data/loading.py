@@ -11,7 +11,8 @@ import numpy as np
 
 from pipeline.core import draws
 from pipeline.data.images import Crop, decode, square
-from pipeline.data.source import OpenSource, Record
+from pipeline.data.records import Record
+from pipeline.data.source import OpenSource
 from pipeline.system.errors import UserError
 from pipeline.system.threads import ordered_map
 

@@ -52,7 +52,7 @@ def _source(settings: DataSettings) -> Source:
     if data.is_dir():
         return ImageFolder(data, settings.image_column, settings.caption_column)
     raise UserError(
-        f"--data {data} is of no kind that can be read. Give a folder of images (with a {METADATA}, or with a .txt "
+        f"--data {data} is not a supported input. Give a folder of images (with a {METADATA}, or with a .txt "
         "next to each image), a .tar, a .parquet or .arrow file, a folder of these files, a saved dataset's folder, "
         "or a dataset's name."
     )

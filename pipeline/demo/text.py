@@ -83,9 +83,3 @@ def reading_loss(logits: dict[str, torch.Tensor], answers: torch.Tensor) -> torc
         for kind, values in enumerate(logits.values())
     ]
     return sum(losses, torch.zeros(()))
-
-
-def share_read(logits: dict[str, torch.Tensor], answers: torch.Tensor) -> float:
-    """The share of captions with only correct answers."""
-    right = torch.stack([values.argmax(dim=-1) for values in logits.values()], dim=-1) == answers
-    return right.flatten(1).all(dim=1).float().mean().item()

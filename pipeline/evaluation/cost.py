@@ -16,8 +16,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.models.families import Family, denoise, random_conditioning
-from pipeline.models.families.family import Shapes
+from pipeline.models.families import Family, Shapes, denoise, random_conditioning
 from pipeline.models.load import MODEL_INDEX
 from pipeline.sampling.generate import Sampler
 from pipeline.sampling.process import PipelineRef, generating_process

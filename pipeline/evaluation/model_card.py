@@ -19,7 +19,6 @@ from pipeline.evaluation.settings import EVALUATION
 from pipeline.evaluation.table import markdown, rows_of
 from pipeline.models.families import LEVELS
 from pipeline.models.provenance import CARD, read_origin
-from pipeline.system.tables import markdown_table
 from shards.files import write_bytes, write_json
 from shards.manifest import read_manifest
 from shards.schema import MANIFEST
@@ -213,7 +212,13 @@ def _licence(inputs: CardInputs) -> str:
 
 
 def _table(rows: dict[str, Any]) -> str:
-    return markdown_table(("", ""), [(name, _cell(value)) for name, value in rows.items()])
+    """A Markdown table without padding: one cell may be a long hash."""
+    lines = [f"| {_escaped(name)} | {_escaped(_cell(value))} |" for name, value in rows.items()]
+    return "\n".join(["| | |", "|---|---|", *lines])
+
+
+def _escaped(cell: str) -> str:
+    return cell.replace("|", "\\|").replace("\n", " ")
 
 
 def _cell(value: Any) -> str:

@@ -45,6 +45,9 @@ class EvaluateSettings(PrecisionOptions, HubOptions):
     batch_size: int = option(8, "Images per forward pass otherwise.", ge=1)
     seed: int = option(0, "Seed of the held-out noise and of the first image; each further image adds one.", ge=0)
 
+    revision: str | None = option(None, "Revision of the teacher on the hub.")
+    variant: str | None = option(None, "Variant of the teacher's weight files, such as fp16.")
+
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, path in (

@@ -56,6 +56,10 @@ def compare(
     The error is mean((x - y)^2) / mean(x^2), where x is the output of `unet`. The two take turns, and the seconds are
     medians after one untimed pass each.
     """
+    latents, timesteps, conditioning = inputs
+    device, dtype = unet.device, unet.dtype
+    placed = {name: tensor.to(device, dtype) for name, tensor in conditioning.items()}
+    inputs = latents.to(device, dtype), timesteps.to(device), placed
     outputs = [_forward(model, inputs, family)[0] for model in (unet, quantised)]
     seconds: tuple[list[float], list[float]] = ([], [])
     for _ in range(TURNS):

@@ -21,8 +21,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.export import Dim
 
-from pipeline.models.families import Family, denoise, random_conditioning
-from pipeline.models.families.family import Shapes
+from pipeline.models.families import Family, Shapes, denoise, random_conditioning
 
 GRAPH = "model.onnx"
 OUTPUT = "noise_pred"

@@ -12,8 +12,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from pipeline.core.taps import Taps
 from pipeline.models.encoders import latents_shape
-from pipeline.models.families import Family, denoise, random_conditioning
-from pipeline.models.families.family import Shapes
+from pipeline.models.families import Family, Shapes, denoise, random_conditioning
 from pipeline.models.load import family_of, unet_config
 from pipeline.models.reading import reading
 from pipeline.system.errors import UserError

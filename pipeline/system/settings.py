@@ -58,7 +58,7 @@ class Settings:
                 _check(flag(setting.name), value, setting.metadata)
 
     def as_json(self) -> dict[str, Any]:
-        return {s.name: _plain(getattr(self, s.name)) for s in fields(self)}
+        return {setting.name: _plain(getattr(self, setting.name)) for setting in _ordered(type(self))}
 
 
 def flag(name: str) -> str:
@@ -99,10 +99,19 @@ class CommaSeparated(click.ParamType):
 
 
 def click_options(settings: type[Settings]) -> list[click.Parameter]:
-    """One click option (or argument) per field: required ones first, then the class's own, then inherited ones."""
-    hints, own = typing.get_type_hints(settings), inspect.get_annotations(settings)
-    ordered = sorted(fields(settings), key=lambda field: (field.default is not REQUIRED, field.name not in own))
+    """One click option (or argument) per field: the required ones first."""
+    hints = typing.get_type_hints(settings)
+    ordered = sorted(_ordered(settings), key=lambda setting: setting.default is not REQUIRED)
     return [_click_option(setting, hints[setting.name]) for setting in ordered]
+
+
+def _ordered(settings: type[Settings]) -> list[dataclasses.Field[Any]]:
+    """The fields of a class: its own, then those of its bases, in the order in which it names them."""
+    ranks: dict[str, int] = {}
+    for rank, base in enumerate(settings.__mro__):
+        for name in inspect.get_annotations(base):
+            ranks.setdefault(name, rank)
+    return sorted(fields(settings), key=lambda setting: ranks[setting.name])
 
 
 def _click_option(setting: dataclasses.Field[Any], hint: Any) -> click.Parameter:

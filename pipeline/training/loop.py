@@ -371,9 +371,9 @@ def claim(settings: TrainingSettings, spec: dict[str, Any]) -> None:
 
 
 def nothing_left(settings: TrainingSettings, accelerator: Accelerator, what: str, complete: bool = True) -> bool:
-    """Whether `out` holds a finished `what`, `complete` with everything that belongs to it, and there is no upload.
+    """Whether there is nothing to do: `out` holds a finished and `complete` `what`, and nothing is to be uploaded.
 
-    Prints so. Otherwise makes sure that the hub's repository can be written, before anything is trained.
+    If so, it prints that. Otherwise it makes sure that the hub's repository can be written, before anything is trained.
     """
     done = finished_step(settings.out)
     if done >= (settings.max_train_steps or 0) and complete and not settings.push_to_hub:

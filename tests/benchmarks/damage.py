@@ -34,7 +34,8 @@ def make_caches(work: Path) -> Place:
 
 def row(kind: str, outcome: Outcome, kept: int) -> str:
     seen = [outcome.opening, outcome.reading, outcome.fast, outcome.full]
-    cells = ["refused" if message else "" for message in seen[:2]] + ["told" if message else "" for message in seen[2:]]
+    words = ("refused", "refused", "found", "found")
+    cells = [word if message else "" for word, message in zip(words, seen, strict=True)]
     return f"| {kind} | {' | '.join(cells)} | {len(outcome.wrong)} | {kept} of 6 |"
 
 

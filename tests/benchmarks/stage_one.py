@@ -30,8 +30,7 @@ from pipeline.demo.scenes import write_folder
 from pipeline.encode import EncodeSettings
 from pipeline.models.bundled import teacher_folder
 from pipeline.models.encoders import encode_images, latents_shape
-from pipeline.models.families import denoise, random_conditioning
-from pipeline.models.families.family import Shapes
+from pipeline.models.families import Shapes, denoise, random_conditioning
 from pipeline.models.families.sd import SD
 from pipeline.teacher_cache import TeacherCacheSettings
 from shards.schema import conditioning_shapes

@@ -6,7 +6,7 @@ import torch
 from pipeline.demo.evaluate import captions_of
 from pipeline.demo.networks import make_text_encoder, make_tokenizer
 from pipeline.demo.scenes import RELATIONS, parse_caption
-from pipeline.demo.text import PLACES, QUERIES, VALUES, Reader, answers_of, reading_loss, share_read, things_of
+from pipeline.demo.text import PLACES, QUERIES, VALUES, Reader, answers_of, reading_loss, things_of
 from pipeline.demo.train import tokenize
 
 
@@ -14,6 +14,12 @@ def words(caption, query):
     """The answers to one query, as words, or None for no answer."""
     answers = answers_of(parse_caption(caption))[QUERIES.index(query)].tolist()
     return {kind: values[a - 1] if a else None for a, (kind, values) in zip(answers, VALUES.items(), strict=True)}
+
+
+def share_read(logits: dict[str, torch.Tensor], answers: torch.Tensor) -> float:
+    """The share of captions with only correct answers."""
+    right = torch.stack([values.argmax(dim=-1) for values in logits.values()], dim=-1) == answers
+    return right.flatten(1).all(dim=1).float().mean().item()
 
 
 def test_a_colour_and_a_place_can_ask_for_the_same_thing():

@@ -112,7 +112,7 @@ def test_a_tar_without_its_sidecar_is_unfinished(directory):
 def test_a_cut_tar_is_refused_by_name(directory, cut):
     path = directory / "s00000.tar"
     path.write_bytes(path.read_bytes()[:-cut])
-    with pytest.raises(ShardError, match=r"s00000.tar is damaged.*Delete it"):
+    with pytest.raises(ShardError, match=r"s00000.tar is damaged.*Delete this shard's"):
         ShardSet(open_store(directory), "latents")
 
 

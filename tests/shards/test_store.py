@@ -15,7 +15,16 @@ OPENERS = {"os", "io", "pathlib", "shutil", "tempfile"}
 
 @pytest.fixture
 def store(tmp_path):
+    (tmp_path / "set").mkdir()
     return open_store(tmp_path / "set")
+
+
+def test_a_directory_that_disappears_is_not_made_again(tmp_path):
+    store = open_store(tmp_path / "gone")
+    assert store.list() == []
+    with pytest.raises(FileNotFoundError):
+        write(store, "a", b"")
+    assert not (tmp_path / "gone").exists()
 
 
 def write(store, name, data):

@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -126,6 +127,23 @@ def test_a_compiled_student_trains_as_one_graph_with_its_taps(cache, tmp_path, m
     for x, y in zip(metrics(plain), metrics(compiled), strict=True):
         assert x["loss"] == pytest.approx(y["loss"], rel=1e-4)
     assert state_dict_of(compiled / "unet").keys() == state_dict_of(plain / "unet").keys()
+
+
+def test_8_bit_adam_gets_the_settings_of_adam(cache, tmp_path, monkeypatch):
+    class AdamW8bit(torch.optim.AdamW):
+        pass
+
+    stand_in = types.SimpleNamespace(optim=types.SimpleNamespace(AdamW8bit=AdamW8bit))
+    monkeypatch.setitem(sys.modules, "bitsandbytes", stand_in)
+    options = {"adam_weight_decay": 0.25, "adam_beta1": 0.5, "adam_beta2": 0.75, "adam_epsilon": 1e-6}
+    _, training = prepared(
+        cache, tmp_path / "out", level="sd_small", use_8bit_adam=True, learning_rate=0.125, **options
+    )
+    optimizer = training.optimizer.optimizer
+    assert type(optimizer) is AdamW8bit
+    given = optimizer.defaults
+    assert (given["lr"], given["weight_decay"], given["betas"], given["eps"]) == (0.125, 0.25, (0.5, 0.75), 1e-6)
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(training.student.parameters()))
 
 
 def test_8_bit_adam_trains(cache, tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.models.families.family import Family, Level, denoise, random_conditioning
+from pipeline.models.families.family import Family, Level, Shapes, denoise, random_conditioning
 from pipeline.models.families.sd import SD
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "LEVELS",
     "Family",
     "Level",
+    "Shapes",
     "denoise",
     "family_of_index",
     "family_of_level",

@@ -5,7 +5,7 @@
     cond_stage_model.transformer.*        the text encoder of SD-1.x (CLIP)
     cond_stage_model.model.*              the text encoder of SD-2.x (OpenCLIP)
 
-Each function renames the state dict of one network of diffusers or transformers. Nothing here does any I/O. A block of
+Each function renames the state dict of one network of diffusers or transformers. A block of
 N layers takes N + 1 places in the LDM's list of blocks, so pruned U-Nets have fewer places and need no special rule.
 """
 

@@ -11,7 +11,7 @@ from support.stages import read_entries, run_encode, run_teacher_cache, tree
 from support.tiny import write_images
 
 from pipeline.cli import main
-from pipeline.commands.inspect import histogram
+from pipeline.commands.inspect_shards import histogram
 from shards.manifest import read_manifest
 from shards.reader import read_sidecar
 from shards.store import open_store
