@@ -72,7 +72,7 @@ $(TOOLS)/bin/img2dataset:
 	$(TOOLS)/bin/python -m pip install --quiet 'img2dataset==1.47.0'
 
 test: lint $(TOOLS)/bin/img2dataset ## Run the linter, the type checker and the tests.
-	OMP_NUM_THREADS=1 IMG2DATASET='$(abspath $(TOOLS))/bin/img2dataset' $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 IMG2DATASET='$(abspath $(TOOLS))/bin/img2dataset' $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 20
 
 lint: $(READY) ## Run the linter and the type checker alone.
 	$(BIN)/ruff check .

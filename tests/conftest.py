@@ -1,5 +1,6 @@
 """Fixtures for all tests: small random models and images. Nothing here needs a network or a GPU."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -9,6 +10,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 from accelerate.state import AcceleratorState, PartialState
 from support.tiny import tiny_pipeline, write_images
+
+# What the libraries made at import stays: collections need not look through it again, and there are many.
+gc.collect()
+gc.freeze()
 
 LONGEST = ("test_docs.py", "test_kill.py", "test_cli.py", "test_distill.py", "test_options.py")
 

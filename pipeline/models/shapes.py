@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +14,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from pipeline.core.taps import Taps
 from pipeline.models.encoders import latents_shape
-from pipeline.models.families import Family, Shapes, denoise, random_conditioning
+from pipeline.models.families import FAMILIES, Family, Shapes, denoise, random_conditioning
 from pipeline.models.load import family_of, unet_config
 from pipeline.models.reading import reading
 from pipeline.system.errors import UserError
@@ -31,10 +33,25 @@ def tap_shapes(
     config: dict[str, Any], latents: Sequence[int], conditioning: Shapes, taps: list[str], family: Family
 ) -> dict[str, tuple[int, int, int]]:
     """The (C, H, W) of each tap of the U-Net with this config, from a forward pass on the meta device."""
+    named = json.dumps({key: value for key, value in config.items() if not key.startswith("_")}, sort_keys=True)
+    stated = tuple((name, tuple(shape)) for name, shape in conditioning.items())
+    return _tap_shapes(named, tuple(latents), stated, tuple(taps), family.name).copy()
+
+
+@functools.cache
+def _tap_shapes(
+    config: str,
+    latents: tuple[int, ...],
+    conditioning: tuple[tuple[str, tuple[int, ...]], ...],
+    taps: tuple[str, ...],
+    family: str,
+) -> dict[str, tuple[int, int, int]]:
+    """Cached, because a pass on the meta device takes a second or two whatever the network."""
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(config)
+        unet = UNet2DConditionModel.from_config(json.loads(config))
         with Taps(unet, taps).recording() as features:
-            denoise(unet, torch.empty(1, *latents), torch.zeros(1), random_conditioning(conditioning, 1), family)
+            inputs = random_conditioning(dict(conditioning), 1)
+            denoise(unet, torch.empty(1, *latents), torch.zeros(1), inputs, FAMILIES[family])
     return {tap: (features[tap].shape[1], features[tap].shape[2], features[tap].shape[3]) for tap in taps}
 
 
