@@ -19,6 +19,10 @@ from support.stages import metrics, read_entries, run_distill, run_encode, run_t
 from support.tiny import write_images
 from tqdm import tqdm
 
+from pipeline.models.families.sd import SD
+from pipeline.models.load import unet_config
+from pipeline.models.shapes import tap_shapes
+from pipeline.models.students import teacher_taps
 from shards.files import remove_leftovers
 from shards.schema import ShardError
 from shards.writer import HashingStream
@@ -86,6 +90,9 @@ def work(teacher, tmp_path_factory):
     """Where the undisturbed runs are: latents, cache, student."""
     place = tmp_path_factory.mktemp("undisturbed")
     write_images(place / "images", 7)
+    # Computed here once; the forked children find it in their memory.
+    taps = teacher_taps(("sd_small", "sd_tiny"))
+    tap_shapes(unet_config(teacher), (4, 16, 16), {"prompt_embeds": (8, 10)}, taps, SD)
     return place
 
 

@@ -1,12 +1,12 @@
 """What the cache costs the student: codecs, strides and rounds, against training with the teacher in memory.
 
-Every student is trained by `distill`'s own loop for the same number of steps on the same pictures; only the source of
+Every student is trained by `distill`'s own loop for the same number of steps on the same images; only the source of
 its batches differs. `online` draws fresh noise and timesteps at every visit and asks the teacher there and then; it is
 the bound, and the spread of its seeds the yardstick. Held-out means scenes that no student was trained on:
 
     output MSE   of the student's prediction to the teacher's, each seed and their mean; in per cent over online's mean
     guided MSE   the same of guided predictions, mean of the seeds
-    score        share of the captions' facts that the oracle finds in pictures, of the first seed's student
+    score        share of the captions' facts that the oracle finds in images, of the first seed's student
 
 Finished cases are kept in WORK/results.json, so that it can be stopped and started again; the table is of all that are
 there. Run it on a quiet machine:

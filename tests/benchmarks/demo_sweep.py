@@ -5,7 +5,7 @@ scenes that no student was trained on:
 
     output MSE   of the student's prediction to the teacher's, at noise and timesteps of an exact cache
     guided MSE   the same of their guided predictions, in which errors without the caption count as well
-    score        share of the captions' facts that the oracle finds in pictures, as a ratio to the teacher's
+    score        share of the captions' facts that the oracle finds in images, as a ratio to the teacher's
 
 Finished cases are kept in WORK/results.json, so that it can be stopped and started again; the table is of all that are
 there. Run it on a quiet machine:

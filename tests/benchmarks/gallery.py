@@ -20,7 +20,7 @@ GAP = 4
 
 
 def sheet(rows: list[list[Image.Image]], side: int) -> Image.Image:
-    """Rows of pictures, each `side` pixels wide and high, on white."""
+    """Rows of images, each `side` pixels wide and high, on white."""
     columns = len(rows[0])
     page = Image.new("RGB", (columns * (side + GAP) - GAP, len(rows) * (side + GAP) - GAP), "white")
     for row, images in enumerate(rows):
@@ -34,7 +34,7 @@ def sheet(rows: list[list[Image.Image]], side: int) -> Image.Image:
 @click.option("--model", "names", multiple=True, required=True, help="A pipeline, one row; may be repeated.")
 @click.option("--prompts", default=8, show_default=True, help="Captions of scenes that no demo was trained on.")
 @click.option("--guidance-scale", default=5.0, show_default=True)
-@click.option("--side", default=96, show_default=True, help="Pixels of a picture on the page.")
+@click.option("--side", default=96, show_default=True, help="Pixels of an image on the page.")
 @click.option("--out", type=Path, required=True)
 def main(names: tuple[str, ...], prompts: int, guidance_scale: float, side: int, out: Path) -> None:
     captions = captions_of("heldout", prompts)

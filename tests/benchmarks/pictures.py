@@ -29,7 +29,7 @@ from pipeline.data.source import DataSettings, open_source
 SIZE, RESOLUTION = (1280, 960), 512
 
 
-def write_pictures(folder: Path, count: int) -> None:
+def write_images_of_one_colour(folder: Path, count: int) -> None:
     folder.mkdir(parents=True)
     draw = np.random.default_rng(0)
     for i in range(count):
@@ -65,7 +65,7 @@ def seconds_of(function: Callable[[], object]) -> float:
 @click.option("--repeats", default=5, show_default=True, help="Turns of all rows; the median is shown.")
 def main(work: Path, pictures: int, workers: tuple[int, ...], repeats: int) -> None:
     shutil.rmtree(work, ignore_errors=True)
-    write_pictures(work, pictures)
+    write_images_of_one_colour(work, pictures)
     source = open_source(DataSettings(data=str(work)))
     framing = Framing(RESOLUTION, center_crop=True, random_flip=False, seed=0)
     records = list(enumerate(source.records))

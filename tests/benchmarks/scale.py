@@ -1,6 +1,6 @@
 """Does anything grow? Memory and time per entry over 100,000 entries, tenth by tenth, of each stage's long loop.
 
-A tiny random teacher, so that the loop around it is what is measured: `encode` of 100,000 small pictures,
+A tiny random teacher, so that the loop around it is what is measured: `encode` of 100,000 small images,
 `teacher-cache` of one round over them, and all entries of the cache read in training's order. Each runs in a process
 of its own. Run it on a quiet machine:
 
@@ -46,8 +46,8 @@ def megabytes_resident() -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
-def write_pictures(folder: Path, count: int) -> None:
-    """`count` pictures of 40 px, each of one colour."""
+def write_images_of_one_colour(folder: Path, count: int) -> None:
+    """`count` images of 40 px, each of one colour."""
     folder.mkdir(parents=True)
     colours = np.random.default_rng(0).integers(256, size=(count, 3))
     with open(folder / "metadata.jsonl", "w") as lines:
@@ -138,11 +138,11 @@ def tenths(points: list[Point]) -> list[tuple[float, float]]:
 
 
 @click.command()
-@click.option("--work", type=Path, required=True, help="Directory for pictures and shards; emptied first.")
-@click.option("--images", default=100_000, show_default=True, help="Pictures, and so entries.")
+@click.option("--work", type=Path, required=True, help="Directory for images and shards; emptied first.")
+@click.option("--images", default=100_000, show_default=True, help="Images, and so entries.")
 def main(work: Path, images: int) -> None:
     shutil.rmtree(work, ignore_errors=True)
-    write_pictures(work / "pictures", images)
+    write_images_of_one_colour(work / "pictures", images)
     tiny_pipeline().save_pretrained(work / "teacher")
     stages = {"encode": run_encode, "teacher-cache": run_teacher_cache, "reading": run_reading}
     points = {name: in_process(stage, work, images // 50) for name, stage in stages.items()}

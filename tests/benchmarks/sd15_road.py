@@ -1,6 +1,6 @@
 """The three stages at the full SD-1.x architecture, with random weights: bytes, memory and seconds.
 
-Makes a checkpoint of Stable Diffusion 1.x's shape (so that no download is needed), a few pictures of
+Makes a checkpoint of Stable Diffusion 1.x's shape (so that no download is needed), a few images of
 noise, and runs the stages' own commands as child processes, whose peak memory the system reports.
 Prints two markdown tables. Run it on a quiet machine:
 
@@ -113,7 +113,7 @@ def member_bytes(cache: Path) -> tuple[float, float]:
 
 @click.command()
 @click.option("--work", type=Path, required=True, help="Directory for some 25 GB of files; made if needed.")
-@click.option("--images", default=2, show_default=True, help="Pictures, and so entries of each cache.")
+@click.option("--images", default=2, show_default=True, help="Images, and so entries of each cache.")
 @click.option("--device", default="auto", show_default=True, help="auto or cpu.")
 def main(work: Path, images: int, device: str) -> None:
     teacher, pictures, latents = work / "teacher", work / "images", work / "latents"

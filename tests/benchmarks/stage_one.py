@@ -127,10 +127,10 @@ def synchronise(device: torch.device) -> None:
 @click.command()
 @click.option("--work", type=Path, required=True, help="Directory for what the stages write; emptied first.")
 @click.option("--arch", type=click.Choice(list(RESOLUTIONS)), default="demo", show_default=True)
-@click.option("--images", default=512, show_default=True, help="Pictures, and so entries of the cache.")
+@click.option("--images", default=512, show_default=True, help="Images, and so entries of the cache.")
 @click.option("--batch-size", default=16, show_default=True)
 @click.option("--device", default="auto", show_default=True, help="auto or cpu.")
-@click.option("--workers", multiple=True, default=(4,), show_default=True, help="Threads that decode pictures.")
+@click.option("--workers", multiple=True, default=(4,), show_default=True, help="Threads that decode images.")
 @click.option("--repeats", default=3, show_default=True, help="Times that each stage and its bare passes are run.")
 def main(
     work: Path, arch: str, images: int, batch_size: int, device: str, workers: tuple[int, ...], repeats: int
@@ -164,7 +164,7 @@ def main(
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() and device == "auto" else "no GPU"
     print(
         f"{os.cpu_count()} cores, {torch.get_num_threads()} torch threads, {gpu}, Python {platform.python_version()},"
-        f" torch {torch.__version__}; {arch}, {images} pictures in batches of {batch_size}\n"
+        f" torch {torch.__version__}; {arch}, {images} images in batches of {batch_size}\n"
     )
     print("| stage | entries a second | bare forward, entries a second | ratio |")
     print("|---|---|---|---|")

@@ -96,7 +96,7 @@ class Case:
 
 
 def prepare(case: Case, images: int) -> None:
-    """Teacher, pictures, latents and a cache of one round, for both students."""
+    """Teacher, images, latents and a cache of one round, for both students."""
     if case.arch == "demo":
         write_folder(case.work / "images", images)
     else:
@@ -206,7 +206,7 @@ def table(runs: dict[str, list[Run]], batch_size: int) -> str:
 @click.option("--batch-size", "batch_sizes", multiple=True, default=(16,), show_default=True)
 @click.option("--steps", default=20, show_default=True, help=f"Steps that are timed, after {WARM_UP} that are not.")
 @click.option("--repeats", default=3, show_default=True, help="Turns of all rows.")
-@click.option("--images", default=256, show_default=True, help="Pictures, and so entries of the cache.")
+@click.option("--images", default=256, show_default=True, help="Images, and so entries of the cache.")
 @click.option("--device", default="auto", show_default=True, help="auto or cpu.")
 @click.option("--mixed-precision", default="no", show_default=True, help="no, fp16 or bf16, of teacher and student.")
 @click.option("--gradient-checkpointing/--no-gradient-checkpointing", default=False, show_default=True)

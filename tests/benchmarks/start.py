@@ -2,7 +2,8 @@
 
 Timed from the call of the stage, in a process that has imported it, to the teacher's first forward pass: opening the
 latents, loading a miniature teacher, the manifest, the plan, and what is still to be written. Shards hold one entry
-each; a share of them is marked as finished beforehand.
+each; a share of them is marked as finished beforehand. The shapes of the teacher's taps are computed before, in the
+warm-up: they take about a second whatever the plan.
 
     python tests/benchmarks/start.py --work work/start
 """

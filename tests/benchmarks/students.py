@@ -71,7 +71,7 @@ def unet_on_meta(arch: str, row: str) -> UNet2DConditionModel:
 
 @functools.cache
 def size_of(arch: str, row: str) -> tuple[int, int]:
-    """Parameters, and multiply-accumulates of one picture's forward pass."""
+    """Parameters, and multiply-accumulates of the forward pass for one image."""
     unet = unet_on_meta(arch, row)
     return unet.num_parameters(), count_macs(denoise, unet, *unet_inputs(unet, 1, CONDITIONING[arch]), SD)
 
