@@ -134,35 +134,12 @@ def test_dry_runs_print_the_plan_and_write_nothing(road, teacher, images, tmp_pa
 
 def test_the_dry_runs_bytes_are_those_of_a_real_entry(road, teacher, tmp_path):
     work, _ = road
-    result = invoke(
-        "teacher-cache",
-        "--teacher",
-        teacher,
-        "--latents",
-        work / "latents",
-        "--out",
-        tmp_path / "out",
-        "--rounds",
-        1,
-        "--codec",
-        "fp16",
-        "--dry-run",
-    )
+    cache = ["teacher-cache", "--teacher", teacher, "--latents", work / "latents", "--out", tmp_path / "out"]
+    cache += ["--rounds", 1, "--codec", "fp16"]
+    result = invoke(*cache, "--dry-run")
     planned = int(re.search(r"on disk +([\d,]+)", result.output)[1].replace(",", ""))
     named = dict(re.findall(r"^  ([a-z_.0-9]+) +([\d,]+)$", result.output, re.MULTILINE))
-    invoke(
-        "teacher-cache",
-        "--teacher",
-        teacher,
-        "--latents",
-        work / "latents",
-        "--out",
-        tmp_path / "out",
-        "--rounds",
-        1,
-        "--codec",
-        "fp16",
-    )
+    invoke(*cache)
     sidecar = read_sidecar(
         open_store(tmp_path / "out"),
         "r0000-s00000.tar",
