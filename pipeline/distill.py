@@ -30,20 +30,9 @@ from pipeline.system.errors import UserError
 from pipeline.system.page import REPORT
 from pipeline.system.settings import REQUIRED, option
 from pipeline.training.initial_student import initial_student, weights_sha256s
-from pipeline.training.loop import (
-    METRICS,
-    Training,
-    batches,
-    checkpointed_step,
-    claim,
-    finished_step,
-    make_accelerator,
-    nothing_left,
-    prepare_training,
-    run_training,
-    start,
-)
+from pipeline.training.loop import Training, batches, make_accelerator, prepare_training, run_training, start
 from pipeline.training.objective import Objective
+from pipeline.training.output import METRICS, checkpointed_step, claim, finished_step, nothing_left
 from pipeline.training.report import write_report
 from pipeline.training.settings import TrainingSettings, resolve_steps_and_lr, resume_fingerprint
 from pipeline.training.transform import Transform

@@ -27,20 +27,10 @@ from pipeline.models.load import find_pipeline, load_base, load_noise_scheduler,
 from pipeline.system.command import stage_command
 from pipeline.system.options import HubOptions
 from pipeline.system.settings import REQUIRED, option
-from pipeline.training.loop import (
-    Training,
-    checkpointed_step,
-    claim,
-    finished_step,
-    make_accelerator,
-    make_loader,
-    nothing_left,
-    prepare_training,
-    run_training,
-    start,
-)
+from pipeline.training.loop import Training, make_accelerator, make_loader, prepare_training, run_training, start
 from pipeline.training.lora import Lora
 from pipeline.training.objective import Objective
+from pipeline.training.output import checkpointed_step, claim, finished_step, nothing_left
 from pipeline.training.settings import TrainingSettings, resolve_steps_and_lr, resume_fingerprint
 from pipeline.training.transform import Transform
 from shards.dataset import Batch, stack_tensors
