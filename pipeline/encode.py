@@ -292,10 +292,10 @@ def plan(settings: EncodeSettings) -> list[str]:
     if found is not None:
         refuse_other_spec(settings.out, found.spec, spec)
     shards = ShardPlan(spec["entries"], spec["entries_per_shard"])
-    left = shards.unfinished(open_store(settings.out))
+    left = shards.unfinished(open_store(settings.out), range_of(settings.shard_range))
     return [
         f"entries: {spec['entries']} in {len(shards)} shards, {len(left)} of them still to write",
-        *sizes.lines(entry_sizes(spec), spec["entries"]),
+        *sizes.lines(entry_sizes(spec), count_entries(left)),
         f"free on that disk: {format_bytes(free_bytes(settings.out))}",
     ]
 

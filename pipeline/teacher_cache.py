@@ -16,6 +16,7 @@ import click
 import numpy as np
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+from torch import nn
 from tqdm import tqdm
 
 from pipeline.cache import sizes
@@ -33,7 +34,7 @@ from pipeline.models.load import find_pipeline, load_base, load_noise_scheduler,
 from pipeline.models.provenance import write_origin
 from pipeline.models.save import save_base
 from pipeline.models.shapes import tap_shapes
-from pipeline.models.students import initialised_student, teacher_taps
+from pipeline.models.students import initialised_student, meta_student, teacher_taps
 from pipeline.sampling.generate import SAMPLES, Sampler, save_images
 from pipeline.sampling.process import PipelineRef, generate_in_process
 from pipeline.system.command import stage_command
@@ -47,7 +48,7 @@ from pipeline.system.settings import REQUIRED, option, write_settings
 from pipeline.system.threads import in_background, ordered_map
 from shards.files import atomic_directory
 from shards.manifest import Manifest, refuse_other_spec
-from shards.plan import PlannedShard, count_entries
+from shards.plan import PlannedShard, ShardPlan, count_entries
 from shards.reader import ShardSet
 from shards.schema import LATENTS, MANIFEST, conditioning_shapes
 from shards.store import open_store
@@ -55,6 +56,7 @@ from shards.writer import EntryBuilder, write_shard
 
 # Threads that compress the teacher's targets. zstd releases the interpreter's lock.
 PACKERS = 2
+SMALLER = "use fewer --rounds, a lower --snr-db or a larger --token-stride"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +111,7 @@ def write_cache(settings: TeacherCacheSettings, lock: OutputLock) -> None:
     noise_scheduler = load_noise_scheduler(folder, settings.prediction_type)
     check_encoders(latents, base, f"--teacher {settings.teacher}")
     spec = cache_spec(settings, latents, unet, noise_scheduler, state.device)
+    require_space(settings.out, bytes_left(settings, latents, spec, base, unet), SMALLER)
     with state.main_process_first(), lock.claim() as alone:
         manifest = claim(settings.out, "cache", spec, alone=alone, rounds=settings.rounds)
         saved = save_students(settings, base, unet, noise_scheduler)
@@ -123,8 +126,6 @@ def write_cache(settings: TeacherCacheSettings, lock: OutputLock) -> None:
             report(settings.out, manifest, "already finished, nothing to do: ")
         return
 
-    needed = count_entries(unfinished) * sizes.stored_bytes(entry_sizes(latents.manifest.spec, spec["taps"], settings))
-    require_space(settings.out, needed, "use fewer --rounds, a lower --snr-db or a larger --token-stride")
     if state.is_main_process:
         write_settings(settings.out, "teacher-cache", settings)
     dtype = DTYPES[spec["dtype"]]
@@ -247,6 +248,32 @@ def save_students(
     return saved
 
 
+def bytes_left(
+    settings: TeacherCacheSettings,
+    latents: ShardSet,
+    spec: dict[str, Any],
+    base: DiffusionPipeline,
+    unet: UNet2DConditionModel,
+) -> int:
+    """About how many bytes a run adds to --out: shards, and weights in float32."""
+    unfinished = shards_left(settings, len(latents), existing_manifest(settings.out, "cache"))
+    shards = count_entries(unfinished) * sizes.stored_bytes(entry_sizes(latents.manifest.spec, spec["taps"], settings))
+    networks = (
+        [] if (settings.out / BASE).is_dir() else [m for m in base.components.values() if isinstance(m, nn.Module)]
+    )
+    for level in settings.students:
+        if not (settings.out / student_part(level)).is_dir():
+            networks.append(meta_student(dict(unet.config), level))
+    return shards + sum(4 * parameter.numel() for network in networks for parameter in network.parameters())
+
+
+def shards_left(settings: TeacherCacheSettings, images: int, found: Manifest | None) -> list[PlannedShard]:
+    """The shards that a run writes: those of --shard-range that are unfinished, of all rounds that `found` has too."""
+    rounds = max(settings.rounds, (found.rounds or 0) if found else 0)
+    plan = ShardPlan(images, settings.entries_per_shard, rounds)
+    return plan.unfinished(open_store(settings.out), range_of(settings.shard_range))
+
+
 def cache_entries(
     shards: list[PlannedShard], manifest: Manifest, latents: ShardSet, teacher: Teacher, settings: TeacherCacheSettings
 ) -> Iterator[tuple[str, EntryBuilder]]:
@@ -303,10 +330,16 @@ def plan(settings: TeacherCacheSettings) -> list[str]:
     found = existing_manifest(settings.out, "cache")
     taps = wanted_taps(tap_specs(settings, latents, unet_config(folder)), found)
     if found is not None:
-        refuse_other_spec(settings.out, {"taps": found.spec["taps"]}, {"taps": taps})
-    entries = len(latents) * settings.rounds
+        stated = {"latents": latents.manifest.spec, "entries": len(latents), "taps": taps}
+        names = ("entries_per_shard", "seed", "noise_offset", "input_perturbation", "uncond_fraction")
+        wanted = {**stated, **{name: getattr(settings, name) for name in names}}
+        refuse_other_spec(settings.out, {name: found.spec[name] for name in wanted}, wanted)
+    rounds = max(settings.rounds, (found.rounds or 0) if found else 0)
+    left = shards_left(settings, len(latents), found)
+    entries = count_entries(left)
     return [
-        f"entries: {len(latents)} images x {settings.rounds} rounds = {entries}",
+        f"entries: {len(latents)} images x {rounds} rounds = {len(latents) * rounds}",
+        f"still to write: {entries} entries in {len(left)} shards",
         *sizes.lines(entry_sizes(latents.manifest.spec, taps, settings), entries),
         f"free on that disk: {format_bytes(free_bytes(settings.out))}",
         "plus the rest of the teacher's pipeline and the students' initial weights",

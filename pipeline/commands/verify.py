@@ -45,6 +45,11 @@ from shards.schema import ShardError
 from shards.store import Store, open_store
 from shards.survey import Problem, Survey, check_contents, remove_shard, survey, unreadable
 
+LEGEND = (
+    "errors: stored values against the teacher's output now; codec allows: what storing may cost the value that uses "
+    "the largest share; with rounding: the same, and what two machines may differ by; share used: of that, at most 100%"
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class VerifySettings(DeviceOptions, HubOptions):
@@ -170,6 +175,7 @@ def recompute(settings: VerifySettings, count: int, teacher: str) -> list[Proble
     entries = (shards.read(index, names) for index in tqdm(chosen, unit="entry", desc="recompute"))
     rows = deviations(entries, spec, unet, alphas_cumprod)
     click.echo("\n".join(table(rows)))
+    click.echo(LEGEND)
     return [
         Problem(
             f"{settings.directory}: {row.name} differs from the teacher's output by up to {row.largest:.3g}, which is "
