@@ -33,7 +33,9 @@ from pipeline.system.command import stage_command
 from pipeline.system.device import DTYPES, is_accelerator, process_state
 from pipeline.system.disk import format_bytes, free_bytes, require_space
 from pipeline.system.errors import UserError
+from pipeline.system.lock import OutputLock
 from pipeline.system.options import DeviceOptions, HubOptions
+from pipeline.system.output import check_output, made_by
 from pipeline.system.settings import REQUIRED, option, write_settings
 from pipeline.system.threads import in_background
 from shards.codec import encode_npy
@@ -41,7 +43,15 @@ from shards.files import atomic_file
 from shards.manifest import Manifest, refuse_other_spec
 from shards.plan import PlannedShard, ShardPlan, count_entries
 from shards.reader import read_sidecar
-from shards.schema import LATENTS, conditioning_shapes, empty_prompt_file, image_key, sidecar_name, stated_shapes
+from shards.schema import (
+    LATENTS,
+    MANIFEST,
+    conditioning_shapes,
+    empty_prompt_file,
+    image_key,
+    sidecar_name,
+    stated_shapes,
+)
 from shards.store import open_store
 from shards.writer import EntryBuilder, write_shard
 
@@ -83,6 +93,21 @@ class EncodeSettings(DataSettings, DeviceOptions, HubOptions):
 
 def run(settings: EncodeSettings) -> None:
     """Encode images and captions into latents and prompt embeddings, in shards."""
+    check_out(settings)
+    with OutputLock(settings.out) as lock:
+        write_latents(settings, lock)
+
+
+def check_out(settings: EncodeSettings) -> None:
+    """Raise UserError unless --out is new, empty, or holds latents."""
+    own = made_by(settings.out, "encode", MANIFEST)
+    # They are written before the manifest.
+    first = [path.name for path in settings.out.glob(empty_prompt_file("*"))]
+    check_output(settings.out, "encode", {"--data": settings.data, "--teacher": settings.teacher}, own=own, first=first)
+
+
+def write_latents(settings: EncodeSettings, lock: OutputLock) -> None:
+    """Claim --out and write the shards that it lacks."""
     state = process_state(settings.device)
     source = open_source(settings)
     folder = find_pipeline(settings.teacher, settings.revision, settings.variant)
@@ -92,9 +117,10 @@ def run(settings: EncodeSettings) -> None:
         empty = empty_prompt(base, family)
         check_shapes(settings, empty, conditioning_shapes(spec))
         files = {empty_prompt_file(name): encode_npy(array) for name, array in empty.items()}
-        manifest = claim(settings.out, "latents", spec, files=files)
-        if settings.retry_skipped and state.is_main_process:
-            reopen_skipped(source, settings, manifest)
+        with lock.claim() as alone:
+            manifest = claim(settings.out, "latents", spec, alone=alone, files=files)
+            if settings.retry_skipped and state.is_main_process:
+                reopen_skipped(source, settings, manifest)
     unfinished, own = share_unfinished(settings.out, manifest, state, settings.shard_range)
     if not unfinished:
         if state.is_main_process:
@@ -258,6 +284,7 @@ def report(out: Path, manifest: Manifest, prefix: str) -> None:
 
 def plan(settings: EncodeSettings) -> list[str]:
     """What a run would write."""
+    check_out(settings)
     source = open_source(settings)
     folder = find_pipeline(settings.teacher, settings.revision, settings.variant)
     spec = latents_spec(settings, source, folder, load_base(folder, settings.variant))
@@ -265,10 +292,10 @@ def plan(settings: EncodeSettings) -> list[str]:
     if found is not None:
         refuse_other_spec(settings.out, found.spec, spec)
     shards = ShardPlan(spec["entries"], spec["entries_per_shard"])
-    left = shards.unfinished(open_store(settings.out))
+    left = shards.unfinished(open_store(settings.out), range_of(settings.shard_range))
     return [
         f"entries: {spec['entries']} in {len(shards)} shards, {len(left)} of them still to write",
-        *sizes.lines(entry_sizes(spec), spec["entries"]),
+        *sizes.lines(entry_sizes(spec), count_entries(left)),
         f"free on that disk: {format_bytes(free_bytes(settings.out))}",
     ]
 

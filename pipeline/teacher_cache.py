@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ import click
 import numpy as np
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+from torch import nn
 from tqdm import tqdm
 
 from pipeline.cache import sizes
 from pipeline.cache.latents import check_encoders, open_latents, unconditional_conditioning
-from pipeline.cache.output import claim, existing_manifest, finished_sidecars, range_of, share_unfinished
+from pipeline.cache.output import bind_parts, claim, existing_manifest, finished_sidecars, range_of, share_unfinished
+from pipeline.cache.parts import BASE, student_part
 from pipeline.cache.settings import CacheFormat
 from pipeline.cache.targets import BatchTargets, Teacher, compress_targets, run_teacher
 from pipeline.core.diffusion import PREDICTION_TYPES
@@ -31,26 +34,29 @@ from pipeline.models.load import find_pipeline, load_base, load_noise_scheduler,
 from pipeline.models.provenance import write_origin
 from pipeline.models.save import save_base
 from pipeline.models.shapes import tap_shapes
-from pipeline.models.students import initialised_student, teacher_taps
+from pipeline.models.students import initialised_student, meta_student, teacher_taps
 from pipeline.sampling.generate import SAMPLES, Sampler, save_images
 from pipeline.sampling.process import PipelineRef, generate_in_process
 from pipeline.system.command import stage_command
 from pipeline.system.device import DTYPES, is_accelerator, process_state, resolve_dtype
 from pipeline.system.disk import format_bytes, free_bytes, require_space
 from pipeline.system.errors import UserError
+from pipeline.system.lock import OutputLock
 from pipeline.system.options import HubOptions, PrecisionOptions
+from pipeline.system.output import check_output, made_by
 from pipeline.system.settings import REQUIRED, option, write_settings
 from pipeline.system.threads import in_background, ordered_map
 from shards.files import atomic_directory
 from shards.manifest import Manifest, refuse_other_spec
-from shards.plan import PlannedShard, count_entries
+from shards.plan import PlannedShard, ShardPlan, count_entries
 from shards.reader import ShardSet
-from shards.schema import LATENTS, conditioning_shapes
+from shards.schema import LATENTS, MANIFEST, conditioning_shapes
 from shards.store import open_store
 from shards.writer import EntryBuilder, write_shard
 
 # Threads that compress the teacher's targets. zstd releases the interpreter's lock.
 PACKERS = 2
+SMALLER = "use fewer --rounds, a lower --snr-db or a larger --token-stride"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +91,19 @@ class TeacherCacheSettings(CacheFormat, PrecisionOptions, HubOptions):
 
 def run(settings: TeacherCacheSettings) -> None:
     """Run the teacher on latents, in rounds, and store its predictions and features."""
+    check_out(settings)
+    with OutputLock(settings.out) as lock:
+        write_cache(settings, lock)
+
+
+def check_out(settings: TeacherCacheSettings) -> None:
+    """Raise UserError unless --out is new, empty, or holds a cache."""
+    own = made_by(settings.out, "teacher-cache", MANIFEST)
+    check_output(settings.out, "teacher-cache", {"--latents": settings.latents, "--teacher": settings.teacher}, own=own)
+
+
+def write_cache(settings: TeacherCacheSettings, lock: OutputLock) -> None:
+    """Claim --out and write what it lacks: weights, shards, samples."""
     state = process_state(settings.device)
     latents = open_latents(settings.latents)
     folder = find_pipeline(settings.teacher, settings.revision, settings.variant)
@@ -92,9 +111,11 @@ def run(settings: TeacherCacheSettings) -> None:
     noise_scheduler = load_noise_scheduler(folder, settings.prediction_type)
     check_encoders(latents, base, f"--teacher {settings.teacher}")
     spec = cache_spec(settings, latents, unet, noise_scheduler, state.device)
-    with state.main_process_first():
-        manifest = claim(settings.out, "cache", spec, rounds=settings.rounds)
-        save_students(settings, base, unet, noise_scheduler)
+    require_space(settings.out, bytes_left(settings, latents, spec, base, unet), SMALLER)
+    with state.main_process_first(), lock.claim() as alone:
+        manifest = claim(settings.out, "cache", spec, alone=alone, rounds=settings.rounds)
+        saved = save_students(settings, base, unet, noise_scheduler)
+        manifest = bind_parts(settings.out, manifest, saved)
         write_origin(settings.out, settings.teacher, folder, settings.revision, settings.latents)
     del base
     unfinished, own = share_unfinished(settings.out, manifest, state, settings.shard_range)
@@ -105,8 +126,6 @@ def run(settings: TeacherCacheSettings) -> None:
             report(settings.out, manifest, "already finished, nothing to do: ")
         return
 
-    needed = count_entries(unfinished) * sizes.stored_bytes(entry_sizes(latents.manifest.spec, spec["taps"], settings))
-    require_space(settings.out, needed, "use fewer --rounds, a lower --snr-db or a larger --token-stride")
     if state.is_main_process:
         write_settings(settings.out, "teacher-cache", settings)
     dtype = DTYPES[spec["dtype"]]
@@ -128,7 +147,7 @@ def run(settings: TeacherCacheSettings) -> None:
     if state.is_main_process:
         if wants_samples:
             del teacher, unet
-            pipeline = PipelineRef(settings.out / "base", folder / "unet", state.device, dtype, settings.variant)
+            pipeline = PipelineRef(settings.out / BASE, folder / "unet", state.device, dtype, settings.variant)
             save_teacher_samples(settings, latents, pipeline)
         report(settings.out, manifest, "")
 
@@ -142,7 +161,9 @@ def save_teacher_samples(settings: TeacherCacheSettings, latents: ShardSet, pipe
     prompts = [latents.read(int(i), ()).meta["caption"] for i in chosen]
     sampler = Sampler(guidance_scale=settings.samples_guidance)
     images = generate_in_process(pipeline, prompts, sampler, "teacher's samples")
-    save_images(images, sampler, settings.out / SAMPLES)
+    # Another job may have made the same images meanwhile.
+    with suppress(FileExistsError):
+        save_images(images, sampler, settings.out / SAMPLES)
 
 
 def cache_spec(
@@ -202,13 +223,18 @@ def tap_specs(settings: TeacherCacheSettings, latents: ShardSet, config: dict[st
 
 def save_students(
     settings: TeacherCacheSettings, base: DiffusionPipeline, unet: UNet2DConditionModel, noise_scheduler: DDPMScheduler
-) -> None:
-    """Write base/ and students/<level>/ to the cache, each with its checksums, unless they exist."""
-    if not (settings.out / "base").is_dir():
-        save_base(base, noise_scheduler, settings.out / "base")
+) -> list[str]:
+    """Write base/ and students/<level>/ to the cache, each with its checksums, unless they exist.
+
+    Returns the names of the folders that were written.
+    """
+    saved = []
+    if not (settings.out / BASE).is_dir():
+        save_base(base, noise_scheduler, settings.out / BASE)
+        saved.append(BASE)
     teacher_weights = unet.state_dict()
     for level in settings.students:
-        folder = settings.out / "students" / level
+        folder = settings.out / student_part(level)
         if folder.is_dir():
             continue
         try:
@@ -218,6 +244,34 @@ def save_students(
         with atomic_directory(folder, exist_ok=True) as temporary:
             student.save_pretrained(temporary)
             write_checksums(temporary)
+        saved.append(student_part(level))
+    return saved
+
+
+def bytes_left(
+    settings: TeacherCacheSettings,
+    latents: ShardSet,
+    spec: dict[str, Any],
+    base: DiffusionPipeline,
+    unet: UNet2DConditionModel,
+) -> int:
+    """About how many bytes a run adds to --out: shards, and weights in float32."""
+    unfinished = shards_left(settings, len(latents), existing_manifest(settings.out, "cache"))
+    shards = count_entries(unfinished) * sizes.stored_bytes(entry_sizes(latents.manifest.spec, spec["taps"], settings))
+    networks = (
+        [] if (settings.out / BASE).is_dir() else [m for m in base.components.values() if isinstance(m, nn.Module)]
+    )
+    for level in settings.students:
+        if not (settings.out / student_part(level)).is_dir():
+            networks.append(meta_student(dict(unet.config), level))
+    return shards + sum(4 * parameter.numel() for network in networks for parameter in network.parameters())
+
+
+def shards_left(settings: TeacherCacheSettings, images: int, found: Manifest | None) -> list[PlannedShard]:
+    """The shards that a run writes: those of --shard-range that are unfinished, of all rounds that `found` has too."""
+    rounds = max(settings.rounds, (found.rounds or 0) if found else 0)
+    plan = ShardPlan(images, settings.entries_per_shard, rounds)
+    return plan.unfinished(open_store(settings.out), range_of(settings.shard_range))
 
 
 def cache_entries(
@@ -270,15 +324,22 @@ def report(out: Path, manifest: Manifest, prefix: str) -> None:
 
 def plan(settings: TeacherCacheSettings) -> list[str]:
     """What a run would write. The size of quantised taps is that of Gaussian features."""
+    check_out(settings)
     latents = open_latents(settings.latents)
     folder = find_pipeline(settings.teacher, settings.revision, settings.variant)
     found = existing_manifest(settings.out, "cache")
     taps = wanted_taps(tap_specs(settings, latents, unet_config(folder)), found)
     if found is not None:
-        refuse_other_spec(settings.out, {"taps": found.spec["taps"]}, {"taps": taps})
-    entries = len(latents) * settings.rounds
+        stated = {"latents": latents.manifest.spec, "entries": len(latents), "taps": taps}
+        names = ("entries_per_shard", "seed", "noise_offset", "input_perturbation", "uncond_fraction")
+        wanted = {**stated, **{name: getattr(settings, name) for name in names}}
+        refuse_other_spec(settings.out, {name: found.spec[name] for name in wanted}, wanted)
+    rounds = max(settings.rounds, (found.rounds or 0) if found else 0)
+    left = shards_left(settings, len(latents), found)
+    entries = count_entries(left)
     return [
-        f"entries: {len(latents)} images x {settings.rounds} rounds = {entries}",
+        f"entries: {len(latents)} images x {rounds} rounds = {len(latents) * rounds}",
+        f"still to write: {entries} entries in {len(left)} shards",
         *sizes.lines(entry_sizes(latents.manifest.spec, taps, settings), entries),
         f"free on that disk: {format_bytes(free_bytes(settings.out))}",
         "plus the rest of the teacher's pipeline and the students' initial weights",

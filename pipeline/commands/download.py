@@ -6,7 +6,6 @@ environment.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -20,12 +19,15 @@ import numpy as np
 
 from pipeline.system.command import stage_command
 from pipeline.system.errors import UserError
+from pipeline.system.json_files import read_json
+from pipeline.system.lock import OutputLock
+from pipeline.system.output import check_output, made_by
 from pipeline.system.settings import REQUIRED, Settings, option
 from shards.files import file_sha256, write_json
 
 DISTRIBUTORS = ("multiprocessing", "pyspark", "ray")
 # A subfolder, because img2dataset takes every .json next to the tars for one of its own.
-LIST_FOLDER = "list"
+LIST_FOLDER, SPEC = "list", "spec.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +61,18 @@ class Tally:
 def run(settings: DownloadSettings) -> None:
     """Download the images of a list into WebDataset tars, for `encode --data`."""
     program = find_program(settings.img2dataset)
-    count = prepare(settings)
+    own = made_by(settings.out, "download", f"{LIST_FOLDER}/{SPEC}")
+    if not own and any(settings.out.glob("*.tar")):
+        raise UserError(f"{settings.out} contains tars that this command did not create. Choose another --out.")
+    # Before its specification, the command writes the list.
+    check_output(settings.out, "download", {}, own=own, first=[LIST_FOLDER])
+    with OutputLock(settings.out) as lock:
+        download(settings, program, lock)
+
+
+def download(settings: DownloadSettings, program: str, lock: OutputLock) -> None:
+    """Claim --out and have the program download what it lacks."""
+    count = prepare(settings, lock)
     tars = -(-count // settings.entries_per_tar)
     if tally(settings.out).tars < tars:
         result = subprocess.run(
@@ -84,7 +97,7 @@ def find_program(name: str) -> str:
     return program
 
 
-def prepare(settings: DownloadSettings) -> int:
+def prepare(settings: DownloadSettings, lock: OutputLock) -> int:
     """Write the shuffled list next to the tars, unless that was done before, and return its length.
 
     Raises UserError if the tars in the directory come from another list, other settings or another program.
@@ -94,9 +107,9 @@ def prepare(settings: DownloadSettings) -> int:
     chosen = ("url_column", "caption_column", "image_size", "entries_per_tar", "max_samples", "seed")
     spec = {"urls_sha256": file_sha256(settings.urls), **{name: getattr(settings, name) for name in chosen}}
     folder = settings.out / LIST_FOLDER
-    spec_file = folder / "spec.json"
+    spec_file = folder / SPEC
     if spec_file.is_file():
-        recorded = json.loads(spec_file.read_text())
+        recorded = read_json(spec_file, "Restore it from a backup, or choose another --out.")
         changes = [
             f"{name} {recorded.get(name)!r}, now {now!r}" for name, now in spec.items() if recorded.get(name) != now
         ]
@@ -104,10 +117,10 @@ def prepare(settings: DownloadSettings) -> int:
             raise UserError(
                 f"{settings.out} was created with other settings ({'; '.join(changes)}). Choose another --out."
             )
+        lock.take()
         return recorded["count"]
-    if any(settings.out.glob("*.tar")):
-        raise UserError(f"{settings.out} contains tars that this command did not create. Choose another --out.")
     table = shuffled(settings)
+    lock.take()
     folder.mkdir(parents=True, exist_ok=True)
     _parquet().write_table(table, folder / "urls.parquet")
     write_json(spec_file, {**spec, "count": len(table)})
@@ -166,7 +179,7 @@ def tally(out: Path) -> Tally:
     causes: Counter[str] = Counter()
     files = sorted(out.glob("*_stats.json"))
     for file in files:
-        stats = json.loads(file.read_text())
+        stats = read_json(file, "Delete it and rerun the same command, which downloads its tar again.")
         urls, images = urls + stats["count"], images + stats["successes"]
         causes.update({cause: count for cause, count in stats["status_dict"].items() if cause != "success"})
     return Tally(len(files), urls, images, causes)

@@ -29,6 +29,7 @@ from pipeline.system.device import DTYPES, device_name, process_state
 from pipeline.system.disk import format_bytes, require_space
 from pipeline.system.errors import UserError
 from pipeline.system.options import HubOptions
+from pipeline.system.output import check_new
 from pipeline.system.settings import REQUIRED, option
 from shards.files import atomic_directory, atomic_file
 
@@ -58,8 +59,7 @@ class ExportSettings(HubOptions):
 
 def run(settings: ExportSettings) -> None:
     """Export a pipeline in a format for other programs."""
-    if settings.out.exists():
-        raise UserError(f"--out {settings.out} already exists. Choose another name or delete it.")
+    check_new(settings.out, "export", {"--model": settings.model}, file=settings.format == "single-file")
     require_packages(settings.format)
     folder = find_pipeline(settings.model, settings.revision, settings.variant, "--model")
     {"single-file": export_single_file, "onnx": export_onnx, "int8": export_int8}[settings.format](settings, folder)

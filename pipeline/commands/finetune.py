@@ -25,22 +25,13 @@ from pipeline.models.hashing import weights_sha256
 from pipeline.models.hub import upload
 from pipeline.models.load import find_pipeline, load_base, load_noise_scheduler, load_unet
 from pipeline.system.command import stage_command
+from pipeline.system.lock import OutputLock
 from pipeline.system.options import HubOptions
 from pipeline.system.settings import REQUIRED, option
-from pipeline.training.loop import (
-    Training,
-    checkpointed_step,
-    claim,
-    finished_step,
-    make_accelerator,
-    make_loader,
-    nothing_left,
-    prepare_training,
-    run_training,
-    start,
-)
+from pipeline.training.loop import Training, make_accelerator, make_loader, prepare_training, run_training, start
 from pipeline.training.lora import Lora
 from pipeline.training.objective import Objective
+from pipeline.training.output import check_out, checkpointed_step, claim, finished_step, nothing_left
 from pipeline.training.settings import TrainingSettings, resolve_steps_and_lr, resume_fingerprint
 from pipeline.training.transform import Transform
 from shards.dataset import Batch, stack_tensors
@@ -86,13 +77,25 @@ class LatentsDataset(Dataset):
 
 def run(settings: FinetuneSettings) -> None:
     """Train a pipeline's U-Net on latents. Ends with a complete pipeline, or with LoRA weights."""
+    check_out(settings, inputs_of(settings))
+    with OutputLock(settings.out) as lock:
+        train_model(settings, lock)
+
+
+def inputs_of(settings: FinetuneSettings) -> dict[str, Path | str | None]:
+    return {"--model": settings.model, "--latents": settings.latents}
+
+
+def train_model(settings: FinetuneSettings, lock: OutputLock) -> None:
+    """Claim --out and train what is left."""
     accelerator = make_accelerator(settings)
     dataset = LatentsDataset(settings.latents)
     settings = resolve_steps_and_lr(settings, len(dataset), accelerator.num_processes)
     folder = find_pipeline(settings.model, settings.revision, settings.variant, "--model")
     unet = load_unet(folder, settings.variant)
     with accelerator.main_process_first():
-        claim(settings, finetune_spec(settings, unet, dataset, accelerator.num_processes))
+        if accelerator.is_main_process:
+            claim(settings, finetune_spec(settings, unet, dataset, accelerator.num_processes), lock)
     done = finished_step(settings.out)
     if nothing_left(settings, accelerator, "model"):
         return
@@ -207,6 +210,7 @@ def save(settings: FinetuneSettings, training: Training) -> None:
 
 def plan(settings: FinetuneSettings) -> list[str]:
     """What a run would do."""
+    check_out(settings, inputs_of(settings))
     dataset = LatentsDataset(settings.latents)
     folder = find_pipeline(settings.model, settings.revision, settings.variant, "--model")
     settings = resolve_steps_and_lr(settings, len(dataset), 1)

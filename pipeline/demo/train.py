@@ -30,10 +30,12 @@ from pipeline.demo.networks import (
 from pipeline.demo.scenes import SIDE, make_scene, parse_caption
 from pipeline.demo.text import Reader, answers_of, reading_loss
 from pipeline.demo.trainer import TeacherSettings, Trainer
+from pipeline.models.bundled import TEACHER
 from pipeline.models.checksums import CHECKSUMS, write_checksums
 from pipeline.models.families import denoise
 from pipeline.models.families.sd import SD
 from pipeline.system.errors import UserError, first_line
+from pipeline.system.json_files import read_json
 from shards.files import atomic_file, write_json
 
 SETTINGS = "settings.json"
@@ -53,7 +55,7 @@ def claim_work_folder(settings: TeacherSettings) -> None:
     current = {key: value for key, value in settings.as_json().items() if key not in MAY_CHANGE}
     if not file.exists():
         write_json(file, current)
-    recorded = json.loads(file.read_text(encoding="utf-8"))
+    recorded = read_json(file, "Restore it from a backup, or use another --work.")
     changes = [f"{key} {recorded.get(key)}, now {now}" for key, now in current.items() if recorded.get(key) != now]
     if changes:
         raise UserError(f"{settings.work} was created with other settings ({'; '.join(changes)}). Use another --work.")
@@ -195,6 +197,15 @@ def initial_networks(settings: TeacherSettings) -> tuple[AutoencoderKL | None, U
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
     """Token ids (B, 24) int64, padded or truncated to length."""
     return tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+
+
+def is_exported(out: Path) -> bool:
+    """Whether `out` is the bundled teacher, or holds what `export` wrote, whose checksums are of weights alone."""
+    if out.resolve() == TEACHER.resolve():
+        return True
+    remedy = "Choose another --out."
+    names = read_json(out / CHECKSUMS, remedy) if (out / CHECKSUMS).is_file() else {}
+    return bool(names) and all(name.endswith(".safetensors") for name in names)
 
 
 def export(teacher: StableDiffusionPipeline, out: Path) -> None:

@@ -2,13 +2,12 @@
 
 A step: batch of entries -> noisy latents -> student U-Net -> losses -> backward -> AdamW.
 
-The files next to this one, in the order of a run: settings, initial_student, transform, optimizer, checkpoint,
-objective, metrics, interrupts, validation, report.
+The files next to this one, in the order of a run: settings, output, initial_student, transform, optimizer,
+checkpoint, objective, metrics, interrupts, validation, report.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Sized
 from contextlib import closing
@@ -30,26 +29,21 @@ from torch.utils.data import DataLoader
 from pipeline.core.diffusion import add_noise
 from pipeline.core.taps import Taps
 from pipeline.models.families import Family, denoise
-from pipeline.models.hub import open_repository
 from pipeline.system.device import PATIENCE, is_accelerator, use_cpu
 from pipeline.system.errors import UserError
 from pipeline.system.memory import keep_freed_memory
 from pipeline.system.prompts import read_prompts
-from pipeline.system.settings import write_settings
 from pipeline.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from pipeline.training.interrupts import Interrupts
 from pipeline.training.metrics import Metrics
 from pipeline.training.objective import Objective
 from pipeline.training.optimizer import make_optimizer, match_memory_format
+from pipeline.training.output import CHECKPOINTS, FINISHED, LOGS, METRICS, VALIDATION
 from pipeline.training.settings import TrainingSettings
 from pipeline.training.transform import Transform
 from pipeline.training.validation import generate_validation
 from shards.dataset import Batch, EpochBatches
-from shards.files import remove_leftovers, write_json
-from shards.manifest import refuse_other_spec
-
-SPEC, FINISHED, METRICS, CHECKPOINTS = "spec.json", "finished.json", "metrics.jsonl", "checkpoints"
-LOGS, VALIDATION = "logs", "validation"
+from shards.files import write_json
 
 
 @dataclass(kw_only=True)
@@ -350,50 +344,3 @@ def make_loader(settings: TrainingSettings, dataset: Any, accelerator: Accelerat
         pin_memory=accelerator.device.type == "cuda",
         multiprocessing_context="forkserver" if workers else None,
     )
-
-
-def claim(settings: TrainingSettings, spec: dict[str, Any]) -> None:
-    """Take the output directory for the training that `spec` describes.
-
-    Raises ShardError, with the difference, if it holds a checkpoint or a student of another training.
-    """
-    path = settings.out / SPEC
-    if list_checkpoints(settings.out / CHECKPOINTS) or finished_step(settings.out):
-        if not path.is_file():
-            raise UserError(f"{settings.out} holds a training without its {SPEC}. Choose another output directory.")
-        refuse_other_spec(settings.out, json.loads(path.read_text(encoding="utf-8")), spec)
-        remove_leftovers(settings.out, settings.out / CHECKPOINTS)
-        return
-    settings.out.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(settings.out, settings.out / CHECKPOINTS)
-    write_json(path, spec)
-    write_settings(settings.out, settings.command, settings)
-
-
-def nothing_left(settings: TrainingSettings, accelerator: Accelerator, what: str, complete: bool = True) -> bool:
-    """Whether there is nothing to do: `out` holds a finished and `complete` `what`, and nothing is to be uploaded.
-
-    If so, it prints that. Otherwise it makes sure that the hub's repository can be written, before anything is trained.
-    """
-    done = finished_step(settings.out)
-    if done >= (settings.max_train_steps or 0) and complete and not settings.push_to_hub:
-        accelerator.print(
-            f"already finished, nothing to do: {settings.out} holds a {what} of {done} steps. "
-            "Raise --max-train-steps to train it further."
-        )
-        return True
-    if settings.push_to_hub and accelerator.is_main_process:
-        open_repository(settings.push_to_hub)
-    accelerator.wait_for_everyone()
-    return False
-
-
-def finished_step(out: Path) -> int:
-    """The step of the student that `out` holds as a pipeline; 0 if it holds none."""
-    path = out / FINISHED
-    return json.loads(path.read_text(encoding="utf-8"))["step"] if path.is_file() else 0
-
-
-def checkpointed_step(out: Path) -> int:
-    """The step of the newest checkpoint; 0 if there is none."""
-    return max([step for step, _ in list_checkpoints(out / CHECKPOINTS)], default=0)
