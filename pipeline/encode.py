@@ -30,7 +30,7 @@ from pipeline.models.families import Family, Shapes
 from pipeline.models.hashing import library_versions, weights_sha256
 from pipeline.models.load import family_of, find_pipeline, load_base
 from pipeline.system.command import stage_command
-from pipeline.system.device import DTYPES, is_accelerator, process_state
+from pipeline.system.device import DTYPES, is_accelerator, leave_processes, process_state
 from pipeline.system.disk import format_bytes, free_bytes, require_space
 from pipeline.system.errors import UserError
 from pipeline.system.options import DeviceOptions, HubOptions
@@ -96,8 +96,10 @@ def run(settings: EncodeSettings) -> None:
         if settings.retry_skipped and state.is_main_process:
             reopen_skipped(source, settings, manifest)
     unfinished, own = share_unfinished(settings.out, manifest, state, settings.shard_range)
+    is_main = state.is_main_process
     if not unfinished:
-        if state.is_main_process:
+        leave_processes(state)
+        if is_main:
             report(settings.out, manifest, "already finished, nothing to do: ")
         return
 
@@ -115,8 +117,8 @@ def run(settings: EncodeSettings) -> None:
             if is_accelerator(state.device):
                 entries = in_background(entries, 2 * settings.batch_size)
             write_shard(open_store(settings.out), shard.name, manifest.spec_sha256, entries, skipped)
-    state.wait_for_everyone()
-    if state.is_main_process:
+    leave_processes(state)
+    if is_main:
         report(settings.out, manifest, "")
 
 

@@ -5,7 +5,8 @@ A step: latents and conditioning -> new noise and timestep -> U-Net -> task loss
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,17 +26,20 @@ from pipeline.models.hashing import weights_sha256
 from pipeline.models.hub import upload
 from pipeline.models.load import find_pipeline, load_base, load_noise_scheduler, load_unet
 from pipeline.system.command import stage_command
+from pipeline.system.device import leave_processes
+from pipeline.system.errors import UserError, attempt_all
 from pipeline.system.options import HubOptions
 from pipeline.system.settings import REQUIRED, option
+from pipeline.training.accelerator import make_accelerator, resolve_precision
+from pipeline.training.loader import collated_batches
 from pipeline.training.loop import (
     Training,
     checkpointed_step,
     claim,
     finished_step,
-    make_accelerator,
-    make_loader,
     nothing_left,
     prepare_training,
+    refuse_damaged_result,
     run_training,
     start,
 )
@@ -63,6 +67,13 @@ class FinetuneSettings(TrainingSettings, HubOptions):
     command: ClassVar[str] = "finetune"
 
     @property
+    def entries(self) -> Path:
+        return self.latents
+
+    def for_others(self) -> dict[str, Any]:
+        return {**super().for_others(), "model": Path(self.model).name if Path(self.model).exists() else self.model}
+
+    @property
     def transform(self) -> Transform:
         return Lora(self.lora_rank, self.seed) if self.lora_rank else Transform()
 
@@ -86,6 +97,7 @@ class LatentsDataset(Dataset):
 
 def run(settings: FinetuneSettings) -> None:
     """Train a pipeline's U-Net on latents. Ends with a complete pipeline, or with LoRA weights."""
+    settings = resolve_precision(settings)
     accelerator = make_accelerator(settings)
     dataset = LatentsDataset(settings.latents)
     settings = resolve_steps_and_lr(settings, len(dataset), accelerator.num_processes)
@@ -94,21 +106,40 @@ def run(settings: FinetuneSettings) -> None:
     with accelerator.main_process_first():
         claim(settings, finetune_spec(settings, unet, dataset, accelerator.num_processes))
     done = finished_step(settings.out)
+    if done >= (settings.max_train_steps or 0) and accelerator.is_main_process:
+        refuse_damaged_result(settings.out)
     if nothing_left(settings, accelerator, "model"):
+        leave_processes(accelerator)
         return
 
+    problems = []
     if done < (settings.max_train_steps or 0):
         training = prepare(settings, folder, unet, dataset, accelerator)
         # After a resume, the U-Net of the checkpoint is trained and not this one.
         del unet
         stream = batches(settings, dataset, accelerator, training.position, len(training.alphas_cumprod))
-        run_training(settings, accelerator, training, stream, lambda: save(settings, training))
-    if accelerator.is_main_process:
-        what = "LoRA weights" if settings.lora_rank else "a diffusers pipeline"
-        click.echo(f"{settings.out} holds {what} of {finished_step(settings.out)} steps")
+        with closing(stream):
+            problems = run_training(settings, accelerator, training, stream, lambda: save(settings, training))
+    is_main = accelerator.is_main_process
+    leave_processes(accelerator)
+    if is_main:
+        finish(settings, problems)
+
+
+def finish(settings: FinetuneSettings, problems: list[str]) -> None:
+    """Tell what was trained and upload it. Raises UserError, at the end, for `problems` and if the upload fails."""
+    what = "LoRA weights" if settings.lora_rank else "a diffusers pipeline"
+    click.echo(f"{settings.out} holds {what} of {finished_step(settings.out)} steps")
+
+    def publish() -> None:
         if settings.push_to_hub:
             click.echo(f"uploaded to {upload(settings.out, settings.push_to_hub)}")
-    accelerator.wait_for_everyone()
+
+    def tell_problems() -> None:
+        if problems:
+            raise UserError("\n".join(problems))
+
+    attempt_all(publish, tell_problems)
 
 
 def finetune_spec(
@@ -146,7 +177,7 @@ def prepare(
 
 def batches(
     settings: FinetuneSettings, dataset: LatentsDataset, accelerator: Accelerator, position: int, train_timesteps: int
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Batches of this process, endlessly, from entry `position` on, with timesteps in [0, `train_timesteps`).
 
     Noise and timestep belong to an image and its visit, so they depend neither on the batch nor on the processes.
@@ -154,7 +185,7 @@ def batches(
     empty = unconditional_conditioning(dataset.shards)
     size = settings.train_batch_size
     first = position + accelerator.process_index * size
-    for entries in make_loader(settings, dataset, accelerator, position):
+    for entries in collated_batches(settings, dataset, accelerator, position):
         visits = [(first + place) // len(dataset) for place in range(size)]
         drawn = [
             draw_inputs(settings, entry, visit, train_timesteps) for entry, visit in zip(entries, visits, strict=True)
