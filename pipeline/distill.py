@@ -112,10 +112,9 @@ def run(settings: DistillSettings) -> None:
             problems = run_training(settings, accelerator, training, stream, lambda: save_student(settings, training))
         # The report needs the memory that the student takes.
         del training, stream
-    device, is_main = accelerator.device, accelerator.is_main_process
     leave_processes(accelerator)
-    if is_main:
-        finish(settings, device, problems)
+    if accelerator.is_main_process:
+        finish(settings, accelerator.device, problems)
 
 
 def finish(settings: DistillSettings, device: torch.device, problems: list[str]) -> None:

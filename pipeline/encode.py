@@ -96,10 +96,9 @@ def run(settings: EncodeSettings) -> None:
         if settings.retry_skipped and state.is_main_process:
             reopen_skipped(source, settings, manifest)
     unfinished, own = share_unfinished(settings.out, manifest, state, settings.shard_range)
-    is_main = state.is_main_process
     if not unfinished:
         leave_processes(state)
-        if is_main:
+        if state.is_main_process:
             report(settings.out, manifest, "already finished, nothing to do: ")
         return
 
@@ -118,7 +117,7 @@ def run(settings: EncodeSettings) -> None:
                 entries = in_background(entries, 2 * settings.batch_size)
             write_shard(open_store(settings.out), shard.name, manifest.spec_sha256, entries, skipped)
     leave_processes(state)
-    if is_main:
+    if state.is_main_process:
         report(settings.out, manifest, "")
 
 

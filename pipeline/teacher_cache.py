@@ -100,10 +100,9 @@ def run(settings: TeacherCacheSettings) -> None:
     unfinished, own = share_unfinished(settings.out, manifest, state, settings.shard_range)
     # None of several jobs knows whether it is the last, so the images are left to a run without a range.
     wants_samples = settings.samples > 0 and not settings.shard_range and not (settings.out / SAMPLES).is_dir()
-    is_main, device = state.is_main_process, state.device
     if not unfinished and not wants_samples:
         leave_processes(state)
-        if is_main:
+        if state.is_main_process:
             report(settings.out, manifest, "already finished, nothing to do: ")
         return
 
@@ -129,8 +128,8 @@ def run(settings: TeacherCacheSettings) -> None:
     leave_processes(state)
     # The images need the memory that the teacher takes.
     del teacher, unet
-    if is_main:
-        pipeline = PipelineRef(settings.out / "base", folder / "unet", device, dtype, settings.variant)
+    if state.is_main_process:
+        pipeline = PipelineRef(settings.out / "base", folder / "unet", state.device, dtype, settings.variant)
         finish(settings, manifest, latents, pipeline if wants_samples else None)
 
 

@@ -120,9 +120,8 @@ def run(settings: FinetuneSettings) -> None:
         stream = batches(settings, dataset, accelerator, training.position, len(training.alphas_cumprod))
         with closing(stream):
             problems = run_training(settings, accelerator, training, stream, lambda: save(settings, training))
-    is_main = accelerator.is_main_process
     leave_processes(accelerator)
-    if is_main:
+    if accelerator.is_main_process:
         finish(settings, problems)
 
 

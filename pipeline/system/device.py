@@ -7,7 +7,7 @@ from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, PartialState
+from accelerate.state import PartialState
 from accelerate.utils import parse_flag_from_env
 
 from pipeline.system.errors import UserError
@@ -66,16 +66,16 @@ def refuse_other_device(asked: str, device: torch.device) -> None:
 
 
 def leave_processes(state: PartialState | Accelerator) -> None:
-    """Wait for the other processes and leave their group, at the end of a stage. Without a group, do nothing.
+    """Wait for the other processes at the end of a stage. What the main process does afterwards, it does alone.
 
-    What the main process does afterwards, it does without others waiting for it. The next stage in this process starts
-    from the environment again.
+    On GPUs the group ends here, while all are here to end it: NCCL may hang if they leave it one by one. gloo's group
+    needs no end, and serves the next stage in the same process.
     """
     if not torch.distributed.is_initialized():
         return
     state.wait_for_everyone()
-    PartialState().destroy_process_group()
-    AcceleratorState._reset_state(reset_partial_state=True)
+    if torch.distributed.get_backend() != "gloo":
+        PartialState().destroy_process_group()
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> str:
