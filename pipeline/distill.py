@@ -5,7 +5,7 @@ A step: batch of entries -> noisy latents -> student U-Net -> three losses -> ba
 
 from __future__ import annotations
 
-import json
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,15 +26,26 @@ from pipeline.models.provenance import CARD, read_origin
 from pipeline.sampling.process import PipelineRef, generate_in_process
 from pipeline.sampling.teacher_samples import teacher_samples
 from pipeline.system.command import stage_command
-from pipeline.system.device import DTYPES, resolve_dtype
-from pipeline.system.errors import UserError
+from pipeline.system.device import DTYPES, leave_processes, resolve_dtype
+from pipeline.system.errors import UserError, attempt_all, failing_with
+from pipeline.system.jsonl import read_jsonl
 from pipeline.system.lock import OutputLock
 from pipeline.system.page import REPORT
 from pipeline.system.settings import REQUIRED, option
+from pipeline.training.accelerator import make_accelerator, resolve_precision
 from pipeline.training.initial_student import initial_student, weights_sha256s
-from pipeline.training.loop import Training, batches, make_accelerator, prepare_training, run_training, start
+from pipeline.training.loader import batches
+from pipeline.training.loop import Training, prepare_training, run_training, start
 from pipeline.training.objective import Objective
-from pipeline.training.output import METRICS, check_out, checkpointed_step, claim, finished_step, nothing_left
+from pipeline.training.output import (
+    METRICS,
+    check_out,
+    checkpointed_step,
+    claim,
+    finished_step,
+    nothing_left,
+    refuse_damaged_result,
+)
 from pipeline.training.report import write_report
 from pipeline.training.settings import TrainingSettings, resolve_steps_and_lr, resume_fingerprint
 from pipeline.training.transform import Transform
@@ -67,6 +78,10 @@ class DistillSettings(TrainingSettings):
     command: ClassVar[str] = "distill"
 
     @property
+    def entries(self) -> Path:
+        return self.cache
+
+    @property
     def objective(self) -> Objective:
         """Features without weight need no taps."""
         pairs = LEVELS[self.level].taps if self.feature_weight else ()
@@ -86,6 +101,7 @@ def inputs_of(settings: DistillSettings) -> dict[str, Path | str | None]:
 
 def train_student(settings: DistillSettings, lock: OutputLock) -> None:
     """Claim --out, train what is left, and write what belongs to a finished student."""
+    settings = resolve_precision(settings)
     accelerator = make_accelerator(settings)
     dataset = open_cache(settings)
     settings = resolve_steps_and_lr(settings, len(dataset), accelerator.num_processes)
@@ -93,33 +109,59 @@ def train_student(settings: DistillSettings, lock: OutputLock) -> None:
         if accelerator.is_main_process:
             claim(settings, training_spec(settings, accelerator.num_processes), lock)
     done = finished_step(settings.out)
+    if done >= (settings.max_train_steps or 0) and accelerator.is_main_process:
+        refuse_damaged_result(settings.out)
     reported = not settings.report or (settings.out / REPORT).is_file()
     if nothing_left(settings, accelerator, "student", reported):
+        leave_processes(accelerator)
         return
 
+    problems = []
     with accelerator.main_process_first():
         if accelerator.is_main_process:
             check_part(settings.cache, dataset.shards.manifest, BASE, contents=True)
     if done < (settings.max_train_steps or 0):
         training = prepare(settings, dataset, accelerator)
         stream = batches(settings, dataset, accelerator, training.position)
-        run_training(settings, accelerator, training, stream, lambda: save_student(settings, training))
+        with closing(stream):
+            problems = run_training(settings, accelerator, training, stream, lambda: save_student(settings, training))
         # The report needs the memory that the student takes.
         del training, stream
+    leave_processes(accelerator)
     if accelerator.is_main_process:
+        finish(settings, accelerator.device, problems)
+
+
+def finish(settings: DistillSettings, device: torch.device, problems: list[str]) -> None:
+    """The report and the upload of a finished student. Raises UserError, at the end, for `problems` and what fails."""
+
+    def report() -> None:
         if settings.report:
-            save_report(settings, accelerator.device)
-        report = f"; see {settings.out / REPORT}" if settings.report else ""
+            with failing_with(
+                f"{settings.out} holds the finished student, but its report could not be written",
+                "Rerun the same command to write it, or add --no-report.",
+            ):
+                save_report(settings, device)
+
+    def tell() -> None:
+        seen = f"; see {settings.out / REPORT}" if (settings.out / REPORT).is_file() else ""
         click.echo(
             f"{settings.out} holds the {settings.level} student of {finished_step(settings.out)} steps "
-            f"as a diffusers pipeline{report}"
+            f"as a diffusers pipeline{seen}"
         )
+
+    def publish() -> None:
         if settings.push_to_hub:
             if not (settings.out / CARD).is_file():
                 # A student of an earlier version.
                 write_model_card(settings.out, settings.as_json())
             click.echo(f"uploaded to {upload(settings.out, settings.push_to_hub)}")
-    accelerator.wait_for_everyone()
+
+    def tell_problems() -> None:
+        if problems:
+            raise UserError("\n".join(problems))
+
+    attempt_all(report, tell, publish, tell_problems)
 
 
 def training_spec(settings: DistillSettings, processes: int) -> dict[str, Any]:
@@ -174,9 +216,9 @@ def save_report(settings: DistillSettings, device: torch.device) -> None:
         for name, folder in folders.items():
             pipeline = PipelineRef(settings.cache / BASE, folder, device, dtype)
             rows[name] = generate_in_process(pipeline, rows["teacher"].prompts, sampler, name)
-    lines = (settings.out / METRICS).read_text(encoding="utf-8").splitlines()
-    title = f"{settings.level}, distilled from {settings.cache}"
-    write_report(settings.out, title, settings.as_json(), [json.loads(line) for line in lines], rows, score_scenes)
+    title = f"{settings.level}, distilled from {settings.cache.resolve().name}"
+    lines = read_jsonl(settings.out / METRICS)
+    write_report(settings.out, title, settings.for_others(), lines, rows, score_scenes)
 
 
 def open_cache(settings: DistillSettings) -> CacheDataset:

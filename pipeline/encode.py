@@ -30,7 +30,7 @@ from pipeline.models.families import Family, Shapes
 from pipeline.models.hashing import library_versions, weights_sha256
 from pipeline.models.load import family_of, find_pipeline, load_base
 from pipeline.system.command import stage_command
-from pipeline.system.device import DTYPES, is_accelerator, process_state
+from pipeline.system.device import DTYPES, is_accelerator, leave_processes, process_state
 from pipeline.system.disk import format_bytes, free_bytes, require_space
 from pipeline.system.errors import UserError
 from pipeline.system.lock import OutputLock
@@ -123,6 +123,7 @@ def write_latents(settings: EncodeSettings, lock: OutputLock) -> None:
                 reopen_skipped(source, settings, manifest)
     unfinished, own = share_unfinished(settings.out, manifest, state, settings.shard_range)
     if not unfinished:
+        leave_processes(state)
         if state.is_main_process:
             report(settings.out, manifest, "already finished, nothing to do: ")
         return
@@ -141,7 +142,7 @@ def write_latents(settings: EncodeSettings, lock: OutputLock) -> None:
             if is_accelerator(state.device):
                 entries = in_background(entries, 2 * settings.batch_size)
             write_shard(open_store(settings.out), shard.name, manifest.spec_sha256, entries, skipped)
-    state.wait_for_everyone()
+    leave_processes(state)
     if state.is_main_process:
         report(settings.out, manifest, "")
 

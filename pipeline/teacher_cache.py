@@ -38,9 +38,9 @@ from pipeline.models.students import initialised_student, meta_student, teacher_
 from pipeline.sampling.generate import SAMPLES, Sampler, save_images
 from pipeline.sampling.process import PipelineRef, generate_in_process
 from pipeline.system.command import stage_command
-from pipeline.system.device import DTYPES, is_accelerator, process_state, resolve_dtype
+from pipeline.system.device import DTYPES, is_accelerator, leave_processes, process_state, resolve_dtype
 from pipeline.system.disk import format_bytes, free_bytes, require_space
-from pipeline.system.errors import UserError
+from pipeline.system.errors import UserError, attempt_all, failing_with
 from pipeline.system.lock import OutputLock
 from pipeline.system.options import HubOptions, PrecisionOptions
 from pipeline.system.output import check_output, made_by
@@ -122,6 +122,7 @@ def write_cache(settings: TeacherCacheSettings, lock: OutputLock) -> None:
     # None of several jobs knows whether it is the last, so the images are left to a run without a range.
     wants_samples = settings.samples > 0 and not settings.shard_range and not (settings.out / SAMPLES).is_dir()
     if not unfinished and not wants_samples:
+        leave_processes(state)
         if state.is_main_process:
             report(settings.out, manifest, "already finished, nothing to do: ")
         return
@@ -143,13 +144,26 @@ def write_cache(settings: TeacherCacheSettings, lock: OutputLock) -> None:
         entries = cache_entries(own, manifest, latents, teacher, settings)
         for shard, of_shard in itertools.groupby(entries, key=lambda pair: pair[0]):
             write_shard(open_store(settings.out), shard, manifest.spec_sha256, counted(of_shard, progress.update), [])
-    state.wait_for_everyone()
+    leave_processes(state)
+    # The images need the memory that the teacher takes.
+    del teacher, unet
     if state.is_main_process:
-        if wants_samples:
-            del teacher, unet
-            pipeline = PipelineRef(settings.out / BASE, folder / "unet", state.device, dtype, settings.variant)
-            save_teacher_samples(settings, latents, pipeline)
-        report(settings.out, manifest, "")
+        pipeline = PipelineRef(settings.out / "base", folder / "unet", state.device, dtype, settings.variant)
+        finish(settings, manifest, latents, pipeline if wants_samples else None)
+
+
+def finish(settings: TeacherCacheSettings, manifest: Manifest, latents: ShardSet, pipeline: PipelineRef | None) -> None:
+    """Generate the samples if there is a `pipeline` for them, and tell what the cache holds, also if that fails."""
+
+    def generate_samples() -> None:
+        if pipeline:
+            with failing_with(
+                f"{settings.out} is complete, but the teacher's images could not be generated",
+                "Rerun the same command to generate them, or add --samples 0.",
+            ):
+                save_teacher_samples(settings, latents, pipeline)
+
+    attempt_all(generate_samples, lambda: report(settings.out, manifest, ""))
 
 
 def save_teacher_samples(settings: TeacherCacheSettings, latents: ShardSet, pipeline: PipelineRef) -> None:

@@ -2,7 +2,7 @@
 
 out/spec.json        what the training is
 out/checkpoints/     see `checkpoint`
-out/finished.json    the step of the saved result
+out/finished.json    the step of the saved result, and the sha256 of its weights
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from pipeline.system.output import check_output, made_by
 from pipeline.system.settings import write_settings
 from pipeline.training.checkpoint import list_checkpoints
 from pipeline.training.settings import TrainingSettings
-from shards.files import remove_leftovers, write_json
+from shards.files import file_sha256, remove_leftovers, write_json
 from shards.manifest import refuse_other_spec
 
 SPEC, FINISHED, METRICS, CHECKPOINTS = "spec.json", "finished.json", "metrics.jsonl", "checkpoints"
 LOGS, VALIDATION = "logs", "validation"
 ANOTHER = "choose another output directory."
+FINISHED_REMEDY = "Delete it, and rerun the same command: the student is saved again from the last checkpoint."
 
 
 def check_out(settings: TrainingSettings, inputs: dict[str, Path | str | None]) -> None:
@@ -78,13 +79,33 @@ def finished_step(out: Path) -> int:
     path = out / FINISHED
     if not path.is_file():
         return 0
-    remedy = "Delete it, and rerun the same command: the student is saved again from the last checkpoint."
-    step = read_json(path, remedy).get("step")
+    step = read_json(path, FINISHED_REMEDY).get("step")
     if type(step) is not int or step < 0:
-        raise UserError(f"{path} states the step {step!r}. {remedy}")
+        raise UserError(f"{path} states the step {step!r}. {FINISHED_REMEDY}")
     return step
 
 
 def checkpointed_step(out: Path) -> int:
     """The step of the newest checkpoint; 0 if there is none."""
     return max([step for step, _ in list_checkpoints(out / CHECKPOINTS)], default=0)
+
+
+def weights_of(out: Path) -> dict[str, str]:
+    """The sha256 of each weight file of the result, by its path in `out`."""
+    files = sorted(file.relative_to(out) for file in out.rglob("*.safetensors"))
+    return {file.as_posix(): file_sha256(out / file) for file in files if file.parts[0] != CHECKPOINTS}
+
+
+def refuse_damaged_result(out: Path) -> None:
+    """Raise UserError if weights of a finished result are not what was saved. Earlier versions kept no checksums."""
+    path = out / FINISHED
+    if not path.is_file():
+        return
+    saved = read_json(path, FINISHED_REMEDY).get("sha256", {})
+    found = weights_of(out)
+    for name in saved:
+        if found.get(name) != saved[name]:
+            raise UserError(
+                f"{out / name} {'was changed' if name in found else 'is missing'}, though the training is finished. "
+                f"Delete {path} and rerun the same command: the last checkpoint is saved again."
+            )
