@@ -56,8 +56,8 @@ def files_in(folder: Path, ending: str) -> list[Path]:
 
 
 def refuse_special(path: Path) -> None:
-    """Raise UserError for a FIFO, a socket or a device."""
-    if path.exists() and not path.is_file() and not path.is_dir():
+    """Raise UserError for a FIFO, a socket, a device, or a link that leads nowhere."""
+    if os.path.lexists(path) and not path.is_file() and not path.is_dir():
         raise UserError(f"{path} is not a regular file. Replace or remove it.")
 
 
