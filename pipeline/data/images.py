@@ -34,7 +34,7 @@ PROFILE_MODES = {
 }
 # A profile that moves no colour by more than this is sRGB, up to rounding.
 SRGB_TOLERANCE = 2
-UPRIGHT = {
+UPRIGHT: dict[Any, Image.Transpose] = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -173,16 +173,22 @@ def _srgb_conversion(image: Image.Image) -> Callable[[Image.Image], Image.Image]
         if image.mode not in fitting:
             return None
         transform = ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), mode, "RGB")
+
+        def to_srgb(pixels: Image.Image) -> Image.Image:
+            converted = ImageCms.applyTransform(pixels.convert(mode), transform)
+            assert converted is not None
+            return converted
+
         # Compare all greys, or a lattice of colours.
         lattice = Image.linear_gradient("L") if mode == "L" else _lattice()
-        converted = ImageCms.applyTransform(lattice.convert(mode), transform)
+        converted = to_srgb(lattice)
     # ImageCms raises many kinds of error, and an ImportError if Pillow was built without it.
     except Exception:
         return None
     moved = np.abs(np.asarray(converted, dtype=int) - np.asarray(lattice.convert("RGB"), dtype=int)).max()
     if mode != "CMYK" and moved <= SRGB_TOLERANCE:
         return None
-    return lambda strip: ImageCms.applyTransform(strip.convert(mode), transform)
+    return to_srgb
 
 
 @functools.cache

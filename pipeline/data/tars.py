@@ -78,11 +78,12 @@ class Tars:
 
     def _images_of(self, tar_index: int, sample: dict[str, Member], fd: int) -> Iterator[ListedImage]:
         """The sample's image. Further ones, and a sample without one, are listed with a problem."""
-        image, *others = [member for member in sample.values() if self._is_image(member)] or [None]
-        if image is None:
+        found = [member for member in sample.values() if self._is_image(member)]
+        if not found:
             key, endings = next(iter(sample.values())).key, ", ".join(f".{ending}" for ending in sample)
             yield ListedImage(_as_text(key), None, None, f"the sample has no image, only {_as_text(endings)}")
             return
+        image, *others = found
         name, captions, problem = _name_of(image), None, None
         try:
             captions = _captions(sample, self.caption_column, fd)
