@@ -87,7 +87,10 @@ def _remembered(store: Store, shard: PlannedShard) -> Remembered | None:
         return None
     try:
         content = json.loads(store.read(name))
-        return Remembered(list(content["sizes"]), list(content["without_caption"]))
+        remembered = Remembered(list(content["sizes"]), list(content["without_caption"]))
+        if len(remembered.sizes) != len(shard.indices):
+            raise ValueError(f"{len(remembered.sizes)} sizes for {len(shard.indices)} images")
+        return remembered
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{store}/{name} is damaged ({error!r}). Delete it and rerun the same command.") from None
 
@@ -137,8 +140,7 @@ def _refuse_changes(store: Store, changes: Iterator[Changed], same: bool, entrie
         now = first.record.source_id if first.record else "none"
         what = f"entry {first.entry} was the image {first.source_id} and is now {now}"
     else:
-        # The others need not be shown.
-        count = 1 + sum(1 for _ in changes)
+        count = 1 + sum(change.record is not None and change.record.source_id == change.source_id for change in changes)
         now = repr(first.record.caption) if not first.record.problem else f"cannot be used ({first.record.problem})"
         what = (
             f"{count} captions changed. The first is that of {first.source_id}: "
