@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import tempfile
 from collections import Counter
@@ -182,12 +183,21 @@ def problem_of(url: Any) -> str | None:
         return "neither http nor https"
     if not host:
         return "no server"
+    # Clouds give out credentials at link-local addresses.
+    return "a link-local address" if is_link_local(host) else None
+
+
+def is_link_local(host: str) -> bool:
+    """Whether a host is a link-local address in any of the ways to write one. False for a name."""
     try:
         address = ipaddress.ip_address(host.partition("%")[0])
     except ValueError:
-        return None
-    # Clouds give out credentials there.
-    return "a link-local address" if (getattr(address, "ipv4_mapped", None) or address).is_link_local else None
+        try:
+            # 2852039166 and 0xa9fea9fe are addresses as well.
+            address = ipaddress.ip_address(socket.inet_aton(host))
+        except (OSError, ValueError):
+            return False
+    return (getattr(address, "ipv4_mapped", None) or address).is_link_local
 
 
 def arguments(settings: DownloadSettings) -> list[str]:
