@@ -14,7 +14,7 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers import DDPMScheduler, UNet2DConditionModel
 from tqdm import tqdm
 
 from pipeline.cache import sizes
@@ -27,9 +27,10 @@ from pipeline.core.taps import Taps
 from pipeline.models.checksums import write_checksums
 from pipeline.models.families import LEVELS, family_of_spec
 from pipeline.models.hashing import library_versions, weights_sha256
-from pipeline.models.load import find_pipeline, load_base, load_noise_scheduler, load_unet, unet_config
+from pipeline.models.load import find_pipeline, load_base, load_unet, unet_config
 from pipeline.models.provenance import write_origin
 from pipeline.models.save import save_base
+from pipeline.models.schedule import load_noise_scheduler
 from pipeline.models.shapes import tap_shapes
 from pipeline.models.students import initialised_student, teacher_taps
 from pipeline.sampling.generate import SAMPLES, Sampler, save_images
@@ -94,7 +95,7 @@ def run(settings: TeacherCacheSettings) -> None:
     spec = cache_spec(settings, latents, unet, noise_scheduler, state.device)
     with state.main_process_first():
         manifest = claim(settings.out, "cache", spec, rounds=settings.rounds)
-        save_students(settings, base, unet, noise_scheduler)
+        save_students(settings, folder, unet, noise_scheduler)
         write_origin(settings.out, settings.teacher, folder, settings.revision, settings.latents)
     del base
     unfinished, own = share_unfinished(settings.out, manifest, state, settings.shard_range)
@@ -201,21 +202,21 @@ def tap_specs(settings: TeacherCacheSettings, latents: ShardSet, config: dict[st
 
 
 def save_students(
-    settings: TeacherCacheSettings, base: DiffusionPipeline, unet: UNet2DConditionModel, noise_scheduler: DDPMScheduler
+    settings: TeacherCacheSettings, folder: Path, unet: UNet2DConditionModel, noise_scheduler: DDPMScheduler
 ) -> None:
     """Write base/ and students/<level>/ to the cache, each with its checksums, unless they exist."""
     if not (settings.out / "base").is_dir():
-        save_base(base, noise_scheduler, settings.out / "base")
+        save_base(folder, settings.variant, noise_scheduler, settings.out / "base")
     teacher_weights = unet.state_dict()
     for level in settings.students:
-        folder = settings.out / "students" / level
-        if folder.is_dir():
+        student_folder = settings.out / "students" / level
+        if student_folder.is_dir():
             continue
         try:
             student = initialised_student(dict(unet.config), teacher_weights, level)
         except ValueError as error:
             raise UserError(f"--teacher {settings.teacher}: {error}") from None
-        with atomic_directory(folder, exist_ok=True) as temporary:
+        with atomic_directory(student_folder, exist_ok=True) as temporary:
             student.save_pretrained(temporary)
             write_checksums(temporary)
 

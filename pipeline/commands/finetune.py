@@ -23,7 +23,8 @@ from pipeline.core.diffusion import PREDICTION_TYPES
 from pipeline.models.families import family_of_spec
 from pipeline.models.hashing import weights_sha256
 from pipeline.models.hub import upload
-from pipeline.models.load import find_pipeline, load_base, load_noise_scheduler, load_unet
+from pipeline.models.load import find_pipeline, load_base, load_unet
+from pipeline.models.schedule import load_noise_scheduler
 from pipeline.system.command import stage_command
 from pipeline.system.options import HubOptions
 from pipeline.system.settings import REQUIRED, option

@@ -8,6 +8,7 @@ All intermediate results are in the work folder. Rerun the same command to resum
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,7 @@ from pipeline.demo.trainer import TeacherSettings, Trainer
 from pipeline.models.checksums import CHECKSUMS, write_checksums
 from pipeline.models.families import denoise
 from pipeline.models.families.sd import SD
+from pipeline.models.save import copy_parts
 from pipeline.system.errors import UserError, first_line
 from shards.files import atomic_file, write_json
 
@@ -206,6 +208,9 @@ def export(teacher: StableDiffusionPipeline, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     (out / CHECKSUMS).unlink(missing_ok=True)
     dtype = teacher.dtype
-    teacher.to(torch.float16).save_pretrained(out)
+    with tempfile.TemporaryDirectory(dir=out.parent) as temporary:
+        teacher.to(torch.float16).save_pretrained(temporary)
+        copy_parts(Path(temporary), None, out, torch.float16)
+    teacher.unet.save_pretrained(out / "unet")
     teacher.to(dtype)
     write_checksums(out, "*.safetensors")
