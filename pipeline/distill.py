@@ -20,9 +20,9 @@ from pipeline.demo.oracle import score_scenes
 from pipeline.evaluation.model_card import write_model_card
 from pipeline.models.families import LEVELS, family_of_spec
 from pipeline.models.hub import upload
-from pipeline.models.load import MODEL_INDEX
+from pipeline.models.load import MODEL_INDEX, load_scheduler
 from pipeline.models.provenance import CARD
-from pipeline.sampling.generate import SAMPLES, load_images
+from pipeline.sampling.generate import SAMPLES, Sampler, check_sampler, load_images
 from pipeline.sampling.process import PipelineRef, generate_in_process
 from pipeline.system.command import stage_command
 from pipeline.system.device import DTYPES, resolve_dtype
@@ -128,6 +128,9 @@ def training_spec(settings: DistillSettings, processes: int) -> dict[str, Any]:
 def prepare(settings: DistillSettings, dataset: CacheDataset, accelerator: Accelerator) -> Training:
     """The student, initial or from the newest checkpoint, and everything that trains it, on the device."""
     spec, transform = dataset.shards.manifest.spec, Transform()
+    base = settings.cache / "base"
+    if settings.validation_prompts:
+        check_sampler(load_scheduler(base), Sampler(), str(base))
     student, state = start(
         settings, transform, lambda: initial_student(settings.cache, settings.level, settings.init_from)
     )
@@ -143,7 +146,7 @@ def prepare(settings: DistillSettings, dataset: CacheDataset, accelerator: Accel
         family=family_of_spec(spec),
         dataset=dataset,
         noise_scheduler=DDPMScheduler.from_config(spec["noise_scheduler"]),
-        base=settings.cache / "base",
+        base=base,
     )
 
 

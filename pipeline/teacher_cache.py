@@ -14,13 +14,13 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from tqdm import tqdm
 
 from pipeline.cache import sizes
 from pipeline.cache.latents import check_encoders, open_latents, unconditional_conditioning
 from pipeline.cache.output import claim, existing_manifest, finished_sidecars, range_of, share_unfinished
-from pipeline.cache.settings import CacheFormat
+from pipeline.cache.settings import CacheFormat, sampling_lines
 from pipeline.cache.targets import BatchTargets, Teacher, compress_targets, run_teacher
 from pipeline.core.diffusion import PREDICTION_TYPES
 from pipeline.core.taps import Taps
@@ -33,7 +33,7 @@ from pipeline.models.save import save_base
 from pipeline.models.schedule import load_noise_scheduler
 from pipeline.models.shapes import tap_shapes
 from pipeline.models.students import initialised_student, teacher_taps
-from pipeline.sampling.generate import SAMPLES, Sampler, save_images
+from pipeline.sampling.generate import SAMPLES, Sampler, check_sampler, save_images
 from pipeline.sampling.process import PipelineRef, generate_in_process
 from pipeline.system.command import stage_command
 from pipeline.system.device import DTYPES, is_accelerator, process_state, resolve_dtype
@@ -64,6 +64,7 @@ class TeacherCacheSettings(CacheFormat, PrecisionOptions, HubOptions):
     rounds: int = option(4, "Passes over the latents, each with its own noise and timesteps.", ge=1)
     samples: int = option(8, "Images to generate with the teacher for the students' reports; 0 for none.", ge=0)
     samples_guidance: float = option(7.0, "Classifier-free guidance of those images.", ge=1.0)
+    samples_batch_size: int = option(4, "Images per forward pass of those images.", ge=1)
     batch_size: int = option(8, "Entries per forward pass.", ge=1)
     seed: int = option(0, "Seed for noise, timesteps, dither and all other random draws.", ge=0)
     noise_offset: float = option(0.0, "Standard deviation of an offset added to each channel of the noise.", ge=0.0)
@@ -92,6 +93,7 @@ def run(settings: TeacherCacheSettings) -> None:
     base, unet = load_base(folder, settings.variant), load_unet(folder, settings.variant)
     noise_scheduler = load_noise_scheduler(folder, settings.prediction_type)
     check_encoders(latents, base, f"--teacher {settings.teacher}")
+    check_samples(settings, latents, folder, base, noise_scheduler)
     spec = cache_spec(settings, latents, unet, noise_scheduler, state.device)
     with state.main_process_first():
         manifest = claim(settings.out, "cache", spec, rounds=settings.rounds)
@@ -130,20 +132,35 @@ def run(settings: TeacherCacheSettings) -> None:
         if wants_samples:
             del teacher, unet
             pipeline = PipelineRef(settings.out / "base", folder / "unet", state.device, dtype, settings.variant)
-            save_teacher_samples(settings, latents, pipeline)
+            save_teacher_samples(settings, latents, folder, pipeline)
         report(settings.out, manifest, "")
 
 
-def save_teacher_samples(settings: TeacherCacheSettings, latents: ShardSet, pipeline: PipelineRef) -> None:
+def save_teacher_samples(
+    settings: TeacherCacheSettings, latents: ShardSet, folder: Path, pipeline: PipelineRef
+) -> None:
     """Generate images with the teacher into the cache, from captions spread over the input.
 
     Students' reports show them next to their own.
     """
     chosen = np.linspace(0, len(latents) - 1, min(settings.samples, len(latents))).astype(int)
     prompts = [latents.read(int(i), ()).meta["caption"] for i in chosen]
-    sampler = Sampler(guidance_scale=settings.samples_guidance)
-    images = generate_in_process(pipeline, prompts, sampler, "teacher's samples")
+    sampler = samples_sampler(settings, latents, folder)
+    try:
+        images = generate_in_process(pipeline, prompts, sampler, "teacher's samples")
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"the device has too little memory for the teacher's samples, {sampler.batch_size} at a time. "
+            "All entries are written. Rerun the same command with --samples-batch-size 1, or with --samples 0."
+        ) from None
     save_images(images, sampler, settings.out / SAMPLES)
+
+
+def samples_sampler(settings: TeacherCacheSettings, latents: ShardSet, folder: Path) -> Sampler:
+    """How the teacher's samples are generated. Those of a U-Net without a size of its own are as large as the data."""
+    resolution = latents.manifest.spec["resolution"]
+    size = None if unet_config(folder)["sample_size"] else (resolution, resolution)
+    return Sampler(guidance_scale=settings.samples_guidance, batch_size=settings.samples_batch_size, size=size)
 
 
 def cache_spec(
@@ -154,12 +171,6 @@ def cache_spec(
     device: torch.device,
 ) -> dict[str, Any]:
     """What the entries are. `strata` is the number of rounds of the first run and never changes."""
-    prediction_type = noise_scheduler.config.prediction_type
-    if prediction_type not in PREDICTION_TYPES:
-        raise UserError(
-            f"the teacher's scheduler has prediction type {prediction_type!r}, which is not supported. "
-            f"Set --prediction-type to one of {', '.join(PREDICTION_TYPES)}."
-        )
     found = existing_manifest(settings.out, "cache")
     config = dict(noise_scheduler.config)
     return {
@@ -168,12 +179,12 @@ def cache_spec(
         "entries_per_shard": settings.entries_per_shard,
         "strata": found.spec["strata"] if found else settings.rounds,
         "seed": settings.seed,
-        "taps": wanted_taps(tap_specs(settings, latents, dict(unet.config)), found),
+        "taps": wanted_taps(tap_specs(settings, latents, dict(unet.config)), found, settings.token_stride),
         "codec": {"name": settings.codec, **({"snr_db": settings.snr_db} if settings.codec == "dither" else {})},
         "noise_offset": settings.noise_offset,
         "input_perturbation": settings.input_perturbation,
         "uncond_fraction": settings.uncond_fraction,
-        "prediction_type": prediction_type,
+        "prediction_type": noise_scheduler.config.prediction_type,
         "noise_scheduler": {key: config[key] for key in sorted(config) if not key.startswith("_")},
         "dtype": resolve_dtype(settings.dtype, device),
         "teacher_sha256": weights_sha256(unet),
@@ -182,10 +193,30 @@ def cache_spec(
     }
 
 
-def wanted_taps(taps: dict[str, Any], found: Manifest | None) -> dict[str, Any]:
+def check_samples(
+    settings: TeacherCacheSettings,
+    latents: ShardSet,
+    folder: Path,
+    base: DiffusionPipeline,
+    noise_scheduler: DDPMScheduler,
+) -> None:
+    """Raise UserError if the teacher's samples could not be generated after the last shard."""
+    base.scheduler.register_to_config(prediction_type=noise_scheduler.config.prediction_type)
+    if settings.samples:
+        check_sampler(base.scheduler, samples_sampler(settings, latents, folder), f"--teacher {settings.teacher}")
+
+
+def wanted_taps(taps: dict[str, Any], found: Manifest | None, token_stride: int) -> dict[str, Any]:
     """The taps of the spec: those of the existing cache, if it already has all that are wanted."""
     stored = found.spec["taps"] if found else {}
-    return stored if all(stored.get(tap) == tap_spec for tap, tap_spec in taps.items()) else taps
+    return stored if all(serves(stored.get(tap), tap_spec, token_stride) for tap, tap_spec in taps.items()) else taps
+
+
+def serves(stored: dict[str, Any] | None, wanted: dict[str, Any], token_stride: int) -> bool:
+    """Whether a stored tap is the wanted one. Earlier versions kept all positions of a tap that the stride does not
+    divide."""
+    divides = all(side % token_stride == 0 for side in wanted["shape"][1:])
+    return stored == wanted or (not divides and stored == {**wanted, "stride": 1})
 
 
 def tap_specs(settings: TeacherCacheSettings, latents: ShardSet, config: dict[str, Any]) -> dict[str, Any]:
@@ -273,14 +304,18 @@ def plan(settings: TeacherCacheSettings) -> list[str]:
     """What a run would write. The size of quantised taps is that of Gaussian features."""
     latents = open_latents(settings.latents)
     folder = find_pipeline(settings.teacher, settings.revision, settings.variant)
+    base = load_base(folder, settings.variant)
+    check_encoders(latents, base, f"--teacher {settings.teacher}")
+    check_samples(settings, latents, folder, base, load_noise_scheduler(folder, settings.prediction_type))
     found = existing_manifest(settings.out, "cache")
-    taps = wanted_taps(tap_specs(settings, latents, unet_config(folder)), found)
+    taps = wanted_taps(tap_specs(settings, latents, unet_config(folder)), found, settings.token_stride)
     if found is not None:
         refuse_other_spec(settings.out, {"taps": found.spec["taps"]}, {"taps": taps})
     entries = len(latents) * settings.rounds
     return [
         f"entries: {len(latents)} images x {settings.rounds} rounds = {entries}",
         *sizes.lines(entry_sizes(latents.manifest.spec, taps, settings), entries),
+        *sampling_lines(taps),
         f"free on that disk: {format_bytes(free_bytes(settings.out))}",
         "plus the rest of the teacher's pipeline and the students' initial weights",
         f"teacher forward passes: {entries}, in batches of {settings.batch_size}",

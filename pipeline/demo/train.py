@@ -170,7 +170,7 @@ def train_diffusion(work: Path, settings: TeacherSettings) -> StableDiffusionPip
             prompt_embeds = text_encoder(tokens[torch.where(captioned, index, len(captions))])[0]
         predicted = denoise(unet, noisy, timesteps, {"prompt_embeds": prompt_embeds}, SD)
         signal_to_noise = alphas[timesteps] / (1 - alphas[timesteps])
-        weight = signal_to_noise.clamp(max=settings.min_snr_gamma) / signal_to_noise
+        weight = settings.min_snr_gamma / signal_to_noise.clamp(min=settings.min_snr_gamma)
         weight = weight / alphas[timesteps] ** LOSS_POWER
         trainer.update((weight * (predicted - noise).square().mean(dim=(1, 2, 3))).mean())
     unet.load_state_dict(trainer.average)

@@ -136,6 +136,11 @@ def load_base(folder: Path, variant: str | None = None, unet: UNet2DConditionMod
     return family_of(folder).assemble(**parts)
 
 
+def load_scheduler(folder: Path) -> Any:
+    """A pipeline's own sampling scheduler."""
+    return read_part(part_classes(folder)["scheduler"], folder, "scheduler")
+
+
 def load_unet(folder: Path, variant: str | None) -> UNet2DConditionModel:
     """A pipeline's U-Net. Raises UserError for one with quantised weights."""
     unet = load_unet_folder(folder / "unet", variant, torch.float32)

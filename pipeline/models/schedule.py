@@ -9,6 +9,7 @@ from typing import Any
 import diffusers
 from diffusers import DDPMScheduler
 
+from pipeline.core.diffusion import PREDICTION_TYPES
 from pipeline.models.reading import read_json, reading
 from pipeline.system.errors import UserError
 
@@ -41,20 +42,31 @@ SCHEDULE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "t
 
 
 def load_noise_scheduler(folder: Path, prediction_type: str | None) -> DDPMScheduler:
-    """The noise schedule of the pipeline in `folder`. `prediction_type` overrides its config.
+    """The noise schedule of the pipeline in `folder`, to train with. `prediction_type` overrides its config.
 
     Keys of the schedule that the config leaves out have the defaults of the config's own class. Raises UserError for a
-    scheduler without a schedule of betas.
+    scheduler without a schedule of betas, or with a prediction type that cannot be trained.
     """
+    noise_scheduler = read_noise_scheduler(folder)
+    if prediction_type:
+        noise_scheduler.register_to_config(prediction_type=prediction_type)
+    stated = noise_scheduler.config.prediction_type
+    if stated not in PREDICTION_TYPES:
+        raise UserError(
+            f"{folder / 'scheduler' / CONFIG} has prediction type {stated!r}, which is not supported. "
+            f"Set --prediction-type to one of {', '.join(PREDICTION_TYPES)}."
+        )
+    return noise_scheduler
+
+
+def read_noise_scheduler(folder: Path) -> DDPMScheduler:
+    """The noise schedule of the pipeline in `folder`, whatever it predicts."""
     path = folder / "scheduler" / CONFIG
     config = read_json(path)
     name = config.get("_class_name", "DDPMScheduler")
     if name not in BETA_SCHEDULERS:
         raise UserError(no_betas(name))
-    noise_scheduler = reading(path, lambda: DDPMScheduler.from_config({**default_schedule(name), **config}))
-    if prediction_type:
-        noise_scheduler.register_to_config(prediction_type=prediction_type)
-    return noise_scheduler
+    return reading(path, lambda: DDPMScheduler.from_config({**default_schedule(name), **config}))
 
 
 def default_schedule(name: str) -> dict[str, Any]:

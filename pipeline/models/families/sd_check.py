@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTokenizer
 
 from pipeline.models.reading import read_config, read_json, read_part
-from pipeline.models.schedule import BETA_SCHEDULERS, CONFIG, load_noise_scheduler, no_betas
+from pipeline.models.schedule import BETA_SCHEDULERS, CONFIG, no_betas, read_noise_scheduler
 
 # Inputs of a U-Net besides noisy latents, timesteps and prompt embeddings, by the config's key.
 OTHER_INPUTS = {
@@ -62,8 +62,8 @@ def text_problems(folder: Path, unet: dict[str, Any]) -> Iterator[tuple[bool, st
     kind = read_json(folder / "text_encoder" / "config.json").get("model_type")
     yield kind in TEXT_ENCODERS, f"its text encoder is a {kind!r}, not a CLIP text encoder. {ADVICE}."
     text = read_part(CLIPTextConfig, folder, "text_encoder")
-    widths = [unet["encoder_hid_dim"] or unet["cross_attention_dim"]]
-    widths = widths[0] if isinstance(widths[0], list | tuple) else widths
+    stated = unet["encoder_hid_dim"] or unet["cross_attention_dim"]
+    widths = list(stated) if isinstance(stated, list | tuple) else [stated]
     yield (
         set(widths) == {text.hidden_size},
         f"its text encoder's embeddings have width {text.hidden_size}, but its U-Net takes {widths[0]}. "
@@ -93,7 +93,7 @@ def scheduler_problems(folder: Path) -> Iterator[tuple[bool, str]]:
         isinstance(steps, int) and steps > 0,
         f"num_train_timesteps in {path} is {steps!r}, not a positive integer. Correct it.",
     )
-    alphas = load_noise_scheduler(folder, None).alphas_cumprod
+    alphas = read_noise_scheduler(folder).alphas_cumprod
     yield (
         bool(((alphas >= 0) & (alphas <= 1)).all()),
         f"the betas in {path} give no noise schedule: some are not between 0 and 1. Correct them.",
