@@ -23,19 +23,20 @@ from pipeline.cache import sizes
 from pipeline.cache.latents import check_encoders, open_latents, unconditional_conditioning
 from pipeline.cache.output import bind_parts, claim, existing_manifest, finished_sidecars, range_of, share_unfinished
 from pipeline.cache.parts import BASE, student_part
-from pipeline.cache.settings import CacheFormat
+from pipeline.cache.settings import CacheFormat, sampling_lines
 from pipeline.cache.targets import BatchTargets, Teacher, compress_targets, run_teacher
 from pipeline.core.diffusion import PREDICTION_TYPES
 from pipeline.core.taps import Taps
 from pipeline.models.checksums import write_checksums
 from pipeline.models.families import LEVELS, family_of_spec
 from pipeline.models.hashing import library_versions, weights_sha256
-from pipeline.models.load import find_pipeline, load_base, load_noise_scheduler, load_unet, unet_config
+from pipeline.models.load import find_pipeline, load_base, load_unet, unet_config
 from pipeline.models.provenance import write_origin
 from pipeline.models.save import save_base
+from pipeline.models.schedule import load_noise_scheduler
 from pipeline.models.shapes import tap_shapes
 from pipeline.models.students import initialised_student, meta_student, teacher_taps
-from pipeline.sampling.generate import SAMPLES, Sampler, save_images
+from pipeline.sampling.generate import SAMPLES, Sampler, check_sampler, save_images
 from pipeline.sampling.process import PipelineRef, generate_in_process
 from pipeline.system.command import stage_command
 from pipeline.system.device import DTYPES, is_accelerator, leave_processes, process_state, resolve_dtype
@@ -69,6 +70,7 @@ class TeacherCacheSettings(CacheFormat, PrecisionOptions, HubOptions):
     rounds: int = option(4, "Passes over the latents, each with its own noise and timesteps.", ge=1)
     samples: int = option(8, "Images to generate with the teacher for the students' reports; 0 for none.", ge=0)
     samples_guidance: float = option(7.0, "Classifier-free guidance of those images.", ge=1.0)
+    samples_batch_size: int = option(4, "Images per forward pass of those images.", ge=1)
     batch_size: int = option(8, "Entries per forward pass.", ge=1)
     seed: int = option(0, "Seed for noise, timesteps, dither and all other random draws.", ge=0)
     noise_offset: float = option(0.0, "Standard deviation of an offset added to each channel of the noise.", ge=0.0)
@@ -110,11 +112,12 @@ def write_cache(settings: TeacherCacheSettings, lock: OutputLock) -> None:
     base, unet = load_base(folder, settings.variant), load_unet(folder, settings.variant)
     noise_scheduler = load_noise_scheduler(folder, settings.prediction_type)
     check_encoders(latents, base, f"--teacher {settings.teacher}")
+    check_samples(settings, latents, folder, base, noise_scheduler)
     spec = cache_spec(settings, latents, unet, noise_scheduler, state.device)
     require_space(settings.out, bytes_left(settings, latents, spec, base, unet), SMALLER)
     with state.main_process_first(), lock.claim() as alone:
         manifest = claim(settings.out, "cache", spec, alone=alone, rounds=settings.rounds)
-        saved = save_students(settings, base, unet, noise_scheduler)
+        saved = save_students(settings, folder, unet, noise_scheduler)
         manifest = bind_parts(settings.out, manifest, saved)
         write_origin(settings.out, settings.teacher, folder, settings.revision, settings.latents)
     del base
@@ -149,35 +152,47 @@ def write_cache(settings: TeacherCacheSettings, lock: OutputLock) -> None:
     del teacher, unet
     if state.is_main_process:
         pipeline = PipelineRef(settings.out / "base", folder / "unet", state.device, dtype, settings.variant)
-        finish(settings, manifest, latents, pipeline if wants_samples else None)
+        finish(settings, manifest, latents, folder, pipeline if wants_samples else None)
 
 
-def finish(settings: TeacherCacheSettings, manifest: Manifest, latents: ShardSet, pipeline: PipelineRef | None) -> None:
+def finish(
+    settings: TeacherCacheSettings, manifest: Manifest, latents: ShardSet, folder: Path, pipeline: PipelineRef | None
+) -> None:
     """Generate the samples if there is a `pipeline` for them, and tell what the cache holds, also if that fails."""
 
     def generate_samples() -> None:
         if pipeline:
             with failing_with(
                 f"{settings.out} is complete, but the teacher's images could not be generated",
-                "Rerun the same command to generate them, or add --samples 0.",
+                "Rerun the same command to generate them, with --samples-batch-size 1 if memory ran out, "
+                "or add --samples 0.",
             ):
-                save_teacher_samples(settings, latents, pipeline)
+                save_teacher_samples(settings, latents, folder, pipeline)
 
     attempt_all(generate_samples, lambda: report(settings.out, manifest, ""))
 
 
-def save_teacher_samples(settings: TeacherCacheSettings, latents: ShardSet, pipeline: PipelineRef) -> None:
+def save_teacher_samples(
+    settings: TeacherCacheSettings, latents: ShardSet, folder: Path, pipeline: PipelineRef
+) -> None:
     """Generate images with the teacher into the cache, from captions spread over the input.
 
     Students' reports show them next to their own.
     """
     chosen = np.linspace(0, len(latents) - 1, min(settings.samples, len(latents))).astype(int)
     prompts = [latents.read(int(i), ()).meta["caption"] for i in chosen]
-    sampler = Sampler(guidance_scale=settings.samples_guidance)
+    sampler = samples_sampler(settings, latents, folder)
     images = generate_in_process(pipeline, prompts, sampler, "teacher's samples")
     # Another job may have made the same images meanwhile.
     with suppress(FileExistsError):
         save_images(images, sampler, settings.out / SAMPLES)
+
+
+def samples_sampler(settings: TeacherCacheSettings, latents: ShardSet, folder: Path) -> Sampler:
+    """How the teacher's samples are generated. Those of a U-Net without a size of its own are as large as the data."""
+    resolution = latents.manifest.spec["resolution"]
+    size = None if unet_config(folder)["sample_size"] else (resolution, resolution)
+    return Sampler(guidance_scale=settings.samples_guidance, batch_size=settings.samples_batch_size, size=size)
 
 
 def cache_spec(
@@ -188,12 +203,6 @@ def cache_spec(
     device: torch.device,
 ) -> dict[str, Any]:
     """What the entries are. `strata` is the number of rounds of the first run and never changes."""
-    prediction_type = noise_scheduler.config.prediction_type
-    if prediction_type not in PREDICTION_TYPES:
-        raise UserError(
-            f"the teacher's scheduler has prediction type {prediction_type!r}, which is not supported. "
-            f"Set --prediction-type to one of {', '.join(PREDICTION_TYPES)}."
-        )
     found = existing_manifest(settings.out, "cache")
     config = dict(noise_scheduler.config)
     return {
@@ -202,12 +211,12 @@ def cache_spec(
         "entries_per_shard": settings.entries_per_shard,
         "strata": found.spec["strata"] if found else settings.rounds,
         "seed": settings.seed,
-        "taps": wanted_taps(tap_specs(settings, latents, dict(unet.config)), found),
+        "taps": wanted_taps(tap_specs(settings, latents, dict(unet.config)), found, settings.token_stride),
         "codec": {"name": settings.codec, **({"snr_db": settings.snr_db} if settings.codec == "dither" else {})},
         "noise_offset": settings.noise_offset,
         "input_perturbation": settings.input_perturbation,
         "uncond_fraction": settings.uncond_fraction,
-        "prediction_type": prediction_type,
+        "prediction_type": noise_scheduler.config.prediction_type,
         "noise_scheduler": {key: config[key] for key in sorted(config) if not key.startswith("_")},
         "dtype": resolve_dtype(settings.dtype, device),
         "teacher_sha256": weights_sha256(unet),
@@ -216,10 +225,30 @@ def cache_spec(
     }
 
 
-def wanted_taps(taps: dict[str, Any], found: Manifest | None) -> dict[str, Any]:
+def check_samples(
+    settings: TeacherCacheSettings,
+    latents: ShardSet,
+    folder: Path,
+    base: DiffusionPipeline,
+    noise_scheduler: DDPMScheduler,
+) -> None:
+    """Raise UserError if the teacher's samples could not be generated after the last shard."""
+    base.scheduler.register_to_config(prediction_type=noise_scheduler.config.prediction_type)
+    if settings.samples:
+        check_sampler(base.scheduler, samples_sampler(settings, latents, folder), f"--teacher {settings.teacher}")
+
+
+def wanted_taps(taps: dict[str, Any], found: Manifest | None, token_stride: int) -> dict[str, Any]:
     """The taps of the spec: those of the existing cache, if it already has all that are wanted."""
     stored = found.spec["taps"] if found else {}
-    return stored if all(stored.get(tap) == tap_spec for tap, tap_spec in taps.items()) else taps
+    return stored if all(serves(stored.get(tap), tap_spec, token_stride) for tap, tap_spec in taps.items()) else taps
+
+
+def serves(stored: dict[str, Any] | None, wanted: dict[str, Any], token_stride: int) -> bool:
+    """Whether a stored tap is the wanted one. Earlier versions kept all positions of a tap that the stride does not
+    divide."""
+    divides = all(side % token_stride == 0 for side in wanted["shape"][1:])
+    return stored == wanted or (not divides and stored == {**wanted, "stride": 1})
 
 
 def tap_specs(settings: TeacherCacheSettings, latents: ShardSet, config: dict[str, Any]) -> dict[str, Any]:
@@ -236,7 +265,7 @@ def tap_specs(settings: TeacherCacheSettings, latents: ShardSet, config: dict[st
 
 
 def save_students(
-    settings: TeacherCacheSettings, base: DiffusionPipeline, unet: UNet2DConditionModel, noise_scheduler: DDPMScheduler
+    settings: TeacherCacheSettings, folder: Path, unet: UNet2DConditionModel, noise_scheduler: DDPMScheduler
 ) -> list[str]:
     """Write base/ and students/<level>/ to the cache, each with its checksums, unless they exist.
 
@@ -244,18 +273,18 @@ def save_students(
     """
     saved = []
     if not (settings.out / BASE).is_dir():
-        save_base(base, noise_scheduler, settings.out / BASE)
+        save_base(folder, settings.variant, noise_scheduler, settings.out / BASE)
         saved.append(BASE)
     teacher_weights = unet.state_dict()
     for level in settings.students:
-        folder = settings.out / student_part(level)
-        if folder.is_dir():
+        student_folder = settings.out / student_part(level)
+        if student_folder.is_dir():
             continue
         try:
             student = initialised_student(dict(unet.config), teacher_weights, level)
         except ValueError as error:
             raise UserError(f"--teacher {settings.teacher}: {error}") from None
-        with atomic_directory(folder, exist_ok=True) as temporary:
+        with atomic_directory(student_folder, exist_ok=True) as temporary:
             student.save_pretrained(temporary)
             write_checksums(temporary)
         saved.append(student_part(level))
@@ -341,8 +370,11 @@ def plan(settings: TeacherCacheSettings) -> list[str]:
     check_out(settings)
     latents = open_latents(settings.latents)
     folder = find_pipeline(settings.teacher, settings.revision, settings.variant)
+    base = load_base(folder, settings.variant)
+    check_encoders(latents, base, f"--teacher {settings.teacher}")
+    check_samples(settings, latents, folder, base, load_noise_scheduler(folder, settings.prediction_type))
     found = existing_manifest(settings.out, "cache")
-    taps = wanted_taps(tap_specs(settings, latents, unet_config(folder)), found)
+    taps = wanted_taps(tap_specs(settings, latents, unet_config(folder)), found, settings.token_stride)
     if found is not None:
         stated = {"latents": latents.manifest.spec, "entries": len(latents), "taps": taps}
         names = ("entries_per_shard", "seed", "noise_offset", "input_perturbation", "uncond_fraction")
@@ -355,6 +387,7 @@ def plan(settings: TeacherCacheSettings) -> list[str]:
         f"entries: {len(latents)} images x {rounds} rounds = {len(latents) * rounds}",
         f"still to write: {entries} entries in {len(left)} shards",
         *sizes.lines(entry_sizes(latents.manifest.spec, taps, settings), entries),
+        *sampling_lines(taps),
         f"free on that disk: {format_bytes(free_bytes(settings.out))}",
         "plus the rest of the teacher's pipeline and the students' initial weights",
         f"teacher forward passes: {entries}, in batches of {settings.batch_size}",

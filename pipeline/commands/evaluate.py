@@ -15,7 +15,6 @@ import torch
 
 from pipeline.cache.latents import check_encoders, open_latents
 from pipeline.demo.oracle import score_scenes
-from pipeline.evaluation.cost import sample_size
 from pipeline.evaluation.measure import (
     Task,
     cached_result,
@@ -40,6 +39,7 @@ from pipeline.evaluation.settings import COST, EVALUATION, FIDELITY, EvaluateSet
 from pipeline.evaluation.table import markdown, rows_of
 from pipeline.models.provenance import CARD
 from pipeline.sampling.folder import count_missing, generate_missing
+from pipeline.sampling.generate import check_sampler, image_size
 from pipeline.sampling.process import load_pipeline
 from pipeline.system.command import stage_command
 from pipeline.system.device import DTYPES, device_name, process_state, resolve_dtype
@@ -138,6 +138,8 @@ def open_task(settings: EvaluateSettings) -> Task:
     teacher = load_named_pipeline(settings.teacher, "--teacher", settings.revision, settings.variant, device, dtype)
     student = load_named_pipeline(settings.student, "--student", None, None, device, dtype)
     level = level_of(teacher, student, settings.level)
+    for loaded, flag in ((teacher, "--teacher"), (student, "--student")):
+        check_sampler(loaded.pipe.scheduler, settings.sampler(1), f"{flag} {loaded.name}")
     if latents is not None:
         check_encoders(latents, teacher.pipe, f"--teacher {settings.teacher}")
     task = Task(teacher, student, level, latents, prompts, reference)
@@ -204,7 +206,7 @@ def generate_images(settings: EvaluateSettings, task: Task, name: str) -> list[P
 def missing_bytes(settings: EvaluateSettings, task: Task, name: str) -> int:
     """The approximate size in bytes of the images still to generate."""
     pipe = task.pipelines[name].pipe
-    height, width = (side * pipe.vae_scale_factor for side in sample_size(pipe.unet.config))
+    height, width = image_size(pipe)
     return int(count_missing(settings.out / IMAGES / name, len(task.prompts)) * 3 * height * width * PNG_SHARE)
 
 

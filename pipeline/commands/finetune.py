@@ -24,7 +24,9 @@ from pipeline.core.diffusion import PREDICTION_TYPES
 from pipeline.models.families import family_of_spec
 from pipeline.models.hashing import weights_sha256
 from pipeline.models.hub import upload
-from pipeline.models.load import find_pipeline, load_base, load_noise_scheduler, load_unet
+from pipeline.models.load import find_pipeline, load_base, load_unet
+from pipeline.models.schedule import load_noise_scheduler
+from pipeline.sampling.generate import Sampler, check_sampler
 from pipeline.system.command import stage_command
 from pipeline.system.device import leave_processes
 from pipeline.system.errors import UserError, attempt_all
@@ -168,7 +170,7 @@ def prepare(
     accelerator: Accelerator,
 ) -> Training:
     """The U-Net, as passed or from the newest checkpoint, and everything that trains it, on the device."""
-    check_encoders(dataset.shards, load_base(folder, settings.variant), f"--model {settings.model}")
+    check_model(settings, folder, dataset)
     transform = settings.transform
     student, state = start(settings, transform, lambda: unet)
     return prepare_training(
@@ -183,6 +185,15 @@ def prepare(
         noise_scheduler=load_noise_scheduler(folder, settings.prediction_type),
         base=folder,
     )
+
+
+def check_model(settings: FinetuneSettings, folder: Path, dataset: LatentsDataset) -> None:
+    """Raise UserError for a pipeline that cannot be trained on these latents, or cannot generate validation images."""
+    base, model = load_base(folder, settings.variant), f"--model {settings.model}"
+    check_encoders(dataset.shards, base, model)
+    load_noise_scheduler(folder, settings.prediction_type)
+    if settings.validation_prompts:
+        check_sampler(base.scheduler, Sampler(), model)
 
 
 def batches(
@@ -242,7 +253,9 @@ def draw_inputs(
 
 
 def save(settings: FinetuneSettings, training: Training) -> None:
-    training.student.register_to_config(_name_or_path=settings.model)
+    # A folder's path is nobody else's business.
+    name = Path(settings.model).resolve().name if Path(settings.model).is_dir() else settings.model
+    training.student.register_to_config(_name_or_path=name)
     training.transform.convert(training.student, training.base, settings.out)
 
 
@@ -252,6 +265,7 @@ def plan(settings: FinetuneSettings) -> list[str]:
     dataset = LatentsDataset(settings.latents)
     folder = find_pipeline(settings.model, settings.revision, settings.variant, "--model")
     settings = resolve_steps_and_lr(settings, len(dataset), 1)
+    check_model(settings, folder, dataset)
     unet = load_unet(folder, settings.variant)
     settings.transform.prepare(unet)
     trained = sum(p.numel() for p in unet.parameters() if p.requires_grad)

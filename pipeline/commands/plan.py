@@ -10,7 +10,7 @@ import click
 import torch
 
 from pipeline.cache import sizes
-from pipeline.cache.settings import CacheFormat
+from pipeline.cache.settings import CacheFormat, sampling_lines
 from pipeline.cache.trial import try_teacher
 from pipeline.models.load import family_of, find_pipeline, load_unet
 from pipeline.models.shapes import TeacherShapes, teacher_shapes
@@ -141,6 +141,7 @@ def plan(settings: PlanSettings) -> list[str]:
         *([f"chosen for {settings.budget}: teacher-cache {flags}"] if settings.budget else []),
         f"entries: {chosen.images} images x {chosen.rounds} rounds = {entries}",
         *sizes.lines(cost.entry, entries),
+        *sampling_lines(chosen.tap_specs(shapes.taps)),
         f"latents: {cost.latents:,} bytes per image, {format_bytes(chosen.images * cost.latents)}",
         f"latents and cache: {format_bytes(cost.total(chosen.images, chosen.rounds))}; "
         f"{format_bytes(free_bytes(chosen.out))} are free in {chosen.out}",

@@ -10,7 +10,7 @@ import click
 from PIL import Image
 
 from pipeline.models.load import find_pipeline
-from pipeline.sampling.generate import SCHEDULERS, Sampler, generate, save_images
+from pipeline.sampling.generate import SCHEDULERS, Sampler, check_sampler, generate, save_images
 from pipeline.sampling.process import PipelineRef, load_pipeline
 from pipeline.system.command import stage_command
 from pipeline.system.device import DTYPES, process_state, resolve_dtype
@@ -67,6 +67,7 @@ def run(settings: SampleSettings) -> None:
         (settings.height, settings.width) if settings.height and settings.width else None,
         settings.seed,
     )
+    check_sampler(pipe.scheduler, sampler, f"--model {settings.model}")
     samples = generate(pipe, prompts, sampler, "sample")
     save_images(samples, sampler, settings.out)
     contact_sheet(samples.images).save(settings.out / SHEET)

@@ -8,6 +8,7 @@ All intermediate results are in the work folder. Rerun the same command to resum
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,7 @@ from pipeline.models.bundled import TEACHER
 from pipeline.models.checksums import CHECKSUMS, write_checksums
 from pipeline.models.families import denoise
 from pipeline.models.families.sd import SD
+from pipeline.models.save import copy_parts
 from pipeline.system.errors import UserError, first_line
 from pipeline.system.json_files import read_json
 from shards.files import atomic_file, write_json
@@ -170,7 +172,7 @@ def train_diffusion(work: Path, settings: TeacherSettings) -> StableDiffusionPip
             prompt_embeds = text_encoder(tokens[torch.where(captioned, index, len(captions))])[0]
         predicted = denoise(unet, noisy, timesteps, {"prompt_embeds": prompt_embeds}, SD)
         signal_to_noise = alphas[timesteps] / (1 - alphas[timesteps])
-        weight = signal_to_noise.clamp(max=settings.min_snr_gamma) / signal_to_noise
+        weight = settings.min_snr_gamma / signal_to_noise.clamp(min=settings.min_snr_gamma)
         weight = weight / alphas[timesteps] ** LOSS_POWER
         trainer.update((weight * (predicted - noise).square().mean(dim=(1, 2, 3))).mean())
     unet.load_state_dict(trainer.average)
@@ -217,6 +219,9 @@ def export(teacher: StableDiffusionPipeline, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     (out / CHECKSUMS).unlink(missing_ok=True)
     dtype = teacher.dtype
-    teacher.to(torch.float16).save_pretrained(out)
+    with tempfile.TemporaryDirectory(dir=out.parent) as temporary:
+        teacher.to(torch.float16).save_pretrained(temporary)
+        copy_parts(Path(temporary), None, out, torch.float16)
+    teacher.unet.save_pretrained(out / "unet")
     teacher.to(dtype)
     write_checksums(out, "*.safetensors")

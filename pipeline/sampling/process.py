@@ -74,7 +74,11 @@ def load_pipeline(model: PipelineRef) -> DiffusionPipeline:
 def _generate_here(
     model: PipelineRef, prompts: list[str], sampler: Sampler, description: str | None
 ) -> GeneratedImages:
+    is_cold = _cached_pipeline.cache_info().misses == 0
     pipe, memory_before = _cached_pipeline(model)
+    if is_cold:
+        # The first step of a process takes much longer than the others.
+        generate(pipe, prompts[: sampler.batch_size], replace(sampler, steps=1, scheduler="dpm"), None)
     samples = generate(pipe, prompts, sampler, description)
     return replace(samples, peak_memory=peak_memory(model.device) - memory_before)
 

@@ -27,6 +27,8 @@ from torch import Tensor
 from pipeline.core.diffusion import add_noise
 from pipeline.core.taps import Taps
 from pipeline.models.families import Family, denoise
+from pipeline.models.load import load_scheduler
+from pipeline.sampling.generate import Sampler, check_sampler
 from pipeline.system.device import leave_processes
 from pipeline.system.errors import FAILURES, UserError, first_line
 from pipeline.system.prompts import read_prompts
@@ -40,7 +42,7 @@ from pipeline.training.output import CHECKPOINTS, FINISHED, METRICS, VALIDATION,
 from pipeline.training.peers import Peers
 from pipeline.training.settings import TrainingSettings
 from pipeline.training.transform import Transform
-from pipeline.training.validation import check_sampler, generate_validation
+from pipeline.training.validation import generate_validation
 from shards.dataset import Batch
 from shards.files import write_json
 
@@ -142,7 +144,7 @@ def prepare_training(
     """Everything that trains the student, on the device; with the `state` of a checkpoint if there is one."""
     prompts = read_prompts(settings.validation_prompts) if settings.validation_prompts else []
     if prompts:
-        check_sampler(base)
+        check_sampler(load_scheduler(base), Sampler(), str(base))
     # On a CPU, channels_last would have the gradients of convolutions copied.
     on_gpu = accelerator.device.type == "cuda"
     student.to(accelerator.device, memory_format=torch.channels_last if on_gpu else torch.contiguous_format).train()

@@ -5,13 +5,12 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from torch import nn
 
 from pipeline.models.load import load_base
-from pipeline.sampling.generate import SCHEDULERS, Sampler, generate, save_images
-from pipeline.system.errors import failing_with
+from pipeline.sampling.generate import Sampler, generate, save_images
 
 
 def generate_validation(
@@ -42,14 +41,3 @@ def generate_validation(
             ema.restore(trained)
     shutil.rmtree(folder, ignore_errors=True)
     save_images(images, sampler, folder)
-
-
-def check_sampler(base: Path) -> None:
-    """Raise UserError if images cannot be generated with the scheduler in `base`, before anything is trained."""
-    with failing_with(
-        f"{base / 'scheduler'} cannot generate images",
-        "Leave --validation-prompts out, or use another scheduler there.",
-    ):
-        config = DDIMScheduler.load_config(base, subfolder="scheduler")
-        sampler = Sampler()
-        SCHEDULERS[sampler.scheduler].from_config(config).set_timesteps(sampler.steps)
