@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import IO
 
+from shards.manifest import sha256_of_json
 from shards.schema import BLOCK, FORMAT_VERSION, json_bytes, sidecar_name
-from shards.store import CHUNK, Store, read_chunks
+from shards.store import CHUNK, Store
 
 Rows = dict[str, list[int]]
 
@@ -62,27 +63,30 @@ def keep(store: Store, kept: Kept, spec_sha256: str, written: IO[bytes]) -> None
     content = {
         "format": FORMAT_VERSION,
         "spec_sha256": spec_sha256,
-        "sha256": digest.hexdigest(),
+        "tar_sha256": digest.hexdigest(),
         "keys": kept.keys,
         "table": kept.table,
         "skipped": kept.skipped,
     }
     with store.write(kept_name(sidecar_name(kept.shard))) as stream:
-        stream.write(json_bytes(content, indent=None))
+        stream.write(json_bytes({"sha256": sha256_of_json(content), "content": content}, indent=None))
 
 
 def read_kept(store: Store, shard: str, spec_sha256: str) -> Kept | None:
     """What is kept of a shard; None if that is nothing, or not to be trusted."""
     try:
-        content = json.loads(store.read(kept_name(sidecar_name(shard))))
+        described = json.loads(store.read(kept_name(sidecar_name(shard))))
+        content = described["content"]
+        if sha256_of_json(content) != described["sha256"]:
+            return None
         if content["format"] != FORMAT_VERSION or content["spec_sha256"] != spec_sha256:
             return None
         kept = Kept(shard, tuple(content["keys"]), tuple(content["table"]), tuple(content["skipped"]))
         digest = hashlib.sha256()
-        for chunk in read_chunks(store, kept_name(shard)):
+        for chunk in kept_chunks(store, kept):
             digest.update(chunk)
-        return kept if digest.hexdigest() == content["sha256"] else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return kept if digest.hexdigest() == content["tar_sha256"] else None
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import signal
 
 import pytest
@@ -10,6 +11,7 @@ from support.stages import reset_accelerate, run_encode, run_teacher_cache, shar
 from support.tiny import write_images
 
 from pipeline import encode, teacher_cache
+from shards.manifest import sha256_of_json
 from shards.writer import HashingStream
 
 
@@ -67,7 +69,7 @@ def run_until(monkeypatch, stage, run, out, batch, stop):
 
 
 def kept_batches(out, shard):
-    return len(json.loads((out / f".{shard}.json.kept").read_text())["keys"]) // 3
+    return len(json.loads((out / f".{shard}.json.kept").read_text())["content"]["keys"]) // 3
 
 
 def hidden(out):
@@ -116,7 +118,7 @@ def test_an_interruption_at_any_write_ends_in_the_same_bytes(stage, teacher, wor
     assert hidden(out) == []
 
 
-@pytest.mark.parametrize("damage", ["cut", "changed", "described wrong", "of another set"])
+@pytest.mark.parametrize("damage", ["cut", "changed", "described wrong", "one digit", "of another set"])
 def test_what_was_kept_and_is_damaged_is_written_again(damage, teacher, work, tmp_path, monkeypatch):
     run, out = stages(teacher, work)["encode"], tmp_path / "out"
     run_until(monkeypatch, "encode", run, out, 3, raising)
@@ -128,8 +130,11 @@ def test_what_was_kept_and_is_damaged_is_written_again(damage, teacher, work, tm
         tar.write_bytes(data[:700] + b"x" + data[701:])
     elif damage == "described wrong":
         described.write_text("[]")
+    elif damage == "one digit":
+        described.write_text(re.sub(r"(\d)\]", lambda match: f"{int(match[1]) ^ 1}]", described.read_text(), count=1))
     else:
-        described.write_text(json.dumps({**json.loads(described.read_text()), "spec_sha256": "0" * 64}))
+        content = {**json.loads(described.read_text())["content"], "spec_sha256": "0" * 64}
+        described.write_text(json.dumps({"content": content, "sha256": sha256_of_json(content)}))
     assert run_until(monkeypatch, "encode", run, out, None, raising) == 4
     assert shard_files(out) == shard_files(work / "latents")
     assert hidden(out) == []

@@ -204,6 +204,8 @@ def run_training(
     if accelerator.is_main_process:
         if training.ema:
             training.ema.copy_to(training.trained)
+        # Of a student that is being replaced, nobody is to be told that it is finished.
+        (settings.out / FINISHED).unlink(missing_ok=True)
         save()
         write_json(settings.out / FINISHED, {"step": training.step})
     for active in accelerator.trackers:

@@ -12,6 +12,7 @@ from support.stages import reset_accelerate, run_distill, run_encode, run_teache
 from pipeline.cli import main
 from pipeline.system.errors import UserError
 from pipeline.system.output import check_new, check_output, writer_of
+from pipeline.training.transform import Transform
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +174,22 @@ def test_an_impossible_step_is_named(work, tmp_path):
     (out / "finished.json").unlink()
     run_distill(work / "cache", out, max_train_steps=1)
     assert json.loads((out / "finished.json").read_text()) == {"step": 1}
+
+
+def test_a_student_that_is_being_replaced_is_not_finished(work, tmp_path, monkeypatch):
+    out = shutil.copytree(work / "student", tmp_path / "student")
+
+    def killed(*arguments):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Transform, "convert", killed)
+        with pytest.raises(MemoryError):
+            run_distill(work / "cache", out, max_train_steps=2)
+    reset_accelerate()
+    run_distill(work / "cache", out, max_train_steps=1)
+    assert json.loads((out / "finished.json").read_text()) == {"step": 2}
+    assert (out / "model_index.json").is_file()
 
 
 def test_a_training_without_its_spec_is_refused(work, tmp_path):
