@@ -115,6 +115,15 @@ def test_an_output_around_an_input_is_refused(work, tmp_path):
     assert (result.exit_code, "contains --data" in result.output) == (2, True)
 
 
+@pytest.mark.parametrize("place", ["cache", "cache/base", "student", "student/unet", "latents", "images"])
+def test_a_single_file_goes_into_nobodys_output(place, work):
+    before = tree(work)
+    out = work / place / "new.safetensors"
+    result = invoke("export", "--model", work / "student", "--format", "single-file", "--out", out)
+    assert (result.exit_code, "lies in" in result.output) == (2, True), result.output
+    assert tree(work) == before
+
+
 @pytest.mark.parametrize("command", ["encode", "teacher-cache", "distill", "finetune", "evaluate"])
 def test_a_dry_run_refuses_what_the_run_refuses(command, work):
     result = invoke(*COMMANDS[command].format(w=work).split(), "--out", work / "notes", "--dry-run")
