@@ -39,9 +39,11 @@ from pipeline.system.lock import OutputLock
 from pipeline.system.options import DeviceOptions, HubOptions
 from pipeline.system.output import check_output, made_by
 from pipeline.system.settings import REQUIRED, option, write_settings
+from pipeline.system.signals import sigterm_interrupts
 from pipeline.system.threads import in_background
 from shards.codec import encode_npy
 from shards.files import atomic_file
+from shards.kept import Kept, read_kept
 from shards.manifest import Manifest, refuse_other_spec
 from shards.plan import PlannedShard, ShardPlan, count_entries
 from shards.reader import read_sidecar
@@ -51,6 +53,7 @@ from shards.schema import (
     conditioning_shapes,
     empty_prompt_file,
     image_key,
+    image_of,
     sidecar_name,
     stated_shapes,
 )
@@ -96,7 +99,7 @@ class EncodeSettings(DataSettings, DeviceOptions, HubOptions):
 def run(settings: EncodeSettings) -> None:
     """Encode images and captions into latents and prompt embeddings, in shards."""
     check_out(settings)
-    with OutputLock(settings.out) as lock:
+    with OutputLock(settings.out) as lock, sigterm_interrupts():
         write_latents(settings, lock)
 
 
@@ -142,12 +145,15 @@ def write_latents(settings: EncodeSettings, lock: OutputLock) -> None:
         warn_truncated_captions(source, base, family)
     with tqdm(total=count_entries(own), unit="image", desc="encode", disable=not state.is_main_process) as progress:
         for shard in own:
-            skipped: list[dict[str, str]] = []
-            remember(open_store(settings.out), manifest, shard, [record for _, record in shard_records(source, shard)])
-            entries = shard_entries(source, settings, shard, base, family, skipped, progress.update)
+            records = shard_records(source, shard)
+            remember(open_store(settings.out), manifest, shard, [record for _, record in records])
+            kept = kept_batches(settings, shard, manifest)
+            left, skipped = after_kept(records, kept)
+            progress.update(len(records) - len(left))
+            entries = shard_entries(source, settings, left, len(records), base, family, skipped, progress.update)
             if is_accelerator(state.device):
                 entries = in_background(entries, 2 * settings.batch_size)
-            write_shard(open_store(settings.out), shard.name, manifest.spec_sha256, entries, skipped)
+            write_shard(open_store(settings.out), shard.name, manifest.spec_sha256, entries, skipped, kept)
     leave_processes(state)
     if state.is_main_process:
         report(settings.out, manifest, "")
@@ -193,6 +199,24 @@ def shard_records(source: OpenSource, shard: PlannedShard) -> list[tuple[int, Re
     return [(index, source.records[index]) for index in shard.indices]
 
 
+def kept_batches(settings: EncodeSettings, shard: PlannedShard, manifest: Manifest) -> Kept | None:
+    """The complete batches that an interrupted run kept of a shard; None if there are none."""
+    kept = read_kept(open_store(settings.out), shard.name, manifest.spec_sha256)
+    return kept and kept.first(len(kept.keys) // settings.batch_size * settings.batch_size)
+
+
+def after_kept(
+    records: list[tuple[int, Record]], kept: Kept | None
+) -> tuple[list[tuple[int, Record]], list[dict[str, str]]]:
+    """The records of a shard behind the last kept entry, and the images that were skipped before it."""
+    if not kept or not kept.keys:
+        return records, []
+    last = image_of(kept.keys[-1])
+    done = {record.source_id for index, record in records if index <= last}
+    left = [(index, record) for index, record in records if index > last]
+    return left, [item for item in kept.skipped if item["source_id"] in done]
+
+
 def reopen_skipped(source: OpenSource, settings: EncodeSettings, manifest: Manifest) -> None:
     """Mark the finished shards as unfinished that skipped an image which can be read now."""
     store, part = open_store(settings.out), range_of(settings.shard_range)
@@ -213,17 +237,18 @@ def reopen_skipped(source: OpenSource, settings: EncodeSettings, manifest: Manif
 def shard_entries(
     source: OpenSource,
     settings: EncodeSettings,
-    shard: PlannedShard,
+    records: list[tuple[int, Record]],
+    size: int,
     base: DiffusionPipeline,
     family: Family,
     skipped: list[dict[str, str]],
     advance: Callable[[int], Any],
 ) -> Iterator[EntryBuilder]:
-    """The entries of one shard. Images without pixels are appended to `skipped`. No batch crosses a shard."""
-    records = shard_records(source, shard)
+    """The entries of one shard of `size` images, of which the `records` are left. Images without pixels are appended to
+    `skipped`. No batch crosses a shard."""
     ahead = 2 * max(settings.batch_size, settings.workers)
     loaded = load_images(source, settings.framing, records, settings.workers, ahead)
-    readable = without_skipped(loaded, skipped, settings.max_skipped * len(records), advance)
+    readable = without_skipped(loaded, skipped, settings.max_skipped * size, advance)
     while batch := list(itertools.islice(readable, settings.batch_size)):
         yield from encode_batch(batch, settings, base, family)
         advance(len(batch))

@@ -46,8 +46,10 @@ from pipeline.system.lock import OutputLock
 from pipeline.system.options import HubOptions, PrecisionOptions
 from pipeline.system.output import check_output, made_by
 from pipeline.system.settings import REQUIRED, option, write_settings
+from pipeline.system.signals import sigterm_interrupts
 from pipeline.system.threads import in_background, ordered_map
 from shards.files import atomic_directory
+from shards.kept import Kept, read_kept
 from shards.manifest import Manifest, refuse_other_spec
 from shards.plan import PlannedShard, ShardPlan, count_entries
 from shards.reader import ShardSet
@@ -94,7 +96,7 @@ class TeacherCacheSettings(CacheFormat, PrecisionOptions, HubOptions):
 def run(settings: TeacherCacheSettings) -> None:
     """Run the teacher on latents, in rounds, and store its predictions and features."""
     check_out(settings)
-    with OutputLock(settings.out) as lock:
+    with OutputLock(settings.out) as lock, sigterm_interrupts():
         write_cache(settings, lock)
 
 
@@ -144,14 +146,17 @@ def write_cache(settings: TeacherCacheSettings, lock: OutputLock) -> None:
     with tqdm(
         total=count_entries(own), unit="entry", desc="teacher-cache", disable=not state.is_main_process
     ) as progress:
-        entries = cache_entries(own, manifest, latents, teacher, settings)
+        kept = kept_batches(settings, own, manifest)
+        progress.update(sum(len(part.keys) for part in kept.values()))
+        entries = cache_entries(own, kept, manifest, latents, teacher, settings)
         for shard, of_shard in itertools.groupby(entries, key=lambda pair: pair[0]):
-            write_shard(open_store(settings.out), shard, manifest.spec_sha256, counted(of_shard, progress.update), [])
+            written = counted(of_shard, progress.update)
+            write_shard(open_store(settings.out), shard, manifest.spec_sha256, written, [], kept.get(shard))
     leave_processes(state)
     # The images need the memory that the teacher takes.
     del teacher, unet
     if state.is_main_process:
-        pipeline = PipelineRef(settings.out / "base", folder / "unet", state.device, dtype, settings.variant)
+        pipeline = PipelineRef(settings.out / BASE, folder / "unet", state.device, dtype, settings.variant)
         finish(settings, manifest, latents, folder, pipeline if wants_samples else None)
 
 
@@ -317,16 +322,36 @@ def shards_left(settings: TeacherCacheSettings, images: int, found: Manifest | N
     return plan.unfinished(open_store(settings.out), range_of(settings.shard_range))
 
 
+def kept_batches(settings: TeacherCacheSettings, shards: list[PlannedShard], manifest: Manifest) -> dict[str, Kept]:
+    """The complete batches that interrupted runs kept, by shard. The last batch of a shard is left to be written."""
+    found = {}
+    for shard in shards:
+        kept = read_kept(open_store(settings.out), shard.name, manifest.spec_sha256)
+        if kept:
+            count = min(len(kept.keys), len(shard.indices) - 1)
+            found[shard.name] = kept.first(count // settings.batch_size * settings.batch_size)
+    return found
+
+
 def cache_entries(
-    shards: list[PlannedShard], manifest: Manifest, latents: ShardSet, teacher: Teacher, settings: TeacherCacheSettings
+    shards: list[PlannedShard],
+    kept: dict[str, Kept],
+    manifest: Manifest,
+    latents: ShardSet,
+    teacher: Teacher,
+    settings: TeacherCacheSettings,
 ) -> Iterator[tuple[str, EntryBuilder]]:
-    """(shard, entry) of the shards in order. While a GPU computes a batch, the ones before it are compressed."""
+    """(shard, entry) of the shards in order, without what is `kept` of them.
+
+    While a GPU computes a batch, the ones before it are compressed.
+    """
     tensors = [LATENTS, *conditioning_shapes(latents.manifest.spec)]
 
     def targets() -> Iterator[tuple[str, BatchTargets]]:
         for shard in shards:
             assert shard.round is not None
-            for first in range(0, len(shard.indices), settings.batch_size):
+            done = len(kept[shard.name].keys) if shard.name in kept else 0
+            for first in range(done, len(shard.indices), settings.batch_size):
                 chosen = shard.indices[first : first + settings.batch_size]
                 images = [latents.read(i, tensors) for i in chosen]
                 yield shard.name, run_teacher(images, shard.round, manifest.spec, teacher)

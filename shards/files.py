@@ -24,14 +24,14 @@ NO_DIRECTORY_SYNC = {getattr(errno, name) for name in ("EINVAL", "ENOTSUP", "EOP
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file that takes its name only when the block ends well; otherwise it is removed.
+    """A binary file that takes its name only when the block ends well; otherwise it is removed. It can be read as well.
 
     Its mode is that of any new file, whoever wrote it. An OSError names `path`, also that of a failed write, which
     would name no file, or of a directory that was moved away meanwhile.
     """
     temporary = partial_name(path)
     try:
-        with open(temporary, "wb") as stream:
+        with open(temporary, "w+b") as stream:
             mode = os.fstat(stream.fileno()).st_mode
             yield stream
             stream.flush()

@@ -178,8 +178,9 @@ def placed_sidecar(store: Store, shard: PlannedShard, manifest: Manifest) -> Sid
         raise damaged(path, f"it lists {entries} entries, not the {len(indices)} of its place")
     # The entries of a cache are numbered without the images that `encode` skipped, and their keys are the images' own.
     images = manifest.spec.get("latents", manifest.spec).get("entries", manifest.spec["entries"])
-    for key in (sidecar.keys[:1] + sidecar.keys[-1:]) if sidecar.keys else ():
-        if not indices.start <= image_of(key) < indices.stop + images - manifest.spec["entries"]:
+    later = images - manifest.spec["entries"]
+    for key in sidecar.keys[:1] + sidecar.keys[-1:]:
+        if not indices.start <= image_of(key) < indices.stop + later:
             raise damaged(path, f"it lists the entry {key}, which has another place")
     return sidecar
 
@@ -204,7 +205,7 @@ def read_sidecar(store: Store, shard: str, spec_sha256: str) -> Sidecar:
             raise ForeignShardError(f"{path} belongs to another shard set than {store}/{MANIFEST}. " + REWRITE)
         keys, members = list(content["keys"]), list(content["members"])
         table = np.array(content["table"], np.int64).reshape(len(keys), len(members), len(COLUMNS))
-        sidecar = Sidecar(shard, content["bytes"], content["sha256"], content["skipped"], keys, members, table)
+        sidecar = Sidecar(shard, content["bytes"], content["sha256"], list(content["skipped"]), keys, members, table)
         if content["shard"] != shard or content["count"] != len(keys):
             raise ValueError("it describes another shard")
         if type(sidecar.bytes) is not int:

@@ -87,25 +87,25 @@ def examine(path: str, check: Callable[[], Result]) -> Result:
 
     The second reading opens the file again, but the system may answer it from memory.
     """
-    found: list[str] = []
-    while True:
-        try:
-            result = check()
-        except OSError as error:
-            raise unreadable(path, error) from None
-        except ShardError as error:
-            if str(error) in found:
-                raise
-            found.append(str(error))
-            if len(found) == 1:
-                continue
-        else:
-            if not found:
-                return result
-        raise UnreadableError(
-            f"{path} was read twice with different results, so a disk, a network or memory may be failing. Nothing is "
-            "deleted for that. Check the machine, and run `distill-sd verify` again."
-        )
+    first = _attempt(path, check)
+    if not isinstance(first, ShardError):
+        return first
+    second = _attempt(path, check)
+    if isinstance(second, ShardError) and str(second) == str(first):
+        raise second
+    raise UnreadableError(
+        f"{path} was read twice with different results, so a disk, a network or memory may be failing. Nothing is "
+        "deleted for that. Check the machine, and run `distill-sd verify` again."
+    )
+
+
+def _attempt(path: str, check: Callable[[], Result]) -> Result | ShardError:
+    try:
+        return check()
+    except ShardError as error:
+        return error
+    except OSError as error:
+        raise unreadable(path, error) from None
 
 
 def unreadable(path: str, error: OSError) -> UnreadableError:

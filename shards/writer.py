@@ -6,6 +6,7 @@ import hashlib
 import json
 import zlib
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import IO, Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import webdataset
 
 from shards.codec import encode_npy
+from shards.kept import Kept, forget, keep, kept_chunks
 from shards.schema import BLOCK, COLUMNS, FORMAT_VERSION, json_bytes, sidecar_name
 from shards.store import Store
 
@@ -52,22 +54,40 @@ class HashingStream:
 
 
 def write_shard(
-    store: Store, shard: str, spec_sha256: str, entries: Iterable[EntryBuilder], skipped: list[dict[str, str]]
+    store: Store,
+    shard: str,
+    spec_sha256: str,
+    entries: Iterable[EntryBuilder],
+    skipped: list[dict[str, str]],
+    kept: Kept | None = None,
 ) -> None:
     """Write `entries` as the tar `shard`, then its sidecar. Neither file appears before it is complete.
+
+    With what an interrupted run `kept`, `entries` are those that follow. On KeyboardInterrupt, what is written is kept.
 
     The tar is hashed as it is written. The sidecar follows and is the only mark of a finished shard. `skipped` is read
     after the last entry, so a producer may append to it while it yields entries. Members have mtime 0, so equal
     entries give equal bytes.
     """
-    keys: list[str] = []
-    table: list[dict[str, list[int]]] = []
+    keys, table = (list(kept.keys), list(kept.table)) if kept else ([], [])
     with store.write(shard) as stream:
         hashing = HashingStream(stream)
+        for chunk in kept_chunks(store, kept) if kept else ():
+            hashing.write(chunk)
         with webdataset.TarWriter(hashing, encoder=False, mtime=0) as tar:
-            for entry in entries:
-                keys.append(entry.key)
-                table.append(_write_entry(tar, entry))
+            tar.tarstream.offset = hashing.length
+            try:
+                for entry in entries:
+                    located = _write_entry(tar, entry)
+                    keys.append(entry.key)
+                    table.append(located)
+            except KeyboardInterrupt:
+                complete = min(len(keys), len(table))
+                found = Kept(shard, tuple(keys[:complete]), tuple(table[:complete]), tuple(skipped))
+                # Where it cannot be kept, as on a full disk, it is written again by the next run.
+                with suppress(OSError):
+                    keep(store, found, spec_sha256, stream)
+                raise
     members = sorted(table[0]) if table else []
     assert all(sorted(located) == members for located in table), "the entries of a shard differ in their members"
     sidecar = {
@@ -85,6 +105,7 @@ def write_shard(
     }
     with store.write(sidecar_name(shard)) as stream:
         stream.write(json_bytes(sidecar, indent=None))
+    forget(store, shard)
 
 
 def _write_entry(tar: webdataset.TarWriter, entry: EntryBuilder) -> dict[str, list[int]]:

@@ -33,8 +33,7 @@ def check_output(
     `own` says that `out` holds what the command made; `first` names the files that it writes before that can be told.
     """
     place = out.resolve()
-    problem = path_problem(out, place)
-    problem = problem or next(filter(None, (overlap(place, *item) for item in inputs.items())), None)
+    problem = path_problem(out, place) or overlaps(place, inputs)
     if not own:
         problem = problem or content_problem(place, command, first) or surroundings_problem(place)
     if problem:
@@ -48,9 +47,11 @@ def check_new(
     if out.exists() and (file or not out.is_dir() or names_in(out)):
         remedy = "another name or delete it" if file else "another folder or delete this one"
         raise UserError(f"{flag} {out} already exists. Choose {remedy}.")
-    # The directory of a file may hold other things.
     if not file:
         check_output(out, command, inputs, flag=flag)
+    # Next to a file there may be anything, but nobody's output is a place for it.
+    elif problem := overlaps(out.resolve(), inputs) or surroundings_problem(out.resolve()):
+        raise UserError(f"{flag} {out} {problem}")
 
 
 def path_problem(out: Path, place: Path) -> str | None:
@@ -62,6 +63,11 @@ def path_problem(out: Path, place: Path) -> str | None:
         return None
     where = "is" if nearest == place else f"lies in {nearest}, which is"
     return f"{where} not a directory. Choose another one."
+
+
+def overlaps(place: Path, inputs: Mapping[str, Path | str | None]) -> str | None:
+    """The first `overlap` with an input; None if there is none."""
+    return next((problem for flag, value in inputs.items() if (problem := overlap(place, flag, value))), None)
 
 
 def overlap(place: Path, flag: str, value: Path | str | None) -> str | None:
@@ -77,7 +83,7 @@ def overlap(place: Path, flag: str, value: Path | str | None) -> str | None:
     if source == place:
         return f"is the same directory as {flag}. Choose another one."
     if place.is_relative_to(source):
-        return f"lies in {flag} {value}. Choose a directory outside of it."
+        return f"lies in {flag} {value}. Choose a place outside of it."
     return f"contains {flag} {value}. Choose another one." if source.is_relative_to(place) else None
 
 
@@ -95,7 +101,7 @@ def surroundings_problem(place: Path) -> str | None:
     """Inside of what a directory lies; None if nothing is known of the directories above it."""
     for parent in place.parents:
         if what := description(parent):
-            return f"lies in {parent}, which holds {what}. Choose a directory outside of it."
+            return f"lies in {parent}, which holds {what}. Choose a place outside of it."
     return None
 
 

@@ -12,6 +12,7 @@ from support.stages import reset_accelerate, run_distill, run_encode, run_teache
 from pipeline.cli import main
 from pipeline.system.errors import UserError
 from pipeline.system.output import check_new, check_output, writer_of
+from pipeline.training.transform import Transform
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +115,15 @@ def test_an_output_around_an_input_is_refused(work, tmp_path):
     assert (result.exit_code, "contains --data" in result.output) == (2, True)
 
 
+@pytest.mark.parametrize("place", ["cache", "cache/base", "student", "student/unet", "latents", "images"])
+def test_a_single_file_goes_into_nobodys_output(place, work):
+    before = tree(work)
+    out = work / place / "new.safetensors"
+    result = invoke("export", "--model", work / "student", "--format", "single-file", "--out", out)
+    assert (result.exit_code, "lies in" in result.output) == (2, True), result.output
+    assert tree(work) == before
+
+
 @pytest.mark.parametrize("command", ["encode", "teacher-cache", "distill", "finetune", "evaluate"])
 def test_a_dry_run_refuses_what_the_run_refuses(command, work):
     result = invoke(*COMMANDS[command].format(w=work).split(), "--out", work / "notes", "--dry-run")
@@ -173,6 +183,22 @@ def test_an_impossible_step_is_named(work, tmp_path):
     (out / "finished.json").unlink()
     run_distill(work / "cache", out, max_train_steps=1)
     assert json.loads((out / "finished.json").read_text()) == {"step": 1}
+
+
+def test_a_student_that_is_being_replaced_is_not_finished(work, tmp_path, monkeypatch):
+    out = shutil.copytree(work / "student", tmp_path / "student")
+
+    def killed(*arguments):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Transform, "convert", killed)
+        with pytest.raises(MemoryError):
+            run_distill(work / "cache", out, max_train_steps=2)
+    reset_accelerate()
+    run_distill(work / "cache", out, max_train_steps=1)
+    assert json.loads((out / "finished.json").read_text()) == {"step": 2}
+    assert (out / "model_index.json").is_file()
 
 
 def test_a_training_without_its_spec_is_refused(work, tmp_path):

@@ -1,0 +1,151 @@
+"""Ctrl-C and SIGTERM in the middle of a shard: the batches that are done are kept, and the bytes end up the same."""
+
+import itertools
+import json
+import os
+import re
+import signal
+
+import pytest
+from support.stages import reset_accelerate, run_encode, run_teacher_cache, shard_files, tree
+from support.tiny import write_images
+
+from pipeline import encode, teacher_cache
+from shards.manifest import sha256_of_json
+from shards.writer import HashingStream
+
+
+@pytest.fixture(scope="module")
+def work(teacher, tmp_path_factory):
+    """13 images, of which two have no caption, in latents of one shard; and a cache of two shards."""
+    place = tmp_path_factory.mktemp("interrupted")
+    metadata = write_images(place / "images", 13) / "metadata.jsonl"
+    metadata.write_text(metadata.read_text().replace('"picture 2"', '""').replace('"picture 7"', '""'))
+    stages(teacher, place)["encode"](place / "latents")
+    stages(teacher, place)["teacher-cache"](place / "cache")
+    return place
+
+
+def stages(teacher, place):
+    return {
+        "encode": lambda out: run_encode(teacher, place / "images", out, entries_per_shard=13, batch_size=3, workers=2),
+        "teacher-cache": lambda out: run_teacher_cache(
+            teacher, place / "latents", out, rounds=1, entries_per_shard=8, batch_size=3
+        ),
+    }
+
+
+# What each stage calls once a batch, and its result.
+BATCHES = {"encode": (encode, "encode_batch", "latents"), "teacher-cache": (teacher_cache, "run_teacher", "cache")}
+
+
+def raising():
+    raise KeyboardInterrupt
+
+
+def terminated():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def run_until(monkeypatch, stage, run, out, batch, stop):
+    """Run a stage until the call for a batch; returns the number of calls."""
+    module, function, _ = BATCHES[stage]
+    real, calls = getattr(module, function), itertools.count()
+
+    def counted(*arguments):
+        if next(calls) == batch:
+            stop()
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, function, counted)
+        if batch is None:
+            run(out)
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                run(out)
+            reset_accelerate()
+    return next(calls)
+
+
+def kept_batches(out, shard):
+    return len(json.loads((out / f".{shard}.json.kept").read_text())["content"]["keys"]) // 3
+
+
+def hidden(out):
+    return sorted(path.name for path in out.glob(".*"))
+
+
+@pytest.mark.parametrize("stop", [raising, terminated])
+@pytest.mark.parametrize(("stage", "shard"), [("encode", "s00000"), ("teacher-cache", "r0000-s00000")])
+def test_the_batches_that_are_done_are_kept(stage, shard, stop, teacher, work, tmp_path, monkeypatch):
+    """11 entries, so four batches: the third is interrupted, then the second that is left."""
+    run, out = stages(teacher, work)[stage], tmp_path / "out"
+    run_until(monkeypatch, stage, run, out, 2, stop)
+    assert hidden(out) == [f".{shard}.json.kept", f".{shard}.tar.kept"]
+    assert not list(out.glob("*.tar"))
+    first = kept_batches(out, shard)
+    assert first in (1, 2)
+    run_until(monkeypatch, stage, run, out, 1, stop)
+    second = kept_batches(out, shard)
+    assert second >= first
+    batches = {"encode": 4, "teacher-cache": 3 + 1}[stage]
+    assert run_until(monkeypatch, stage, run, out, None, stop) == batches - second
+    assert hidden(out) == []
+    assert shard_files(out) == shard_files(work / BATCHES[stage][2])
+
+
+@pytest.mark.parametrize("stage", BATCHES)
+def test_an_interruption_at_any_write_ends_in_the_same_bytes(stage, teacher, work, tmp_path, monkeypatch):
+    run, out = stages(teacher, work)[stage], tmp_path / "out"
+    real = HashingStream.write
+    for last in (0, 3, 5, 8, 12):
+        writes = itertools.count()
+
+        def stopped(self, data, writes=writes, last=last):
+            if next(writes) == last:
+                raise KeyboardInterrupt
+            return real(self, data)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(HashingStream, "write", stopped)
+            try:
+                run(out)
+            except KeyboardInterrupt:
+                reset_accelerate()
+    run(out)
+    assert shard_files(out) == shard_files(work / BATCHES[stage][2])
+    assert hidden(out) == []
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "described wrong", "one digit", "of another set"])
+def test_what_was_kept_and_is_damaged_is_written_again(damage, teacher, work, tmp_path, monkeypatch):
+    run, out = stages(teacher, work)["encode"], tmp_path / "out"
+    run_until(monkeypatch, "encode", run, out, 3, raising)
+    tar, described = out / ".s00000.tar.kept", out / ".s00000.json.kept"
+    data = tar.read_bytes()
+    if damage == "cut":
+        tar.write_bytes(data[:-100])
+    elif damage == "changed":
+        tar.write_bytes(data[:700] + b"x" + data[701:])
+    elif damage == "described wrong":
+        described.write_text("[]")
+    elif damage == "one digit":
+        described.write_text(re.sub(r"(\d)\]", lambda match: f"{int(match[1]) ^ 1}]", described.read_text(), count=1))
+    else:
+        content = {**json.loads(described.read_text())["content"], "spec_sha256": "0" * 64}
+        described.write_text(json.dumps({"content": content, "sha256": sha256_of_json(content)}))
+    assert run_until(monkeypatch, "encode", run, out, None, raising) == 4
+    assert shard_files(out) == shard_files(work / "latents")
+    assert hidden(out) == []
+
+
+def test_another_batch_size_goes_on_from_there(teacher, work, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    run_until(monkeypatch, "encode", stages(teacher, work)["encode"], out, 3, raising)
+    run_encode(teacher, work / "images", out, entries_per_shard=13, batch_size=4)
+    sidecars = [json.loads((place / "s00000.json").read_text()) for place in (out, work / "latents")]
+    assert sidecars[0]["keys"] == sidecars[1]["keys"]
+    assert sidecars[0]["skipped"] == sidecars[1]["skipped"]
+    assert hidden(out) == []
+    assert set(tree(out)) == set(tree(work / "latents"))
