@@ -65,7 +65,7 @@ class ImageFolder:
 
     def _found(self) -> list[ListedImage]:
         images = []
-        for relative in _files_below(self.folder):
+        for relative in self._files():
             if is_image_name(relative.name):
                 images.append(_with_captions(self.folder, relative))
             elif relative.suffix.lower() not in CAPTION_ENDINGS and not relative.name.startswith("."):
@@ -73,6 +73,19 @@ class ImageFolder:
         if not any(image.problem is None for image in images):
             raise UserError(_nothing_usable(self.folder, images))
         return images
+
+    def _files(self) -> Iterator[Path]:
+        """All that is not a folder, relative to the folder. Links to folders are not followed, and what macOS adds is
+        left out."""
+
+        def pass_over(_: OSError) -> None:
+            self.passed_over["folder that cannot be read"] += 1
+
+        for parent, _, names in os.walk(self.folder, onerror=pass_over):
+            for name in names:
+                relative = Path(parent, name).relative_to(self.folder)
+                if not is_mac_metadata(relative.as_posix()):
+                    yield relative
 
 
 def metadata_in(folder: Path) -> Path | None:
@@ -87,15 +100,6 @@ def _inside(folder: Path, location: str | Path) -> Path:
     if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
         raise OSError(f"{location} lies outside the folder")
     return path
-
-
-def _files_below(folder: Path) -> Iterator[Path]:
-    """All that is not a folder, relative to `folder`. Links to folders are not followed, a Mac's additions left out."""
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            relative = Path(parent, name).relative_to(folder)
-            if not is_mac_metadata(relative.as_posix()):
-                yield relative
 
 
 def _with_captions(folder: Path, relative: Path) -> ListedImage:

@@ -17,17 +17,17 @@ class DataSettings(Settings):
     )
     image_column: str | None = option(
         None,
-        "Column of the images. By default file_name in a metadata.jsonl, image in a table, any image file in a tar.",
+        "Column of the images. By default file_name in a list, image in a table, any image file in a tar.",
     )
     caption_column: str | None = option(
-        None, "Column of the captions. By default text; in a tar the .txt, else caption in the .json."
+        None, "Column of the captions. By default text; in a tar the .txt, the .caption, or caption in the .json."
     )
     captions: str = option(
         "first",
         "Which captions of an image with several to use: the first, all (one entry each), or one at random.",
         choices=CAPTIONS,
     )
-    split: str = option("train", "Split of a dataset.")
+    split: str = option("train", "Split of a dataset, or the subfolder of a folder that holds the list of images.")
     dataset_config_name: str | None = option(None, "Configuration of a dataset on the hub.")
     dataset_revision: str | None = option(None, "Revision of a dataset on the hub.")
     max_samples: int | None = option(None, "Use only this many images, drawn at random.", ge=1)

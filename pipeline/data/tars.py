@@ -155,8 +155,10 @@ def _members(tar: Path, passed_over: Counter[str]) -> Iterator[Member]:
                 if info.size < 0 or not position < archive.offset <= end:
                     raise tarfile.ReadError(f"a member of {info.size} bytes at byte {info.offset}")
                 position = archive.offset
+                if info.isdir():
+                    continue
                 if not info.isreg() or info.issparse():
-                    passed_over["link, device or sparse file"] += not info.isdir()
+                    passed_over["link, device or sparse file"] += 1
                 elif not is_mac_metadata(info.name):
                     folder, _, base = info.name.rpartition("/")
                     stem, _, ending = base.partition(".")

@@ -250,7 +250,9 @@ def test_names_that_are_not_text_are_kept_apart(tmp_path):
 
 
 def test_members_that_are_no_files_are_noted(tmp_path):
-    tar = write_tar(tmp_path / "a.tar", ("a.jpg", b"x"), ("a.txt", b"c"), link("b.jpg", "/etc/hostname"))
+    members = [link("folder", "", tarfile.DIRTYPE), ("folder/a.jpg", b"x"), ("folder/a.txt", b"c")]
+    assert open_tars(write_tar(tmp_path / "a.tar", *members)).notes() == []
+    tar = write_tar(tmp_path / "a.tar", *members, link("b.jpg", "/etc/hostname"))
     assert open_tars(tar).notes() == [
         "note: 1 files of other kinds were passed over: 1 link, device or sparse file",
     ]
