@@ -136,4 +136,5 @@ def compile_failures(compiled: bool) -> Iterator[None]:
     try:
         yield
     except TorchDynamoException as error:
-        raise UserError(f"--compile failed ({first_line(error)}). Fix this, or leave --compile out.") from error
+        cause = getattr(error, "inner_exception", error)
+        raise UserError(f"--compile failed ({first_line(cause)}). Fix this, or leave --compile out.") from error

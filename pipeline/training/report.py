@@ -20,9 +20,10 @@ def write_report(
 ) -> None:
     """Write out/report.html.
 
-    `metrics` are the lines of metrics.jsonl. `rows` maps each model's name to its images, the teacher's first and all
+    `metrics` are the lines of metrics.jsonl; incomplete ones are left out. `rows` maps each model's name to its images, the teacher's first and all
     for the same prompts; if it is empty, the report has no images. `scorer` judges the images.
     """
+    metrics = [line for line in metrics if {"step", "epoch", "loss"} <= line.keys()]
     sections = [
         f"<p class=lead>{html.escape(_lead(metrics))}</p>",
         *_images_and_cost(rows, scorer),
@@ -42,7 +43,7 @@ def _images_and_cost(rows: dict[str, GeneratedImages], scorer: Scorer) -> list[s
 
 
 def _lead(metrics: list[dict[str, Any]]) -> str:
-    if not metrics or not {"step", "epoch", "loss"} <= metrics[-1].keys():
+    if not metrics:
         return "The metrics of this training are lost."
     last = metrics[-1]
     return f"{last['step']:,} steps, {last['epoch']:.1f} epochs over the cache; last loss {last['loss']:.4g}."
@@ -99,6 +100,6 @@ def _losses(metrics: list[dict[str, Any]]) -> str:
 
 
 def _curve(metrics: list[dict[str, Any]], name: str) -> tuple[list[float], list[float]]:
-    """Steps and values of the lines that have both."""
-    lines = [line for line in metrics if "step" in line and name in line]
+    """Steps and values of the lines that have the value."""
+    lines = [line for line in metrics if name in line]
     return [line["step"] for line in lines], [line[name] for line in lines]
