@@ -9,15 +9,17 @@ import pytest
 import torch
 import webdataset
 from click.testing import CliRunner
-from diffusers import DDPMScheduler, UNet2DConditionModel
-from support.stages import read_entries, run_encode, run_teacher_cache, shard_files, tree
+from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel
+from support.stages import read_entries, run_distill, run_encode, run_teacher_cache, shard_files, tree
 from support.tiny import tiny_pipeline, tiny_unet, write_images
 
+from pipeline import teacher_cache
 from pipeline.cli import main
 from pipeline.commands import verify
 from pipeline.commands.verify import VerifySettings
 from pipeline.models.families import LEVELS
 from pipeline.system.errors import UserError
+from pipeline.teacher_cache import TeacherCacheSettings
 from shards.dataset import CacheDataset
 from shards.manifest import read_manifest
 from shards.schema import ShardError
@@ -374,3 +376,47 @@ def test_a_pruned_teacher_is_refused(images, tmp_path):
     latents = run_encode(tmp_path / "small", images, tmp_path / "latents")
     with pytest.raises(UserError, match="layers_per_block is 1, not 2"):
         run_teacher_cache(tmp_path / "small", latents, tmp_path / "c")
+
+
+def test_taps_are_sampled_also_where_the_stride_does_not_divide(teacher, latents, tmp_path):
+    """Rows and columns go on at the start, and a student trains on them."""
+    cache = run_teacher_cache(teacher, latents, tmp_path / "c", codec="fp32", token_stride=3, token_min=16, rounds=1)
+    dataset = CacheDataset(open_store(cache), ["up_blocks.3"])
+    loaded = [dataset[i] for i in range(0, 13, 4)]
+    feature = dataset.collate(loaded).features["up_blocks.3"]
+    for b, sample in enumerate(loaded):
+        _, outputs = asked_again(teacher, sample)
+        rows, columns = ([(start + 3 * i) % 16 for i in range(5)] for start in (feature.rows[b], feature.columns[b]))
+        expected = outputs["up_blocks.3"][:, rows][:, :, columns]
+        torch.testing.assert_close(feature.decode()[b], expected, rtol=1e-5, atol=1e-5)
+    run_distill(cache, tmp_path / "student", max_train_steps=1)
+
+
+def test_a_cache_that_an_earlier_version_did_not_sample_is_continued(teacher, latents, tmp_path, monkeypatch):
+    """Earlier versions kept all positions of a tap that the stride does not divide."""
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.cache.settings.token_stride", lambda *arguments: 1)
+        cache = run_teacher_cache(teacher, latents, tmp_path / "c", token_stride=3, token_min=16, rounds=1)
+    before = tree(cache)
+    run_teacher_cache(teacher, latents, cache, token_stride=3, token_min=16, rounds=2)
+    after = tree(cache)
+    assert all(after[name] == before[name] for name in before if name.endswith(".tar"))
+    assert {tap["stride"] for tap in json.loads(after["manifest.json"])["spec"]["taps"].values()} == {1}
+
+
+def test_a_dry_run_refuses_what_the_run_refuses(latents, tmp_path):
+    tiny_pipeline(seed=4, cross_attention_dim=12).save_pretrained(tmp_path / "other")
+    settings = {"teacher": str(tmp_path / "other"), "latents": latents, "out": tmp_path / "c", "device": "cpu"}
+    for act in (teacher_cache.plan, teacher_cache.run):
+        with pytest.raises(UserError, match="was encoded with another VAE than the one of --teacher"):
+            act(TeacherCacheSettings(**settings))
+
+
+def test_a_scheduler_that_cannot_be_sampled_is_refused_before_the_first_shard(latents, tmp_path):
+    pipe = tiny_pipeline()
+    pipe.scheduler = DDIMScheduler(num_train_timesteps=4)
+    pipe.save_pretrained(tmp_path / "short")
+    with pytest.raises(UserError, match="the scheduler dpm cannot sample from --teacher .* in 25 steps"):
+        run_teacher_cache(tmp_path / "short", latents, tmp_path / "c", samples=1)
+    assert not (tmp_path / "c").exists()
+    run_teacher_cache(tmp_path / "short", latents, tmp_path / "c", samples=0)

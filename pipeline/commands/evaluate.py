@@ -44,6 +44,7 @@ from pipeline.sampling.process import load_pipeline
 from pipeline.system.command import stage_command
 from pipeline.system.device import DTYPES, device_name, process_state, resolve_dtype
 from pipeline.system.disk import format_bytes, free_bytes, require_space
+from pipeline.system.errors import UserError
 from pipeline.system.lock import OutputLock
 from pipeline.system.output import check_output, made_by
 from pipeline.system.page import REPORT
@@ -137,6 +138,10 @@ def open_task(settings: EvaluateSettings) -> Task:
     dtype = DTYPES[resolve_dtype(settings.dtype, device)]
     teacher = load_named_pipeline(settings.teacher, "--teacher", settings.revision, settings.variant, device, dtype)
     student = load_named_pipeline(settings.student, "--student", None, None, device, dtype)
+    if settings.out.resolve() in (teacher.folder.resolve(), student.folder.resolve()):
+        raise UserError(
+            f"--out {settings.out} is the folder of a pipeline, whose report it would replace. Use another."
+        )
     level = level_of(teacher, student, settings.level)
     for loaded, flag in ((teacher, "--teacher"), (student, "--student")):
         check_sampler(loaded.pipe.scheduler, settings.sampler(1), f"{flag} {loaded.name}")

@@ -11,9 +11,11 @@ takes the number of blocks from the folder's configs. It loads an int8 pipeline 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -23,7 +25,8 @@ from torch import Tensor, nn
 
 from pipeline.export import int8, onnx
 from pipeline.models.families import Family
-from pipeline.models.load import family_of, find_pipeline, load_base, load_unet
+from pipeline.models.load import MODEL_INDEX, family_of, find_pipeline, load_base, load_unet
+from pipeline.models.reading import read_json
 from pipeline.models.save import copy_parts
 from pipeline.system.command import stage_command
 from pipeline.system.device import DTYPES, device_name, process_state
@@ -82,11 +85,32 @@ def export_single_file(settings: ExportSettings, folder: Path) -> None:
     settings.out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(settings.out) as stream:
         # safetensors wants a path: this is the temporary file next to --out.
-        save_file(weights, stream.name, metadata={"format": "pt"})
+        save_file(weights, stream.name, metadata={"format": "pt", **schedule_metadata(pipe.scheduler.config)})
+    pipeline = read_json(folder / MODEL_INDEX)["_class_name"]
     click.echo(
         f"Wrote U-Net, VAE and text encoder to {settings.out}, {format_bytes(settings.out.stat().st_size)}. "
-        f'Load it with StableDiffusionPipeline.from_single_file("{settings.out}", config="{folder}")'
+        f'Load it with {pipeline}.from_single_file("{settings.out}", config="{folder}")'
     )
+    if advice := schedule_advice(pipe.scheduler.config):
+        click.echo(advice)
+
+
+def schedule_metadata(config: Mapping[str, Any]) -> dict[str, str]:
+    """What a single file's header says of the noise schedule, under the keys that kohya's scripts write."""
+    prediction_type = {"v_prediction": "v"}.get(config["prediction_type"], config["prediction_type"])
+    zero_snr = bool(config.get("rescale_betas_zero_snr"))
+    return {"modelspec.prediction_type": prediction_type, "ss_zero_terminal_snr": str(zero_snr)}
+
+
+def schedule_advice(config: Mapping[str, Any]) -> str | None:
+    """What to set in programs that take the noise schedule from their own settings, if it is not the usual one."""
+    unusual = [
+        *(["v-prediction"] if config["prediction_type"] == "v_prediction" else []),
+        *(["zero terminal SNR"] if config.get("rescale_betas_zero_snr") else []),
+    ]
+    if not unusual:
+        return None
+    return f"The model uses {' and '.join(unusual)}, which many programs do not read from the file: set it there."
 
 
 def export_onnx(settings: ExportSettings, folder: Path) -> None:

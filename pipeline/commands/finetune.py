@@ -36,7 +36,7 @@ from pipeline.system.settings import REQUIRED, option
 from pipeline.training.accelerator import make_accelerator, resolve_precision
 from pipeline.training.loader import collated_batches
 from pipeline.training.loop import Training, prepare_training, run_training, start
-from pipeline.training.lora import Lora
+from pipeline.training.lora import FORMATS, Lora
 from pipeline.training.objective import Objective
 from pipeline.training.output import (
     check_out,
@@ -58,6 +58,9 @@ class FinetuneSettings(TrainingSettings, HubOptions):
     model: str = option(REQUIRED, "Pipeline whose U-Net is trained: a student's folder, a name on the hub, or demo.")
     latents: Path = option(REQUIRED, "Directory that `encode` wrote, with the model's own VAE and text encoder.")
     lora_rank: int | None = option(None, "Train LoRA adapters of this rank instead of the whole U-Net.", ge=1)
+    lora_format: str = option(
+        "diffusers", "Names of the adapters' tensors; kohya's are for ComfyUI and web UIs.", choices=FORMATS
+    )
     noise_offset: float = option(0.0, "Standard deviation of an offset added to each channel of the noise.", ge=0.0)
     input_perturbation: float = option(0.0, "Strength of extra input noise that is not part of the target.", ge=0.0)
     uncond_fraction: float = option(0.1, "Share of entries that get the empty prompt.", ge=0.0, le=1.0)
@@ -66,6 +69,11 @@ class FinetuneSettings(TrainingSettings, HubOptions):
     )
 
     command: ClassVar[str] = "finetune"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lora_format != "diffusers" and not self.lora_rank:
+            raise UserError(f"--lora-format {self.lora_format} is for LoRA weights. Add --lora-rank.")
 
     @property
     def entries(self) -> Path:
@@ -76,7 +84,7 @@ class FinetuneSettings(TrainingSettings, HubOptions):
 
     @property
     def transform(self) -> Transform:
-        return Lora(self.lora_rank, self.seed) if self.lora_rank else Transform()
+        return Lora(self.lora_rank, self.seed, self.lora_format) if self.lora_rank else Transform()
 
 
 class LatentsDataset(Dataset):
@@ -158,7 +166,7 @@ def finetune_spec(
     settings: FinetuneSettings, unet: UNet2DConditionModel, dataset: LatentsDataset, processes: int
 ) -> dict[str, Any]:
     """What the training is, for a later run that continues it."""
-    spec = resume_fingerprint(settings, processes, free=("model", "latents", "revision", "variant"))
+    spec = resume_fingerprint(settings, processes, free=("model", "latents", "revision", "variant", "lora_format"))
     return {"latents": dataset.shards.manifest.spec_sha256, "model": weights_sha256(unet), **spec}
 
 

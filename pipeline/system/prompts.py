@@ -24,10 +24,15 @@ def read_prompts(file: Path) -> list[str]:
 
 
 def gather_prompts(values: tuple[str, ...]) -> list[str]:
-    """Expand the values of `--prompts`: the name of an existing file stands for the prompts in it."""
+    """Expand the values of `--prompts`: the name of an existing file stands for the prompts in it.
+
+    Raises UserError for a value that looks like the name of a text file and is none.
+    """
     prompts: list[str] = []
     for value in values:
         # Longer values cannot be file names, and Path.is_file could raise an error for them.
         is_file = len(value) < 256 and Path(value).is_file()
+        if not is_file and value.lower().endswith(".txt"):
+            raise UserError(f"--prompts {value} is not a file. Correct the name, or end the prompt differently.")
         prompts += read_prompts(Path(value)) if is_file else [value]
     return prompts

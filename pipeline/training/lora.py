@@ -8,23 +8,26 @@ from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.utils import convert_state_dict_to_diffusers
+from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
 from safetensors.torch import load_file, save_file
 
 from pipeline.system.errors import UserError
 from pipeline.training.transform import Transform
 
 ADAPTER = "adapter.safetensors"
+WEIGHTS = "pytorch_lora_weights.safetensors"
+FORMATS = ("diffusers", "kohya")
 # The projections of every attention layer, as in diffusers' own LoRA training.
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 @dataclass(frozen=True)
 class Lora(Transform):
-    """Trains adapters of `rank` instead of the student, and saves only them."""
+    """Trains adapters of `rank` instead of the student, and saves only them, in one of FORMATS."""
 
     rank: int
     seed: int
+    format: str = "diffusers"
 
     def prepare(self, student: UNet2DConditionModel) -> None:
         """Attach new adapters, which change nothing yet; nothing else requires gradients.
@@ -58,8 +61,16 @@ class Lora(Transform):
         return student
 
     def convert(self, student: UNet2DConditionModel, base: Path, out: Path) -> None:
-        """Write the adapters as pytorch_lora_weights.safetensors, for `load_lora_weights`."""
+        """Write the adapters as pytorch_lora_weights.safetensors, for `load_lora_weights`.
+
+        The format kohya has the names of kohya's scripts, which ComfyUI and web UIs read as well.
+        """
         from peft.utils import get_peft_model_state_dict
 
-        layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(student))
+        adapters = get_peft_model_state_dict(student)
+        if self.format == "kohya":
+            named = {f"unet.{name}": tensor.contiguous() for name, tensor in adapters.items()}
+            save_file(convert_state_dict_to_kohya(named), out / WEIGHTS, metadata={"format": "pt"})
+            return
+        layers = convert_state_dict_to_diffusers(adapters)
         StableDiffusionPipeline.save_lora_weights(out, unet_lora_layers=layers)

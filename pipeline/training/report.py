@@ -61,7 +61,7 @@ def _comparison(rows: dict[str, GeneratedImages], scorer: Scorer) -> str:
         cells = [
             f"{samples.parameters:,} ({samples.parameters / first.parameters:.0%})",
             f"{2 * samples.parameters / 1e6:,.1f}",
-            f"{samples.seconds:.3g} ({samples.seconds / first.seconds:.0%})",
+            f"{samples.seconds:.3g}",
             _memory(samples, first),
             html.escape(samples.device),
         ]
@@ -71,7 +71,8 @@ def _comparison(rows: dict[str, GeneratedImages], scorer: Scorer) -> str:
     header = "".join(f"<th class=number>{cell}</th>" for cell in head)
     note = (
         "Seconds and memory cover the complete pipeline, run in a separate process. Percentages are relative to the "
-        "first row."
+        "first row. The teacher's seconds were measured when the cache was made, maybe on another machine: for a "
+        "comparison run distill-sd evaluate."
     )
     return f"<div class=wide><table><tr>{header}</tr>{''.join(lines)}</table></div><p class=lead>{note}</p>"
 

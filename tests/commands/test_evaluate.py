@@ -402,3 +402,10 @@ def test_the_results_are_added_to_the_card_of_a_distilled_student(place, teacher
     assert markdown(rows_of(evaluation)) in card
     assert str(tmp_path) not in card
     assert str(place) not in card + (student / "evaluation.json").read_text()
+
+
+@pytest.mark.parametrize("name", ["student", "teacher"])
+def test_results_are_not_written_over_a_pipeline(place, name):
+    result = invoke(place, place / name)
+    assert result.exit_code == 2
+    assert "is the folder of a pipeline" in result.output

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors import safe_open
 from support.stages import pruned_pipeline, reset_accelerate
 from support.tiny import tiny_pipeline
@@ -273,3 +273,34 @@ def test_a_file_that_cannot_be_finished_is_removed(teacher, tmp_path, monkeypatc
     assert result.exit_code == 2
     assert "No space left on device. Fix this and rerun the same command." in result.output
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("schedule", "stated", "advice"),
+    [
+        ({}, ("epsilon", "False"), None),
+        ({"prediction_type": "v_prediction"}, ("v", "False"), "The model uses v-prediction, which many"),
+        (
+            {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
+            ("v", "True"),
+            "The model uses v-prediction and zero terminal SNR, which many",
+        ),
+    ],
+)
+def test_a_single_file_says_how_the_model_is_to_be_sampled(tmp_path, schedule, stated, advice):
+    pipe = tiny_pipeline()
+    pipe.scheduler = DDIMScheduler(**schedule)
+    output = exported(save(pipe, tmp_path / "model"), "single-file", tmp_path / "model.safetensors")
+    with safe_open(tmp_path / "model.safetensors", "pt") as opened:
+        metadata = opened.metadata()
+    assert (metadata["modelspec.prediction_type"], metadata["ss_zero_terminal_snr"]) == stated
+    assert advice in output if advice else "The model uses" not in output
+
+
+def test_an_inpainting_model_is_named_as_one(tmp_path):
+    folder = save(tiny_pipeline(in_channels=9), tmp_path / "model")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": "StableDiffusionInpaintPipeline"}))
+    assert "StableDiffusionInpaintPipeline.from_single_file" in exported(
+        folder, "single-file", tmp_path / "m.safetensors"
+    )

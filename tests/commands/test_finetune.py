@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
 from support.stages import (
     first,
@@ -26,6 +26,7 @@ from pipeline.core.losses import mse
 from pipeline.models.load import load_unet
 from pipeline.system.errors import UserError
 from pipeline.training.loop import step_losses, train
+from pipeline.training.lora import WEIGHTS
 from pipeline.training.objective import Objective
 from shards.schema import ShardError
 
@@ -216,3 +217,27 @@ def test_a_folder_that_is_not_a_pipeline(latents, tmp_path):
     with pytest.raises(UserError, match="--model .*nothing has no model_index.json"):
         run(tmp_path / "nothing", latents, tmp_path / "out")
     reset_accelerate()
+
+
+def test_lora_weights_have_the_names_of_kohyas_scripts_on_request(student, latents, tmp_path):
+    """kohya calls a layer by its path in the U-Net with underscores, and gives each an alpha: here the rank."""
+    changes = {"lora_rank": 2, "max_train_steps": 1}
+    kohya = load_file(run(student, latents, tmp_path / "k", lora_format="kohya", **changes) / WEIGHTS)
+    plain = run(student, latents, tmp_path / "d", **changes)
+    layers = [
+        n for n, _ in load_unet(student, None).named_modules() if n.endswith(("to_q", "to_k", "to_v", "to_out.0"))
+    ]
+    names = {f"lora_unet_{layer.replace('.', '_')}" for layer in layers}
+    assert kohya.keys() == {f"{n}.{kind}" for n in names for kind in ("lora_down.weight", "lora_up.weight", "alpha")}
+    assert {float(value) for name, value in kohya.items() if name.endswith("alpha")} == {2.0}
+    pipes = [DiffusionPipeline.from_pretrained(student) for _ in range(2)]
+    for pipe, folder in zip(pipes, (tmp_path / "k", plain), strict=True):
+        pipe.load_lora_weights(folder)
+        pipe.fuse_lora()
+    weights = [pipe.unet.state_dict() for pipe in pipes]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0] if "lora" not in name)
+
+
+def test_a_students_folder_is_not_named_by_its_path(student, latents, tmp_path):
+    out = run(student, latents, tmp_path / "out", max_train_steps=1)
+    assert json.loads((out / "unet" / "config.json").read_text())["_name_or_path"] == student.name

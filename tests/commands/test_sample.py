@@ -92,6 +92,7 @@ def test_a_contact_sheet_is_roughly_square():
         (["--height", 16], "--height and --width go together"),
         (["--height", 20, "--width", 16], "--height is 20, but must be a multiple of 8"),
         (["--model", "nowhere/at/all"], "--model nowhere/at/all is not a folder"),
+        (["--prompts", "promts.txt"], "--prompts promts.txt is not a file"),
         (["--out", "."], "already exists. Choose another folder"),
     ],
 )

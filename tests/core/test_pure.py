@@ -12,6 +12,7 @@ from support.tiny import tiny_unet
 from pipeline.core import diffusion, draws
 from pipeline.core.losses import distillation_losses, mse, relative_mse, total_loss
 from pipeline.core.taps import Taps, as_map, sample_tokens, token_stride
+from shards.expected import offsets
 
 T = 1000
 
@@ -70,7 +71,7 @@ class TestDraws:
         assert all(draws.is_unconditional(0, str(i), 0, 1.0) for i in range(1000))
 
     def test_token_offsets_cover_the_cell_evenly(self):
-        drawn = [draws.token_offset(0, str(i), 0, "up_blocks.3", 2) for i in range(4000)]
+        drawn = [draws.token_offset(0, str(i), 0, "up_blocks.3", 2, 2) for i in range(4000)]
         counts = [drawn.count(cell) for cell in itertools.product(range(2), repeat=2)]
         assert min(counts) > 900
 
@@ -104,6 +105,12 @@ class TestDiffusion:
         snr = compute_snr(scheduler, timesteps)
         weights = diffusion.min_snr_weights(timesteps, scheduler.alphas_cumprod, 5.0, prediction_type)
         torch.testing.assert_close(weights, snr.clamp(max=5.0) / (snr + added))
+
+    @pytest.mark.parametrize(("prediction_type", "limit"), [("epsilon", 1.0), ("v_prediction", 0.0)])
+    def test_min_snr_weights_have_their_limits_where_there_is_no_signal_or_no_noise(self, prediction_type, limit):
+        alphas_cumprod = torch.tensor([0.0, 1e-30, 1.0])
+        weights = diffusion.min_snr_weights(torch.arange(3), alphas_cumprod, 5.0, prediction_type)
+        torch.testing.assert_close(weights, torch.tensor([limit, limit, 0.0]))
 
     def test_an_unknown_prediction_type_is_an_error(self):
         with pytest.raises(ValueError, match="'sample'"):
@@ -142,12 +149,14 @@ class TestTaps:
         assert features.shape == (2, 5, 3, 3)
         assert torch.equal(features[1, :, 2, 0], tokens[1, 6])
 
+    @pytest.mark.parametrize(("height", "width"), [(8, 8), (9, 9), (8, 10), (5, 11)])
     @pytest.mark.parametrize("stride", [2, 4])
-    def test_the_sampled_loss_is_the_full_one_in_expectation(self, stride):
-        """The mean over all offsets of the sampled MSE is exactly the full MSE."""
+    def test_the_sampled_loss_is_the_full_one_in_expectation(self, stride, height, width):
+        """The mean over all offsets of the sampled MSE is exactly the full MSE, whether or not the stride divides."""
         torch.manual_seed(0)
-        a, b = torch.randn(1, 3, 8, 8), torch.randn(1, 3, 8, 8)
-        cells = list(itertools.product(range(stride), repeat=2))
+        a, b = torch.randn(1, 3, height, width), torch.randn(1, 3, height, width)
+        cells = list(itertools.product(range(offsets(height, stride)), range(offsets(width, stride))))
+        assert sample_tokens(a, [0], [0], stride).shape == (1, 3, height // stride, width // stride)
         sampled = [mse(sample_tokens(a, [r], [c], stride), sample_tokens(b, [r], [c], stride)) for r, c in cells]
         torch.testing.assert_close(sum(sampled) / len(sampled), mse(a, b))
 
@@ -157,11 +166,15 @@ class TestTaps:
         assert sampled[0, 0].tolist() == [[1, 3], [9, 11]]
         assert sampled[1, 0].tolist() == [[20, 22], [28, 30]]
 
-    def test_only_large_taps_that_divide_are_sampled(self):
+    def test_only_large_taps_are_sampled(self):
         assert token_stride(32, 32, 2, 32) == 2
         assert token_stride(16, 16, 2, 32) == 1
-        assert token_stride(33, 33, 2, 32) == 1
+        assert token_stride(65, 65, 4, 32) == 4
         assert token_stride(64, 64, 1, 32) == 1
+
+    def test_a_stride_larger_than_a_tap_keeps_one_position(self):
+        assert token_stride(32, 48, 1000, 32) == 32
+        assert token_stride(16, 16, 16, 16) == 16
 
 
 class TestLosses:

@@ -228,3 +228,11 @@ def test_exact_arrays_come_back_equal():
         decoded = codec.decode_npy(codec.encode_npy(array))
         assert decoded.dtype == array.dtype
         np.testing.assert_array_equal(decoded, array)
+
+
+def test_dither_goes_round_the_table_on_every_device():
+    """Also more than once, for tensors with more values than the table."""
+    shape, offset = (2, 1500, 1500), codec.DITHER_TABLE_SIZE - 5
+    expected = codec.dither(offset, shape)
+    assert expected.size > codec.DITHER_TABLE_SIZE
+    assert np.array_equal(device_codec.dither([offset], shape, torch.device("cpu"))[0].numpy(), expected)
