@@ -46,6 +46,14 @@ LR         ?= 1e-5
 DISTILL_FLAGS ?=
 endif
 
+# Checked before anything is encoded.
+LEVELS  := sd_small sd_tiny bk_base bk_small bk_tiny
+comma   := ,
+unknown := $(filter-out $(LEVELS),$(LEVEL) $(subst $(comma), ,$(STUDENTS)))
+ifneq ($(unknown),)
+$(error $(firstword $(unknown)) is not a level. LEVEL= and STUDENTS= take: $(LEVELS))
+endif
+
 BIN     := $(VENV)/bin
 READY   := $(VENV)/.ready
 TOOLS   ?= $(VENV)/tools

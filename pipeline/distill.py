@@ -5,7 +5,7 @@ A step: batch of entries -> noisy latents -> student U-Net -> three losses -> ba
 
 from __future__ import annotations
 
-import json
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,40 +15,42 @@ import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler
 
+from pipeline.cache.parts import BASE, check_part, check_student, is_bound, student_part
 from pipeline.core.losses import FEATURE_LOSSES
 from pipeline.demo.oracle import score_scenes
 from pipeline.evaluation.model_card import write_model_card
 from pipeline.models.families import LEVELS, family_of_spec
 from pipeline.models.hub import upload
 from pipeline.models.load import MODEL_INDEX
-from pipeline.models.provenance import CARD
-from pipeline.sampling.generate import SAMPLES, load_images
+from pipeline.models.provenance import CARD, read_origin
 from pipeline.sampling.process import PipelineRef, generate_in_process
+from pipeline.sampling.teacher_samples import teacher_samples
 from pipeline.system.command import stage_command
-from pipeline.system.device import DTYPES, resolve_dtype
-from pipeline.system.errors import UserError
+from pipeline.system.device import DTYPES, leave_processes, resolve_dtype
+from pipeline.system.errors import UserError, attempt_all, failing_with
+from pipeline.system.jsonl import read_jsonl
+from pipeline.system.lock import OutputLock
 from pipeline.system.page import REPORT
 from pipeline.system.settings import REQUIRED, option
+from pipeline.training.accelerator import make_accelerator, resolve_precision
 from pipeline.training.initial_student import initial_student, weights_sha256s
-from pipeline.training.loop import (
+from pipeline.training.loader import batches
+from pipeline.training.loop import Training, prepare_training, run_training, start
+from pipeline.training.objective import Objective
+from pipeline.training.output import (
     METRICS,
-    Training,
-    batches,
+    check_out,
     checkpointed_step,
     claim,
     finished_step,
-    make_accelerator,
     nothing_left,
-    prepare_training,
-    run_training,
-    start,
+    refuse_damaged_result,
 )
-from pipeline.training.objective import Objective
 from pipeline.training.report import write_report
 from pipeline.training.settings import TrainingSettings, resolve_steps_and_lr, resume_fingerprint
 from pipeline.training.transform import Transform
 from shards.dataset import CacheDataset
-from shards.manifest import read_manifest
+from shards.manifest import Manifest, read_manifest
 from shards.store import open_store
 
 
@@ -76,6 +78,10 @@ class DistillSettings(TrainingSettings):
     command: ClassVar[str] = "distill"
 
     @property
+    def entries(self) -> Path:
+        return self.cache
+
+    @property
     def objective(self) -> Objective:
         """Features without weight need no taps."""
         pairs = LEVELS[self.level].taps if self.feature_weight else ()
@@ -84,36 +90,78 @@ class DistillSettings(TrainingSettings):
 
 def run(settings: DistillSettings) -> None:
     """Train a student from a cache and save it as a complete diffusers pipeline."""
+    check_out(settings, inputs_of(settings))
+    with OutputLock(settings.out) as lock:
+        train_student(settings, lock)
+
+
+def inputs_of(settings: DistillSettings) -> dict[str, Path | str | None]:
+    return {"--cache": settings.cache, "--init-from": settings.init_from}
+
+
+def train_student(settings: DistillSettings, lock: OutputLock) -> None:
+    """Claim --out, train what is left, and write what belongs to a finished student."""
+    settings = resolve_precision(settings)
     accelerator = make_accelerator(settings)
     dataset = open_cache(settings)
     settings = resolve_steps_and_lr(settings, len(dataset), accelerator.num_processes)
     with accelerator.main_process_first():
-        claim(settings, training_spec(settings, accelerator.num_processes))
+        if accelerator.is_main_process:
+            claim(settings, training_spec(settings, accelerator.num_processes), lock)
     done = finished_step(settings.out)
+    if done >= (settings.max_train_steps or 0) and accelerator.is_main_process:
+        refuse_damaged_result(settings.out)
     reported = not settings.report or (settings.out / REPORT).is_file()
     if nothing_left(settings, accelerator, "student", reported):
+        leave_processes(accelerator)
         return
 
+    problems = []
+    with accelerator.main_process_first():
+        if accelerator.is_main_process:
+            check_part(settings.cache, dataset.shards.manifest, BASE, contents=True)
     if done < (settings.max_train_steps or 0):
         training = prepare(settings, dataset, accelerator)
         stream = batches(settings, dataset, accelerator, training.position)
-        run_training(settings, accelerator, training, stream, lambda: save_student(settings, training))
+        with closing(stream):
+            problems = run_training(settings, accelerator, training, stream, lambda: save_student(settings, training))
         # The report needs the memory that the student takes.
         del training, stream
+    leave_processes(accelerator)
     if accelerator.is_main_process:
+        finish(settings, accelerator.device, problems)
+
+
+def finish(settings: DistillSettings, device: torch.device, problems: list[str]) -> None:
+    """The report and the upload of a finished student. Raises UserError, at the end, for `problems` and what fails."""
+
+    def report() -> None:
         if settings.report:
-            save_report(settings, accelerator.device)
-        report = f"; see {settings.out / REPORT}" if settings.report else ""
+            with failing_with(
+                f"{settings.out} holds the finished student, but its report could not be written",
+                "Rerun the same command to write it, or add --no-report.",
+            ):
+                save_report(settings, device)
+
+    def tell() -> None:
+        seen = f"; see {settings.out / REPORT}" if (settings.out / REPORT).is_file() else ""
         click.echo(
             f"{settings.out} holds the {settings.level} student of {finished_step(settings.out)} steps "
-            f"as a diffusers pipeline{report}"
+            f"as a diffusers pipeline{seen}"
         )
+
+    def publish() -> None:
         if settings.push_to_hub:
             if not (settings.out / CARD).is_file():
                 # A student of an earlier version.
                 write_model_card(settings.out, settings.as_json())
             click.echo(f"uploaded to {upload(settings.out, settings.push_to_hub)}")
-    accelerator.wait_for_everyone()
+
+    def tell_problems() -> None:
+        if problems:
+            raise UserError("\n".join(problems))
+
+    attempt_all(report, tell, publish, tell_problems)
 
 
 def training_spec(settings: DistillSettings, processes: int) -> dict[str, Any]:
@@ -143,7 +191,7 @@ def prepare(settings: DistillSettings, dataset: CacheDataset, accelerator: Accel
         family=family_of_spec(spec),
         dataset=dataset,
         noise_scheduler=DDPMScheduler.from_config(spec["noise_scheduler"]),
-        base=settings.cache / "base",
+        base=settings.cache / BASE,
     )
 
 
@@ -157,19 +205,20 @@ def save_student(settings: DistillSettings, training: Training) -> None:
 def save_report(settings: DistillSettings, device: torch.device) -> None:
     """report.html, with the student's images next to the teacher's from the cache and the untrained student's."""
     rows = {}
-    if (settings.cache / SAMPLES).is_dir():
-        rows["teacher"], sampler = load_images(settings.cache / SAMPLES)
+    samples = teacher_samples(settings.cache)
+    if samples:
+        rows["teacher"], sampler = samples
         folders = {
-            "untrained student": settings.cache / "students" / settings.level,
+            "untrained student": settings.cache / student_part(settings.level),
             "student": settings.out / "unet",
         }
         dtype = DTYPES[resolve_dtype("auto", device)]
         for name, folder in folders.items():
-            pipeline = PipelineRef(settings.cache / "base", folder, device, dtype)
+            pipeline = PipelineRef(settings.cache / BASE, folder, device, dtype)
             rows[name] = generate_in_process(pipeline, rows["teacher"].prompts, sampler, name)
-    lines = (settings.out / METRICS).read_text(encoding="utf-8").splitlines()
-    title = f"{settings.level}, distilled from {settings.cache}"
-    write_report(settings.out, title, settings.as_json(), [json.loads(line) for line in lines], rows, score_scenes)
+    title = f"{settings.level}, distilled from {settings.cache.resolve().name}"
+    lines = read_jsonl(settings.out / METRICS)
+    write_report(settings.out, title, settings.for_others(), lines, rows, score_scenes)
 
 
 def open_cache(settings: DistillSettings) -> CacheDataset:
@@ -181,20 +230,37 @@ def open_cache(settings: DistillSettings) -> CacheDataset:
         with_teacher_pred=settings.output_weight > 0,
         rounds=settings.rounds,
     )
-    if not (settings.cache / "students" / settings.level / "config.json").is_file():
+    check_parts(settings, dataset.shards.manifest)
+    return dataset
+
+
+def check_parts(settings: DistillSettings, manifest: Manifest) -> None:
+    """Raise UserError unless the cache has all that the student needs besides the shards, as it was written.
+
+    The files are looked for and not read, since there is much of them.
+    """
+    part = student_part(settings.level)
+    if not (settings.cache / part / "config.json").is_file():
         raise UserError(
             f"{settings.cache} has no initial weights of {settings.level}. "
             f"Run `teacher-cache --students {settings.level}` on it with the other settings unchanged."
         )
-    if not (settings.cache / "base" / MODEL_INDEX).is_file():
+    if not (settings.cache / BASE / MODEL_INDEX).is_file():
         raise UserError(
             f"{settings.cache} has no base/, the pipeline that the student becomes part of. Copy the complete cache."
         )
-    return dataset
+    for name in (BASE, part):
+        check_part(settings.cache, manifest, name, contents=False)
+    if not is_bound(manifest, part):
+        check_student(settings.cache, settings.level, manifest.spec)
+    read_origin(settings.cache)
+    if settings.report:
+        teacher_samples(settings.cache)
 
 
 def plan(settings: DistillSettings) -> list[str]:
     """What a run would do."""
+    check_out(settings, inputs_of(settings))
     dataset = open_cache(settings)
     settings = resolve_steps_and_lr(settings, len(dataset), 1)
     steps, done = settings.max_train_steps or 0, checkpointed_step(settings.out)

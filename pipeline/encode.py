@@ -21,6 +21,7 @@ from tqdm import tqdm
 from pipeline.cache import sizes
 from pipeline.cache.output import claim, existing_manifest, finished_sidecars, range_of, share_unfinished
 from pipeline.core import draws
+from pipeline.data.inputs import remember, settled_spec
 from pipeline.data.loading import Framing, LoadedImage, load_images, without_skipped
 from pipeline.data.records import Record, inputs_sha256
 from pipeline.data.settings import DataSettings
@@ -30,10 +31,13 @@ from pipeline.models.families import Family, Shapes
 from pipeline.models.hashing import library_versions, weights_sha256
 from pipeline.models.load import family_of, find_pipeline, load_base
 from pipeline.system.command import stage_command
-from pipeline.system.device import DTYPES, is_accelerator, process_state
+from pipeline.system.device import DTYPES, is_accelerator, leave_processes, process_state
 from pipeline.system.disk import format_bytes, free_bytes, require_space
+from pipeline.system.echo import printable
 from pipeline.system.errors import UserError
+from pipeline.system.lock import OutputLock
 from pipeline.system.options import DeviceOptions, HubOptions
+from pipeline.system.output import check_output, made_by
 from pipeline.system.settings import REQUIRED, option, write_settings
 from pipeline.system.threads import in_background
 from shards.codec import encode_npy
@@ -41,7 +45,15 @@ from shards.files import atomic_file
 from shards.manifest import Manifest, refuse_other_spec
 from shards.plan import PlannedShard, ShardPlan, count_entries
 from shards.reader import read_sidecar
-from shards.schema import LATENTS, conditioning_shapes, empty_prompt_file, image_key, sidecar_name, stated_shapes
+from shards.schema import (
+    LATENTS,
+    MANIFEST,
+    conditioning_shapes,
+    empty_prompt_file,
+    image_key,
+    sidecar_name,
+    stated_shapes,
+)
 from shards.store import open_store
 from shards.writer import EntryBuilder, write_shard
 
@@ -83,20 +95,38 @@ class EncodeSettings(DataSettings, DeviceOptions, HubOptions):
 
 def run(settings: EncodeSettings) -> None:
     """Encode images and captions into latents and prompt embeddings, in shards."""
+    check_out(settings)
+    with OutputLock(settings.out) as lock:
+        write_latents(settings, lock)
+
+
+def check_out(settings: EncodeSettings) -> None:
+    """Raise UserError unless --out is new, empty, or holds latents."""
+    own = made_by(settings.out, "encode", MANIFEST)
+    # They are written before the manifest.
+    first = [path.name for path in settings.out.glob(empty_prompt_file("*"))]
+    check_output(settings.out, "encode", {"--data": settings.data, "--teacher": settings.teacher}, own=own, first=first)
+
+
+def write_latents(settings: EncodeSettings, lock: OutputLock) -> None:
+    """Claim --out and write the shards that it lacks."""
     state = process_state(settings.device)
     source = open_source(settings)
     folder = find_pipeline(settings.teacher, settings.revision, settings.variant)
     family, base = family_of(folder), load_base(folder, settings.variant)
     spec = latents_spec(settings, source, folder, base)
     with state.main_process_first():
+        spec = settled(settings, source, spec)
         empty = empty_prompt(base, family)
         check_shapes(settings, empty, conditioning_shapes(spec))
         files = {empty_prompt_file(name): encode_npy(array) for name, array in empty.items()}
-        manifest = claim(settings.out, "latents", spec, files=files)
-        if settings.retry_skipped and state.is_main_process:
-            reopen_skipped(source, settings, manifest)
+        with lock.claim() as alone:
+            manifest = claim(settings.out, "latents", spec, alone=alone, files=files)
+            if settings.retry_skipped and state.is_main_process:
+                reopen_skipped(source, settings, manifest)
     unfinished, own = share_unfinished(settings.out, manifest, state, settings.shard_range)
     if not unfinished:
+        leave_processes(state)
         if state.is_main_process:
             report(settings.out, manifest, "already finished, nothing to do: ")
         return
@@ -107,15 +137,18 @@ def run(settings: EncodeSettings) -> None:
     require_space(settings.out, needed, "use a smaller --resolution")
     if state.is_main_process:
         write_settings(settings.out, "encode", settings)
+        for note in source.notes():
+            click.echo(note)
         warn_truncated_captions(source, base, family)
     with tqdm(total=count_entries(own), unit="image", desc="encode", disable=not state.is_main_process) as progress:
         for shard in own:
             skipped: list[dict[str, str]] = []
+            remember(open_store(settings.out), manifest, shard, [record for _, record in shard_records(source, shard)])
             entries = shard_entries(source, settings, shard, base, family, skipped, progress.update)
             if is_accelerator(state.device):
                 entries = in_background(entries, 2 * settings.batch_size)
             write_shard(open_store(settings.out), shard.name, manifest.spec_sha256, entries, skipped)
-    state.wait_for_everyone()
+    leave_processes(state)
     if state.is_main_process:
         report(settings.out, manifest, "")
 
@@ -149,6 +182,12 @@ def latents_spec(settings: EncodeSettings, source: OpenSource, folder: Path, bas
     }
 
 
+def settled(settings: EncodeSettings, source: OpenSource, spec: dict[str, Any]) -> dict[str, Any]:
+    """The spec as existing latents in the output state it, if the inputs are theirs. See `settled_spec`."""
+    found = existing_manifest(settings.out, "latents")
+    return spec if found is None else settled_spec(open_store(settings.out), found, spec, source.records)
+
+
 def shard_records(source: OpenSource, shard: PlannedShard) -> list[tuple[int, Record]]:
     """(place in the input, record) for each image of a shard."""
     return [(index, source.records[index]) for index in shard.indices]
@@ -166,6 +205,8 @@ def reopen_skipped(source: OpenSource, settings: EncodeSettings, manifest: Manif
         found = [image for image in load_images(source, settings.framing, records, 1, 1) if image.problem is None]
         if found:
             click.echo(f"rewriting {shard.name}: {len(found)} of its {len(missing)} skipped images can be read now")
+            # First, because only the sidecar of older latents says which images had no caption.
+            remember(store, manifest, shard, [record for _, record in shard_records(source, shard)])
             store.delete(sidecar_name(shard.name))
 
 
@@ -217,8 +258,8 @@ def new_entry(image: LoadedImage, arrays: dict[str, np.ndarray], settings: Encod
     for name, array in arrays.items():
         if not np.isfinite(array).all():
             raise UserError(
-                f"the {name} of {record.source_id} contain NaN or Inf in {settings.dtype}, or do not fit in fp16. "
-                "Run with --dtype fp32, or remove the image."
+                f"the {name} of {printable(record.source_id)} contain NaN or Inf in {settings.dtype}, or do not fit in "
+                "fp16. Run with --dtype fp32, or remove the image."
             )
         entry.add_array(name, array)
     return entry
@@ -258,17 +299,19 @@ def report(out: Path, manifest: Manifest, prefix: str) -> None:
 
 def plan(settings: EncodeSettings) -> list[str]:
     """What a run would write."""
+    check_out(settings)
     source = open_source(settings)
     folder = find_pipeline(settings.teacher, settings.revision, settings.variant)
     spec = latents_spec(settings, source, folder, load_base(folder, settings.variant))
     found = existing_manifest(settings.out, "latents")
     if found is not None:
-        refuse_other_spec(settings.out, found.spec, spec)
+        refuse_other_spec(settings.out, found.spec, settled(settings, source, spec))
     shards = ShardPlan(spec["entries"], spec["entries_per_shard"])
-    left = shards.unfinished(open_store(settings.out))
+    left = shards.unfinished(open_store(settings.out), range_of(settings.shard_range))
     return [
+        *source.notes(),
         f"entries: {spec['entries']} in {len(shards)} shards, {len(left)} of them still to write",
-        *sizes.lines(entry_sizes(spec), spec["entries"]),
+        *sizes.lines(entry_sizes(spec), count_entries(left)),
         f"free on that disk: {format_bytes(free_bytes(settings.out))}",
     ]
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,42 +16,48 @@ import click
 import numpy as np
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+from torch import nn
 from tqdm import tqdm
 
 from pipeline.cache import sizes
 from pipeline.cache.latents import check_encoders, open_latents, unconditional_conditioning
-from pipeline.cache.output import claim, existing_manifest, finished_sidecars, range_of, share_unfinished
-from pipeline.cache.settings import CacheFormat
+from pipeline.cache.output import bind_parts, claim, existing_manifest, finished_sidecars, range_of, share_unfinished
+from pipeline.cache.parts import BASE, student_part
+from pipeline.cache.settings import CacheFormat, sampling_lines
 from pipeline.cache.targets import BatchTargets, Teacher, compress_targets, run_teacher
 from pipeline.core.diffusion import PREDICTION_TYPES
 from pipeline.core.taps import Taps
 from pipeline.models.checksums import write_checksums
 from pipeline.models.families import LEVELS, family_of_spec
 from pipeline.models.hashing import library_versions, weights_sha256
-from pipeline.models.load import find_pipeline, load_base, load_noise_scheduler, load_unet, unet_config
+from pipeline.models.load import find_pipeline, load_base, load_unet, unet_config
 from pipeline.models.provenance import write_origin
 from pipeline.models.save import save_base
+from pipeline.models.schedule import load_noise_scheduler
 from pipeline.models.shapes import tap_shapes
-from pipeline.models.students import initialised_student, teacher_taps
-from pipeline.sampling.generate import SAMPLES, Sampler, save_images
+from pipeline.models.students import initialised_student, meta_student, teacher_taps
+from pipeline.sampling.generate import SAMPLES, Sampler, check_sampler, save_images
 from pipeline.sampling.process import PipelineRef, generate_in_process
 from pipeline.system.command import stage_command
-from pipeline.system.device import DTYPES, is_accelerator, process_state, resolve_dtype
+from pipeline.system.device import DTYPES, is_accelerator, leave_processes, process_state, resolve_dtype
 from pipeline.system.disk import format_bytes, free_bytes, require_space
-from pipeline.system.errors import UserError
+from pipeline.system.errors import UserError, attempt_all, failing_with
+from pipeline.system.lock import OutputLock
 from pipeline.system.options import HubOptions, PrecisionOptions
+from pipeline.system.output import check_output, made_by
 from pipeline.system.settings import REQUIRED, option, write_settings
 from pipeline.system.threads import in_background, ordered_map
 from shards.files import atomic_directory
 from shards.manifest import Manifest, refuse_other_spec
-from shards.plan import PlannedShard, count_entries
+from shards.plan import PlannedShard, ShardPlan, count_entries
 from shards.reader import ShardSet
-from shards.schema import LATENTS, conditioning_shapes
+from shards.schema import LATENTS, MANIFEST, conditioning_shapes
 from shards.store import open_store
 from shards.writer import EntryBuilder, write_shard
 
 # Threads that compress the teacher's targets. zstd releases the interpreter's lock.
 PACKERS = 2
+SMALLER = "use fewer --rounds, a lower --snr-db or a larger --token-stride"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +70,7 @@ class TeacherCacheSettings(CacheFormat, PrecisionOptions, HubOptions):
     rounds: int = option(4, "Passes over the latents, each with its own noise and timesteps.", ge=1)
     samples: int = option(8, "Images to generate with the teacher for the students' reports; 0 for none.", ge=0)
     samples_guidance: float = option(7.0, "Classifier-free guidance of those images.", ge=1.0)
+    samples_batch_size: int = option(4, "Images per forward pass of those images.", ge=1)
     batch_size: int = option(8, "Entries per forward pass.", ge=1)
     seed: int = option(0, "Seed for noise, timesteps, dither and all other random draws.", ge=0)
     noise_offset: float = option(0.0, "Standard deviation of an offset added to each channel of the noise.", ge=0.0)
@@ -85,28 +93,43 @@ class TeacherCacheSettings(CacheFormat, PrecisionOptions, HubOptions):
 
 def run(settings: TeacherCacheSettings) -> None:
     """Run the teacher on latents, in rounds, and store its predictions and features."""
+    check_out(settings)
+    with OutputLock(settings.out) as lock:
+        write_cache(settings, lock)
+
+
+def check_out(settings: TeacherCacheSettings) -> None:
+    """Raise UserError unless --out is new, empty, or holds a cache."""
+    own = made_by(settings.out, "teacher-cache", MANIFEST)
+    check_output(settings.out, "teacher-cache", {"--latents": settings.latents, "--teacher": settings.teacher}, own=own)
+
+
+def write_cache(settings: TeacherCacheSettings, lock: OutputLock) -> None:
+    """Claim --out and write what it lacks: weights, shards, samples."""
     state = process_state(settings.device)
     latents = open_latents(settings.latents)
     folder = find_pipeline(settings.teacher, settings.revision, settings.variant)
     base, unet = load_base(folder, settings.variant), load_unet(folder, settings.variant)
     noise_scheduler = load_noise_scheduler(folder, settings.prediction_type)
     check_encoders(latents, base, f"--teacher {settings.teacher}")
+    check_samples(settings, latents, folder, base, noise_scheduler)
     spec = cache_spec(settings, latents, unet, noise_scheduler, state.device)
-    with state.main_process_first():
-        manifest = claim(settings.out, "cache", spec, rounds=settings.rounds)
-        save_students(settings, base, unet, noise_scheduler)
+    require_space(settings.out, bytes_left(settings, latents, spec, base, unet), SMALLER)
+    with state.main_process_first(), lock.claim() as alone:
+        manifest = claim(settings.out, "cache", spec, alone=alone, rounds=settings.rounds)
+        saved = save_students(settings, folder, unet, noise_scheduler)
+        manifest = bind_parts(settings.out, manifest, saved)
         write_origin(settings.out, settings.teacher, folder, settings.revision, settings.latents)
     del base
     unfinished, own = share_unfinished(settings.out, manifest, state, settings.shard_range)
     # None of several jobs knows whether it is the last, so the images are left to a run without a range.
     wants_samples = settings.samples > 0 and not settings.shard_range and not (settings.out / SAMPLES).is_dir()
     if not unfinished and not wants_samples:
+        leave_processes(state)
         if state.is_main_process:
             report(settings.out, manifest, "already finished, nothing to do: ")
         return
 
-    needed = count_entries(unfinished) * sizes.stored_bytes(entry_sizes(latents.manifest.spec, spec["taps"], settings))
-    require_space(settings.out, needed, "use fewer --rounds, a lower --snr-db or a larger --token-stride")
     if state.is_main_process:
         write_settings(settings.out, "teacher-cache", settings)
     dtype = DTYPES[spec["dtype"]]
@@ -124,25 +147,52 @@ def run(settings: TeacherCacheSettings) -> None:
         entries = cache_entries(own, manifest, latents, teacher, settings)
         for shard, of_shard in itertools.groupby(entries, key=lambda pair: pair[0]):
             write_shard(open_store(settings.out), shard, manifest.spec_sha256, counted(of_shard, progress.update), [])
-    state.wait_for_everyone()
+    leave_processes(state)
+    # The images need the memory that the teacher takes.
+    del teacher, unet
     if state.is_main_process:
-        if wants_samples:
-            del teacher, unet
-            pipeline = PipelineRef(settings.out / "base", folder / "unet", state.device, dtype, settings.variant)
-            save_teacher_samples(settings, latents, pipeline)
-        report(settings.out, manifest, "")
+        pipeline = PipelineRef(settings.out / "base", folder / "unet", state.device, dtype, settings.variant)
+        finish(settings, manifest, latents, folder, pipeline if wants_samples else None)
 
 
-def save_teacher_samples(settings: TeacherCacheSettings, latents: ShardSet, pipeline: PipelineRef) -> None:
+def finish(
+    settings: TeacherCacheSettings, manifest: Manifest, latents: ShardSet, folder: Path, pipeline: PipelineRef | None
+) -> None:
+    """Generate the samples if there is a `pipeline` for them, and tell what the cache holds, also if that fails."""
+
+    def generate_samples() -> None:
+        if pipeline:
+            with failing_with(
+                f"{settings.out} is complete, but the teacher's images could not be generated",
+                "Rerun the same command to generate them, with --samples-batch-size 1 if memory ran out, "
+                "or add --samples 0.",
+            ):
+                save_teacher_samples(settings, latents, folder, pipeline)
+
+    attempt_all(generate_samples, lambda: report(settings.out, manifest, ""))
+
+
+def save_teacher_samples(
+    settings: TeacherCacheSettings, latents: ShardSet, folder: Path, pipeline: PipelineRef
+) -> None:
     """Generate images with the teacher into the cache, from captions spread over the input.
 
     Students' reports show them next to their own.
     """
     chosen = np.linspace(0, len(latents) - 1, min(settings.samples, len(latents))).astype(int)
     prompts = [latents.read(int(i), ()).meta["caption"] for i in chosen]
-    sampler = Sampler(guidance_scale=settings.samples_guidance)
+    sampler = samples_sampler(settings, latents, folder)
     images = generate_in_process(pipeline, prompts, sampler, "teacher's samples")
-    save_images(images, sampler, settings.out / SAMPLES)
+    # Another job may have made the same images meanwhile.
+    with suppress(FileExistsError):
+        save_images(images, sampler, settings.out / SAMPLES)
+
+
+def samples_sampler(settings: TeacherCacheSettings, latents: ShardSet, folder: Path) -> Sampler:
+    """How the teacher's samples are generated. Those of a U-Net without a size of its own are as large as the data."""
+    resolution = latents.manifest.spec["resolution"]
+    size = None if unet_config(folder)["sample_size"] else (resolution, resolution)
+    return Sampler(guidance_scale=settings.samples_guidance, batch_size=settings.samples_batch_size, size=size)
 
 
 def cache_spec(
@@ -153,12 +203,6 @@ def cache_spec(
     device: torch.device,
 ) -> dict[str, Any]:
     """What the entries are. `strata` is the number of rounds of the first run and never changes."""
-    prediction_type = noise_scheduler.config.prediction_type
-    if prediction_type not in PREDICTION_TYPES:
-        raise UserError(
-            f"the teacher's scheduler has prediction type {prediction_type!r}, which is not supported. "
-            f"Set --prediction-type to one of {', '.join(PREDICTION_TYPES)}."
-        )
     found = existing_manifest(settings.out, "cache")
     config = dict(noise_scheduler.config)
     return {
@@ -167,12 +211,12 @@ def cache_spec(
         "entries_per_shard": settings.entries_per_shard,
         "strata": found.spec["strata"] if found else settings.rounds,
         "seed": settings.seed,
-        "taps": wanted_taps(tap_specs(settings, latents, dict(unet.config)), found),
+        "taps": wanted_taps(tap_specs(settings, latents, dict(unet.config)), found, settings.token_stride),
         "codec": {"name": settings.codec, **({"snr_db": settings.snr_db} if settings.codec == "dither" else {})},
         "noise_offset": settings.noise_offset,
         "input_perturbation": settings.input_perturbation,
         "uncond_fraction": settings.uncond_fraction,
-        "prediction_type": prediction_type,
+        "prediction_type": noise_scheduler.config.prediction_type,
         "noise_scheduler": {key: config[key] for key in sorted(config) if not key.startswith("_")},
         "dtype": resolve_dtype(settings.dtype, device),
         "teacher_sha256": weights_sha256(unet),
@@ -181,10 +225,30 @@ def cache_spec(
     }
 
 
-def wanted_taps(taps: dict[str, Any], found: Manifest | None) -> dict[str, Any]:
+def check_samples(
+    settings: TeacherCacheSettings,
+    latents: ShardSet,
+    folder: Path,
+    base: DiffusionPipeline,
+    noise_scheduler: DDPMScheduler,
+) -> None:
+    """Raise UserError if the teacher's samples could not be generated after the last shard."""
+    base.scheduler.register_to_config(prediction_type=noise_scheduler.config.prediction_type)
+    if settings.samples:
+        check_sampler(base.scheduler, samples_sampler(settings, latents, folder), f"--teacher {settings.teacher}")
+
+
+def wanted_taps(taps: dict[str, Any], found: Manifest | None, token_stride: int) -> dict[str, Any]:
     """The taps of the spec: those of the existing cache, if it already has all that are wanted."""
     stored = found.spec["taps"] if found else {}
-    return stored if all(stored.get(tap) == tap_spec for tap, tap_spec in taps.items()) else taps
+    return stored if all(serves(stored.get(tap), tap_spec, token_stride) for tap, tap_spec in taps.items()) else taps
+
+
+def serves(stored: dict[str, Any] | None, wanted: dict[str, Any], token_stride: int) -> bool:
+    """Whether a stored tap is the wanted one. Earlier versions kept all positions of a tap that the stride does not
+    divide."""
+    divides = all(side % token_stride == 0 for side in wanted["shape"][1:])
+    return stored == wanted or (not divides and stored == {**wanted, "stride": 1})
 
 
 def tap_specs(settings: TeacherCacheSettings, latents: ShardSet, config: dict[str, Any]) -> dict[str, Any]:
@@ -201,23 +265,56 @@ def tap_specs(settings: TeacherCacheSettings, latents: ShardSet, config: dict[st
 
 
 def save_students(
-    settings: TeacherCacheSettings, base: DiffusionPipeline, unet: UNet2DConditionModel, noise_scheduler: DDPMScheduler
-) -> None:
-    """Write base/ and students/<level>/ to the cache, each with its checksums, unless they exist."""
-    if not (settings.out / "base").is_dir():
-        save_base(base, noise_scheduler, settings.out / "base")
+    settings: TeacherCacheSettings, folder: Path, unet: UNet2DConditionModel, noise_scheduler: DDPMScheduler
+) -> list[str]:
+    """Write base/ and students/<level>/ to the cache, each with its checksums, unless they exist.
+
+    Returns the names of the folders that were written.
+    """
+    saved = []
+    if not (settings.out / BASE).is_dir():
+        save_base(folder, settings.variant, noise_scheduler, settings.out / BASE)
+        saved.append(BASE)
     teacher_weights = unet.state_dict()
     for level in settings.students:
-        folder = settings.out / "students" / level
-        if folder.is_dir():
+        student_folder = settings.out / student_part(level)
+        if student_folder.is_dir():
             continue
         try:
             student = initialised_student(dict(unet.config), teacher_weights, level)
         except ValueError as error:
             raise UserError(f"--teacher {settings.teacher}: {error}") from None
-        with atomic_directory(folder, exist_ok=True) as temporary:
+        with atomic_directory(student_folder, exist_ok=True) as temporary:
             student.save_pretrained(temporary)
             write_checksums(temporary)
+        saved.append(student_part(level))
+    return saved
+
+
+def bytes_left(
+    settings: TeacherCacheSettings,
+    latents: ShardSet,
+    spec: dict[str, Any],
+    base: DiffusionPipeline,
+    unet: UNet2DConditionModel,
+) -> int:
+    """About how many bytes a run adds to --out: shards, and weights in float32."""
+    unfinished = shards_left(settings, len(latents), existing_manifest(settings.out, "cache"))
+    shards = count_entries(unfinished) * sizes.stored_bytes(entry_sizes(latents.manifest.spec, spec["taps"], settings))
+    networks = (
+        [] if (settings.out / BASE).is_dir() else [m for m in base.components.values() if isinstance(m, nn.Module)]
+    )
+    for level in settings.students:
+        if not (settings.out / student_part(level)).is_dir():
+            networks.append(meta_student(dict(unet.config), level))
+    return shards + sum(4 * parameter.numel() for network in networks for parameter in network.parameters())
+
+
+def shards_left(settings: TeacherCacheSettings, images: int, found: Manifest | None) -> list[PlannedShard]:
+    """The shards that a run writes: those of --shard-range that are unfinished, of all rounds that `found` has too."""
+    rounds = max(settings.rounds, (found.rounds or 0) if found else 0)
+    plan = ShardPlan(images, settings.entries_per_shard, rounds)
+    return plan.unfinished(open_store(settings.out), range_of(settings.shard_range))
 
 
 def cache_entries(
@@ -270,16 +367,27 @@ def report(out: Path, manifest: Manifest, prefix: str) -> None:
 
 def plan(settings: TeacherCacheSettings) -> list[str]:
     """What a run would write. The size of quantised taps is that of Gaussian features."""
+    check_out(settings)
     latents = open_latents(settings.latents)
     folder = find_pipeline(settings.teacher, settings.revision, settings.variant)
+    base = load_base(folder, settings.variant)
+    check_encoders(latents, base, f"--teacher {settings.teacher}")
+    check_samples(settings, latents, folder, base, load_noise_scheduler(folder, settings.prediction_type))
     found = existing_manifest(settings.out, "cache")
-    taps = wanted_taps(tap_specs(settings, latents, unet_config(folder)), found)
+    taps = wanted_taps(tap_specs(settings, latents, unet_config(folder)), found, settings.token_stride)
     if found is not None:
-        refuse_other_spec(settings.out, {"taps": found.spec["taps"]}, {"taps": taps})
-    entries = len(latents) * settings.rounds
+        stated = {"latents": latents.manifest.spec, "entries": len(latents), "taps": taps}
+        names = ("entries_per_shard", "seed", "noise_offset", "input_perturbation", "uncond_fraction")
+        wanted = {**stated, **{name: getattr(settings, name) for name in names}}
+        refuse_other_spec(settings.out, {name: found.spec[name] for name in wanted}, wanted)
+    rounds = max(settings.rounds, (found.rounds or 0) if found else 0)
+    left = shards_left(settings, len(latents), found)
+    entries = count_entries(left)
     return [
-        f"entries: {len(latents)} images x {settings.rounds} rounds = {entries}",
+        f"entries: {len(latents)} images x {rounds} rounds = {len(latents) * rounds}",
+        f"still to write: {entries} entries in {len(left)} shards",
         *sizes.lines(entry_sizes(latents.manifest.spec, taps, settings), entries),
+        *sampling_lines(taps),
         f"free on that disk: {format_bytes(free_bytes(settings.out))}",
         "plus the rest of the teacher's pipeline and the students' initial weights",
         f"teacher forward passes: {entries}, in batches of {settings.batch_size}",

@@ -17,18 +17,15 @@ from shards.codec import DITHER_TABLE_SIZE, dither_table
 
 
 @functools.lru_cache(maxsize=8)
-def _table_on(device: torch.device) -> Tensor:
-    """The dither table twice in a row, so that a run which wraps around is still one slice."""
-    table = torch.from_numpy(dither_table())
-    return torch.cat((table, table)).to(device)
+def _table_on(device: torch.device, copies: int) -> Tensor:
+    """The dither table several times in a row, so that a run which wraps around is still one slice."""
+    return torch.from_numpy(dither_table()).repeat(copies).to(device)
 
 
 def dither(offsets: Sequence[int], shape: tuple[int, ...], device: torch.device) -> Tensor:
     """B offsets, shape (C, H, W) -> (B, C, H, W) float32 on `device`."""
     count = math.prod(shape)
-    if count > DITHER_TABLE_SIZE:
-        raise ValueError(f"a tensor of shape {shape} has more elements than the dither table")
-    table = _table_on(device)
+    table = _table_on(device, 1 + math.ceil(count / DITHER_TABLE_SIZE))
     return torch.stack([table[offset : offset + count] for offset in offsets]).view(-1, *shape)
 
 

@@ -70,9 +70,14 @@ def expected_tensors(spec: dict[str, Any]) -> dict[str, Expected]:
 
 
 def sampled_shape(tap_spec: dict[str, Any]) -> tuple[int, int, int]:
-    """(C, H/stride, W/stride): the shape of a tap of which one position per cell is kept."""
+    """(C, H // stride, W // stride): the shape of a tap of which one position per cell is kept."""
     channels, height, width = tap_spec["shape"]
     return channels, height // tap_spec["stride"], width // tap_spec["stride"]
+
+
+def offsets(side: int, stride: int) -> int:
+    """How many rows (or columns) a tap's kept positions may start from: any if `stride` does not divide the side."""
+    return side if side % stride else stride
 
 
 def check_key(key: str, round_index: int | None) -> None:
@@ -92,7 +97,7 @@ def check_meta(meta: Any, spec: dict[str, Any], round_index: int | None) -> None
             if not 0 <= meta["timestep"] < spec["noise_scheduler"]["num_train_timesteps"]:
                 problems.append("timestep")
             for tap, tap_spec in spec["taps"].items():
-                if not _is_valid_record(meta["taps"][tap], tap_spec["stride"], spec["codec"]["name"] == "dither"):
+                if not _is_valid_record(meta["taps"][tap], tap_spec, spec["codec"]["name"] == "dither"):
                     problems.append(f"taps.{tap}")
     except (KeyError, TypeError) as error:
         raise ShardError(f"its .json lacks a field ({error!r})") from None
@@ -100,8 +105,9 @@ def check_meta(meta: Any, spec: dict[str, Any], round_index: int | None) -> None
         raise ShardError(f"invalid {', '.join(problems)} in its .json")
 
 
-def _is_valid_record(record: dict[str, Any], stride: int, quantised: bool) -> bool:
-    placed = all(0 <= record[name] < stride for name in ("row", "column"))
+def _is_valid_record(record: dict[str, Any], tap_spec: dict[str, Any], quantised: bool) -> bool:
+    sides = zip(("row", "column"), tap_spec["shape"][1:], strict=True)
+    placed = all(0 <= record[name] < offsets(side, tap_spec["stride"]) for name, side in sides)
     if not quantised:
         return placed
     step = record["step"]

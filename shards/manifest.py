@@ -21,16 +21,24 @@ RESTORE = "Restore it from a backup or regenerate the directory"
 class Manifest:
     """`spec` never changes once written. `rounds` (None for latents) may grow, which changes no existing shard.
 
-    `files` gives the sha256 of the files next to the shards, by name.
+    `files` gives the sha256 of the files next to the shards, by name; of a folder, that of its list of checksums. The
+    manifest of a cache is `sealed` by a hash of all its fields, unless an earlier version wrote it.
     """
 
     spec: dict[str, Any]
     rounds: int | None = None
     files: dict[str, str] = field(default_factory=dict)
+    sealed: bool = True
 
     @functools.cached_property
     def spec_sha256(self) -> str:
         return sha256_of_json(self.spec)
+
+    @property
+    def seal(self) -> str:
+        """The sha256 of everything that the manifest states."""
+        stated = {"format": FORMAT_VERSION, "spec_sha256": self.spec_sha256, "rounds": self.rounds, "files": self.files}
+        return sha256_of_json(stated)
 
     @functools.cached_property
     def plan(self) -> ShardPlan:
@@ -49,6 +57,7 @@ def write_manifest(store: Store, manifest: Manifest) -> None:
         "spec_sha256": manifest.spec_sha256,
         "rounds": manifest.rounds,
         "files": manifest.files,
+        **({} if manifest.rounds is None else {"sha256": manifest.seal}),
         "spec": manifest.spec,
     }
     with store.write(MANIFEST) as stream:
@@ -66,7 +75,8 @@ def read_manifest(store: Store, stage: str | None = None) -> Manifest:
     try:
         content = json.loads(store.read(MANIFEST).decode("utf-8"))
         version, stated = content["format"], content["spec_sha256"]
-        manifest = Manifest(dict(content["spec"]), content["rounds"], dict(content["files"]))
+        seal = content.get("sha256")
+        manifest = Manifest(dict(content["spec"]), content["rounds"], dict(content["files"]), seal is not None)
     except (FileNotFoundError, NotADirectoryError):
         raise ShardError(
             f"{store} has no {MANIFEST}, so it is not a {' or '.join(wanted)} directory. Make one with {commands}."
@@ -83,6 +93,8 @@ def read_manifest(store: Store, stage: str | None = None) -> Manifest:
     rounds = manifest.rounds
     if not (rounds is None if found == "latents" else type(rounds) is int and rounds >= 1):
         raise ShardError(f"{path} has an invalid number of rounds, {rounds!r}. {RESTORE}.")
+    if seal not in (None, manifest.seal):
+        raise ShardError(f"{path} was edited: its rounds or files do not match its own hash. {RESTORE}.")
     return manifest
 
 
@@ -115,4 +127,15 @@ def refuse_other_spec(place: object, old: dict[str, Any], new: dict[str, Any]) -
         raise ShardError(
             f"{place} was made with other settings (existing -> requested):\n{shown}\n"
             "Run with the settings it was made with, or choose another output directory."
+            + remedy_for_libraries(old, new)
         )
+
+
+def remedy_for_libraries(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """How to get the versions of the libraries that `old` was made with, if `new` has others; else an empty string."""
+    versions, installed = old.get("libraries"), new.get("libraries")
+    if not isinstance(versions, dict) or not isinstance(installed, dict) or versions == installed:
+        return ""
+    # The local part of a version, as in 2.6.0+cu124, names a build that the package index does not have.
+    pinned = " ".join(f"{name}=={str(version).split('+')[0]}" for name, version in versions.items())
+    return f" To continue it with the libraries it was made with: pip install {pinned}"

@@ -16,13 +16,15 @@ import numpy as np
 from shards.codec import decode_npy, unpack_quantised
 from shards.expected import Expected, check_key, expected_tensors
 from shards.manifest import STAGE_COMMANDS, Manifest, read_manifest
-from shards.schema import BLOCK, COLUMNS, FORMAT_VERSION, MANIFEST, ShardError, round_of, sidecar_name
+from shards.plan import PlannedShard
+from shards.schema import BLOCK, COLUMNS, FORMAT_VERSION, MANIFEST, ShardError, image_of, round_of, sidecar_name
 from shards.store import Store
 
 # The header of a tar member begins with its name.
 NAME_BYTES = 100
 # Parsed sidecars that a ShardSet keeps. Those of 1,000 entries take 100 (latents) to 500 kB (a cache).
 CACHED_SIDECARS = 256
+REWRITE = "Delete this shard's .tar and .json and rerun the stage, which rewrites only them."
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,12 @@ class ShardSet:
             )
         self.expected = expected_tensors(self.manifest.spec)
         self.shards = self.manifest.plan.names()
-        self.counts = [sound_sidecar(store, shard, self.manifest.spec_sha256).count for shard in self.shards]
+        self.counts, last = [], None
+        for shard in self.manifest.plan:
+            sidecar = placed_sidecar(store, shard, self.manifest)
+            check_order(store, last, sidecar)
+            self.counts.append(sidecar.count)
+            last = sidecar if sidecar.keys else last
         self._ends = list(itertools.accumulate(self.counts))
         self._sidecars: OrderedDict[str, Sidecar] = OrderedDict()
 
@@ -161,16 +168,40 @@ def sound_sidecar(store: Store, shard: str, spec_sha256: str) -> Sidecar:
     return sidecar
 
 
+def placed_sidecar(store: Store, shard: PlannedShard, manifest: Manifest) -> Sidecar:
+    """The sound sidecar of a shard whose number of entries and whose keys are those of its place in the plan; else
+    ShardError. Of the keys, the first and the last are looked at: they rise in between."""
+    sidecar = sound_sidecar(store, shard.name, manifest.spec_sha256)
+    entries, indices = sidecar.count + len(sidecar.skipped), shard.indices
+    path = f"{store}/{sidecar_name(shard.name)}"
+    if entries != len(indices):
+        raise damaged(path, f"it lists {entries} entries, not the {len(indices)} of its place")
+    # The entries of a cache are numbered without the images that `encode` skipped, and their keys are the images' own.
+    images = manifest.spec.get("latents", manifest.spec).get("entries", manifest.spec["entries"])
+    for key in (sidecar.keys[:1] + sidecar.keys[-1:]) if sidecar.keys else ():
+        if not indices.start <= image_of(key) < indices.stop + images - manifest.spec["entries"]:
+            raise damaged(path, f"it lists the entry {key}, which has another place")
+    return sidecar
+
+
+def check_order(store: Store, before: Sidecar | None, after: Sidecar) -> None:
+    """Raise ShardError if a shard begins with an entry that the one before it, in its round, has reached already."""
+    if before is None or not after.keys or round_of(before.shard) != round_of(after.shard):
+        return
+    if image_of(after.keys[0]) <= image_of(before.keys[-1]):
+        raise ShardError(
+            f"{store}/{before.shard} and {store}/{after.shard} hold the same entries, so one of them is not in its "
+            "place. Delete the .tar and .json of both and rerun the stage, which rewrites only them."
+        )
+
+
 def read_sidecar(store: Store, shard: str, spec_sha256: str) -> Sidecar:
-    """The sidecar of `shard`. Raises ShardError if it is damaged or belongs to another spec."""
+    """The sidecar of `shard`. Raises ShardError if it is damaged or of another spec, OSError if it cannot be read."""
     path = f"{store}/{sidecar_name(shard)}"
     try:
         content = json.loads(store.read(sidecar_name(shard)).decode("utf-8"))
         if content["format"] != FORMAT_VERSION or content["spec_sha256"] != spec_sha256:
-            raise ForeignShardError(
-                f"{path} belongs to another shard set than {store}/{MANIFEST}. "
-                "Delete it together with its tar and rerun the stage."
-            )
+            raise ForeignShardError(f"{path} belongs to another shard set than {store}/{MANIFEST}. " + REWRITE)
         keys, members = list(content["keys"]), list(content["members"])
         table = np.array(content["table"], np.int64).reshape(len(keys), len(members), len(COLUMNS))
         sidecar = Sidecar(shard, content["bytes"], content["sha256"], content["skipped"], keys, members, table)
@@ -188,7 +219,9 @@ def read_sidecar(store: Store, shard: str, spec_sha256: str) -> Sidecar:
         raise
     except ShardError as error:
         raise damaged(path, str(error)) from None
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise damaged(path, "it is missing" if isinstance(error, FileNotFoundError) else "it is a directory") from None
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise damaged(path, f"{error!r}") from None
 
 
@@ -237,6 +270,4 @@ def _parse_tensor(
 
 def damaged(path: str, what: str) -> ShardError:
     """The error for a damaged file of a shard: its name, what is wrong with it, and the remedy."""
-    return ShardError(
-        f"{path} is damaged: {what}. Delete this shard's .tar and .json and rerun the stage, which rewrites only them."
-    )
+    return ShardError(f"{path} is damaged: {what}. {REWRITE}")

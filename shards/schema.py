@@ -40,6 +40,11 @@ def entry_key(image: str, round_index: int) -> str:
     return f"{image}-r{round_index:04d}"
 
 
+def image_of(key: str) -> int:
+    """The place in the input of a key's image."""
+    return int(key.partition("-")[0])
+
+
 def shard_name(place: int, round_index: int | None) -> str:
     """The name of shard number `place`, of a round or, for latents, of none."""
     return f"s{place:05d}.tar" if round_index is None else f"r{round_index:04d}-s{place:05d}.tar"

@@ -1,14 +1,16 @@
 """Where a shard set lives. Everything else in this package reads and writes through a store, by name.
 
-A store holds named files without folders. What it promises: a file appears complete or not at all, and a file that
-was written replaces the one before it.
+A store holds named files; a name may have folders, with forward slashes. What it promises: a file appears complete or
+not at all, and a file that was written replaces the one before it.
 """
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Protocol
@@ -20,7 +22,8 @@ CHUNK = 1 << 20
 
 
 class Store(Protocol):
-    """Reads raise FileNotFoundError for a name that does not exist; `str(store)` names the place in messages."""
+    """Reads raise FileNotFoundError for a name that does not exist, and OSError, which names the file, for one that
+    cannot be read now. `str(store)` names the place in messages."""
 
     def read(self, name: str) -> bytes:
         """All bytes of a file."""
@@ -54,23 +57,32 @@ class LocalStore:
         return str(self.directory)
 
     def read(self, name: str) -> bytes:
-        return (self.directory / name).read_bytes()
+        with _naming(self.directory / name) as path:
+            return path.read_bytes()
 
     def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-        descriptor = os.open(self.directory / name, os.O_RDONLY)
-        try:
-            return [_read_at(descriptor, offset, length) for offset, length in ranges]
-        finally:
-            os.close(descriptor)
+        with _naming(self.directory / name) as path:
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                return [_read_at(descriptor, offset, length) for offset, length in ranges]
+            finally:
+                os.close(descriptor)
 
     def write(self, name: str) -> AbstractContextManager[IO[bytes]]:
         return atomic_file(self.directory / name)
 
     def exists(self, name: str) -> bool:
-        return (self.directory / name).is_file()
+        return self.size(name) is not None
 
     def size(self, name: str) -> int | None:
-        return (self.directory / name).stat().st_size if self.exists(name) else None
+        try:
+            found = os.stat(self.directory / name)
+        except OSError as error:
+            # Any other error says nothing about the file.
+            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                return None
+            raise
+        return found.st_size if stat.S_ISREG(found.st_mode) else None
 
     def list(self) -> list[str]:
         if not self.directory.is_dir():
@@ -92,6 +104,16 @@ def read_chunks(store: Store, name: str) -> Iterator[bytes]:
     while chunk := store.read_ranges(name, [(offset, CHUNK)])[0]:
         yield chunk
         offset += len(chunk)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[Path]:
+    """Have an OSError name the file, which that of a failed read does not."""
+    try:
+        yield path
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def _read_at(descriptor: int, offset: int, length: int) -> bytes:

@@ -2,34 +2,58 @@
 
 from __future__ import annotations
 
+import errno
+import functools
 import hashlib
 import re
 import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from shards.expected import check_meta, expected_tensors
 from shards.manifest import STAGE_COMMANDS, Manifest, read_file
-from shards.reader import ForeignShardError, Sidecar, damaged, read_entry, read_sidecar, sound_sidecar
+from shards.reader import (
+    ForeignShardError,
+    Sidecar,
+    check_order,
+    damaged,
+    placed_sidecar,
+    read_entry,
+    read_sidecar,
+)
 from shards.schema import BLOCK, MANIFEST, ShardError, round_of, sidecar_name
 from shards.store import Store, read_chunks
 
 SHARD_FILE = re.compile(r"(?:r\d{4,}-)?s\d{5,}\.(?:tar|json)")
 
 
+# Errors of a file that its owner closed to this user.
+CLOSED = (errno.EACCES, errno.EPERM)
+Result = TypeVar("Result")
+
+
+class UnreadableError(Exception):
+    """Something cannot be read now, or reads differently each time, which is no damage. The message names the file."""
+
+
 @dataclass(frozen=True)
 class Problem:
-    """One line that names a file, what is wrong, and the remedy. `shard` is a damaged shard that may be deleted."""
+    """One line that names a file, what is wrong, and the remedy.
+
+    `shard` is the shard that it is about, which may be deleted if it is `damaged`.
+    """
 
     message: str
     shard: str | None = None
+    damaged: bool = False
 
     @staticmethod
     def of(error: Exception, shard: str | None = None) -> Problem:
-        return Problem(" ".join(str(error).split()), shard)
+        damaged = shard is not None and isinstance(error, ShardError)
+        return Problem(" ".join(str(error).split()), shard, damaged)
 
 
 @dataclass(frozen=True)
@@ -49,35 +73,75 @@ class Survey:
     problems: list[Problem] = field(default_factory=list)
 
     def damaged_shards(self) -> list[str]:
-        return list(dict.fromkeys(problem.shard for problem in self.problems if problem.shard))
+        return list(dict.fromkeys(problem.shard for problem in self.problems if problem.shard and problem.damaged))
+
+    def intact(self) -> list[Size]:
+        """The sizes of the shards of which nothing bad is known."""
+        bad = {problem.shard for problem in self.problems}
+        return [size for shard, size in self.sizes.items() if shard not in bad]
+
+
+def examine(path: str, check: Callable[[], Result]) -> Result:
+    """What `check` returns about a file. Raises ShardError only if two readings say the same of it, else
+    UnreadableError.
+
+    The second reading opens the file again, but the system may answer it from memory.
+    """
+    found: list[str] = []
+    while True:
+        try:
+            result = check()
+        except OSError as error:
+            raise unreadable(path, error) from None
+        except ShardError as error:
+            if str(error) in found:
+                raise
+            found.append(str(error))
+            if len(found) == 1:
+                continue
+        else:
+            if not found:
+                return result
+        raise UnreadableError(
+            f"{path} was read twice with different results, so a disk, a network or memory may be failing. Nothing is "
+            "deleted for that. Check the machine, and run `distill-sd verify` again."
+        )
+
+
+def unreadable(path: str, error: OSError) -> UnreadableError:
+    """The error for a file that cannot be read now, and the remedy."""
+    remedy = "Give this user the permission to read it" if error.errno in CLOSED else "Check the disk or the network"
+    what = f"{error.filename or path} cannot be read: {error.strerror or error}"
+    return UnreadableError(f"{what}. {remedy}, and run `distill-sd verify` again.")
 
 
 def survey(store: Store, manifest: Manifest) -> Survey:
     """What can be said without reading the shards: sidecars, sizes, and the numbering, which has no gaps."""
     found = Survey()
     rerun = f"rerun the same `distill-sd {STAGE_COMMANDS[manifest.spec['stage']]}`"
-    planned, existing = manifest.plan.names(), set(store.list())
-    marked = [place for place, shard in enumerate(planned) if sidecar_name(shard) in existing]
+    planned, existing = list(manifest.plan), set(store.list())
+    marked = [place for place, shard in enumerate(planned) if sidecar_name(shard.name) in existing]
     last, marks, foreign = marked[-1] if marked else -1, set(marked), 0
+    before = None
     for place, shard in enumerate(planned):
-        path = f"{store}/{shard}"
+        path = f"{store}/{shard.name}"
         try:
             if place in marks:
-                sidecar = sound_sidecar(store, shard, manifest.spec_sha256)
-                found.sizes[shard] = Size(sidecar.count, sidecar.bytes)
-            elif shard in existing:
-                what = f"{path} has no sidecar {sidecar_name(shard)}, so it counts as unfinished"
+                sidecar = examine(path, functools.partial(placed_sidecar, store, shard, manifest))
+                found.sizes[shard.name] = Size(sidecar.count, sidecar.bytes)
+                found.problems += order_problem(store, before, sidecar)
+                before = sidecar if sidecar.keys else before
+            elif shard.name in existing:
+                what = f"{path} has no sidecar {sidecar_name(shard.name)}, so it counts as unfinished"
                 found.problems.append(Problem(f"{what}. To write it again, and only it, {rerun}."))
             elif place < last:
                 what = f"{path} is missing although later shards exist"
                 found.problems.append(Problem(f"{what}. If no job is still writing it, {rerun}."))
             else:
-                found.unfinished.append(shard)
-        except ForeignShardError as error:
-            foreign += 1
-            found.problems.append(Problem.of(error, shard))
-        except ShardError as error:
-            found.problems.append(Problem.of(error, shard))
+                found.unfinished.append(shard.name)
+        except (ShardError, UnreadableError) as error:
+            foreign += isinstance(error, ForeignShardError)
+            found.problems.append(Problem.of(error, shard.name))
     if foreign and foreign == len(marked):
         # All shards agree against the manifest: then it is the manifest that is foreign.
         what = f"{store}/{MANIFEST} does not match any shard in this directory"
@@ -85,6 +149,15 @@ def survey(store: Store, manifest: Manifest) -> Survey:
         found.problems = [*kept, Problem(f"{what}. Restore the manifest that the shards were written with.")]
     found.problems += stray_files(store, manifest) + changed_files(store, manifest)
     return found
+
+
+def order_problem(store: Store, before: Sidecar | None, after: Sidecar) -> list[Problem]:
+    """The problem of two shards that hold the same entries, if they do. Nobody knows which of them is wrong."""
+    try:
+        check_order(store, before, after)
+    except ShardError as error:
+        return [Problem.of(error)]
+    return []
 
 
 def stray_files(store: Store, manifest: Manifest) -> list[Problem]:
@@ -102,12 +175,15 @@ def stray_files(store: Store, manifest: Manifest) -> list[Problem]:
 
 
 def changed_files(store: Store, manifest: Manifest) -> list[Problem]:
-    """Files next to the shards that differ from what the manifest states."""
+    """Files next to the shards that differ from what the manifest states, but for those in folders.
+
+    The lists of checksums in folders are for whoever knows what the folders hold.
+    """
     problems = []
-    for name in manifest.files:
+    for name in (name for name in manifest.files if "/" not in name):
         try:
-            read_file(store, manifest, name)
-        except ShardError as error:
+            examine(f"{store}/{name}", functools.partial(read_file, store, manifest, name))
+        except (ShardError, UnreadableError) as error:
             problems.append(Problem.of(error))
     return problems
 
@@ -119,30 +195,29 @@ def check_contents(store: Store, manifest: Manifest, found: Survey, advance: Cal
     """
     last_key = ""
     for shard, size in found.sizes.items():
+        check = functools.partial(check_shard, store, shard, manifest, last_key)
         try:
-            sidecar = read_sidecar(store, shard, manifest.spec_sha256)
-            check_shard(store, sidecar, manifest.spec, last_key)
-            last_key = sidecar.keys[-1] if sidecar.keys else last_key
-        except ShardError as error:
+            last_key = examine(f"{store}/{shard}", check)
+        except (ShardError, UnreadableError) as error:
             found.problems.append(Problem.of(error, shard))
-        except OSError as error:
-            unread = damaged(f"{store}/{shard}", f"it cannot be read ({error.strerror})")
-            found.problems.append(Problem.of(unread, shard))
         advance(size.bytes)
 
 
-def check_shard(store: Store, sidecar: Sidecar, spec: dict[str, Any], last_key: str) -> None:
+def check_shard(store: Store, shard: str, manifest: Manifest, last_key: str) -> str:
     """Raise ShardError unless the tar has its sha256, exactly its members, and each is as the spec says.
 
     Keys rise through a round, so they are unique if each is greater than `last_key`, the last of the shard before.
+    Returns the last key of this one.
     """
-    path = f"{store}/{sidecar.shard}"
-    round_index = round_of(sidecar.shard)
+    path, round_index, spec = f"{store}/{shard}", round_of(shard), manifest.spec
+    sidecar = read_sidecar(store, shard, manifest.spec_sha256)
     digest = hashlib.sha256()
     for chunk in read_chunks(store, sidecar.shard):
         digest.update(chunk)
     if digest.hexdigest() != sidecar.sha256:
-        raise damaged(path, f"it does not have its sha256{first_bad_entry(store, sidecar, spec)}")
+        # The digits tell one wrong reading from another.
+        found = f"it does not have its sha256 but {digest.hexdigest()[:16]}..."
+        raise damaged(path, found + first_bad_entry(store, sidecar, spec))
     try:
         for key in sidecar.keys:
             if round_of_key(last_key) == round_index and key <= last_key:
@@ -157,6 +232,7 @@ def check_shard(store: Store, sidecar: Sidecar, spec: dict[str, Any], last_key: 
         raise damaged(path, str(error)) from None
     for place in range(sidecar.count):
         check_entry(store, sidecar, place, spec)
+    return last_key
 
 
 def check_entry(store: Store, sidecar: Sidecar, place: int, spec: dict[str, Any]) -> None:

@@ -1,4 +1,7 @@
-"""Fixtures for all tests: small random models and images. Nothing here needs a network or a GPU."""
+"""Fixtures for all tests: small random models and images. Nothing here needs a network or a GPU.
+
+The libraries are imported where they are used: a process that only hands out tests to others loads none of them.
+"""
 
 import gc
 import os
@@ -8,12 +11,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
-from accelerate.state import AcceleratorState, PartialState
-from support.tiny import tiny_pipeline, write_images
-
-# What the libraries made at import stays: collections need not look through it again, and there are many.
-gc.collect()
-gc.freeze()
 
 LONGEST = ("test_docs.py", "test_kill.py", "test_cli.py", "test_distill.py", "test_options.py")
 
@@ -21,6 +18,8 @@ LONGEST = ("test_docs.py", "test_kill.py", "test_cli.py", "test_distill.py", "te
 @pytest.fixture(autouse=True)
 def _fresh_accelerate():
     """accelerate keeps one state per process. Each test gets its own."""
+    from accelerate.state import AcceleratorState, PartialState
+
     yield
     AcceleratorState._reset_state(True)
     PartialState._reset_state()
@@ -31,9 +30,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
+def pytest_collection_finish() -> None:
+    """What the libraries made at import stays: collections need not look through it again, and there are many."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def teacher(tmp_path_factory) -> Path:
     """A teacher's folder in diffusers layout."""
+    from support.tiny import tiny_pipeline
+
     folder = tmp_path_factory.mktemp("teacher")
     tiny_pipeline().save_pretrained(folder)
     return folder
@@ -41,6 +48,8 @@ def teacher(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def v_teacher(tmp_path_factory) -> Path:
+    from support.tiny import tiny_pipeline
+
     folder = tmp_path_factory.mktemp("v-teacher")
     tiny_pipeline(prediction_type="v_prediction").save_pretrained(folder)
     return folder
@@ -48,4 +57,6 @@ def v_teacher(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def images(tmp_path_factory) -> Path:
+    from support.tiny import write_images
+
     return write_images(tmp_path_factory.mktemp("images"), 13)

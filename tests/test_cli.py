@@ -18,6 +18,7 @@ from support.tiny import write_images
 from pipeline.cli import main
 from pipeline.distill import DistillSettings
 from pipeline.encode import EncodeSettings
+from pipeline.models.families import LEVELS
 from pipeline.teacher_cache import TeacherCacheSettings
 from shards.dataset import CacheDataset, EpochBatches
 from shards.manifest import read_manifest
@@ -88,7 +89,7 @@ def as_shown(setting):
         return name if default else f"no-{name}"
     if isinstance(default, tuple):
         return f"({','.join(default)})"
-    return "(none)" if default is None else str(default)
+    return str(default)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -102,7 +103,7 @@ def test_an_option_has_the_default_and_the_help_of_its_setting(stage):
         assert re.sub(r"\s+", "", setting.metadata["help"]) in shown
         if not option.required:
             assert option.default == setting.default
-            assert f"[default:{as_shown(setting)}]" in shown
+            assert setting.default is None or f"[default:{as_shown(setting)}]" in shown
     assert list(options) == ["dry_run"]
 
 
@@ -294,6 +295,13 @@ def test_make_help_lists_every_target():
     listed = make("help").stdout
     for target in ("help", "install", "test", "lint", "encode", "teacher-cache", "distill", "clean"):
         assert re.search(rf"^ +{target} +\S", listed, re.MULTILINE), target
+
+
+def test_make_refuses_an_unknown_level_before_it_does_anything():
+    for variable in ("LEVEL=sd_huge", "STUDENTS=sd_small,sd_huge"):
+        result = make("-n", "distill", variable)
+        assert result.returncode == 2
+        assert f"sd_huge is not a level. LEVEL= and STUDENTS= take: {' '.join(LEVELS)}." in result.stderr
 
 
 def test_the_variables_of_make_arrive_in_the_settings():

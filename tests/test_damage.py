@@ -1,18 +1,26 @@
 """Damage of every kind: no wrong tensor is read, the message names the file and the remedy, good shards are kept."""
 
+import errno
 import json
+import os
 import random
 import re
 import shutil
+from pathlib import Path
 
 import pytest
-from support.damage import DAMAGES, VICTIM, Place, bomb, look, read_all, same, verify
+from PIL import Image
+from support.damage import DAMAGES, VICTIM, Place, bomb, flip, look, read_all, same, verify
 from support.stages import run_distill, run_encode, run_teacher_cache, shard_files, tree
-from support.tiny import write_images
+from support.tiny import tiny_pipeline, tiny_unet, write_images
 
+from pipeline.sampling.generate import GeneratedImages, Sampler, save_images
 from pipeline.system.errors import UserError
+from pipeline.system.lock import OutputLock
 from shards import codec
+from shards.manifest import read_manifest
 from shards.schema import MANIFEST, ShardError, sidecar_name
+from shards.store import open_store
 
 REMEDIES = ("rerun the stage", "rerun the same `distill-sd", "restore", "delete")
 
@@ -213,6 +221,212 @@ def test_the_teacher_must_be_the_caches_own(cache, latents, v_teacher, tmp_path)
     assert (status, "--recompute and --teacher go together" in output) == (2, True)
 
 
+def failing(real, names, number, path_of):
+    """`real`, but with an error for files whose names end so."""
+
+    def call(path, *rest, **options):
+        if str(path_of(path)).endswith(names):
+            raise OSError(number, os.strerror(number), str(path))
+        return real(path, *rest, **options)
+
+    return call
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.ESTALE, errno.ENOMEM, errno.EMFILE])
+@pytest.mark.parametrize("names", [(".tar",), ("s00001.json",), ("s00000.json", "s00001.tar")])
+def test_what_cannot_be_read_is_not_damage(number, names, copy, monkeypatch):
+    before = tree(copy)
+    monkeypatch.setattr(os, "open", failing(os.open, names, number, lambda path: path))
+    monkeypatch.setattr(Path, "read_bytes", failing(Path.read_bytes, names, number, lambda path: path))
+    status, output = verify(copy, "--full", "--remove-damaged")
+    monkeypatch.undo()
+    assert status == 2
+    assert f"cannot be read: {os.strerror(number)}. " in output
+    assert ("Give this user the permission" in output) == (number == errno.EACCES)
+    assert "is damaged" not in output
+    assert "removed" not in output
+    assert output.splitlines()[-1].endswith("0 damaged")
+    assert "6 of 6 shards intact" not in output
+    assert tree(copy) == before
+    assert verify(copy, "--full")[0] == 0
+
+
+def test_a_size_that_cannot_be_asked_for_is_not_damage(copy, monkeypatch):
+    monkeypatch.setattr(os, "stat", failing(os.stat, (".tar",), errno.EIO, lambda path: path))
+    status, output = verify(copy, "--full", "--remove-damaged")
+    monkeypatch.undo()
+    assert (status, "cannot be read: Input/output error" in output, "removed" in output) == (2, True, False)
+    assert len(list(copy.glob("r*"))) == 12
+
+
+def flipping(real, times):
+    """`os.pread` with a wrong bit in its first reads of a tar's data."""
+    left = iter(range(times))
+
+    def pread(descriptor, length, offset):
+        data = real(descriptor, length, offset)
+        return bytes([data[0] ^ 1]) + data[1:] if length > 600 and next(left, None) is not None else data
+
+    return pread
+
+
+def test_a_shard_is_damaged_only_if_two_readings_say_the_same(copy, monkeypatch):
+    monkeypatch.setattr(os, "pread", flipping(os.pread, 1))
+    status, output = verify(copy, "--full", "--remove-damaged")
+    monkeypatch.undo()
+    assert status == 2
+    assert "r0000-s00000.tar was read twice with different results" in output
+    assert len(list(copy.glob("r*"))) == 12
+    assert verify(copy, "--full")[0] == 0
+
+
+def test_short_reads_are_continued(copy, monkeypatch):
+    real = os.pread
+    monkeypatch.setattr(os, "pread", lambda descriptor, length, offset: real(descriptor, min(length, 4000), offset))
+    assert verify(copy, "--full", "--remove-damaged")[0] == 0
+    assert len(list(copy.glob("r*"))) == 12
+
+
+def test_what_was_removed_is_not_to_be_removed_again(copy, other):
+    DAMAGES["a bit flipped in a tap"][0](Place(copy, other))
+    assert "Delete this shard's .tar and .json" in verify(copy, "--full")[1]
+    output = verify(copy, "--full", "--remove-damaged")[1]
+    assert "Delete this shard" not in output
+    assert re.search(rf"{VICTIM} is damaged: .* It was removed\.", output)
+
+
+def test_damage_is_not_removed_under_a_running_job(copy, other):
+    DAMAGES["a bit flipped in a tap"][0](Place(copy, other))
+    with OutputLock(copy) as lock:
+        with lock.claim():
+            pass
+        status, output = verify(copy, "--full", "--remove-damaged")
+        assert (status, "is being written by process" in output) == (2, True)
+        assert (copy / VICTIM).is_file()
+        assert "is damaged" in verify(copy, "--full")[1]
+
+
+def swap(a, b):
+    aside = a.with_name("aside")
+    a.rename(aside)
+    b.rename(a)
+    aside.rename(b)
+
+
+# What is done to base/ and students/ of a cache, and what is said of it.
+FOREIGN_PARTS = {
+    "a bit of the VAE": (
+        lambda c, o: flip(c / "base" / "vae" / "diffusion_pytorch_model.safetensors", -40),
+        "vae/diffusion_pytorch_model.safetensors was changed",
+    ),
+    "base of another cache": (
+        lambda c, o: (shutil.rmtree(c / "base"), shutil.copytree(o / "base", c / "base")),
+        "base: checksums.json was changed, or the folder is of another cache",
+    ),
+    "students swapped": (
+        lambda c, o: swap(c / "students" / "sd_small", c / "students" / "sd_tiny"),
+        "sd_small: checksums.json was changed, or the folder is of another cache",
+    ),
+    "a student without its checksums": (
+        lambda c, o: (c / "students" / "sd_small" / "checksums.json").unlink(),
+        "sd_small: checksums.json is missing",
+    ),
+    "base without its tokenizer": (lambda c, o: shutil.rmtree(c / "base" / "tokenizer"), "is missing"),
+    "no base": (lambda c, o: shutil.rmtree(c / "base"), "base"),
+}
+
+
+@pytest.fixture(scope="module")
+def two_levels(teacher, latents, tmp_path_factory):
+    """Two caches with two levels: of the teacher, and of another."""
+    work = tmp_path_factory.mktemp("levels")
+    stranger = tiny_pipeline(seed=3)
+    stranger.save_pretrained(work / "stranger")
+    levels = {"students": ("sd_small", "sd_tiny"), "rounds": 1}
+    ours = cached(teacher, latents, work / "ours", **levels)
+    encoded = run_encode(work / "stranger", write_images(work / "images", 5), work / "latents", entries_per_shard=3)
+    return ours, cached(work / "stranger", encoded, work / "theirs", **levels)
+
+
+@pytest.mark.parametrize("kind", FOREIGN_PARTS)
+def test_weights_that_are_not_the_caches_own_are_refused_before_a_step(kind, two_levels, tmp_path):
+    cache = shutil.copytree(two_levels[0], tmp_path / "cache")
+    change, message = FOREIGN_PARTS[kind]
+    change(cache, two_levels[1])
+    status, output = verify(cache, "--full")
+    assert (status, message in output) == (2, True), output
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
+        run_distill(cache, tmp_path / "student")
+    assert "opy" in str(caught.value)
+    assert not (tmp_path / "student" / "checkpoints").exists()
+
+
+def test_a_level_that_is_added_is_bound_too(teacher, latents, tmp_path):
+    cache = cached(teacher, latents, tmp_path / "cache", rounds=1, students=("sd_tiny", "sd_small")[1:])
+    assert set(read_manifest(open_store(cache)).files) == {"base/checksums.json", "students/sd_small/checksums.json"}
+    reduced = tree(cache)
+    cached(teacher, latents, cache, rounds=1, students=("sd_small",))
+    assert tree(cache) == reduced
+    cached(teacher, latents, cache, rounds=1, students=("sd_small", "bk_small"))
+    assert "students/bk_small/checksums.json" in read_manifest(open_store(cache)).files
+    shutil.rmtree(cache / "base")
+    cached(teacher, latents, cache, rounds=1, students=("sd_small", "bk_small"))
+    assert verify(cache, "--full")[0] == 0
+
+
+@pytest.mark.parametrize("kind", ["levels", "architecture"])
+def test_students_of_an_earlier_cache_that_do_not_fit_are_refused_before_a_step(kind, two_levels, tmp_path):
+    cache = shutil.copytree(two_levels[0], tmp_path / "cache")
+    as_an_earlier_version_wrote_it(cache)
+    small = cache / "students" / "sd_small"
+    if kind == "levels":
+        swap(small, cache / "students" / "sd_tiny")
+    else:
+        shutil.rmtree(small)
+        tiny_unet(cross_attention_dim=6).save_pretrained(small)
+    with pytest.raises(UserError, match="does not hold the sd_small student of this cache's teacher"):
+        run_distill(cache, tmp_path / "student")
+
+
+def test_an_earlier_cache_is_used_and_what_is_not_covered_is_said(two_levels, tmp_path):
+    cache = shutil.copytree(two_levels[0], tmp_path / "cache")
+    as_an_earlier_version_wrote_it(cache)
+    status, output = verify(cache, "--full")
+    assert status == 0
+    assert "not checked to belong to this cache, because an earlier version did not record it: base, stu" in output
+    run_distill(cache, tmp_path / "student", max_train_steps=1)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"teacher": "demo"}', '{"teacher": {"license": 5}}'])
+def test_a_damaged_origin_is_named_before_work_begins(content, copy, tmp_path):
+    (copy / "origin.json").write_text(content)
+    status, output = verify(copy)
+    assert (status, "origin.json is corrupt" in output) == (2, True), output
+    with pytest.raises(UserError, match="origin.json is corrupt.*delete it and rerun the same `distill-sd teacher-cac"):
+        run_distill(copy, tmp_path / "student")
+
+
+@pytest.mark.parametrize("damage", ["index", "image", "key"])
+def test_damaged_samples_are_named_before_work_begins(damage, copy, tmp_path):
+    sampler = Sampler()
+    image = Image.effect_noise((32, 32), 50).convert("RGB")
+    save_images(GeneratedImages([image], ["a tree"], 1.0, 1, "cpu"), sampler, copy / "samples")
+    assert verify(copy)[0] == 0
+    index = copy / "samples" / "samples.json"
+    if damage == "index":
+        index.write_bytes(index.read_bytes()[:30])
+    elif damage == "image":
+        picture = copy / "samples" / "0000.png"
+        picture.write_bytes(picture.read_bytes()[:500])
+    else:
+        index.write_text(json.dumps({"prompts": ["a tree"]}))
+    status, output = verify(copy)
+    assert (status, "samples cannot be read" in output) == (2, True), output
+    with pytest.raises(UserError, match="samples cannot be read.*delete it and rerun"):
+        run_distill(copy, tmp_path / "student", report=True)
+    run_distill(copy, tmp_path / "student", max_train_steps=1)
+
+
 @pytest.mark.parametrize("file", ["diffusion_pytorch_model.safetensors", "config.json"])
 def test_a_damaged_initial_student_is_named_and_refused(copy, tmp_path, file):
     path = copy / "students" / "sd_small" / file
@@ -238,7 +452,15 @@ def test_a_damaged_base_is_named(copy):
     assert "students holds no student's initial weights. Rerun the same" in verify(copy)[1]
 
 
+def as_an_earlier_version_wrote_it(cache):
+    """Take from the manifest what it states of base/ and students/, and the hash of all that it states."""
+    content = json.loads((cache / MANIFEST).read_text())
+    del content["sha256"]
+    (cache / MANIFEST).write_text(json.dumps({**content, "files": {}}))
+
+
 def test_a_cache_of_an_earlier_version_is_read_without_checksums(copy, tmp_path):
+    as_an_earlier_version_wrote_it(copy)
     for path in copy.rglob("checksums.json"):
         path.unlink()
     status, output = verify(copy, "--full")

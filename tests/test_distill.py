@@ -391,7 +391,6 @@ def test_gradient_checkpointing_changes_neither_losses_nor_weights(cache, tmp_pa
 
 
 def test_gradients_are_clipped_to_the_norm(cache, tmp_path, monkeypatch):
-    from accelerate import Accelerator
 
     seen = []
     real = Accelerator.clip_grad_norm_
@@ -554,7 +553,7 @@ def test_a_loss_that_is_not_finite_names_the_entries_and_the_last_good_checkpoin
     assert "step-0000002" in str(caught.value)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupted_run_leaves_a_checkpoint_and_resumes_bit_for_bit(cache, tmp_path, monkeypatch, number):
     whole = run_distill(cache, tmp_path / "whole", max_train_steps=5)
     real, calls = Objective.losses, []
@@ -573,13 +572,30 @@ def test_an_interrupted_run_leaves_a_checkpoint_and_resumes_bit_for_bit(cache, t
     assert_equal_training(run_distill(cache, tmp_path / "out", max_train_steps=5), whole, 5)
 
 
-def test_a_second_interrupt_does_not_wait_for_the_step():
-    with Interrupts(Accelerator(cpu=True)) as interrupts:
-        assert not interrupts.agreed(False)
-        os.kill(os.getpid(), signal.SIGINT)
-        assert interrupts.agreed(False)
+def test_only_a_second_ctrl_c_well_after_the_first_does_not_wait_for_the_step(monkeypatch):
+    """A launcher and a scheduler may each pass one request on; only a person asks again."""
+    now = [100.0]
+    monkeypatch.setattr("pipeline.training.interrupts.time.monotonic", lambda: now[0])
+    with Interrupts() as interrupts:
+        assert not interrupts.requested
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+            os.kill(os.getpid(), number)
+            assert interrupts.requested
+        now[0] += 5
+        os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_signal_that_is_ignored_stays_so():
+    """As SIGHUP is under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interrupts() as interrupts:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not interrupts.requested
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_min_snr_weights_task_and_output_of_each_entry(cache, tmp_path):
@@ -615,7 +631,6 @@ def test_loader_workers_change_nothing(cache, tmp_path):
 
 
 def test_batches_hold_what_the_entries_hold_for_any_position(cache, tmp_path):
-    from accelerate import Accelerator
 
     settings = DistillSettings(
         cache=cache, out=tmp_path, level="sd_small", train_batch_size=4, device="cpu", dataloader_num_workers=0

@@ -137,8 +137,20 @@ def run_in_process(command: str) -> None:
 
 
 def test_make_distill_alone_runs_the_demo(desk):
+    """The scenes are made, and then the commands that make starts are run in one process."""
     assert "make distill" in MAKE
-    result = run_make("make distill", "SCENES=12 ROUNDS=1 SAMPLES=2 STEPS=2 BATCH=2", desk)
+    started = run_make("make distill", "LAUNCH=echo SCENES=12 ROUNDS=1 SAMPLES=2 STEPS=2 BATCH=2", desk).stdout
+    lines = re.findall(r"^-m pipeline\.(\w+) (.*)$", started, re.MULTILINE)
+    stages = [f"{stage.replace('_', '-')} {arguments}" for stage, arguments in lines]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, ROOT / "tests" / "support" / "commands.py", *stages],
+        cwd=desk,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
     assert (desk / "work" / "demo" / "sd_small" / "report.html").is_file()
     # Nothing but progress is printed besides: no library's warnings or bars.
     bars = r"(scenes|encode|teacher-cache|teacher's samples|distill|untrained student|student): "

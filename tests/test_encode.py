@@ -12,8 +12,12 @@ from diffusers import StableDiffusionPipeline
 from support.stages import read_entries, reset_accelerate, run_encode, shard_files, tree
 from support.tiny import tiny_pipeline, write_images
 
+from pipeline import encode
+from pipeline.cache import sizes
 from pipeline.core import draws
 from pipeline.data.images import decode, square
+from pipeline.encode import EncodeSettings
+from pipeline.system.disk import format_bytes
 from pipeline.system.errors import UserError
 from shards.codec import decode_npy
 from shards.reader import read_sidecar
@@ -320,3 +324,14 @@ def test_the_sidecar_counts_what_it_holds(latents):
     manifest = read_manifest(open_store(latents), "latents")
     counts = [read_sidecar(open_store(latents), s, manifest.spec_sha256).count for s in manifest.plan.names()]
     assert counts == [5, 5, 3]
+
+
+def test_a_dry_run_counts_what_is_still_to_be_written(teacher, images, tmp_path):
+    """13 images in shards of 5, 5 and 3; one of 5 is there already."""
+    out = run_encode(teacher, images, tmp_path / "out", shard_range="0:1")
+    settings = {"teacher": str(teacher), "data": str(images), "out": out, "resolution": 32, "entries_per_shard": 5}
+    size = sizes.stored_bytes(encode.entry_sizes(json.loads((out / "manifest.json").read_text())["spec"]))
+    for part, shards, entries in ((None, 2, 8), ("1:2", 1, 5), ("0:1", 0, 0)):
+        lines = encode.plan(EncodeSettings(**settings, shard_range=part))
+        assert lines[0] == f"entries: 13 in 3 shards, {shards} of them still to write"
+        assert f"total: about {format_bytes(entries * size)}" in lines

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from support.stages import reset_accelerate, run_encode, run_teacher_cache, shard_files
 
 from pipeline.cli import main
-from pipeline.training.loop import finished_step
+from pipeline.training.output import finished_step
 
 
 @pytest.fixture

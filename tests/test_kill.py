@@ -79,17 +79,17 @@ def killed_run(function, *args, kill_at=None, after=None, **changes):
 
 
 def moments(seed, events, seconds):
-    """Twenty, drawn at random: events and times; the last event among them, behind which nothing is left to do."""
+    """Twelve, drawn at random: events and times; the last event among them, behind which nothing is left to do."""
     draw = random.Random(seed)
-    at = [{"kill_at": event} for event in (*draw.sample(range(events), min(events, 14)), events - 1)]
-    return [*at, *({"after": draw.uniform(0.1, 0.9) * seconds} for _ in range(20 - len(at)))]
+    at = [{"kill_at": event} for event in (*draw.sample(range(events), min(events, 8)), events - 1)]
+    return [*at, *({"after": draw.uniform(0.1, 0.9) * seconds} for _ in range(12 - len(at)))]
 
 
 @pytest.fixture(scope="module")
 def work(teacher, tmp_path_factory):
     """Where the undisturbed runs are: latents, cache, student."""
     place = tmp_path_factory.mktemp("undisturbed")
-    write_images(place / "images", 7)
+    write_images(place / "images", 5)
     # Computed here once; the forked children find it in their memory.
     taps = teacher_taps(("sd_small", "sd_tiny"))
     tap_shapes(unet_config(teacher), (4, 16, 16), {"prompt_embeds": (8, 10)}, taps, SD)
@@ -97,11 +97,11 @@ def work(teacher, tmp_path_factory):
 
 
 def encode(teacher, work, out):
-    return run_encode(teacher, work / "images", out, entries_per_shard=3, workers=2)
+    return run_encode(teacher, work / "images", out, entries_per_shard=2, workers=2)
 
 
 def teacher_cache(teacher, work, out):
-    return run_teacher_cache(teacher, work / "latents", out, entries_per_shard=3, students=("sd_small", "sd_tiny"))
+    return run_teacher_cache(teacher, work / "latents", out, entries_per_shard=2, students=("sd_small", "sd_tiny"))
 
 
 def distill(teacher, work, out):
@@ -156,7 +156,7 @@ def test_a_killed_writers_leavings_are_cleared_unless_it_lives(teacher, work, tm
         (out / f".s00009.tar.{HOST}.{pid}.partial").write_bytes(b"half")
         (out / f".folder.{HOST}.{pid}.partial").mkdir()
         (out / f".folder.{HOST}.{pid}.partial" / "file").write_bytes(b"half")
-    assert len(read_entries(out, "latents", [])) == 7
+    assert len(read_entries(out, "latents", [])) == 5
     run_encode(teacher, work / "images", out, entries_per_shard=3)
     left = {path.name for path in out.glob(".*.partial")}
     assert left == {f".s00009.tar.{HOST}.{child.pid}.partial", f".folder.{HOST}.{child.pid}.partial"}

@@ -1,13 +1,19 @@
 """Jobs side by side on parts of the plan: together they write what one job writes, byte for byte."""
 
+import json
 import multiprocessing
+import socket
 
 import pytest
-from support.stages import run_encode, run_teacher_cache, shard_files, tree
+from support.stages import run_distill, run_encode, run_teacher_cache, shard_files, tree
 
+from pipeline import distill, teacher_cache
 from pipeline.cache.output import range_of
+from pipeline.distill import DistillSettings
 from pipeline.system.errors import UserError
+from pipeline.system.lock import OutputLock
 from pipeline.teacher_cache import TeacherCacheSettings
+from pipeline.training import loop
 from shards.files import atomic_directory
 from shards.reader import ShardSet
 from shards.schema import ShardError
@@ -57,6 +63,66 @@ def test_what_is_written_while_the_device_computes_is_the_same(teacher, images, 
     monkeypatch.setattr("pipeline.teacher_cache.is_accelerator", lambda device: True)
     assert shard_files(run_encode(teacher, images, tmp_path / "latents overlapped")) == shard_files(latents)
     assert shard_files(run_teacher_cache(teacher, latents, tmp_path / "cache overlapped")) == shard_files(cache)
+
+
+def live_elsewhere(out, name=".s00001.tar.{host}.999999999.partial"):
+    """The half file of a writer in another container, whose process id nobody knows here."""
+    path = out / name.format(host=socket.gethostname().replace(".", "-"))
+    path.write_bytes(b"half")
+    return path
+
+
+def test_the_half_file_of_another_running_job_stays(teacher, images, tmp_path):
+    out = tmp_path / "latents"
+    run_encode(teacher, images, out, shard_range="0:1")
+    half = live_elsewhere(out)
+    with OutputLock(out) as other:
+        with other.claim():
+            pass
+        run_encode(teacher, images, out, shard_range="1:2")
+        assert half.is_file()
+    run_encode(teacher, images, out)
+    assert not half.exists()
+
+
+def test_a_second_training_in_one_directory_is_refused_and_the_first_goes_on(teacher, images, tmp_path, monkeypatch):
+    """The second comes while the first, which has no checkpoint yet, is at its first step."""
+    latents = run_encode(teacher, images, tmp_path / "latents")
+    cache = run_teacher_cache(teacher, latents, tmp_path / "cache", rounds=1)
+    alone, out, refused = tmp_path / "alone", tmp_path / "out", []
+    real = loop.step_losses
+
+    def interrupted(*arguments):
+        if not refused:
+            claimed = tree(out)
+            with pytest.raises(UserError, match="is being written by process") as caught, OutputLock(out) as lock:
+                distill.claim(DistillSettings(cache=cache, out=out, level="sd_small", seed=1), {"seed": 1}, lock)
+            refused.append(str(caught.value))
+            assert tree(out) == claimed
+        return real(*arguments)
+
+    run_distill(cache, alone, max_train_steps=1)
+    monkeypatch.setattr(loop, "step_losses", interrupted)
+    run_distill(cache, out, max_train_steps=1)
+    assert len(refused) == 1
+    assert json.loads((out / "spec.json").read_text())["seed"] == 0
+    assert tree(out / "unet") == tree(alone / "unet")
+    assert not list(out.glob(".*"))
+
+
+def test_jobs_that_make_the_same_images_both_end_well(teacher, images, tmp_path, monkeypatch):
+    latents = run_encode(teacher, images, tmp_path / "latents")
+    cache = tmp_path / "cache"
+    real = teacher_cache.generate_in_process
+
+    def overtaken(*arguments):
+        made = real(*arguments)
+        teacher_cache.save_images(made, teacher_cache.Sampler(), cache / "samples")
+        return made
+
+    monkeypatch.setattr(teacher_cache, "generate_in_process", overtaken)
+    run_teacher_cache(teacher, latents, cache, rounds=1, samples=1)
+    assert sorted(path.name for path in (cache / "samples").iterdir()) == ["0000.png", "samples.json"]
 
 
 def fill(path, barrier):

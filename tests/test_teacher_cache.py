@@ -1,20 +1,25 @@
 """teacher-cache: what an entry holds, against the teacher asked again; rounds; determinism; refusals."""
 
 import json
+import re
+import shutil
 
 import numpy as np
 import pytest
 import torch
 import webdataset
+from click.testing import CliRunner
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from support.stages import read_entries, run_encode, run_teacher_cache, shard_files, tree
 from support.tiny import tiny_pipeline, tiny_unet, write_images
 
+from pipeline.cli import main
 from pipeline.commands import verify
 from pipeline.commands.verify import VerifySettings
 from pipeline.models.families import LEVELS
 from pipeline.system.errors import UserError
 from shards.dataset import CacheDataset
+from shards.manifest import read_manifest
 from shards.schema import ShardError
 from shards.store import open_store
 
@@ -214,10 +219,17 @@ def test_the_prediction_type_is_the_schedulers_unless_it_is_set(v_teacher, teach
 
 def test_a_level_whose_taps_are_there_is_added_to_a_finished_cache(teacher, latents, tmp_path):
     out = run_teacher_cache(teacher, latents, tmp_path / "c", rounds=1)
-    before = tree(out)
+    before, manifest = tree(out), read_manifest(open_store(out))
     run_teacher_cache(teacher, latents, out, rounds=1, students=("sd_tiny", "bk_small"))
-    after = tree(out)
-    assert {name: after[name] for name in before} == before
+    after, extended = tree(out), read_manifest(open_store(out))
+    # The manifest states the checksums of the new levels too.
+    assert (extended.spec, extended.rounds) == (manifest.spec, manifest.rounds)
+    added = extended.files.keys() - manifest.files.keys()
+    assert added == {"students/sd_tiny/checksums.json", "students/bk_small/checksums.json"}
+    assert manifest.files.items() <= extended.files.items()
+    assert {name: after[name] for name in before if name != "manifest.json"} == {
+        name: data for name, data in before.items() if name != "manifest.json"
+    }
     assert {name.split("/")[1] for name in after if name.startswith("students/")} == {"sd_small", "sd_tiny", "bk_small"}
 
 
@@ -273,6 +285,67 @@ def test_other_settings_on_the_same_output_are_refused_with_the_difference(teach
     with pytest.raises(ShardError, match=line):
         run_teacher_cache(teacher, latents, cache, **changes)
     assert tree(cache) == before
+
+
+def dry_run(teacher, latents, out, *options):
+    """The plan's figures: entries and shards still to write, and forward passes."""
+    options = ["--rounds", 2, "--token-stride", 2, "--token-min", 8, "--entries-per-shard", 6, *options]
+    arguments = ["teacher-cache", "--teacher", teacher, "--latents", latents, "--out", out, *options, "--dry-run"]
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    entries, shards = re.search(r"still to write: (\d+) entries in (\d+) shards", result.output).groups()
+    return int(entries), int(shards), int(re.search(r"forward passes: (\d+)", result.output)[1])
+
+
+def test_a_dry_run_counts_what_is_still_to_be_written(teacher, latents, cache, tmp_path):
+    """13 images in shards of 6, 6 and 1, in two rounds."""
+    copy = shutil.copytree(cache, tmp_path / "cache")
+    assert dry_run(teacher, latents, tmp_path / "new") == (26, 6, 26)
+    assert dry_run(teacher, latents, tmp_path / "new", "--shard-range", "2:5") == (13, 3, 13)
+    assert dry_run(teacher, latents, copy) == (0, 0, 0)
+    assert dry_run(teacher, latents, copy, "--rounds", 3) == (13, 3, 13)
+    for name in ("r0000-s00001.json", "r0001-s00002.json"):
+        (copy / name).unlink()
+    assert dry_run(teacher, latents, copy) == (7, 2, 7)
+    # The rounds that the cache has already are completed with it.
+    assert dry_run(teacher, latents, copy, "--rounds", 1) == (7, 2, 7)
+    assert dry_run(teacher, latents, copy, "--shard-range", ":3") == (6, 1, 6)
+
+
+def test_a_dry_run_refuses_other_settings(teacher, latents, cache):
+    arguments = ["--teacher", teacher, "--latents", latents, "--out", cache, "--rounds", 2, "--seed", 5, "--dry-run"]
+    arguments += ["--token-stride", 2, "--token-min", 8, "--entries-per-shard", 6]
+    result = CliRunner().invoke(main, ["teacher-cache", *map(str, arguments)])
+    assert (result.exit_code, "seed: 0 -> 5" in result.output) == (2, True)
+
+
+def test_a_small_disk_is_refused_before_anything_is_written(teacher, latents, tmp_path, monkeypatch):
+    """Room for the shards but not for base/ and the students is too little."""
+    whole = run_teacher_cache(teacher, latents, tmp_path / "whole")
+    shards = sum(path.stat().st_size for path in whole.glob("r0*"))
+    monkeypatch.setattr("pipeline.system.disk.free_bytes", lambda out: int(1.1 * shards))
+    with pytest.raises(UserError, match="needs about .* more, but its disk has only"):
+        run_teacher_cache(teacher, latents, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    run_teacher_cache(teacher, latents, whole)
+
+
+def test_other_versions_of_the_libraries_are_refused_with_the_command_that_installs_them(
+    teacher, latents, cache, monkeypatch
+):
+    installed = json.loads((cache / "manifest.json").read_text())["spec"]["libraries"]
+    monkeypatch.setattr("pipeline.teacher_cache.library_versions", lambda: {**installed, "torch": "99.0"})
+    with pytest.raises(ShardError) as caught:
+        run_teacher_cache(teacher, latents, cache)
+    torch_version = installed["torch"].split("+")[0]
+    assert 'libraries.torch: "' in str(caught.value)
+    assert f"pip install torch=={torch_version} diffusers=={installed['diffusers']}" in str(caught.value)
+    with pytest.raises(ShardError) as caught:
+        run_teacher_cache(teacher, latents, cache, seed=3)
+    monkeypatch.undo()
+    with pytest.raises(ShardError) as caught:
+        run_teacher_cache(teacher, latents, cache, seed=3)
+    assert "pip install" not in str(caught.value)
 
 
 def test_another_teachers_latents_are_refused(latents, tmp_path):

@@ -11,6 +11,7 @@ from typing import Any
 import click
 from accelerate import PartialState
 
+from pipeline.cache.parts import checksums_of_parts, existing_parts, is_bound
 from pipeline.system.errors import UserError
 from shards.files import remove_leftovers
 from shards.manifest import Manifest, read_manifest, refuse_other_spec, write_manifest
@@ -27,27 +28,48 @@ def existing_manifest(out: Path, stage: str) -> Manifest | None:
 
 
 def claim(
-    out: Path, stage: str, spec: dict[str, Any], *, rounds: int | None = None, files: dict[str, bytes] | None = None
+    out: Path,
+    stage: str,
+    spec: dict[str, Any],
+    *,
+    alone: bool,
+    rounds: int | None = None,
+    files: dict[str, bytes] | None = None,
 ) -> Manifest:
-    """The manifest of `out` for `spec`: written now together with its `files`, or an existing one with the same spec.
+    """The manifest of `out`, an existing directory, for `spec`: written now together with its `files`, or an existing
+    one with the same spec.
 
-    More `rounds` than it has extend it; fewer leave it unchanged. Partial files of killed runs are removed. Raises
-    ShardError, with the difference, if `out` was made for another spec.
+    More `rounds` than it has extend it; fewer leave it unchanged. If this job is `alone` there, partial files of killed
+    runs are removed. Raises ShardError, with the difference, if `out` was made for another spec.
     """
     store = open_store(out)
     found = existing_manifest(out, stage)
     if found is not None:
         refuse_other_spec(out, found.spec, spec)
+    if alone:
         remove_leftovers(out, out / "students")
-        if rounds is None or found.rounds is None or rounds <= found.rounds:
-            return found
-        manifest = replace(found, rounds=rounds)
-    else:
-        out.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(out)
+    if found is None:
         hashes = {name: _write(store, name, data) for name, data in (files or {}).items()}
         manifest = Manifest(spec, rounds, hashes)
+    elif rounds is None or found.rounds is None or rounds <= found.rounds:
+        return found
+    else:
+        manifest = replace(found, rounds=rounds, sealed=True)
     write_manifest(store, manifest)
+    return manifest
+
+
+def bind_parts(out: Path, manifest: Manifest, saved: list[str]) -> Manifest:
+    """The manifest of a cache with the checksums of its folders of weights, of which the `saved` ones are new.
+
+    A finished cache of an earlier version, to which nothing is added, stays as it is.
+    """
+    unbound = [part for part in existing_parts(out) if not is_bound(manifest, part)] if manifest.sealed else []
+    checksums = checksums_of_parts(out, {*saved, *unbound})
+    if not checksums:
+        return manifest
+    manifest = replace(manifest, files={**manifest.files, **checksums}, sealed=True)
+    write_manifest(open_store(out), manifest)
     return manifest
 
 

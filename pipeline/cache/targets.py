@@ -23,6 +23,7 @@ from pipeline.models.families import Family, denoise
 from pipeline.system.errors import UserError
 from shards import device_codec
 from shards.codec import EXACT_DTYPES, decode_npy, pack_quantised
+from shards.expected import offsets
 from shards.reader import StoredEntry
 from shards.schema import (
     INPUT_NOISE,
@@ -131,18 +132,19 @@ def add_feature(targets: BatchTargets, tap: str, features: Tensor, stride: int, 
     """Sample (B, C, H, W) `features`, quantise them, and add them to the entries with what decoding needs."""
     entries = targets.entries
     keys = [(spec["seed"], entry.meta["source_id"], entry.meta["round"], tap) for entry in entries]
-    rows, columns = zip(*(draws.token_offset(*key, stride) for key in keys), strict=True)
+    bounds = [offsets(side, stride) for side in features.shape[2:]]
+    rows, columns = zip(*(draws.token_offset(*key, *bounds) for key in keys), strict=True)
     kept = sample_tokens(features, rows, columns, stride)
     records: list[dict[str, Any]] = [{"row": r, "column": c} for r, c in zip(rows, columns, strict=True)]
     if spec["codec"]["name"] in EXACT_DTYPES:
         add_exact(entries, tap_member(tap), kept, EXACT_DTYPES[spec["codec"]["name"]])
     else:
         check_finite(entries, tap_member(tap), kept)
-        offsets = [draws.dither_offset(*key) for key in keys]
-        quantised, means, quant_step = device_codec.quantise(kept, spec["codec"]["snr_db"], offsets)
+        dithers = [draws.dither_offset(*key) for key in keys]
+        quantised, means, quant_step = device_codec.quantise(kept, spec["codec"]["snr_db"], dithers)
         q, mu = quantised.cpu().numpy(), means.cpu().numpy()
         for i, (entry, record, step, offset) in enumerate(
-            zip(entries, records, quant_step.tolist(), offsets, strict=True)
+            zip(entries, records, quant_step.tolist(), dithers, strict=True)
         ):
             record.update(step=step, dither=offset)
             targets.quantised.append((entry, tap_member(tap), q[i], mu[i]))

@@ -8,6 +8,8 @@ from pathlib import Path
 import click
 
 from pipeline.demo.scenes import SPLITS, caption_of, draw_facts, generator, write_folder
+from pipeline.system.errors import UserError
+from pipeline.system.output import check_output
 
 
 @click.command()
@@ -23,13 +25,17 @@ from pipeline.demo.scenes import SPLITS, caption_of, draw_facts, generator, writ
 )
 def command(out: Path, count: int, seed: int, split: str) -> None:
     """Write captioned images of shapes, as an image folder with a metadata.jsonl."""
-    if not out.exists():
+    if not holds(out, count, seed, split):
+        if (out / "metadata.jsonl").is_file():
+            raise click.UsageError(
+                f"--out {out} already exists and does not hold scenes 0 to {count - 1} of seed {seed}, split {split}. "
+                "Choose another folder or remove this one."
+            )
+        try:
+            check_output(out, "demo-scenes", {})
+        except UserError as error:
+            raise click.UsageError(str(error)) from None
         write_folder(out, count, seed, split)
-    elif not holds(out, count, seed, split):
-        raise click.UsageError(
-            f"--out {out} already exists and does not hold scenes 0 to {count - 1} of seed {seed}, split {split}. "
-            "Choose another folder or remove this one."
-        )
     click.echo(f"{out} holds {count} scenes")
 
 

@@ -6,17 +6,22 @@ import click
 import diffusers
 
 from pipeline.demo.evaluate import evaluate, table
-from pipeline.demo.train import GUIDANCES, claim_work_folder, export, train_diffusion
+from pipeline.demo.train import GUIDANCES, claim_work_folder, export, is_exported, train_diffusion
 from pipeline.demo.trainer import TeacherSettings
 from pipeline.system.command import stage_command
+from pipeline.system.lock import OutputLock
+from pipeline.system.output import check_output
 
 
 def run(settings: TeacherSettings) -> None:
     """Retrain the demo's bundled teacher. This takes hours on a CPU and is needed only to change the teacher."""
     diffusers.utils.logging.set_verbosity_error()
-    claim_work_folder(settings)
-    teacher = train_diffusion(settings.work, settings)
-    export(teacher, settings.out)
+    check_output(settings.out, "demo-teacher", {"--init-from": settings.init_from}, own=is_exported(settings.out))
+    with OutputLock(settings.work) as lock:
+        lock.take()
+        claim_work_folder(settings)
+        teacher = train_diffusion(settings.work, settings)
+        export(teacher, settings.out)
     click.echo(f"wrote {settings.out}")
     if settings.evaluate:
         click.echo(table(evaluate(teacher, settings.evaluate, GUIDANCES)))

@@ -15,7 +15,6 @@ import torch
 
 from pipeline.cache.latents import check_encoders, open_latents
 from pipeline.demo.oracle import score_scenes
-from pipeline.evaluation.cost import sample_size
 from pipeline.evaluation.measure import (
     Task,
     cached_result,
@@ -40,10 +39,13 @@ from pipeline.evaluation.settings import COST, EVALUATION, FIDELITY, EvaluateSet
 from pipeline.evaluation.table import markdown, rows_of
 from pipeline.models.provenance import CARD
 from pipeline.sampling.folder import count_missing, generate_missing
+from pipeline.sampling.generate import check_sampler, image_size
 from pipeline.sampling.process import load_pipeline
 from pipeline.system.command import stage_command
 from pipeline.system.device import DTYPES, device_name, process_state, resolve_dtype
 from pipeline.system.disk import format_bytes, free_bytes, require_space
+from pipeline.system.lock import OutputLock
+from pipeline.system.output import check_output, made_by
 from pipeline.system.page import REPORT
 from pipeline.system.prompts import read_prompts
 from pipeline.system.settings import write_settings
@@ -58,10 +60,24 @@ PNG_SHARE = 0.7
 
 def run(settings: EvaluateSettings) -> None:
     """Compare a student with its teacher: cost, fidelity on held-out latents, and quality of generated images."""
+    check_out(settings)
+    with OutputLock(settings.out) as lock:
+        measure(settings, lock)
+
+
+def check_out(settings: EvaluateSettings) -> None:
+    """Raise UserError unless --out is new, empty, or holds an evaluation."""
+    flags = {"--teacher": settings.teacher, "--student": settings.student, "--clip": settings.clip}
+    inputs = {**flags, "--latents": settings.latents, "--reference": settings.reference}
+    check_output(settings.out, "evaluate", inputs, own=made_by(settings.out, "evaluate", COST))
+
+
+def measure(settings: EvaluateSettings, lock: OutputLock) -> None:
+    """Claim --out and measure what it lacks."""
     task = open_task(settings)
     device = task.teacher.model.device
     inception, clip = load_networks(settings, device)
-    settings.out.mkdir(parents=True, exist_ok=True)
+    lock.take()
     remove_leftovers(settings.out, *(settings.out / IMAGES / name for name in task.pipelines))
     write_settings(settings.out, "evaluate", settings)
     cost = cached_result(settings.out / COST, task.specs["cost"], lambda: measure_cost(settings, task))
@@ -94,6 +110,7 @@ def run(settings: EvaluateSettings) -> None:
 
 def plan(settings: EvaluateSettings) -> list[str]:
     """What a run would measure and generate."""
+    check_out(settings)
     task = open_task(settings)
     existing = {name for name, path in result_files(settings.out).items() if path.is_file()}
     lines = [f"level: {task.level}", f"cost: {'already measured' if 'cost' in existing else 'to measure'}"]
@@ -121,6 +138,8 @@ def open_task(settings: EvaluateSettings) -> Task:
     teacher = load_named_pipeline(settings.teacher, "--teacher", settings.revision, settings.variant, device, dtype)
     student = load_named_pipeline(settings.student, "--student", None, None, device, dtype)
     level = level_of(teacher, student, settings.level)
+    for loaded, flag in ((teacher, "--teacher"), (student, "--student")):
+        check_sampler(loaded.pipe.scheduler, settings.sampler(1), f"{flag} {loaded.name}")
     if latents is not None:
         check_encoders(latents, teacher.pipe, f"--teacher {settings.teacher}")
     task = Task(teacher, student, level, latents, prompts, reference)
@@ -187,7 +206,7 @@ def generate_images(settings: EvaluateSettings, task: Task, name: str) -> list[P
 def missing_bytes(settings: EvaluateSettings, task: Task, name: str) -> int:
     """The approximate size in bytes of the images still to generate."""
     pipe = task.pipelines[name].pipe
-    height, width = (side * pipe.vae_scale_factor for side in sample_size(pipe.unet.config))
+    height, width = image_size(pipe)
     return int(count_missing(settings.out / IMAGES / name, len(task.prompts)) * 3 * height * width * PNG_SHARE)
 
 

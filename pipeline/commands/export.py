@@ -24,11 +24,13 @@ from torch import Tensor, nn
 from pipeline.export import int8, onnx
 from pipeline.models.families import Family
 from pipeline.models.load import family_of, find_pipeline, load_base, load_unet
+from pipeline.models.save import copy_parts
 from pipeline.system.command import stage_command
 from pipeline.system.device import DTYPES, device_name, process_state
 from pipeline.system.disk import format_bytes, require_space
 from pipeline.system.errors import UserError
 from pipeline.system.options import HubOptions
+from pipeline.system.output import check_new
 from pipeline.system.settings import REQUIRED, option
 from shards.files import atomic_directory, atomic_file
 
@@ -58,10 +60,9 @@ class ExportSettings(HubOptions):
 
 def run(settings: ExportSettings) -> None:
     """Export a pipeline in a format for other programs."""
-    if settings.out.exists():
-        raise UserError(f"--out {settings.out} already exists. Choose another name or delete it.")
+    check_new(settings.out, "export", {"--model": settings.model}, file=settings.format == "single-file")
     require_packages(settings.format)
-    folder = find_pipeline(settings.model, settings.revision, settings.variant, "--model")
+    folder = find_pipeline(settings.model, settings.revision, settings.variant, "--model", any_channels=True)
     {"single-file": export_single_file, "onnx": export_onnx, "int8": export_int8}[settings.format](settings, folder)
 
 
@@ -112,7 +113,8 @@ def export_int8(settings: ExportSettings, folder: Path) -> None:
         part.to(dtype)
     require_space(settings.out, bytes_of(unet, pipe.vae, pipe.text_encoder), "use --dtype fp16")
     with atomic_directory(settings.out) as out:
-        pipe.save_pretrained(out)
+        copy_parts(folder, settings.variant, out, dtype)
+        quantised.save_pretrained(out / "unet")
         size = int8.weights_bytes(out / "unet")
     plain, other = int8.compare(unet.to(device), quantised.to(device), inputs, family)
     costs = {

@@ -5,7 +5,8 @@ A step: latents and conditioning -> new noise and timestep -> U-Net -> task loss
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,24 +24,28 @@ from pipeline.core.diffusion import PREDICTION_TYPES
 from pipeline.models.families import family_of_spec
 from pipeline.models.hashing import weights_sha256
 from pipeline.models.hub import upload
-from pipeline.models.load import find_pipeline, load_base, load_noise_scheduler, load_unet
+from pipeline.models.load import find_pipeline, load_base, load_unet
+from pipeline.models.schedule import load_noise_scheduler
+from pipeline.sampling.generate import Sampler, check_sampler
 from pipeline.system.command import stage_command
+from pipeline.system.device import leave_processes
+from pipeline.system.errors import UserError, attempt_all
+from pipeline.system.lock import OutputLock
 from pipeline.system.options import HubOptions
 from pipeline.system.settings import REQUIRED, option
-from pipeline.training.loop import (
-    Training,
+from pipeline.training.accelerator import make_accelerator, resolve_precision
+from pipeline.training.loader import collated_batches
+from pipeline.training.loop import Training, prepare_training, run_training, start
+from pipeline.training.lora import Lora
+from pipeline.training.objective import Objective
+from pipeline.training.output import (
+    check_out,
     checkpointed_step,
     claim,
     finished_step,
-    make_accelerator,
-    make_loader,
     nothing_left,
-    prepare_training,
-    run_training,
-    start,
+    refuse_damaged_result,
 )
-from pipeline.training.lora import Lora
-from pipeline.training.objective import Objective
 from pipeline.training.settings import TrainingSettings, resolve_steps_and_lr, resume_fingerprint
 from pipeline.training.transform import Transform
 from shards.dataset import Batch, stack_tensors
@@ -61,6 +66,13 @@ class FinetuneSettings(TrainingSettings, HubOptions):
     )
 
     command: ClassVar[str] = "finetune"
+
+    @property
+    def entries(self) -> Path:
+        return self.latents
+
+    def for_others(self) -> dict[str, Any]:
+        return {**super().for_others(), "model": Path(self.model).name if Path(self.model).exists() else self.model}
 
     @property
     def transform(self) -> Transform:
@@ -86,29 +98,60 @@ class LatentsDataset(Dataset):
 
 def run(settings: FinetuneSettings) -> None:
     """Train a pipeline's U-Net on latents. Ends with a complete pipeline, or with LoRA weights."""
+    check_out(settings, inputs_of(settings))
+    with OutputLock(settings.out) as lock:
+        train_model(settings, lock)
+
+
+def inputs_of(settings: FinetuneSettings) -> dict[str, Path | str | None]:
+    return {"--model": settings.model, "--latents": settings.latents}
+
+
+def train_model(settings: FinetuneSettings, lock: OutputLock) -> None:
+    """Claim --out and train what is left."""
+    settings = resolve_precision(settings)
     accelerator = make_accelerator(settings)
     dataset = LatentsDataset(settings.latents)
     settings = resolve_steps_and_lr(settings, len(dataset), accelerator.num_processes)
     folder = find_pipeline(settings.model, settings.revision, settings.variant, "--model")
     unet = load_unet(folder, settings.variant)
     with accelerator.main_process_first():
-        claim(settings, finetune_spec(settings, unet, dataset, accelerator.num_processes))
+        if accelerator.is_main_process:
+            claim(settings, finetune_spec(settings, unet, dataset, accelerator.num_processes), lock)
     done = finished_step(settings.out)
+    if done >= (settings.max_train_steps or 0) and accelerator.is_main_process:
+        refuse_damaged_result(settings.out)
     if nothing_left(settings, accelerator, "model"):
+        leave_processes(accelerator)
         return
 
+    problems = []
     if done < (settings.max_train_steps or 0):
         training = prepare(settings, folder, unet, dataset, accelerator)
         # After a resume, the U-Net of the checkpoint is trained and not this one.
         del unet
         stream = batches(settings, dataset, accelerator, training.position, len(training.alphas_cumprod))
-        run_training(settings, accelerator, training, stream, lambda: save(settings, training))
+        with closing(stream):
+            problems = run_training(settings, accelerator, training, stream, lambda: save(settings, training))
+    leave_processes(accelerator)
     if accelerator.is_main_process:
-        what = "LoRA weights" if settings.lora_rank else "a diffusers pipeline"
-        click.echo(f"{settings.out} holds {what} of {finished_step(settings.out)} steps")
+        finish(settings, problems)
+
+
+def finish(settings: FinetuneSettings, problems: list[str]) -> None:
+    """Tell what was trained and upload it. Raises UserError, at the end, for `problems` and if the upload fails."""
+    what = "LoRA weights" if settings.lora_rank else "a diffusers pipeline"
+    click.echo(f"{settings.out} holds {what} of {finished_step(settings.out)} steps")
+
+    def publish() -> None:
         if settings.push_to_hub:
             click.echo(f"uploaded to {upload(settings.out, settings.push_to_hub)}")
-    accelerator.wait_for_everyone()
+
+    def tell_problems() -> None:
+        if problems:
+            raise UserError("\n".join(problems))
+
+    attempt_all(publish, tell_problems)
 
 
 def finetune_spec(
@@ -127,7 +170,7 @@ def prepare(
     accelerator: Accelerator,
 ) -> Training:
     """The U-Net, as passed or from the newest checkpoint, and everything that trains it, on the device."""
-    check_encoders(dataset.shards, load_base(folder, settings.variant), f"--model {settings.model}")
+    check_model(settings, folder, dataset)
     transform = settings.transform
     student, state = start(settings, transform, lambda: unet)
     return prepare_training(
@@ -144,9 +187,18 @@ def prepare(
     )
 
 
+def check_model(settings: FinetuneSettings, folder: Path, dataset: LatentsDataset) -> None:
+    """Raise UserError for a pipeline that cannot be trained on these latents, or cannot generate validation images."""
+    base, model = load_base(folder, settings.variant), f"--model {settings.model}"
+    check_encoders(dataset.shards, base, model)
+    load_noise_scheduler(folder, settings.prediction_type)
+    if settings.validation_prompts:
+        check_sampler(base.scheduler, Sampler(), model)
+
+
 def batches(
     settings: FinetuneSettings, dataset: LatentsDataset, accelerator: Accelerator, position: int, train_timesteps: int
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Batches of this process, endlessly, from entry `position` on, with timesteps in [0, `train_timesteps`).
 
     Noise and timestep belong to an image and its visit, so they depend neither on the batch nor on the processes.
@@ -154,7 +206,7 @@ def batches(
     empty = unconditional_conditioning(dataset.shards)
     size = settings.train_batch_size
     first = position + accelerator.process_index * size
-    for entries in make_loader(settings, dataset, accelerator, position):
+    for entries in collated_batches(settings, dataset, accelerator, position):
         visits = [(first + place) // len(dataset) for place in range(size)]
         drawn = [
             draw_inputs(settings, entry, visit, train_timesteps) for entry, visit in zip(entries, visits, strict=True)
@@ -201,15 +253,19 @@ def draw_inputs(
 
 
 def save(settings: FinetuneSettings, training: Training) -> None:
-    training.student.register_to_config(_name_or_path=settings.model)
+    # A folder's path is nobody else's business.
+    name = Path(settings.model).resolve().name if Path(settings.model).is_dir() else settings.model
+    training.student.register_to_config(_name_or_path=name)
     training.transform.convert(training.student, training.base, settings.out)
 
 
 def plan(settings: FinetuneSettings) -> list[str]:
     """What a run would do."""
+    check_out(settings, inputs_of(settings))
     dataset = LatentsDataset(settings.latents)
     folder = find_pipeline(settings.model, settings.revision, settings.variant, "--model")
     settings = resolve_steps_and_lr(settings, len(dataset), 1)
+    check_model(settings, folder, dataset)
     unet = load_unet(folder, settings.variant)
     settings.transform.prepare(unet)
     trained = sum(p.numel() for p in unet.parameters() if p.requires_grad)

@@ -18,11 +18,12 @@ from PIL import Image
 from pipeline.models.load import load_base
 from pipeline.system.command import stage_command
 from pipeline.system.errors import UserError
+from pipeline.system.output import check_new
 from pipeline.system.settings import REQUIRED, Settings, option
 from shards.expected import expected_tensors
 from shards.files import atomic_directory
 from shards.manifest import Manifest, read_manifest
-from shards.reader import StoredEntry, read_entry, read_sidecar, sound_sidecar
+from shards.reader import StoredEntry, placed_sidecar, read_entry, read_sidecar
 from shards.schema import LATENTS
 from shards.store import Store, open_store
 
@@ -52,6 +53,8 @@ class InspectSettings(Settings):
 def run(settings: InspectSettings) -> None:
     """Show the contents of latents or a cache. DIR is a directory that `encode` or `teacher-cache` wrote."""
     inventory = take_inventory(settings.directory)
+    if settings.images:
+        check_images(settings.directory, settings.images)
     click.echo("\n".join([*spec_lines(inventory.manifest), *count_lines(inventory), *member_lines(inventory)]))
     if not inventory.entries:
         raise UserError(f"{settings.directory} holds no entries yet. Rerun its stage to write them.")
@@ -100,7 +103,7 @@ def take_inventory(directory: Path) -> Inventory:
     unfinished = set(inventory.manifest.plan.unfinished(store))
     for shard in inventory.manifest.plan:
         if shard not in unfinished:
-            sidecar = sound_sidecar(store, shard.name, inventory.manifest.spec_sha256)
+            sidecar = placed_sidecar(store, shard, inventory.manifest)
             inventory.shards.append(shard.name)
             inventory.counts.append(sidecar.count)
             inventory.bytes += sidecar.bytes
@@ -145,18 +148,17 @@ def histogram(values: list[int], end: int) -> list[str]:
     return [f"\ntimesteps of {len(values)} entries", *lines]
 
 
-def save_images(directory: Path, inventory: Inventory, out: Path) -> int:
-    """Decode some entries' latents to PNGs named by their keys, with the VAE in `directory`; returns how many.
-
-    Raises UserError if there is no VAE to decode them with, or if `out` exists.
-    """
-    base = directory / "base"
-    if not (base / "vae").is_dir():
+def check_images(directory: Path, out: Path) -> None:
+    """Raise UserError if there is no VAE to decode images with, or if `out` is in use or belongs to something else."""
+    if not (directory / "base" / "vae").is_dir():
         raise UserError(f"--images needs base/vae, which {directory} lacks. Pass a cache that `teacher-cache` wrote.")
-    if out.exists():
-        raise UserError(f"--images {out} already exists. Choose another folder or delete this one.")
+    check_new(out, "inspect", {"DIR": directory}, flag="--images")
+
+
+def save_images(directory: Path, inventory: Inventory, out: Path) -> int:
+    """Decode some entries' latents to PNGs named by their keys, with the VAE in `directory`; returns how many."""
     entries = list(inventory.spread(IMAGES, (LATENTS,)))
-    pipe = load_base(base)
+    pipe = load_base(directory / "base")
     with atomic_directory(out) as folder:
         for entry in entries:
             decode_latents(pipe, entry).save(folder / f"{entry.key}.png")

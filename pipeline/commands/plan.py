@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import click
 import torch
 
 from pipeline.cache import sizes
-from pipeline.cache.settings import CacheFormat
+from pipeline.cache.settings import CacheFormat, sampling_lines
 from pipeline.cache.trial import try_teacher
 from pipeline.models.load import family_of, find_pipeline, load_unet
 from pipeline.models.shapes import TeacherShapes, teacher_shapes
@@ -21,11 +21,24 @@ from pipeline.system.disk import format_bytes, free_bytes
 from pipeline.system.errors import UserError
 from pipeline.system.options import HubOptions, PrecisionOptions
 from pipeline.system.settings import REQUIRED, option
+from shards.codec import MAX_SNR_DB
 
-UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12}
+# Bytes by unit: B, KB, MB, ... and KIB, MIB, ...
+UNITS = {"B": 1} | {
+    prefix + ending: base**power
+    for power, prefix in enumerate("KMGTP", 1)
+    for ending, base in (("B", 1000), ("IB", 1024))
+}
 PERIODS = (("days", 86400), ("hours", 3600), ("minutes", 60), ("seconds", 1))
 # (decibels, stride), from the most exact on. The next one is tried if the requested rounds do not fit.
 LADDER = ((10.0, 4), (5.0, 4), (0.0, 4))
+# After so many rounds, an image has been seen at each timestep of the usual schedule.
+MOST_ROUNDS = 1000
+
+
+def help_of(name: str) -> str:
+    """The help of one of the options that decide the size of an entry."""
+    return next(setting.metadata["help"] for setting in fields(CacheFormat) if setting.name == name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +48,14 @@ class PlanSettings(CacheFormat, PrecisionOptions, HubOptions):
     rounds: int = option(4, "Passes over the images; with a budget, the minimum to aim for.", ge=1)
     resolution: int = option(512, "Side of the images, in pixels.", ge=8)
     budget: str | None = option(
-        None, "Bytes for latents and cache, such as 500GB; chooses decibels, stride and rounds."
+        None,
+        "Bytes for latents and cache, such as 500GB; chooses rounds, and decibels and stride if they are not given.",
+    )
+    snr_db: float | None = option(  # type: ignore[assignment]
+        None, f"{help_of('snr_db')} Default: {LADDER[0][0]:g}, or less to fit a budget.", ge=-10.0, le=MAX_SNR_DB
+    )
+    token_stride: int | None = option(  # type: ignore[assignment]
+        None, f"{help_of('token_stride')} Default: {LADDER[0][1]}.", ge=1
     )
     trial: bool = option(
         False, "Run the teacher on a few batches on this machine to estimate the time; needs its weights."
@@ -49,6 +69,14 @@ class PlanSettings(CacheFormat, PrecisionOptions, HubOptions):
             bytes_of(self.budget)
             if self.codec != "dither":
                 raise UserError(f"--budget chooses the decibels of the dither codec. Drop --codec {self.codec}.")
+
+    def at(self, snr_db: float, token_stride: int) -> PlanSettings:
+        """The settings with these values where none are given."""
+        return replace(
+            self,
+            snr_db=snr_db if self.snr_db is None else self.snr_db,
+            token_stride=token_stride if self.token_stride is None else self.token_stride,
+        )
 
 
 @dataclass(frozen=True)
@@ -64,13 +92,15 @@ class Cost:
 
 def bytes_of(size: str) -> int:
     """'500GB' -> 500,000,000,000. Raises UserError if it is not a size."""
-    matched = re.fullmatch(r"(\d+(?:\.\d+)?) *(MB|GB|TB)", size, re.IGNORECASE)
-    if not matched:
+    matched = re.fullmatch(r"(\d+(?:\.\d+)?) *([A-Z]+)", size.strip().upper())
+    if not matched or matched[2] not in UNITS:
         raise UserError(f"--budget {size!r} is not a size. Write it as 500GB or 1.5TB.")
-    return int(float(matched[1]) * UNITS[matched[2].upper()])
+    return int(float(matched[1]) * UNITS[matched[2]])
 
 
 def cost_of(settings: PlanSettings, shapes: TeacherShapes) -> Cost:
+    settings = settings.at(*LADDER[0])
+    assert settings.snr_db is not None
     taps = settings.tap_specs(shapes.taps)
     entry = sizes.cache_entry(shapes.latents, shapes.conditioning, taps, settings.codec, settings.snr_db)
     return Cost(sizes.stored_bytes(sizes.latents_entry(shapes.latents, shapes.conditioning)), entry)
@@ -79,13 +109,14 @@ def cost_of(settings: PlanSettings, shapes: TeacherShapes) -> Cost:
 def fit(settings: PlanSettings, shapes: TeacherShapes) -> PlanSettings:
     """The settings that fill the budget: the most exact of LADDER at which the rounds fit, with as many as fit.
 
-    Many small entries teach more than a few exact ones, so the rest of the budget goes into further rounds. If the
-    rounds fit at none, the least exact is used with as many rounds as fit. Raises UserError if not even one fits.
+    What the settings give is kept. Many small entries teach more than a few exact ones, so the rest of the budget goes
+    into further rounds, up to MOST_ROUNDS. If the rounds fit at none, the least exact is used with as many rounds as
+    fit. Raises UserError if not even one fits.
     """
     assert settings.budget is not None
     available = bytes_of(settings.budget)
     for snr_db, stride in LADDER:
-        candidate = replace(settings, snr_db=snr_db, token_stride=stride)
+        candidate = settings.at(snr_db, stride)
         cost = cost_of(candidate, shapes)
         rounds = (available // settings.images - cost.latents) // sizes.stored_bytes(cost.entry)
         if rounds >= settings.rounds:
@@ -95,14 +126,14 @@ def fit(settings: PlanSettings, shapes: TeacherShapes) -> PlanSettings:
             f"--budget {settings.budget} is less than one round of {settings.images} images, which takes "
             f"{format_bytes(cost.total(settings.images, 1))}. Use fewer --images or a larger budget."
         )
-    return replace(candidate, rounds=rounds)
+    return replace(candidate, rounds=min(rounds, max(MOST_ROUNDS, settings.rounds)))
 
 
 def plan(settings: PlanSettings) -> list[str]:
     """The lines of the plan."""
     folder = find_pipeline(settings.teacher, settings.revision, settings.variant)
     shapes = teacher_shapes(folder, settings.resolution, teacher_taps(settings.students))
-    chosen = fit(settings, shapes) if settings.budget else settings
+    chosen = fit(settings, shapes) if settings.budget else settings.at(*LADDER[0])
     cost = cost_of(chosen, shapes)
     entries = chosen.images * chosen.rounds
     flags = f"--rounds {chosen.rounds} --snr-db {chosen.snr_db:g} --token-stride {chosen.token_stride}"
@@ -110,6 +141,7 @@ def plan(settings: PlanSettings) -> list[str]:
         *([f"chosen for {settings.budget}: teacher-cache {flags}"] if settings.budget else []),
         f"entries: {chosen.images} images x {chosen.rounds} rounds = {entries}",
         *sizes.lines(cost.entry, entries),
+        *sampling_lines(chosen.tap_specs(shapes.taps)),
         f"latents: {cost.latents:,} bytes per image, {format_bytes(chosen.images * cost.latents)}",
         f"latents and cache: {format_bytes(cost.total(chosen.images, chosen.rounds))}; "
         f"{format_bytes(free_bytes(chosen.out))} are free in {chosen.out}",
@@ -120,6 +152,7 @@ def plan(settings: PlanSettings) -> list[str]:
 
 def time_of(settings: PlanSettings, folder: Path, shapes: TeacherShapes, entries: int) -> str:
     """The time that so many entries take, estimated by a trial on this machine."""
+    assert settings.snr_db is not None
     device = process_state(settings.device).device
     dtype = DTYPES[resolve_dtype(settings.dtype, device)]
     unet = load_unet(folder, settings.variant).to(device, dtype, memory_format=torch.channels_last).eval()

@@ -10,12 +10,13 @@ import click
 from PIL import Image
 
 from pipeline.models.load import find_pipeline
-from pipeline.sampling.generate import SCHEDULERS, Sampler, generate, save_images
+from pipeline.sampling.generate import SCHEDULERS, Sampler, check_sampler, generate, save_images
 from pipeline.sampling.process import PipelineRef, load_pipeline
 from pipeline.system.command import stage_command
 from pipeline.system.device import DTYPES, process_state, resolve_dtype
 from pipeline.system.errors import UserError
 from pipeline.system.options import HubOptions, PrecisionOptions
+from pipeline.system.output import check_new
 from pipeline.system.prompts import gather_prompts
 from pipeline.system.settings import REQUIRED, option
 
@@ -52,8 +53,7 @@ class SampleSettings(PrecisionOptions, HubOptions):
 def run(settings: SampleSettings) -> None:
     """Generate an image for each prompt, and a contact sheet."""
     prompts = gather_prompts(settings.prompts)
-    if settings.out.exists():
-        raise UserError(f"--out {settings.out} already exists. Choose another folder or delete this one.")
+    check_new(settings.out, "sample", {"--model": settings.model})
     folder = find_pipeline(settings.model, settings.revision, settings.variant, "--model")
     device = process_state(settings.device).device
     dtype = DTYPES[resolve_dtype(settings.dtype, device)]
@@ -67,6 +67,7 @@ def run(settings: SampleSettings) -> None:
         (settings.height, settings.width) if settings.height and settings.width else None,
         settings.seed,
     )
+    check_sampler(pipe.scheduler, sampler, f"--model {settings.model}")
     samples = generate(pipe, prompts, sampler, "sample")
     save_images(samples, sampler, settings.out)
     contact_sheet(samples.images).save(settings.out / SHEET)

@@ -15,24 +15,40 @@ import torch
 from diffusers import DDPMScheduler
 from tqdm import tqdm
 
+from pipeline.cache.parts import (
+    BASE,
+    REMEDY,
+    STUDENTS,
+    bound_parts,
+    changes,
+    existing_parts,
+    is_bound,
+    student_part,
+)
 from pipeline.cache.recompute import deviations, table
-from pipeline.models.checksums import changed_files, has_checksums
+from pipeline.models.checksums import has_checksums
 from pipeline.models.families import LEVELS
 from pipeline.models.hashing import weights_sha256
 from pipeline.models.load import MODEL_INDEX, find_pipeline, load_unet
+from pipeline.models.provenance import read_origin
+from pipeline.sampling.teacher_samples import teacher_samples
 from pipeline.system.command import stage_command
 from pipeline.system.device import DTYPES, process_state
 from pipeline.system.errors import UserError
+from pipeline.system.lock import OutputLock
 from pipeline.system.options import DeviceOptions, HubOptions
 from pipeline.system.settings import REQUIRED, option
 from shards.expected import expected_tensors
 from shards.manifest import STAGE_COMMANDS, Manifest, read_manifest
-from shards.reader import ShardSet
+from shards.reader import REWRITE, ShardSet
 from shards.schema import ShardError
-from shards.store import open_store
-from shards.survey import Problem, Survey, check_contents, remove_shard, survey
+from shards.store import Store, open_store
+from shards.survey import Problem, Survey, check_contents, remove_shard, survey, unreadable
 
-REMEDY = "Copy it from an intact cache, or delete its folder and rerun the same `distill-sd teacher-cache`."
+LEGEND = (
+    "errors: stored values against the teacher's output now; codec allows: what storing may cost the value that uses "
+    "the largest share; with rounding: the same, and what two machines may differ by; share used: of that, at most 100%"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,43 +81,52 @@ def run(settings: VerifySettings) -> None:
         raise UserError(f"1 problem in {directory}. Nothing else can be checked without its manifest.") from None
     if settings.recompute and manifest.spec["stage"] != "cache":
         raise UserError(f"--recompute needs a cache, but {directory} holds {manifest.spec['stage']}")
+    with OutputLock(directory) as lock:
+        if settings.remove_damaged:
+            lock.take()
+        check(settings, store, manifest)
+
+
+def check(settings: VerifySettings, store: Store, manifest: Manifest) -> None:
+    """Print what is wrong, remove what is to be removed, and conclude."""
+    directory = settings.directory
     found = survey(store, manifest)
     if manifest.spec["stage"] == "cache":
-        found.problems += missing_parts(directory)
+        found.problems += missing_parts(directory) + changed_parts(directory, manifest, settings.full)
     if settings.full:
         total = sum(size.bytes for size in found.sizes.values())
         with tqdm(total=total, unit="B", unit_scale=True, desc="verify") as progress:
             check_contents(store, manifest, found, progress.update)
-        found.problems += changed_parts(directory)
     intact = not found.problems and not found.unfinished
     if settings.recompute and settings.teacher and intact:
         found.problems += recompute(settings, settings.recompute, settings.teacher)
+    removed = found.damaged_shards() if settings.remove_damaged else []
+    for shard in removed:
+        remove_shard(store, shard)
     for problem in found.problems:
-        click.echo(problem.message)
+        done = problem.damaged and problem.shard in removed
+        click.echo(problem.message.replace(REWRITE, "It was removed.") if done else problem.message)
     if settings.recompute and not intact:
         click.echo("skipped --recompute: the cache is incomplete or damaged")
-    if settings.remove_damaged:
-        remove_damaged(directory, manifest, found)
+    if removed:
+        command = STAGE_COMMANDS[manifest.spec["stage"]]
+        click.echo(f"removed {', '.join(removed)}. Rerun the same `distill-sd {command}` to write them again.")
     conclude(settings, manifest, found)
-
-
-def parts(directory: Path) -> list[Path]:
-    """The folders of weights in a cache: base/ and each of students/."""
-    students = directory / "students"
-    levels = sorted(path for path in students.iterdir() if path.name in LEVELS) if students.is_dir() else []
-    return [path for path in (directory / "base", *levels) if path.is_dir()]
 
 
 def missing_parts(directory: Path) -> list[Problem]:
     """What a student needs besides the shards and does not find."""
-    levels = {*stated_levels(directory), *(folder.name for folder in parts(directory) if folder.name in LEVELS)}
-    needed = [directory / "base" / MODEL_INDEX]
+    levels = {
+        *stated_levels(directory),
+        *(part.rpartition("/")[2] for part in existing_parts(directory) if part != BASE),
+    }
+    needed = [directory / BASE / MODEL_INDEX]
     for level in sorted(levels):
-        folder = directory / "students" / level
+        folder = directory / student_part(level)
         needed += [folder / "config.json", folder / "diffusion_pytorch_model.safetensors"]
     problems = [Problem(f"{path} is missing. {REMEDY}") for path in needed if not path.is_file()]
     if not levels:
-        what = f"{directory / 'students'} holds no student's initial weights"
+        what = f"{directory / STUDENTS} holds no student's initial weights"
         problems.append(Problem(f"{what}. Rerun the same `distill-sd teacher-cache`."))
     return problems
 
@@ -115,20 +140,22 @@ def stated_levels(directory: Path) -> list[str]:
         return []
 
 
-def changed_parts(directory: Path) -> list[Problem]:
-    """Files of base/ and students/ that were changed since they were written."""
-    folders = parts(directory)
-    return [Problem(f"{folder}: {change}. {REMEDY}") for folder in folders for change in changed_files(folder)]
-
-
-def remove_damaged(directory: Path, manifest: Manifest, found: Survey) -> None:
-    """Delete the damaged shards, and nothing else."""
-    damaged, store = found.damaged_shards(), open_store(directory)
-    for shard in damaged:
-        remove_shard(store, shard)
-    if damaged:
-        command = STAGE_COMMANDS[manifest.spec["stage"]]
-        click.echo(f"removed {', '.join(damaged)}. Rerun the same `distill-sd {command}` to write them again.")
+def changed_parts(directory: Path, manifest: Manifest, contents: bool) -> list[Problem]:
+    """What was changed in base/, students/ and the files next to them since they were written; see `changes`."""
+    problems = []
+    for part in sorted({*existing_parts(directory), *bound_parts(manifest)}):
+        try:
+            found = changes(directory, manifest, part, contents=contents)
+        except OSError as error:
+            problems.append(Problem.of(unreadable(str(directory / part), error)))
+        else:
+            problems += [Problem(f"{directory / part}: {change}. {REMEDY}") for change in found]
+    for check_file in (read_origin, teacher_samples):
+        try:
+            check_file(directory)
+        except UserError as error:
+            problems.append(Problem.of(error))
+    return problems
 
 
 def recompute(settings: VerifySettings, count: int, teacher: str) -> list[Problem]:
@@ -148,6 +175,7 @@ def recompute(settings: VerifySettings, count: int, teacher: str) -> list[Proble
     entries = (shards.read(index, names) for index in tqdm(chosen, unit="entry", desc="recompute"))
     rows = deviations(entries, spec, unet, alphas_cumprod)
     click.echo("\n".join(table(rows)))
+    click.echo(LEGEND)
     return [
         Problem(
             f"{settings.directory}: {row.name} differs from the teacher's output by up to {row.largest:.3g}, which is "
@@ -161,26 +189,39 @@ def recompute(settings: VerifySettings, count: int, teacher: str) -> list[Proble
 def conclude(settings: VerifySettings, manifest: Manifest, found: Survey) -> None:
     """Print the summary as the last line. Raises UserError unless all is fine."""
     directory, planned = settings.directory, len(manifest.plan)
-    damaged = set(found.damaged_shards())
-    sound = [size for shard, size in found.sizes.items() if shard not in damaged]
-    entries, size = sum(s.entries for s in sound), sum(s.bytes for s in sound)
+    intact = found.intact()
+    entries, size = sum(s.entries for s in intact), sum(s.bytes for s in intact)
     rounds = f" ({manifest.rounds} rounds)" if manifest.rounds else ""
-    held = f"{len(sound)} of {planned} shards intact, {entries} entries{rounds}, {size / 1e6:.1f} MB"
+    held = f"{len(intact)} of {planned} shards intact, {entries} entries{rounds}, {size / 1e6:.1f} MB"
     if found.unfinished:
         command = STAGE_COMMANDS[manifest.spec["stage"]]
         click.echo(
             f"{directory} is unfinished: {len(found.unfinished)} of {planned} shards are still to be written, the "
             f"first is {found.unfinished[0]}. Rerun the same `distill-sd {command}` to complete it."
         )
-    unchecked = [] if not settings.full else [p.name for p in parts(directory) if not has_checksums(p)]
-    if unchecked:
-        click.echo(f"not checked, because an earlier version wrote no checksums for them: {', '.join(unchecked)}")
+    if manifest.spec["stage"] == "cache":
+        tell_unchecked(directory, manifest)
     if found.problems:
         count = len(found.problems)
-        raise UserError(f"{count} problem{'s' if count > 1 else ''} in {directory}; {held}, {len(damaged)} damaged")
+        damaged = f"{len(found.damaged_shards())} damaged"
+        raise UserError(f"{count} problem{'s' if count > 1 else ''} in {directory}; {held}, {damaged}")
     if found.unfinished:
-        raise UserError(f"no problem in {directory}, but it is unfinished; {held}")
+        raise UserError(f"{directory} is unfinished; {held}; no problem in what is there")
     click.echo(f"{directory} is fine; {held}; checked: {depth(settings)}")
+
+
+def tell_unchecked(directory: Path, manifest: Manifest) -> None:
+    """Print which folders of weights an earlier version wrote without what they could be compared with."""
+    existing = existing_parts(directory)
+    unlisted = [part for part in existing if not has_checksums(directory / part) and not is_bound(manifest, part)]
+    if unlisted:
+        names = ", ".join(part.rpartition("/")[2] for part in unlisted)
+        click.echo(f"not checked, because an earlier version wrote no checksums for them: {names}")
+    foreign = [part for part in existing if part not in unlisted and not is_bound(manifest, part)]
+    if foreign:
+        click.echo(
+            f"not checked to belong to this cache, because an earlier version did not record it: {', '.join(foreign)}"
+        )
 
 
 def depth(settings: VerifySettings) -> str:

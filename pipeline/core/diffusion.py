@@ -33,11 +33,14 @@ def min_snr_weights(timesteps: Tensor, alphas_cumprod: Tensor, gamma: float, pre
     """Min-SNR weights (B,) float32 of a squared error in the network's output (Hang et al. 2023, sec. 3.4).
 
     With snr = a_t / (1 - a_t): min(snr, gamma) / snr for epsilon, and over snr + 1 for v_prediction, so that
-    in both cases the error in x_0 has weight min(snr, gamma).
+    in both cases the error in x_0 has weight min(snr, gamma). At snr 0 that is 1 and 0.
     """
     alpha = alphas_cumprod.to(timesteps.device)[timesteps]
     snr = alpha / (1 - alpha)
-    return snr.clamp(max=gamma) / (snr + 1 if prediction_type == "v_prediction" else snr)
+    if prediction_type == "v_prediction":
+        return snr.clamp(max=gamma) / (snr + 1)
+    # Equal to min(snr, gamma) / snr, but without 0 / 0.
+    return gamma / snr.clamp(min=gamma)
 
 
 def _scales(timesteps: Tensor, alphas_cumprod: Tensor) -> tuple[Tensor, Tensor]:

@@ -75,9 +75,10 @@ def is_unconditional(seed: int, source_id: str, round_index: int, fraction: floa
     return bool(generator(seed, source_id, round_index, "uncond").random() < fraction)
 
 
-def token_offset(seed: int, source_id: str, round_index: int, tap: str, stride: int) -> tuple[int, int]:
-    """The row and column, each in [0, stride), that token sampling keeps of each cell."""
-    row, column = generator(seed, source_id, round_index, f"tokens/{tap}").integers(stride, size=2)
+def token_offset(seed: int, source_id: str, round_index: int, tap: str, rows: int, columns: int) -> tuple[int, int]:
+    """The row in [0, rows) and the column in [0, columns) that token sampling starts from."""
+    bound = rows if rows == columns else (rows, columns)
+    row, column = generator(seed, source_id, round_index, f"tokens/{tap}").integers(bound, size=2)
     return int(row), int(column)
 
 

@@ -52,18 +52,28 @@ def as_map(output: Tensor | tuple[Tensor, ...]) -> Tensor:
 
 
 def sample_tokens(features: Tensor, rows: Sequence[int], columns: Sequence[int], stride: int) -> Tensor:
-    """One position per stride x stride cell: (B, C, H, W) -> (B, C, H/stride, W/stride).
+    """One position per stride x stride cell: (B, C, H, W) -> (B, C, H // stride, W // stride).
 
-    Entry b keeps row rows[b] and column columns[b] of each cell. If both are drawn uniformly, the mean square over the
-    kept positions is an unbiased estimate of the mean square over all positions.
+    Entry b keeps every stride-th row from rows[b] on, and every stride-th column from columns[b] on, going on at the
+    start where a side that `stride` does not divide ends. If both are drawn uniformly from their `offsets`, the mean
+    square over the kept positions is an unbiased estimate of the mean square over all positions.
     """
     if stride == 1:
         return features
-    kept = [features[b, :, r::stride, c::stride] for b, (r, c) in enumerate(zip(rows, columns, strict=True))]
+    height, width = features.shape[2:]
+    kept = [
+        features[b, :, _positions(height, r, stride)][:, :, _positions(width, c, stride)]
+        for b, (r, c) in enumerate(zip(rows, columns, strict=True))
+    ]
     return torch.stack(kept)
 
 
+def _positions(side: int, offset: int, stride: int) -> slice | list[int]:
+    if side % stride == 0:
+        return slice(offset, None, stride)
+    return [(offset + i * stride) % side for i in range(side // stride)]
+
+
 def token_stride(height: int, width: int, stride: int, token_min: int) -> int:
-    """The stride for a tap of this size: 1 if it has fewer than `token_min` rows or is not divisible by `stride`."""
-    divides = height % stride == 0 and width % stride == 0
-    return stride if height >= token_min and divides else 1
+    """The stride for a tap of this size: 1 if it has fewer than `token_min` rows, and never more than a side."""
+    return min(stride, height, width) if height >= token_min else 1

@@ -1,48 +1,83 @@
-"""A folder of images, either listed in a metadata.jsonl or each with its caption in a .txt next to it."""
+"""A folder of images, either listed in a metadata file or each with its caption in a text file next to it."""
 
 from __future__ import annotations
 
-import json
+import csv
 import os
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pipeline.data.files import (
+    MAX_IMAGE_BYTES,
+    MAX_TEXT_BYTES,
+    captions_in,
+    is_mac_metadata,
+    open_regular,
+    parse_json,
+    read_regular,
+    reason_of,
+    regular_size,
+)
 from pipeline.data.images import is_image_name
 from pipeline.data.records import ListedImage, is_unicode
 from pipeline.system.errors import UserError
 
-METADATA = "metadata.jsonl"
+# Lists of images, the first that exists is taken; and the endings of captions, likewise.
+METADATA = ("metadata.jsonl", "metadata.csv")
+CAPTION_ENDINGS = (".txt", ".caption")
+# A longer line of a list is a mistake, or an attack.
+MAX_LINE_BYTES = 1 << 24
 
 
 class ImageFolder:
     """The images of a folder, sorted by file name. An image's name is its file name.
 
-    With a metadata.jsonl (one JSON object per line, with a file name and a caption), these are the images that it
-    lists; a file listed twice, with another caption, counts as two images. Without one, these are all images below the
-    folder, with the caption of `a.jpg` in `a.txt`. Files outside the folder are never read, not even through links.
+    With a metadata.jsonl (one JSON object per line, with a file name and a caption) or a metadata.csv, these are the
+    images that it lists; a file listed twice, with another caption, counts as two images. Without one, these are all
+    images below the folder, with the captions of `a.jpg` in `a.txt` or `a.caption`, one per line. Files outside the
+    folder are never read, not even through links. `passed_over` counts the files of other kinds, by ending.
     Raises UserError for a folder, a file or a line that cannot be used.
     """
 
     def __init__(self, folder: Path, image_column: str | None, caption_column: str | None) -> None:
         self.folder = folder
         self.columns = image_column, caption_column
+        self.passed_over: Counter[str] = Counter()
 
     def images(self) -> list[ListedImage]:
-        metadata = self.folder / METADATA
-        if metadata.is_file():
+        metadata = metadata_in(self.folder)
+        if metadata:
             image_column, caption_column = self.columns
             listed = _listed_in(metadata, image_column or "file_name", caption_column or "text")
         elif any(self.columns):
             raise UserError(
-                f"--data {self.folder} has no {METADATA}, so there are no columns to choose from. "
+                f"--data {self.folder} has no {METADATA[0]}, so there are no columns to choose from. "
                 "Remove --image-column and --caption-column."
             )
         else:
-            listed = _found_in(self.folder)
+            listed = self._found()
         return sorted(listed, key=lambda image: image.name)
 
     def read(self, location: str) -> bytes:
-        return _inside(self.folder, location).read_bytes()
+        return read_regular(_inside(self.folder, location), MAX_IMAGE_BYTES)
+
+    def _found(self) -> list[ListedImage]:
+        images = []
+        for relative in _files_below(self.folder):
+            if is_image_name(relative.name):
+                images.append(_with_captions(self.folder, relative))
+            elif relative.suffix.lower() not in CAPTION_ENDINGS and not relative.name.startswith("."):
+                self.passed_over[relative.suffix.lower() or "without an ending"] += 1
+        if not any(image.problem is None for image in images):
+            raise UserError(_nothing_usable(self.folder, images))
+        return images
+
+
+def metadata_in(folder: Path) -> Path | None:
+    """The folder's list of images. A link to nothing and what is not a file count as well, and are refused later."""
+    return next((folder / name for name in METADATA if os.path.lexists(folder / name)), None)
 
 
 def _inside(folder: Path, location: str | Path) -> Path:
@@ -50,12 +85,59 @@ def _inside(folder: Path, location: str | Path) -> Path:
     path = folder / location
     # Path.resolve would raise RuntimeError, not OSError, for a link to itself.
     if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
-        raise OSError(f"{location} lies outside {folder}")
+        raise OSError(f"{location} lies outside the folder")
     return path
 
 
+def _files_below(folder: Path) -> Iterator[Path]:
+    """All that is not a folder, relative to `folder`. Links to folders are not followed, a Mac's additions left out."""
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            relative = Path(parent, name).relative_to(folder)
+            if not is_mac_metadata(relative.as_posix()):
+                yield relative
+
+
+def _with_captions(folder: Path, relative: Path) -> ListedImage:
+    # A file name can be any bytes, but a record's name must be text.
+    name = relative.as_posix().encode(errors="replace").decode()
+    captions, problem = _captions_beside(folder, relative)
+    return ListedImage(name, str(relative), captions, problem, regular_size(folder / relative))
+
+
+def _captions_beside(folder: Path, image: Path) -> tuple[list[str], str | None]:
+    """The captions in the text file next to an image, or the reason why they cannot be read."""
+    candidates = [image.with_suffix(ending) for ending in CAPTION_ENDINGS]
+    file = next((path for path in candidates if os.path.lexists(folder / path)), candidates[0])
+    try:
+        return captions_in(read_regular(_inside(folder, file), MAX_TEXT_BYTES).decode("utf-8-sig")), None
+    except UnicodeDecodeError as error:
+        return [], f"the caption in {file} is not UTF-8 (byte {error.start})"
+    except FileNotFoundError:
+        return [], f"no caption file {file}"
+    except OSError as error:
+        return [], f"the caption cannot be read: {reason_of(error)}"
+
+
+def _nothing_usable(folder: Path, images: list[ListedImage]) -> str:
+    holds = f"contains {len(images)} images, but no captions" if images else "contains no images"
+    others = sorted(
+        path.relative_to(folder).as_posix()
+        for pattern in ("*", "*/*")
+        for path in folder.glob(pattern)
+        if path.name in METADATA or path.suffix in (".csv", ".json", ".jsonl", ".tsv")
+    )
+    there = f" It has {', '.join(others[:3])}, which is not read there or under that name." if others else ""
+    return (
+        f"--data {folder} {holds}: it has neither a {METADATA[0]} nor an image with a .txt next to it.{there} "
+        f'Put the captions in {METADATA[0]}, one JSON object per line, such as {{"file_name": "0001.jpg", '
+        '"text": "a caption"}, or put the caption of 0001.jpg in 0001.txt.'
+    )
+
+
 def _listed_in(metadata: Path, image_column: str, caption_column: str) -> list[ListedImage]:
-    images = [_image_of(row, metadata, number, image_column, caption_column) for number, row in _rows(metadata)]
+    rows = _csv_rows(metadata) if metadata.suffix == ".csv" else _json_rows(metadata)
+    images = [_image_of(row, metadata, number, image_column, caption_column) for number, row in rows]
     if not images:
         raise UserError(
             f"{metadata} lists no images. Write one JSON object per line, such as "
@@ -64,52 +146,44 @@ def _listed_in(metadata: Path, image_column: str, caption_column: str) -> list[L
     return images
 
 
-def _found_in(folder: Path) -> list[ListedImage]:
-    paths = [path for path in folder.rglob("*") if is_image_name(path.name) and path.is_file()]
-    images = [_with_caption(folder, path.relative_to(folder)) for path in paths]
-    if not any(image.problem is None for image in images):
-        raise UserError(
-            f"--data {folder} has neither a {METADATA} nor an image with a .txt next to it. Put the captions in "
-            f'{METADATA}, one JSON object per line, such as {{"file_name": "0001.jpg", "text": "a caption"}}, '
-            "or put the caption of 0001.jpg in 0001.txt."
-        )
-    return images
-
-
-def _with_caption(folder: Path, relative: Path) -> ListedImage:
-    # A file name can be any bytes, but a record's name must be text.
-    name = relative.as_posix().encode(errors="replace").decode()
-    caption_file = relative.with_suffix(".txt")
-    caption, problem = None, None
-    try:
-        caption = _inside(folder, caption_file).read_text("utf-8-sig").strip()
-    except UnicodeDecodeError as error:
-        problem = f"the caption in {caption_file} is not UTF-8 (byte {error.start})"
-    except FileNotFoundError:
-        problem = f"no caption file {caption_file}"
-    except OSError as error:
-        problem = f"the caption cannot be read: {error}"
-    return ListedImage(name, str(relative), caption, problem)
-
-
-def _rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
+def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, object) of each line that is not blank."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 (byte {error.start}). Save it as UTF-8.") from None
-    rows = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(_lines(path), 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError as error:
             raise UserError(f"{path}, line {number} is not JSON ({error}). Fix or delete the line.") from None
         if not isinstance(row, dict):
             raise UserError(f"{path}, line {number} is not a JSON object: {line[:80]}. Fix or delete the line.")
-        rows.append((number, row))
-    return rows
+        yield number, row
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, fields by column) of each row. The first row names the columns."""
+    reader = csv.DictReader(_lines(path))
+    try:
+        for row in reader:
+            yield reader.line_num, {column: value for column, value in row.items() if column is not None}
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num} is not CSV ({error}). Fix or delete the line.") from None
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """The lines of a list, with their ends. Raises UserError if it cannot be read as lines of UTF-8."""
+    position = 0
+    try:
+        with open_regular(path) as stream:
+            while line := stream.readline(MAX_LINE_BYTES + 1):
+                if len(line) > MAX_LINE_BYTES:
+                    raise UserError(f"{path} has a line of more than {MAX_LINE_BYTES} bytes. Is it a list of images?")
+                yield line.decode("utf-8" if position else "utf-8-sig")
+                position += len(line)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 (byte {position + error.start}). Save it as UTF-8.") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({reason_of(error)}). Replace or remove it.") from None
 
 
 def _image_of(row: dict[str, Any], path: Path, number: int, image_column: str, caption_column: str) -> ListedImage:
@@ -121,4 +195,4 @@ def _image_of(row: dict[str, Any], path: Path, number: int, image_column: str, c
     name = row[image_column]
     if not isinstance(name, str) or not name or not is_unicode(name):
         raise UserError(f"{path}, line {number}: {image_column!r} is {name!r}, which is not a file name")
-    return ListedImage(name, name, row[caption_column])
+    return ListedImage(name, name, row[caption_column], size=regular_size(path.parent / name))

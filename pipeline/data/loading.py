@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 
 from pipeline.core import draws
-from pipeline.data.images import Crop, decode, square
+from pipeline.data.files import reason_of
+from pipeline.data.images import Crop, memory_of, open_image, square, upright_rgb
 from pipeline.data.records import Record
 from pipeline.data.source import OpenSource
+from pipeline.system.echo import printable
 from pipeline.system.errors import UserError
 from pipeline.system.threads import ordered_map
 
@@ -51,14 +53,18 @@ def load_image(source: OpenSource, framing: Framing, indexed: tuple[int, Record]
         return LoadedImage(index, record, problem=record.problem)
     draw = draws.generator(framing.seed, record.source_id, 0, "crop")
     try:
-        pixels, crop = square(
-            decode(source.read(record)),
-            framing.resolution,
-            center_crop=framing.center_crop,
-            random_flip=framing.random_flip,
-            draw=draw,
-        )
-    except (OSError, ValueError) as error:
+        image = open_image(source.read(record))
+        with memory_of(image):
+            pixels, crop = square(
+                upright_rgb(image),
+                framing.resolution,
+                center_crop=framing.center_crop,
+                random_flip=framing.random_flip,
+                draw=draw,
+            )
+    except OSError as error:
+        return LoadedImage(index, record, problem=reason_of(error))
+    except ValueError as error:
         return LoadedImage(index, record, problem=str(error))
     return LoadedImage(index, record, pixels, crop)
 
@@ -77,7 +83,9 @@ def without_skipped(
         skipped.append({"source_id": item.record.source_id, "reason": item.problem})
         advance(1)
         if len(skipped) > allowed:
-            examples = "".join(f"\n  {skip['source_id']}: {skip['reason']}" for skip in skipped[:3])
+            examples = "".join(
+                f"\n  {printable(skip['source_id'])}: {printable(skip['reason'])}" for skip in skipped[:3]
+            )
             raise UserError(
                 f"{len(skipped)} of the first {seen} images of a shard cannot be used, more than --max-skipped "
                 f"allows. The first ones:{examples}\nFix the input or raise --max-skipped."

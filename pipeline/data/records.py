@@ -12,7 +12,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from pipeline.core import draws
+from pipeline.data.files import MAX_TEXT_BYTES
 from pipeline.data.settings import DataSettings
+
+# With `--captions all`, each caption is an entry.
+MAX_CAPTIONS = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,12 +26,14 @@ class ListedImage:
     `name` stays the same wherever the image is stored, if the source knows such a name: every random draw depends on
     it. `location` has a meaning only for the source. `captions` is whatever the source has as the caption: text,
     several texts, or something else. `problem` is the reason why the image cannot be used, if listing it shows one.
+    `size` is the length of the encoded image in bytes, if listing it shows that.
     """
 
     name: str
     location: Any
     captions: Any
     problem: str | None = None
+    size: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +44,7 @@ class Record:
     location: Any
     caption: str
     problem: str | None = None
+    size: int | None = None
 
 
 class Source(Protocol):
@@ -70,14 +77,16 @@ def captioned(image: ListedImage, settings: DataSettings) -> list[Record]:
     """One record per caption that `--captions` chooses, or a single record with a problem if there is none."""
     captions, problem = _texts(image.captions)
     problem = image.problem or problem
+    if settings.captions == "all" and len(captions) > MAX_CAPTIONS:
+        problem = problem or f"there are {len(captions)} captions, more than {MAX_CAPTIONS}"
     if problem:
-        return [Record(image.name, image.location, "", problem)]
+        return [Record(image.name, image.location, "", problem, image.size)]
     if settings.captions == "random":
         draw = draws.generator(settings.seed, image.name, 0, "caption")
         captions = [captions[draw.integers(len(captions))]]
     elif settings.captions == "first":
         captions = captions[:1]
-    return [Record(image.name, image.location, caption) for caption in captions]
+    return [Record(image.name, image.location, caption, size=image.size) for caption in captions]
 
 
 def numbered(records: Iterable[Record]) -> list[Record]:
@@ -117,5 +126,7 @@ def _texts(captions: Any) -> tuple[list[str], str | None]:
             return [], "there is no caption" if caption is None else f"the caption is {caption!r:.80}, not text"
         if not is_unicode(caption):
             return [], "the caption is not valid Unicode"
+        if len(caption) > MAX_TEXT_BYTES or len(caption.encode()) > MAX_TEXT_BYTES:
+            return [], f"the caption has more than {MAX_TEXT_BYTES} bytes"
     texts = [caption for caption in several if caption.strip()]
     return texts, None if texts else "the caption is empty"

@@ -6,13 +6,16 @@ image's bytes.
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
-from pipeline.data.image_folder import METADATA, ImageFolder
+from pipeline.data.files import refuse_special
+from pipeline.data.image_folder import ImageFolder, metadata_in
 from pipeline.data.records import Record, Source, inputs_sha256, records_of
 from pipeline.data.settings import DataSettings
 from pipeline.data.tables import Table, is_saved, tables_in
 from pipeline.data.tars import Tars, tars_named
+from pipeline.system.echo import printable
 from pipeline.system.errors import UserError
 
 __all__ = ["DataSettings", "OpenSource", "Record", "inputs_sha256", "open_source"]
@@ -31,15 +34,35 @@ class OpenSource:
         """The encoded image. Raises OSError if it does not exist."""
         return self.source.read(record.location)
 
+    def notes(self) -> list[str]:
+        """What a user should know about the input: files that were passed over, and records without an image."""
+        lines = []
+        over = self.source.passed_over if isinstance(self.source, (ImageFolder, Tars)) else Counter()
+        if over:
+            kinds = ", ".join(
+                f"{count} {kind}" for kind, count in sorted(over.items(), key=lambda kind: (-kind[1], kind))[:5]
+            )
+            lines.append(f"note: {over.total()} files of other kinds were passed over: {printable(kinds)}")
+        unusable = [record for record in self.records if record.problem]
+        if unusable:
+            first = printable(f"{unusable[0].source_id}: {unusable[0].problem}")
+            lines.append(f"note: {len(unusable)} of {len(self.records)} entries will be skipped. The first is {first}")
+        return lines
+
 
 def open_source(settings: DataSettings) -> OpenSource:
     """The source that `--data` names. Raises UserError if it does not exist, is of no known kind, or has no images."""
-    return OpenSource(_source(settings), settings)
+    try:
+        return OpenSource(_source(settings), settings)
+    except UserError as error:
+        # Names and lines of the input are part of the message.
+        raise UserError(printable(str(error))) from None
 
 
 def _source(settings: DataSettings) -> Source:
     data = Path(settings.data)
-    if (data / METADATA).is_file():
+    refuse_special(data)
+    if metadata_in(data):
         return ImageFolder(data, settings.image_column, settings.caption_column)
     if tars := tars_named(settings.data):
         return Tars(tars, settings.image_column, settings.caption_column)
@@ -50,9 +73,10 @@ def _source(settings: DataSettings) -> Source:
     if tables := tables_in(data):
         return Table.of_files(tables, settings)
     if data.is_dir():
-        return ImageFolder(data, settings.image_column, settings.caption_column)
+        folder = data / settings.split if metadata_in(data / settings.split) else data
+        return ImageFolder(folder, settings.image_column, settings.caption_column)
     raise UserError(
-        f"--data {data} is not a supported input. Give a folder of images (with a {METADATA}, or with a .txt "
+        f"--data {data} is not a supported input. Give a folder of images (with a metadata.jsonl, or with a .txt "
         "next to each image), a .tar, a .parquet or .arrow file, a folder of these files, a saved dataset's folder, "
         "or a dataset's name."
     )

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pipeline.data.files import MAX_IMAGE_BYTES, files_in, read_regular, refuse_special, regular_size
 from pipeline.data.records import ListedImage
 from pipeline.data.settings import DataSettings
 from pipeline.system.errors import UserError, first_line
@@ -16,6 +17,9 @@ BUILDERS = {".parquet": "parquet", ".arrow": "arrow"}
 SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"
 # Columns that may hold an image's name when the image itself has no path.
 NAME_COLUMNS = ("file_name", "key", "__key__")
+# A small parquet file that unfolds to more than a gigabyte, and to a thousand times its own size, is an attack.
+SMALL_BYTES, MAX_UNFOLDED_BYTES, MAX_RATIO = 1 << 26, 1 << 30, 1000
+HUB_TIMEOUT = 10
 
 
 class Table:
@@ -37,25 +41,41 @@ class Table:
                     f"{', '.join(map(repr, dataset.column_names))}: choose one with {flag}."
                 )
         self.dataset = _undecoded(dataset, self.image_column, settings)
+        self.rows = self.dataset.select_columns([self.image_column])
         self.may_read_paths = may_read_paths
+        self.data = settings.data
 
     def images(self) -> list[ListedImage]:
-        captions = self.dataset.data.column(self.caption_column).to_pylist()
-        names = _names(self.dataset, self.image_column)
+        images = self.dataset.data.column(self.image_column)
+        try:
+            paths = _values(images, "path")
+            captions = self.dataset.data.column(self.caption_column).to_pylist()
+            names = _names(self.dataset, paths)
+        except UnicodeDecodeError as error:
+            raise UserError(f"--data {self.data} holds text that is not UTF-8 ({error}). Write it again.") from None
+        sizes = [
+            regular_size(Path(path)) if size is None and self.may_read_paths and isinstance(path, str) else size
+            for size, path in zip(_sizes(images), paths, strict=True)
+        ]
         return [
-            ListedImage(name, row, caption) for row, (name, caption) in enumerate(zip(names, captions, strict=True))
+            ListedImage(name, row, caption, size=size)
+            for row, (name, caption, size) in enumerate(zip(names, captions, sizes, strict=True))
         ]
 
     @classmethod
     def of_files(cls, tables: list[Path], settings: DataSettings) -> Table:
         files = [str(path.resolve()) for path in tables]
         load_dataset = _datasets(settings).load_dataset
+        for table in tables:
+            _refuse_bomb(table)
         builder = BUILDERS[tables[0].suffix]
         dataset = _opened(settings, lambda: load_dataset(builder, data_files=files, split="train"))
         return cls(dataset, settings, may_read_paths=False)
 
     @classmethod
     def of_saved(cls, folder: Path, settings: DataSettings) -> Table:
+        for path in folder.rglob("*"):
+            refuse_special(path)
         dataset = _opened(settings, lambda: _datasets(settings).load_from_disk(folder))
         if isinstance(dataset, dict):
             if settings.split not in dataset:
@@ -69,8 +89,9 @@ class Table:
     @classmethod
     def of_hub(cls, settings: DataSettings) -> Table:
         if settings.data.startswith((".", "/", "~")) or settings.data.count("/") > 1:
-            raise UserError(f"--data {settings.data} does not exist")
+            raise UserError(f"--data {settings.data} does not exist. Check the path.")
         load_dataset = _datasets(settings).load_dataset
+        _ask_hub(settings)
         chosen = {"split": settings.split, "revision": settings.dataset_revision}
         dataset = _opened(
             settings,
@@ -80,17 +101,17 @@ class Table:
         return cls(dataset, settings, may_read_paths=True)
 
     def read(self, row: int) -> bytes:
-        image = self.dataset[row][self.image_column]
-        if isinstance(image, bytes):
-            return image
-        data, path = (image or {}).get("bytes"), (image or {}).get("path")
+        image = self.rows[row][self.image_column]
+        data, path = (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (image, None)
         if data is not None:
+            if len(data) > MAX_IMAGE_BYTES:
+                raise OSError(f"the image has {len(data)} bytes, more than {MAX_IMAGE_BYTES}")
             return data
         if path is None:
             raise OSError("the row has no image")
         if not self.may_read_paths:
             raise OSError(f"the row has a path ({path}), not the image's bytes")
-        return Path(path).read_bytes()
+        return read_regular(Path(path), MAX_IMAGE_BYTES)
 
 
 def is_saved(folder: Path) -> bool:
@@ -101,7 +122,7 @@ def tables_in(data: Path) -> list[Path]:
     """`data` itself if it is a parquet or arrow file, else the files of one of these kinds in it."""
     if data.suffix in BUILDERS and data.is_file():
         return [data]
-    candidates = (sorted(data.glob(f"*{suffix}")) for suffix in BUILDERS)
+    candidates = (files_in(data, suffix) for suffix in BUILDERS)
     return next((tables for tables in candidates if tables), []) if data.is_dir() else []
 
 
@@ -142,13 +163,97 @@ def _undecoded(dataset: Any, column: str, settings: DataSettings) -> Any:
     return dataset.flatten_indices() if dataset._indices is not None else dataset
 
 
-def _names(dataset: Any, image_column: str) -> list[str]:
+def _field(images: Any, name: str) -> Any:
+    """A field of the image structs as a column, null where the struct is. None without such a field."""
+    import pyarrow.compute
+
+    index = images.type.get_field_index(name) if pyarrow.types.is_struct(images.type) else -1
+    return pyarrow.compute.struct_field(images, index) if index >= 0 else None
+
+
+def _values(images: Any, name: str) -> list[Any]:
+    field = _field(images, name)
+    return [None] * len(images) if field is None else field.to_pylist()
+
+
+def _sizes(images: Any) -> list[int | None]:
+    """The lengths of the encoded images, without reading them. None where there are no bytes."""
+    import pyarrow.compute
+
+    field = _field(images, "bytes")
+    data = images if field is None else field
+    measurable = pyarrow.types.is_binary(data.type) or pyarrow.types.is_large_binary(data.type)
+    return pyarrow.compute.binary_length(data).to_pylist() if measurable else [None] * len(images)
+
+
+def _names(dataset: Any, paths: list[Any]) -> list[str]:
     column = next((name for name in NAME_COLUMNS if name in dataset.column_names), None)
     named = dataset.data.column(column).to_pylist() if column else [None] * len(dataset)
-    images, paths = dataset.data.column(image_column), [None] * len(dataset)
-    if getattr(images.type, "num_fields", 0):
-        paths = [path for chunk in images.chunks for path in chunk.field("path").to_pylist()]
     return [
-        os.path.basename(path) if path else str(name) if name is not None else f"{row:09d}"
+        os.path.basename(path) if path and isinstance(path, str) else str(name) if name is not None else f"{row:09d}"
         for row, (path, name) in enumerate(zip(paths, named, strict=True))
     ]
+
+
+def _refuse_bomb(table: Path) -> None:
+    """Raise UserError for a small parquet file that repeats a long value until it fills the disk."""
+    import pyarrow
+    import pyarrow.parquet
+
+    size = table.stat().st_size
+    if table.suffix != ".parquet" or size > SMALL_BYTES:
+        return
+    try:
+        unfolded = _unfolded_bytes(table)
+    # A damaged file is reported when the library opens it.
+    except (pyarrow.ArrowException, OSError, ValueError):
+        return
+    if unfolded > max(MAX_UNFOLDED_BYTES, size * MAX_RATIO):
+        raise UserError(
+            f"--data {table} has {size} bytes and unfolds to {unfolded}. Is it what it should be? "
+            "If so, store its images and captions in another form."
+        )
+
+
+def _unfolded_bytes(table: Path) -> int:
+    """The bytes of a parquet file's values. Repeated values are counted from their dictionary, not unfolded."""
+    import pyarrow.compute
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(table) as plain:
+        metadata = plain.metadata
+        groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+        stated = sum(group.column(i).total_uncompressed_size for group in groups for i in range(group.num_columns))
+        columns = [plain.schema.column(i).path for i in range(len(plain.schema))]
+    if stated > MAX_UNFOLDED_BYTES:
+        return stated
+    unfolded = 0
+    with pyarrow.parquet.ParquetFile(table, read_dictionary=columns) as file:
+        for batch in file.iter_batches(batch_size=1024):
+            arrays = list(batch.columns)
+            while arrays:
+                array = arrays.pop()
+                if pyarrow.types.is_struct(array.type):
+                    arrays += array.flatten()
+                elif pyarrow.types.is_list(array.type):
+                    arrays.append(array.flatten())
+                elif pyarrow.types.is_dictionary(array.type):
+                    lengths = pyarrow.compute.binary_length(array.dictionary)
+                    unfolded += pyarrow.compute.sum(lengths.take(array.indices)).as_py() or 0
+    return unfolded
+
+
+def _ask_hub(settings: DataSettings) -> None:
+    """Raise UserError if the hub does not know the dataset, after one question; the library would ask many times."""
+    from huggingface_hub import HfApi, constants
+
+    if constants.HF_HUB_OFFLINE or _datasets(settings).config.HF_HUB_OFFLINE:
+        return
+    try:
+        HfApi().dataset_info(settings.data, revision=settings.dataset_revision, timeout=HUB_TIMEOUT)
+    # The hub raises errors of its own, of its HTTP library, and for names that cannot be.
+    except Exception as error:
+        raise UserError(
+            f"--data {settings.data} does not exist and cannot be read as a dataset from the hub: {first_line(error)}. "
+            "Check the path or the name. Set HF_HUB_OFFLINE=1 to use a dataset that was downloaded before."
+        ) from None

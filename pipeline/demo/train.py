@@ -8,6 +8,7 @@ All intermediate results are in the work folder. Rerun the same command to resum
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -30,10 +31,13 @@ from pipeline.demo.networks import (
 from pipeline.demo.scenes import SIDE, make_scene, parse_caption
 from pipeline.demo.text import Reader, answers_of, reading_loss
 from pipeline.demo.trainer import TeacherSettings, Trainer
+from pipeline.models.bundled import TEACHER
 from pipeline.models.checksums import CHECKSUMS, write_checksums
 from pipeline.models.families import denoise
 from pipeline.models.families.sd import SD
+from pipeline.models.save import copy_parts
 from pipeline.system.errors import UserError, first_line
+from pipeline.system.json_files import read_json
 from shards.files import atomic_file, write_json
 
 SETTINGS = "settings.json"
@@ -53,7 +57,7 @@ def claim_work_folder(settings: TeacherSettings) -> None:
     current = {key: value for key, value in settings.as_json().items() if key not in MAY_CHANGE}
     if not file.exists():
         write_json(file, current)
-    recorded = json.loads(file.read_text(encoding="utf-8"))
+    recorded = read_json(file, "Restore it from a backup, or use another --work.")
     changes = [f"{key} {recorded.get(key)}, now {now}" for key, now in current.items() if recorded.get(key) != now]
     if changes:
         raise UserError(f"{settings.work} was created with other settings ({'; '.join(changes)}). Use another --work.")
@@ -168,7 +172,7 @@ def train_diffusion(work: Path, settings: TeacherSettings) -> StableDiffusionPip
             prompt_embeds = text_encoder(tokens[torch.where(captioned, index, len(captions))])[0]
         predicted = denoise(unet, noisy, timesteps, {"prompt_embeds": prompt_embeds}, SD)
         signal_to_noise = alphas[timesteps] / (1 - alphas[timesteps])
-        weight = signal_to_noise.clamp(max=settings.min_snr_gamma) / signal_to_noise
+        weight = settings.min_snr_gamma / signal_to_noise.clamp(min=settings.min_snr_gamma)
         weight = weight / alphas[timesteps] ** LOSS_POWER
         trainer.update((weight * (predicted - noise).square().mean(dim=(1, 2, 3))).mean())
     unet.load_state_dict(trainer.average)
@@ -197,6 +201,15 @@ def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
     return tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
 
 
+def is_exported(out: Path) -> bool:
+    """Whether `out` is the bundled teacher, or holds what `export` wrote, whose checksums are of weights alone."""
+    if out.resolve() == TEACHER.resolve():
+        return True
+    remedy = "Choose another --out."
+    names = read_json(out / CHECKSUMS, remedy) if (out / CHECKSUMS).is_file() else {}
+    return bool(names) and all(name.endswith(".safetensors") for name in names)
+
+
 def export(teacher: StableDiffusionPipeline, out: Path) -> None:
     """Write the pipeline in half precision and diffusers layout, with the checksums of its weights.
 
@@ -206,6 +219,9 @@ def export(teacher: StableDiffusionPipeline, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     (out / CHECKSUMS).unlink(missing_ok=True)
     dtype = teacher.dtype
-    teacher.to(torch.float16).save_pretrained(out)
+    with tempfile.TemporaryDirectory(dir=out.parent) as temporary:
+        teacher.to(torch.float16).save_pretrained(temporary)
+        copy_parts(Path(temporary), None, out, torch.float16)
+    teacher.unet.save_pretrained(out / "unet")
     teacher.to(dtype)
     write_checksums(out, "*.safetensors")

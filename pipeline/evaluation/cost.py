@@ -24,6 +24,8 @@ from pipeline.sampling.process import PipelineRef, generating_process
 # The cost of an image does not depend on its prompt.
 PROMPT = "an image"
 TIMESTEP = 500
+# The side of the latents of SD at 512 px.
+DEFAULT_SIZE = 64
 
 
 def parameters(module: nn.Module) -> int:
@@ -63,8 +65,8 @@ def unet_inputs(
 
 
 def sample_size(config: dict[str, Any]) -> tuple[int, int]:
-    """The (height, width) of the latents that a U-Net was made for."""
-    size = config["sample_size"]
+    """The (height, width) of the latents that a U-Net was made for; 64 x 64 for one that does not say."""
+    size = config["sample_size"] or DEFAULT_SIZE
     return (size, size) if isinstance(size, int) else tuple(size)
 
 

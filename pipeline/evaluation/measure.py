@@ -28,7 +28,7 @@ from pipeline.evaluation.quality import (
     read_batches,
 )
 from pipeline.evaluation.settings import EvaluateSettings
-from pipeline.models.load import load_noise_scheduler
+from pipeline.models.schedule import load_noise_scheduler
 from pipeline.sampling.generate import Scorer
 from pipeline.system.device import device_name
 from pipeline.system.errors import UserError

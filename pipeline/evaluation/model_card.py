@@ -19,6 +19,7 @@ from pipeline.evaluation.settings import EVALUATION
 from pipeline.evaluation.table import markdown, rows_of
 from pipeline.models.families import LEVELS
 from pipeline.models.provenance import CARD, read_origin
+from pipeline.system.jsonl import read_jsonl
 from shards.files import write_bytes, write_json
 from shards.manifest import read_manifest
 from shards.schema import MANIFEST
@@ -71,7 +72,7 @@ def write_model_card(out: Path, settings: dict[str, Any]) -> None:
         unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(out, subfolder="unet"))
     spec = json.loads((out / "spec.json").read_text(encoding="utf-8"))
     settings = {**settings, "global_batch_size": spec["global_batch_size"]}
-    lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = [line for line in read_jsonl(out / "metrics.jsonl") if "step" in line]
     evaluation = out / EVALUATION
     inputs = CardInputs(
         settings=settings,
@@ -79,7 +80,7 @@ def write_model_card(out: Path, settings: dict[str, Any]) -> None:
         rounds=settings.get("rounds") or manifest.rounds or 0,
         parameters=unet.num_parameters(),
         origin=read_origin(cache),
-        metrics=json.loads(lines[-1]) if lines else {},
+        metrics=lines[-1] if lines else {},
         evaluation=json.loads(evaluation.read_text(encoding="utf-8")) if evaluation.is_file() else {},
     )
     write_bytes(out / CARD, model_card(inputs).encode())

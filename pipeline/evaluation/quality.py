@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPModel, CLIPProcessor
 
+from pipeline.data.files import MAX_IMAGE_BYTES, read_regular
 from pipeline.data.images import ImageProblem, decode, is_image_name
 from pipeline.system.errors import UserError, first_line
 
@@ -200,7 +201,7 @@ def read_batches(files: list[Path], side: int, filter: str, batch_size: int) -> 
 
 def read_image(file: Path) -> Image.Image:
     try:
-        return decode(file.read_bytes())
+        return decode(read_regular(file, MAX_IMAGE_BYTES))
     except (OSError, ImageProblem) as error:
         raise UserError(f"{file} cannot be used ({error}). Fix or remove the file.") from None
 

@@ -114,8 +114,8 @@ def downscaling(unet: UNet2DConditionModel) -> int:
 
 
 def latents_size(unet: UNet2DConditionModel) -> int:
-    """The longer side of the latents that the U-Net was made for."""
-    size = unet.config.sample_size
+    """The longer side of the latents that the U-Net was made for; 64, as of SD at 512 px, if it does not say."""
+    size = unet.config.sample_size or 64
     return size if isinstance(size, int) else max(size)
 
 

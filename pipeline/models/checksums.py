@@ -23,27 +23,28 @@ def has_checksums(folder: Path) -> bool:
     return (folder / CHECKSUMS).is_file()
 
 
-def changed_files(folder: Path) -> list[str]:
+def changed_files(folder: Path, *, contents: bool = True) -> list[str]:
     """What differs from when `folder` was written: `config.json is missing`, `x.safetensors was changed`.
 
-    Empty if the folder is intact or has no checksums.
+    Without `contents`, the files are only looked for and not read. Empty if the folder is intact or has no checksums.
     """
     path = folder / CHECKSUMS
     if not path.is_file():
         return []
     try:
         checksums = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         return [f"{CHECKSUMS} cannot be read ({error})"]
     if not checksums:
         return [f"{CHECKSUMS} lists no files"]
-    return [problem for name, sha256 in checksums.items() if (problem := _problem(folder, name, sha256))]
+    stated = {name: sha256 if contents else None for name, sha256 in checksums.items()}
+    return [problem for name, sha256 in stated.items() if (problem := _problem(folder, name, sha256))]
 
 
-def _problem(folder: Path, name: str, sha256: str) -> str | None:
+def _problem(folder: Path, name: str, sha256: str | None) -> str | None:
     path = folder / name
     if not path.resolve().is_relative_to(folder.resolve()):
         return f"{name!r} in {CHECKSUMS} lies outside the folder"
     if not path.is_file():
         return f"{name} is missing"
-    return None if file_sha256(path) == sha256 else f"{name} was changed"
+    return None if sha256 is None or file_sha256(path) == sha256 else f"{name} was changed"

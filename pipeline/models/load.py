@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,14 @@ import diffusers
 import huggingface_hub.errors
 import torch
 import transformers
-from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import nn
 
 from pipeline.models.bundled import teacher_folder
 from pipeline.models.families import FAMILIES, Family, family_of_index
-from pipeline.models.reading import read_part, reading
+from pipeline.models.reading import read_json, read_part, reading
+from pipeline.models.schedule import no_betas
+from pipeline.models.weights import has_weights, load_network
 from pipeline.system.errors import UserError, first_line
 
 # Their bars and hints about this package's own calls would hide the stages' one line of progress.
@@ -25,63 +27,118 @@ transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
 MODEL_INDEX = "model_index.json"
+LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
+SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".bin")
 
 
-def find_pipeline(name: str, revision: str | None, variant: str | None, flag: str = "--teacher") -> Path:
+def find_pipeline(
+    name: str, revision: str | None, variant: str | None, flag: str = "--teacher", any_channels: bool = False
+) -> Path:
     """The local folder of a pipeline: `demo`, a folder, or a name on the hub, which is downloaded.
 
-    Raises UserError if there is none, if it is of no known family, or if a part that the stages need is missing.
+    Raises UserError if there is none, or if its configs show that it is of no known family or does not fit together.
+    Its weights are not read. With `any_channels`, the U-Net may take more than the VAE's latents.
     """
     folder = teacher_folder() if name == "demo" else Path(name)
+    if folder.is_file():
+        raise UserError(
+            f"{flag} {name} is a single file. Convert it to a folder and pass that: "
+            f"StableDiffusionPipeline.from_single_file({name!r}).save_pretrained({Path(name).stem!r}) in diffusers."
+        )
     if not folder.is_dir():
         folder = _download(name, revision, variant, flag)
     if not (folder / MODEL_INDEX).is_file():
         raise UserError(f"{flag} {name} has no {MODEL_INDEX}. Use a checkpoint in diffusers layout.")
-    index = _read_index(folder / MODEL_INDEX)
-    family = family_of_index(index)
-    if family is None:
-        titles = ", ".join(family.title for family in FAMILIES.values())
-        raise UserError(
-            f"{flag} {name} is a {index.get('_class_name')}. Use a pipeline of a supported family: {titles}."
-        )
-    missing = [part for part in family.parts if not index.get(part) or index[part][0] is None]
-    if missing:
-        raise UserError(f"{flag} {name} has no {', '.join(missing)}. Use a complete Stable Diffusion pipeline.")
+    for holds, problem in check_index(folder):
+        if not holds:
+            raise UserError(f"{flag} {name}: {problem}")
+    for holds, problem in family_of(folder).problems(folder, any_channels):
+        if not holds:
+            raise UserError(f"{flag} {name}: {problem}")
     return folder
 
 
 def family_of(folder: Path) -> Family:
-    """The family of the pipeline in a folder that `find_pipeline` returned."""
-    family = family_of_index(_read_index(folder / MODEL_INDEX))
-    assert family is not None
+    """The family of a pipeline. Raises UserError if it has none."""
+    index = read_json(folder / MODEL_INDEX)
+    family = family_of_index(index)
+    if family is None:
+        titles = ", ".join(family.title for family in FAMILIES.values())
+        raise UserError(f"{folder} is a {index.get('_class_name')}. Use a pipeline of a supported family: {titles}.")
     return family
 
 
-def _read_index(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path} is corrupt ({error}). Copy or download the pipeline again.") from None
+def check_index(folder: Path) -> Iterator[tuple[bool, str]]:
+    """(whether it holds, the problem if not) for each part that the family needs and model_index.json names.
+
+    Only classes of diffusers and transformers that the family lists are ever imported, and no code of a pipeline's own.
+    """
+    family, index = family_of(folder), read_json(folder / MODEL_INDEX)
+    missing = [part for part in family.parts if index.get(part) in (None, [None, None])]
+    yield not missing, f"it has no {', '.join(missing)}. Use a complete pipeline of {family.title}."
+    for part, classes in family.parts.items():
+        named = class_name(index, part)
+        flow = f". {no_betas(named)}" if part == "scheduler" and named.startswith("diffusers.") else ""
+        yield (
+            named in classes,
+            f"the {part} in its {MODEL_INDEX} is {named}, which is not supported{flow}. Use {_any_of(classes)}.",
+        )
+
+
+def class_name(index: Mapping[str, Any], part: str) -> str:
+    """`diffusers.AutoencoderKL` for a part that model_index.json gives as ["diffusers", "AutoencoderKL"]."""
+    value = index[part]
+    return ".".join(value) if isinstance(value, list) and all(isinstance(v, str) for v in value) else repr(value)
+
+
+def _any_of(classes: Sequence[str]) -> str:
+    return f"one such as {classes[0]}" if len(classes) > 3 else " or ".join(classes)
+
+
+def part_classes(folder: Path) -> dict[str, Any]:
+    """The class of each part of a pipeline. Raises UserError for a class that its family does not list."""
+    for holds, problem in check_index(folder):
+        if not holds:
+            raise UserError(f"{folder}: {problem}")
+    index = read_json(folder / MODEL_INDEX)
+    names = {part: class_name(index, part).split(".") for part in family_of(folder).parts}
+    return {part: getattr(LIBRARIES[library], name) for part, (library, name) in names.items()}
 
 
 def _download(name: str, revision: str | None, variant: str | None, flag: str) -> Path:
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise UserError(f"{flag} {name} is not a folder")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(SINGLE_FILES):
+        raise UserError(f"{flag} {name} is not a folder. Give one in diffusers layout, or a name on the hub.")
     try:
-        return Path(DiffusionPipeline.download(name, revision=revision, variant=variant))
+        folder = Path(DiffusionPipeline.download(name, revision=revision, variant=variant))
+        if variant is None and not has_weights(folder / "unet"):
+            # The repository may hold files in half precision alone.
+            folder = Path(DiffusionPipeline.download(name, revision=revision, variant="fp16"))
+        return folder
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
         reason = first_line(error)
         raise UserError(f"{flag} {name} is not a folder, and it cannot be downloaded from a hub: {reason}") from None
 
 
 def load_base(folder: Path, variant: str | None = None, unet: UNet2DConditionModel | None = None) -> DiffusionPipeline:
-    """A pipeline with `unet` in place of its own, or without one. The other parts are loaded."""
-    base = reading(folder, lambda: DiffusionPipeline.from_pretrained(folder, unet=unet, variant=variant))
-    for part in base.components.values():
-        # transformers would leave its networks in the precision of their files.
-        if isinstance(part, nn.Module) and part is not unet:
-            part.to(torch.float32)
-    return base
+    """A pipeline with `unet` in place of its own, or without one. The other parts are loaded, networks in float32.
+
+    A safety checker is not: no stage needs it. Weights of `variant` are taken where there are any.
+    """
+    parts: dict[str, Any] = {}
+    for part, kind in part_classes(folder).items():
+        if part == "unet":
+            parts[part] = unet
+        elif issubclass(kind, nn.Module):
+            # transformers would leave its networks in the precision of their files.
+            parts[part] = load_network(kind, folder / part, variant).to(torch.float32)
+        else:
+            parts[part] = read_part(kind, folder, part)
+    return family_of(folder).assemble(**parts)
+
+
+def load_scheduler(folder: Path) -> Any:
+    """A pipeline's own sampling scheduler."""
+    return read_part(part_classes(folder)["scheduler"], folder, "scheduler")
 
 
 def load_unet(folder: Path, variant: str | None) -> UNet2DConditionModel:
@@ -93,7 +150,7 @@ def load_unet(folder: Path, variant: str | None) -> UNet2DConditionModel:
 
 def load_unet_folder(folder: Path, variant: str | None, dtype: torch.dtype) -> UNet2DConditionModel:
     """The U-Net in a folder of its own. The dtype is set here because quantised weights cannot be cast afterwards."""
-    return reading(folder, lambda: UNet2DConditionModel.from_pretrained(folder, variant=variant, torch_dtype=dtype))
+    return load_network(UNet2DConditionModel, folder, variant, fallback=False, torch_dtype=dtype)
 
 
 def refuse_quantised(unet: UNet2DConditionModel, folder: Path) -> None:
@@ -106,14 +163,6 @@ def refuse_quantised(unet: UNet2DConditionModel, folder: Path) -> None:
 
 def unet_config(folder: Path) -> dict[str, Any]:
     """The U-Net config of a pipeline, with diffusers' defaults filled in. Its weights need not exist."""
-    config = reading(folder, lambda: UNet2DConditionModel.load_config(folder, subfolder="unet"))
+    config = read_json(folder / "unet" / "config.json")
     with torch.device("meta"):
-        return dict(UNet2DConditionModel.from_config(config).config)
-
-
-def load_noise_scheduler(folder: Path, prediction_type: str | None) -> DDPMScheduler:
-    """The noise schedule that the teacher was trained with. `prediction_type` overrides its config."""
-    noise_scheduler = read_part(DDPMScheduler, folder, "scheduler")
-    if prediction_type:
-        noise_scheduler.register_to_config(prediction_type=prediction_type)
-    return noise_scheduler
+        return dict(reading(folder / "unet", lambda: UNet2DConditionModel.from_config(config)).config)

@@ -6,7 +6,6 @@ folder's path is kept, so that no one's paths are published.
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,8 @@ import yaml
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 
+from pipeline.system.errors import UserError
+from pipeline.system.json_files import read_json
 from shards.files import write_json
 
 ORIGIN, CARD = "origin.json", "README.md"
@@ -28,9 +29,23 @@ def write_origin(cache: Path, teacher: str, folder: Path, revision: str | None, 
 
 
 def read_origin(cache: Path) -> dict[str, Any]:
-    """The contents of origin.json; empty for a cache that an earlier version wrote."""
+    """The contents of origin.json; empty for a cache that an earlier version wrote.
+
+    Raises UserError for a file that is damaged.
+    """
     path = cache / ORIGIN
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    remedy = "Copy it from an intact cache, or delete it and rerun the same `distill-sd teacher-cache`."
+    origin = read_json(path, remedy)
+    parts = [origin.get(name, {}) for name in ("teacher", "data")]
+    if not all(isinstance(part, dict) and all(map(_is_plain, part.values())) for part in parts):
+        raise UserError(f"{path} is corrupt: its teacher and data are not names and licences. {remedy}")
+    return origin
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, str | bool)
 
 
 def teacher_origin(teacher: str, folder: Path, revision: str | None) -> dict[str, Any]:
@@ -68,6 +83,8 @@ def data_origin(latents: Path) -> dict[str, Any]:
     path = latents / "encode.json"
     if not path.is_file():
         return {}
-    data = json.loads(path.read_text(encoding="utf-8"))["data"]
+    data = read_json(path, "Delete it, and rerun the same `distill-sd encode` on these latents.").get("data")
+    if not isinstance(data, str):
+        return {}
     hub = not Path(data).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", data) is not None
     return {"name": data if hub else Path(data).name, "hub": hub}

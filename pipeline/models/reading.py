@@ -1,7 +1,9 @@
-"""Reading the files of a pipeline, with errors that name the folder."""
+"""Reading the files of a pipeline, with errors that name the file."""
 
 from __future__ import annotations
 
+import inspect
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,13 +14,41 @@ Part = TypeVar("Part")
 
 
 def reading(folder: Path, load: Callable[[], Part]) -> Part:
-    """`load()`. Raises UserError, naming the folder, if that fails."""
+    """`load()`, a library's reading of `folder`. Raises UserError, with the folder and the cause, if that fails.
+
+    What the libraries raise for a damaged file is not limited to a few classes.
+    """
     try:
         return load()
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-        raise UserError(f"{folder} cannot be loaded: {first_line(error)}. Is the download complete?") from error
+    except UserError:
+        raise
+    except Exception as error:
+        cause = first_line(error).rstrip(".")
+        raise UserError(f"{folder} cannot be loaded: {cause}. Fix its files, or copy them again.") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises UserError if the file is missing or holds none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing. Copy or download the pipeline again.") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is corrupt ({first_line(error)}). Copy or download the pipeline again.") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is corrupt (it holds no JSON object). Copy or download the pipeline again.")
+    return value
 
 
 def read_part(kind: Any, folder: Path, part: str) -> Any:
     """A config, tokenizer or scheduler of class `kind` from a part of the pipeline in `folder`."""
-    return reading(folder, lambda: kind.from_pretrained(folder, subfolder=part))
+    if not (folder / part).is_dir():
+        raise UserError(f"{folder / part} is missing. Copy or download the pipeline again.")
+    return reading(folder / part, lambda: kind.from_pretrained(folder / part))
+
+
+def read_config(kind: Any, folder: Path) -> dict[str, Any]:
+    """The config.json of a network of class `kind`, with the class's defaults filled in."""
+    parameters = inspect.signature(kind.__init__).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+    return {**defaults, **read_json(folder / "config.json")}

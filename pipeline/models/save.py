@@ -1,43 +1,145 @@
-"""Saving pipelines: the teacher's without its U-Net, and a student's."""
+"""Saving pipelines: the teacher's parts without its U-Net, and a student's pipeline.
+
+What is written loads in transformers 4 and 5, and it does not say where the teacher lay on this machine.
+"""
 
 from __future__ import annotations
 
 import functools
 import json
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
 
 from pipeline.models.checksums import write_checksums
-from pipeline.models.load import MODEL_INDEX
+from pipeline.models.load import MODEL_INDEX, family_of
+from pipeline.models.reading import read_json
+from pipeline.models.schedule import CONFIG
+from pipeline.models.weights import copy_weights, has_weights
 from shards.files import atomic_directory, write_json
 
+# Keys under which diffusers and transformers note the folder that a part was loaded from.
+PATH_KEYS = {"_name_or_path", "name_or_path", "special_tokens_map_file", "tokenizer_file"}
+# Parts that no stage needs. They are handed on if they are complete, each with the file that it needs.
+SAFETY = {"safety_checker": "config.json", "feature_extractor": "preprocessor_config.json"}
+# How transformers 4 calls the tensors of a CLIPTextModel. transformers 5 leaves the prefix out, and reads both.
+CLIP_PREFIX = "text_model."
+CLIP_MODULES = re.compile(r"(embeddings|encoder|final_layer_norm)\.")
 
-def save_base(base: DiffusionPipeline, noise_scheduler: DDPMScheduler, out: Path) -> None:
-    """Write the teacher's pipeline without the U-Net, for a student's U-Net to be added.
 
-    The sampling scheduler stays the teacher's, with the prediction type of `noise_scheduler`.
+def save_base(folder: Path, variant: str | None, noise_scheduler: DDPMScheduler, out: Path) -> None:
+    """Write the parts of the pipeline in `folder` besides the U-Net, for a student's U-Net to be added.
+
+    They are the teacher's own files where these hold float32, otherwise converted. The sampling scheduler stays the
+    teacher's, with the prediction type of `noise_scheduler`.
     """
-    base.scheduler.register_to_config(prediction_type=noise_scheduler.config.prediction_type)
-    with atomic_directory(out, exist_ok=True) as folder:
-        base.save_pretrained(folder)
-        index = json.loads((folder / MODEL_INDEX).read_text(encoding="utf-8"))
-        write_json(folder / MODEL_INDEX, {**index, "unet": ["diffusers", "UNet2DConditionModel"]})
-        write_checksums(folder)
+    with atomic_directory(out, exist_ok=True) as temporary:
+        copy_parts(folder, variant, temporary, torch.float32)
+        path = temporary / "scheduler" / CONFIG
+        config, prediction_type = read_json(path), noise_scheduler.config.prediction_type
+        if config.get("prediction_type", "epsilon") != prediction_type:
+            write_json(path, {**config, "prediction_type": prediction_type}, indent=2)
+        write_checksums(temporary)
+
+
+def copy_parts(folder: Path, variant: str | None, out: Path, dtype: torch.dtype) -> None:
+    """Write the parts of a pipeline besides the U-Net, and its model_index.json, with networks in `dtype`."""
+    for part in parts_to_keep(folder):
+        (out / part).mkdir(exist_ok=True)
+        copy_part(folder / part, variant, out / part, dtype=dtype)
+    write_json(out / MODEL_INDEX, index_to_keep(folder), indent=2)
+
+
+def parts_to_keep(folder: Path) -> list[str]:
+    """The parts of a pipeline besides the U-Net: those that its family needs, and a complete safety checker."""
+    index = read_json(folder / MODEL_INDEX)
+    is_safe = all(_is_complete(folder, index, part, file) for part, file in SAFETY.items())
+    return [*(part for part in family_of(folder).parts if part != "unet"), *(SAFETY if is_safe else ())]
+
+
+def index_to_keep(folder: Path) -> dict[str, Any]:
+    """The model_index.json of a pipeline that has `parts_to_keep` and a U-Net."""
+    kept = {*parts_to_keep(folder), "unet"}
+    index = {
+        key: value if key in kept or not isinstance(value, list) else [None, None]
+        for key, value in read_json(folder / MODEL_INDEX).items()
+        if key not in PATH_KEYS
+    }
+    return index if "safety_checker" in kept else {**index, "requires_safety_checker": False}
+
+
+def _is_complete(folder: Path, index: dict[str, Any], part: str, file: str) -> bool:
+    has_file = index.get(part) not in (None, [None, None]) and (folder / part / file).is_file()
+    return has_file and (file != "config.json" or has_weights(folder / part))
+
+
+def copy_part(folder: Path, variant: str | None, out: Path, *, dtype: torch.dtype) -> None:
+    """Write one part: its configs and vocabularies, and its weights in `dtype` if it has any."""
+    for path in _small_files(folder):
+        if path.suffix == ".json":
+            _copy_json(path, out / path.name)
+        else:
+            shutil.copyfile(path, out / path.name)
+    complete_tokenizer(out)
+    if has_weights(folder):
+        config = read_json(out / "config.json")
+        is_clip = config.get("model_type") == "clip_text_model"
+        copied = copy_weights(folder, variant, out, dtype, clip_name if is_clip else lambda name: name)
+        stated = {key: str(dtype).removeprefix("torch.") for key in ("dtype", "torch_dtype") if key in config}
+        if not copied and stated:
+            write_json(out / "config.json", {**config, **stated}, indent=2)
+
+
+def _small_files(folder: Path) -> Iterator[Path]:
+    """Configs and vocabularies: the files that are neither weights nor the index of weights in pieces."""
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".json", ".txt") and ".index." not in path.name and path.is_file():
+            yield path
+
+
+def _copy_json(source: Path, out: Path) -> None:
+    """Copy a JSON file, byte for byte unless it states a path."""
+    value = json.loads(source.read_text(encoding="utf-8"))
+    if isinstance(value, dict) and PATH_KEYS & value.keys():
+        write_json(out, {key: item for key, item in value.items() if key not in PATH_KEYS}, indent=2)
+    else:
+        shutil.copyfile(source, out)
+
+
+def clip_name(name: str) -> str:
+    """What transformers 4 calls a tensor of a CLIPTextModel."""
+    return CLIP_PREFIX + name if CLIP_MODULES.match(name) else name
+
+
+def complete_tokenizer(folder: Path) -> None:
+    """Write vocab.json and merges.txt, which transformers 4 needs, if a folder has only a tokenizer.json."""
+    path = folder / "tokenizer.json"
+    if not path.is_file() or (folder / "vocab.json").is_file():
+        return
+    tokenizer = read_json(path)
+    model = tokenizer["model"]
+    pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+    added = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", ())}
+    write_json(folder / "vocab.json", model["vocab"])
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *pairs, ""]), encoding="utf-8")
+    if more := {token: number for token, number in added.items() if token not in model["vocab"]}:
+        write_json(folder / "added_tokens.json", more)
 
 
 def save_pipeline(base: Path, unet: UNet2DConditionModel, out: Path) -> None:
-    """Write a complete pipeline to `out`: the files of `base` and the U-Net.
+    """Write a complete pipeline to `out`: the parts of `base` and the U-Net.
 
     model_index.json is removed first and written last, so a folder that has one is complete.
     """
+    index = index_to_keep(base)
     (out / MODEL_INDEX).unlink(missing_ok=True)
-    index = json.loads((base / MODEL_INDEX).read_text(encoding="utf-8"))
-    for part in sorted(base / name for name in index if name != "unet" and (base / name).is_dir()):
-        _replace_directory(out / part.name, functools.partial(shutil.copytree, part, dirs_exist_ok=True))
+    for part in parts_to_keep(base):
+        _replace_directory(out / part, functools.partial(copy_part, base / part, None, dtype=torch.float32))
     _replace_directory(out / "unet", unet.save_pretrained)
     write_json(out / MODEL_INDEX, index, indent=2)
 

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 
 from pipeline.core.taps import Taps
 from pipeline.models.encoders import latents_shape
 from pipeline.models.families import FAMILIES, Family, Shapes, denoise, random_conditioning
-from pipeline.models.load import family_of, unet_config
-from pipeline.models.reading import reading
+from pipeline.models.load import family_of, part_classes, unet_config
+from pipeline.models.reading import read_json
 from pipeline.system.errors import UserError
 
 
@@ -58,7 +58,7 @@ def _tap_shapes(
 def teacher_shapes(folder: Path, resolution: int, taps: list[str]) -> TeacherShapes:
     """The shapes of a teacher's data at a resolution. Raises UserError for a teacher that no level fits."""
     with torch.device("meta"):
-        vae = AutoencoderKL.from_config(reading(folder, lambda: AutoencoderKL.load_config(folder, subfolder="vae")))
+        vae = part_classes(folder)["vae"].from_config(read_json(folder / "vae" / "config.json"))
     family = family_of(folder)
     config, conditioning = unet_config(folder), family.conditioning_shapes(folder)
     try:

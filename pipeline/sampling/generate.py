@@ -6,6 +6,7 @@ samples/0000.png ...   one image per prompt
 
 from __future__ import annotations
 
+import inspect
 import json
 import time
 from collections.abc import Callable, Iterable
@@ -21,12 +22,15 @@ from diffusers import (
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
     PNDMScheduler,
+    SchedulerMixin,
     UniPCMultistepScheduler,
 )
 from PIL import Image
 from tqdm import tqdm
 
+from pipeline.models.schedule import SCHEDULE
 from pipeline.system.device import DTYPES, device_name
+from pipeline.system.errors import UserError, first_line
 from shards.files import atomic_directory, write_json
 
 SAMPLES = "samples"
@@ -41,6 +45,11 @@ SCHEDULERS = {
     "pndm": PNDMScheduler,
     "unipc": UniPCMultistepScheduler,
 }
+
+# What of a scheduler's config is the noise schedule, and how sampling goes along it.
+SCHEDULE_KEYS = (*SCHEDULE, "timestep_spacing", "steps_offset", "rescale_betas_zero_snr", "set_alpha_to_one")
+# Those that all of SCHEDULERS compute.
+COMMON_BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
 # Images and their prompts -> how well they match, 0 to 1; None for prompts that the scorer cannot judge.
 Scorer = Callable[[Iterable[Image.Image], list[str]], float | None]
@@ -71,7 +80,7 @@ class Sampler:
 
     steps: int = 25
     guidance_scale: float = 7.0
-    batch_size: int = 16
+    batch_size: int = 4
     scheduler: str = "dpm"
     negative_prompt: str | None = None
     size: tuple[int, int] | None = None
@@ -82,11 +91,12 @@ class Sampler:
 def generate(pipe: DiffusionPipeline, prompts: list[str], sampler: Sampler, description: str | None) -> GeneratedImages:
     """Generate one image per prompt. Each has its own seed, whatever the batch size.
 
-    `description` labels the progress bar; None hides the bar.
+    `description` labels the progress bar; None hides the bar. Images are decoded one by one, to take less memory.
     """
-    scheduler = SCHEDULERS[sampler.scheduler].from_config(pipe.scheduler.config)
-    height, width = sampler.size or (None, None)
-    original_scheduler, pipe.scheduler = pipe.scheduler, scheduler
+    height, width = sampler.size or image_size(pipe)
+    original_scheduler, pipe.scheduler = pipe.scheduler, sampling_scheduler(pipe.scheduler, sampler.scheduler)
+    if hasattr(pipe.vae, "enable_slicing"):
+        pipe.vae.enable_slicing()
     pipe.set_progress_bar_config(disable=True)
     images: list[Image.Image] = []
     started = time.perf_counter()
@@ -110,6 +120,58 @@ def generate(pipe: DiffusionPipeline, prompts: list[str], sampler: Sampler, desc
     parameters = sum(p.numel() for p in pipe.unet.parameters())
     device = f"{device_name(pipe.device)}, {_dtype_name(pipe.unet.dtype)}"
     return GeneratedImages(images, prompts, seconds, parameters, device)
+
+
+def image_size(pipe: DiffusionPipeline) -> tuple[int, int]:
+    """(height, width) in pixels of a pipeline's images by default: what the U-Net states, or else the VAE."""
+    size = pipe.unet.config.sample_size or pipe.vae.config.sample_size // pipe.vae_scale_factor
+    height, width = (size, size) if isinstance(size, int) else size
+    return height * pipe.vae_scale_factor, width * pipe.vae_scale_factor
+
+
+def sampling_scheduler(own: SchedulerMixin, name: str) -> SchedulerMixin:
+    """The scheduler `name` of SCHEDULERS with the noise schedule of `own`, a pipeline's scheduler.
+
+    Keys that only `own` understands are left out: another class gives them another meaning. Raises ValueError if the
+    class cannot follow that schedule.
+    """
+    kind = SCHEDULERS[name]
+    if type(own) is kind:
+        return kind.from_config(own.config)
+    stated = {key: own.config[key] for key in SCHEDULE_KEYS if key in own.config}
+    config = {key: value for key, value in stated.items() if key not in own.config.get("_use_default_values", ())}
+    known = inspect.signature(kind.__init__).parameters
+    if config.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in known:
+        raise ValueError(f"{name} does not reach a terminal SNR of zero")
+    if config.get("beta_schedule") not in (None, *COMMON_BETA_SCHEDULES) and config.get("trained_betas") is None:
+        # Betas that only some classes compute.
+        config["trained_betas"] = own.betas.tolist()
+        config["beta_schedule"] = COMMON_BETA_SCHEDULES[0]
+    return kind.from_config({**config, "clip_sample": False})
+
+
+def check_sampler(own: SchedulerMixin, sampler: Sampler, model: str) -> None:
+    """Raise UserError unless `sampler` works with the noise schedule of `own`, the scheduler of the pipeline `model`.
+
+    A whole sampling is tried on latents of one value, with a network that predicts zero.
+    """
+    try:
+        scheduler = sampling_scheduler(own, sampler.scheduler)
+        scheduler.set_timesteps(sampler.steps)
+        latents = torch.ones(1, 4, 1, 1) * scheduler.init_noise_sigma
+        for timestep in scheduler.timesteps:
+            scaled = scheduler.scale_model_input(latents, timestep)
+            latents = scheduler.step(torch.zeros_like(scaled), timestep, latents).prev_sample
+        problem = None if torch.isfinite(latents).all() else "it gives NaN or Inf"
+    except Exception as error:
+        problem = first_line(error)
+    if problem:
+        raise UserError(
+            f"the scheduler {sampler.scheduler} cannot sample from {model} in {sampler.steps} steps: "
+            f"{problem.rstrip('.')}. The pipeline's own is a {type(own).__name__} with prediction type "
+            f"{own.config.get('prediction_type')}, {own.config.get('beta_schedule')} betas and "
+            f"{own.config.get('num_train_timesteps')} timesteps. Use another scheduler, or correct its config."
+        )
 
 
 def save_images(samples: GeneratedImages, sampler: Sampler, out: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from torch import nn
 
 from pipeline.models.load import load_base, load_unet_folder
 from pipeline.sampling.generate import GeneratedImages, Sampler, generate
+from pipeline.system.children import bound_children, forkserver
 from pipeline.system.memory import give_back_freed_memory, peak_memory
 
 
@@ -47,11 +47,17 @@ def generating_process(model: PipelineRef) -> Iterator[Callable[[list[str], Samp
     This process first returns its freed memory to the system, so that the new one can use it.
     """
     give_back_freed_memory()
-    context = multiprocessing.get_context("forkserver")
-    # Importing often takes longer than generating; the server keeps the modules imported for the next process.
-    context.set_forkserver_preload([__name__])
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        yield lambda *request: pool.submit(_generate_here, model, *request).result()
+    with bound_children() as (bound, end_child):
+        # Importing often takes longer than generating; the server keeps the modules imported for the next process.
+        pool = ProcessPoolExecutor(1, mp_context=forkserver(__name__), initializer=bound)
+        try:
+            yield lambda *request: pool.submit(_generate_here, model, *request).result()
+        except BaseException:
+            # It ignores Ctrl-C, and nobody wants what it generates any more.
+            end_child()
+            raise
+        finally:
+            pool.shutdown()
 
 
 def load_pipeline(model: PipelineRef) -> DiffusionPipeline:
@@ -68,7 +74,11 @@ def load_pipeline(model: PipelineRef) -> DiffusionPipeline:
 def _generate_here(
     model: PipelineRef, prompts: list[str], sampler: Sampler, description: str | None
 ) -> GeneratedImages:
+    is_cold = _cached_pipeline.cache_info().misses == 0
     pipe, memory_before = _cached_pipeline(model)
+    if is_cold:
+        # The first step of a process takes much longer than the others.
+        generate(pipe, prompts[: sampler.batch_size], replace(sampler, steps=1, scheduler="dpm"), None)
     samples = generate(pipe, prompts, sampler, description)
     return replace(samples, peak_memory=peak_memory(model.device) - memory_before)
 

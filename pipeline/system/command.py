@@ -8,27 +8,46 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any, NoReturn
 
 import click
 
-from pipeline.system.errors import UserError
-from pipeline.system.settings import Settings, click_options
+from pipeline.system.errors import UserError, first_line
+from pipeline.system.settings import Settings, click_options, flag
 from shards.schema import ShardError
 
 USER_STATUS = 2
-# A full disk or a path that cannot be written: the user can fix these.
+# As a shell reports a process that Ctrl-C ended.
+INTERRUPTED_STATUS = 130
+# What the system says about a disk, a path or a limit. An error that names a file is the user's in any case.
 USER_ERRNOS = {
     errno.ENOSPC,
     errno.EDQUOT,
+    errno.EFBIG,
     errno.EACCES,
     errno.EPERM,
     errno.EROFS,
+    errno.ENOENT,
     errno.ENOTDIR,
     errno.EISDIR,
     errno.EEXIST,
+    errno.ENOTEMPTY,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+    errno.EIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.ENOTCONN,
+    errno.ENODEV,
+    errno.ENXIO,
+    errno.EBUSY,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
 }
-INTERRUPTED_STATUS = 130
+# torch says it in three ways, by device and allocator.
+OUT_OF_MEMORY = re.compile(r"out of memory|not enough memory|can't allocate memory", re.IGNORECASE)
 
 
 def stage_command(
@@ -44,8 +63,9 @@ def stage_command(
         try:
             settings = settings_class(**values)
             if plan and dry_run:
+                lines = plan(settings)
                 click.echo(json.dumps(settings.as_json(), indent=2, ensure_ascii=False))
-                click.echo("\n".join(plan(settings)))
+                click.echo("\n".join(lines))
                 click.echo("dry run: nothing was written")
             else:
                 run(settings)
@@ -58,8 +78,8 @@ def stage_command(
             if os_error is not None:
                 where = os_error.filename or "the output directory"
                 _stop(f"Error: {where}: {os_error.strerror}. Fix this and rerun the same command.", USER_STATUS)
-            if isinstance(error, RuntimeError) and "out of memory" in str(error):
-                _stop(f"Error: {str(error).splitlines()[0]} Try a smaller batch size.", USER_STATUS)
+            if is_out_of_memory(error):
+                _stop(f"Error: out of memory ({first_line(error)}). {memory_remedy(settings_class)}", USER_STATUS)
             raise
 
     params = click_options(settings_class)
@@ -73,7 +93,7 @@ def stage_command(
         callback=callback,
         params=params,
         help=help,
-        context_settings={"max_content_width": 110},
+        context_settings={"max_content_width": 110, "help_option_names": ["-h", "--help"]},
     )
 
 
@@ -84,13 +104,29 @@ def fixable_os_error(error: BaseException) -> OSError | None:
     """
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, OSError) and cause.errno in USER_ERRNOS:
+        if isinstance(cause, OSError) and cause.errno and (cause.filename or cause.errno in USER_ERRNOS):
             return cause
         match = re.search(r"\(os error (\d+)\)", str(cause))
         if match and int(match[1]) in USER_ERRNOS:
             return OSError(int(match[1]), os.strerror(int(match[1])))
         cause = cause.__cause__ or cause.__context__
     return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)) is not None
+    )
+
+
+def memory_remedy(settings_class: type[Settings]) -> str:
+    """What the user of a command can do when memory runs out: lower the options that it has for that."""
+    names = {field.name for field in fields(settings_class)}
+    lower = [flag(name) for name in ("batch_size", "train_batch_size", "workers") if name in names]
+    more = ["add --gradient-checkpointing"] if "gradient_checkpointing" in names else []
+    remedies = [*([f"lower {' or '.join(lower)}"] if lower else []), *more, "free memory on this machine"]
+    sentence = ", or ".join(remedies)
+    return f"{sentence[0].upper()}{sentence[1:]}."
 
 
 def _stop(message: str, status: int) -> NoReturn:

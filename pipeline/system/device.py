@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import os
 from datetime import timedelta
 
 import torch
+from accelerate import Accelerator
 from accelerate.state import PartialState
+from accelerate.utils import parse_flag_from_env
 
+from pipeline.system.errors import UserError
 from pipeline.system.memory import keep_freed_memory
 
-# One process may finish long before another. The default of ten minutes would end the run.
+# How long processes wait while one of them works alone, for its shards, a checkpoint or validation images. The default
+# of ten minutes would end the run.
 PATIENCE = timedelta(days=2)
+# What `accelerate launch` may ask for: networks in pieces, over several devices.
+SHARDED = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
+}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DEVICES = ("auto", "cpu")
 
@@ -20,14 +32,50 @@ def use_cpu(device: str) -> bool:
 
     This must be passed to accelerate, which otherwise ignores the other processes of a launch on the CPU.
     """
-    return device == "cpu" or not torch.accelerator.is_available()
+    return device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
 
 
 def process_state(device: str) -> PartialState:
-    """This process's rank and device under `accelerate launch` or torchrun, or as the only process without them."""
+    """This process's rank and device under `accelerate launch` or torchrun, or as the only process without them.
+
+    Raises UserError for a launch that asks for something else.
+    """
+    refuse_sharding()
     if use_cpu(device):
         keep_freed_memory()
-    return PartialState(cpu=use_cpu(device), timeout=PATIENCE)
+    state = PartialState(cpu=use_cpu(device), timeout=PATIENCE)
+    refuse_other_device(device, state.device)
+    return state
+
+
+def refuse_sharding() -> None:
+    """Raise UserError if `accelerate launch` was told to split networks over devices: each process needs all of it."""
+    for variable, name in SHARDED.items():
+        if parse_flag_from_env(variable):
+            raise UserError(
+                f"accelerate is set up for {name} ({variable} is set), but every process here holds complete networks. "
+                "Use `accelerate launch --multi_gpu`, or choose a plain multi-GPU set-up with `accelerate config`."
+            )
+
+
+def refuse_other_device(asked: str, device: torch.device) -> None:
+    """Raise UserError if accelerate's environment chose another `device` than --device `cpu`."""
+    if asked == "cpu" and device.type != "cpu":
+        variable = os.environ.get("ACCELERATE_TORCH_DEVICE", device)
+        raise UserError(f"--device cpu was asked for, but ACCELERATE_TORCH_DEVICE is {variable}. Use only one of them.")
+
+
+def leave_processes(state: PartialState | Accelerator) -> None:
+    """Wait for the other processes at the end of a stage. What the main process does afterwards, it does alone.
+
+    On GPUs the group ends here, while all are here to end it: NCCL may hang if they leave it one by one. gloo's group
+    needs no end, and serves the next stage in the same process.
+    """
+    if not torch.distributed.is_initialized():
+        return
+    state.wait_for_everyone()
+    if torch.distributed.get_backend() != "gloo":
+        PartialState().destroy_process_group()
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import platform
 import resource
 from pathlib import Path
@@ -27,7 +28,14 @@ def keep_freed_memory() -> None:
 
 
 def give_back_freed_memory() -> None:
-    """Return the freed memory that malloc kept to the system (malloc_trim(3)), for other processes to use."""
+    """Return the memory of objects that are gone to the system and the GPU, for other processes to use.
+
+    A network that accelerate wrapped refers to itself, and goes only when it is collected. malloc keeps what was freed
+    (malloc_trim(3)), and so does torch on a GPU.
+    """
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
 

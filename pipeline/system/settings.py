@@ -21,6 +21,8 @@ from pipeline.system.errors import UserError
 from shards.files import write_json
 
 REQUIRED = dataclasses.MISSING
+# numpy and torch hold counts and seeds in 64 bits with a sign.
+LARGEST_INT = 2**63 - 1
 
 
 def option(
@@ -60,6 +62,11 @@ class Settings:
     def as_json(self) -> dict[str, Any]:
         return {setting.name: _plain(getattr(self, setting.name)) for setting in _ordered(type(self))}
 
+    def for_others(self) -> dict[str, Any]:
+        """`as_json`, for files and logs that are published: of each path only its last part."""
+        values = ((setting.name, getattr(self, setting.name)) for setting in _ordered(type(self)))
+        return {name: value.name if isinstance(value, Path) else _plain(value) for name, value in values}
+
 
 def flag(name: str) -> str:
     """The command-line name of a field: `batch_size` -> `--batch-size`."""
@@ -73,6 +80,8 @@ def _check(name: str, value: Any, limits: typing.Mapping[str, Any]) -> None:
             raise UserError(f"{name} {item!r} is not one of {', '.join(choices)}")
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{name} is {value}; it must be a finite number")
+    if isinstance(value, int) and value > LARGEST_INT:
+        raise UserError(f"{name} is {value}; it must be at most {LARGEST_INT}")
     if ge is not None and value < ge:
         raise UserError(f"{name} is {value}; it must be at least {ge}")
     if le is not None and value > le:
@@ -132,7 +141,7 @@ def _click_option(setting: dataclasses.Field[Any], hint: Any) -> click.Parameter
         [name, setting.name],
         type=_parameter_type(kind, setting),
         default=default,
-        show_default=",".join(default) if is_list else True if default is not None else "none",
+        show_default=",".join(default) if is_list else default is not None,
         help=help + (f" Choices: {', '.join(choices)}." if is_list and choices else ""),
     )
 

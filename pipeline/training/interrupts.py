@@ -1,45 +1,48 @@
-"""Graceful shutdown: SIGINT and SIGTERM are recorded and honoured between two steps."""
+"""Graceful shutdown: SIGINT, SIGTERM and SIGHUP are recorded and honoured between two steps."""
 
 from __future__ import annotations
 
 import signal
 import threading
+import time
+from types import FrameType
 from typing import Any
 
-from accelerate import Accelerator
+from pipeline.system.children import SIGNALS
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# A terminal, a launcher and a scheduler may each tell one request, to the same process.
+SAME_REQUEST = 1.0
 
 
 class Interrupts:
-    """Within the block, a first signal is recorded. A second one interrupts at once, as without the block."""
+    """Within the block, the first signal is recorded. A second Ctrl-C, SAME_REQUEST later or more, interrupts at once.
 
-    def __init__(self, accelerator: Accelerator) -> None:
-        self._accelerator = accelerator
-        self._requested = False
+    A signal that is ignored, as SIGHUP is under nohup, stays so.
+    """
+
+    def __init__(self) -> None:
+        self._requested_at: float | None = None
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Interrupts:
         # Only the main thread may set signal handlers.
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._record) for number in SIGNALS}
+            heeded = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+            self._previous = {number: signal.signal(number, self._record) for number in heeded}
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _record(self, *_: object) -> None:
-        if self._requested:
+    def _record(self, number: int, _: FrameType | None) -> None:
+        now = time.monotonic()
+        if self._requested_at is None:
+            self._requested_at = now
+        elif number == signal.SIGINT and now - self._requested_at > SAME_REQUEST:
             raise KeyboardInterrupt
-        self._requested = True
 
-    def agreed(self, meeting: bool) -> bool:
-        """Whether all processes stop now. Several can agree only at a `meeting`: a step at which all of them ask."""
-        if self._accelerator.num_processes == 1:
-            return self._requested
-        if not meeting:
-            return False
-        if self._requested:
-            self._accelerator.set_trigger()
-        return self._accelerator.check_trigger()
+    @property
+    def requested(self) -> bool:
+        """Whether this process was told to stop."""
+        return self._requested_at is not None

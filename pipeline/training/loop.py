@@ -2,54 +2,52 @@
 
 A step: batch of entries -> noisy latents -> student U-Net -> losses -> backward -> AdamW.
 
-The files next to this one, in the order of a run: settings, initial_student, transform, optimizer, checkpoint,
-objective, metrics, interrupts, validation, report.
+The files next to this one, in the order of a run: settings, output, accelerator, initial_student, transform, optimizer,
+checkpoint, loader, objective, metrics, interrupts, validation, report.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Sized
 from contextlib import closing
-from dataclasses import dataclass
-from importlib.util import find_spec
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import click
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from pipeline.core.diffusion import add_noise
 from pipeline.core.taps import Taps
 from pipeline.models.families import Family, denoise
-from pipeline.models.hub import open_repository
-from pipeline.system.device import PATIENCE, is_accelerator, use_cpu
-from pipeline.system.errors import UserError
-from pipeline.system.memory import keep_freed_memory
+from pipeline.models.load import load_scheduler
+from pipeline.sampling.generate import Sampler, check_sampler
+from pipeline.system.device import leave_processes
+from pipeline.system.errors import FAILURES, UserError, first_line
 from pipeline.system.prompts import read_prompts
-from pipeline.system.settings import write_settings
-from pipeline.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from pipeline.training.accelerator import compile_failures, start_trackers
+from pipeline.training.checkpoint import list_checkpoints, load_checkpoint, reading_checkpoint, save_checkpoint
 from pipeline.training.interrupts import Interrupts
-from pipeline.training.metrics import Metrics
+from pipeline.training.metrics import Metrics, SeenBatch
 from pipeline.training.objective import Objective
-from pipeline.training.optimizer import make_optimizer, match_memory_format
+from pipeline.training.optimizer import check_moments, laid_out_like, make_optimizer, match_memory_format
+from pipeline.training.output import CHECKPOINTS, FINISHED, METRICS, VALIDATION, weights_of
+from pipeline.training.peers import Peers
 from pipeline.training.settings import TrainingSettings
 from pipeline.training.transform import Transform
 from pipeline.training.validation import generate_validation
-from shards.dataset import Batch, EpochBatches
-from shards.files import remove_leftovers, write_json
-from shards.manifest import refuse_other_spec
+from shards.dataset import Batch
+from shards.files import write_json
 
-SPEC, FINISHED, METRICS, CHECKPOINTS = "spec.json", "finished.json", "metrics.jsonl", "checkpoints"
-LOGS, VALIDATION = "logs", "validation"
+# Entries that a message names; a step may have hundreds.
+KEYS_NAMED = 3
 
 
 @dataclass(kw_only=True)
@@ -58,7 +56,8 @@ class Training:
 
     `model` is the student as accelerate wraps it, `base` the pipeline that it belongs to. `step` counts optimiser
     steps; `position` counts the entries taken from the stream of epochs, by all processes together. `prompts` are for
-    validation images.
+    validation images. `metrics` are the sums since the last line of metrics.jsonl, where the training stopped between
+    two. `problems` tell what failed without stopping the training.
     """
 
     student: UNet2DConditionModel
@@ -66,6 +65,7 @@ class Training:
     base: Path
     family: Family
     model: torch.nn.Module
+    peers: Peers
     objective: Objective
     taps: Taps
     optimizer: AcceleratedOptimizer
@@ -77,6 +77,8 @@ class Training:
     prompts: list[str]
     step: int = 0
     position: int = 0
+    metrics: dict[str, Any] | None = None
+    problems: list[str] = field(default_factory=list)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds besides the weights."""
@@ -88,6 +90,7 @@ class Training:
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "ema": self.ema.state_dict() if self.ema else None,
             "scaler": scaler.state_dict() if scaler else None,
+            "metrics": self.metrics,
         }
 
     @property
@@ -95,36 +98,22 @@ class Training:
         return [parameter for parameter in self.student.parameters() if parameter.requires_grad]
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.step, self.position = state["step"], state["position"]
+        """Take up what `state` returned. Raises ValueError, KeyError or the like if it is of another training."""
+        if (state["ema"] is None) != (self.ema is None):
+            raise ValueError("it was made with another --use-ema")
+        self.step, self.position, self.metrics = state["step"], state["position"], state.get("metrics")
         self.optimizer.load_state_dict(state["optimizer"])
+        check_moments(self.optimizer)
         match_memory_format(self.optimizer)
         self.lr_scheduler.load_state_dict(state["lr_scheduler"])
         if self.ema:
             self.ema.load_state_dict(state["ema"])
-        if self.optimizer.scaler:
+            if [shadow.shape for shadow in self.ema.shadow_params] != [weights.shape for weights in self.trained]:
+                raise ValueError("its EMA is of another student")
+            pairs = zip(self.trained, self.ema.shadow_params, strict=True)
+            self.ema.shadow_params = [laid_out_like(parameter, shadow) for parameter, shadow in pairs]
+        if self.optimizer.scaler and state["scaler"]:
             self.optimizer.scaler.load_state_dict(state["scaler"])
-
-
-def make_accelerator(settings: TrainingSettings) -> Accelerator:
-    if use_cpu(settings.device):
-        keep_freed_memory()
-    return Accelerator(
-        gradient_accumulation_steps=settings.gradient_accumulation_steps,
-        mixed_precision=settings.mixed_precision,
-        cpu=use_cpu(settings.device),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
-        log_with=tracker(settings.report_to),
-        project_config=ProjectConfiguration(logging_dir=str(settings.out / LOGS)),
-    )
-
-
-def tracker(name: str) -> str | None:
-    """The tracker's name for accelerate. Raises UserError if its package is not installed."""
-    if name == "none":
-        return None
-    if find_spec(name) is None:
-        raise UserError(f"--report-to {name} needs the package {name}. Install it: pip install {name}")
-    return name
 
 
 def start(
@@ -153,6 +142,9 @@ def prepare_training(
     base: Path,
 ) -> Training:
     """Everything that trains the student, on the device; with the `state` of a checkpoint if there is one."""
+    prompts = read_prompts(settings.validation_prompts) if settings.validation_prompts else []
+    if prompts:
+        check_sampler(load_scheduler(base), Sampler(), str(base))
     # On a CPU, channels_last would have the gradients of convolutions copied.
     on_gpu = accelerator.device.type == "cuda"
     student.to(accelerator.device, memory_format=torch.channels_last if on_gpu else torch.contiguous_format).train()
@@ -178,6 +170,7 @@ def prepare_training(
         base=base,
         family=family,
         model=model,
+        peers=Peers(accelerator),
         objective=objective,
         taps=Taps(student, objective.student_taps),
         optimizer=optimizer,
@@ -186,10 +179,11 @@ def prepare_training(
         dataset=dataset,
         alphas_cumprod=noise_scheduler.alphas_cumprod.to(accelerator.device),
         prediction_type=noise_scheduler.config.prediction_type,
-        prompts=read_prompts(settings.validation_prompts) if settings.validation_prompts else [],
+        prompts=prompts,
     )
     if state is not None:
-        training.load_state(state)
+        with reading_checkpoint(list_checkpoints(settings.out / CHECKPOINTS)[-1][1]):
+            training.load_state(state)
         accelerator.print(f"resuming from the checkpoint of step {training.step}")
     if ema:
         ema.to(accelerator.device)
@@ -202,33 +196,40 @@ def run_training(
     training: Training,
     stream: Iterator[Batch],
     save: Callable[[], None],
-) -> None:
-    """Train to the last step and `save` the result, averaged if there is an average. Then free the memory."""
-    if settings.report_to != "none":
-        accelerator.init_trackers("distill-sd", {k: str(v) for k, v in settings.as_json().items()})
+) -> list[str]:
+    """Train to the last step and `save` the result, averaged if there is an average.
+
+    Returns what failed without stopping the training, a sentence each.
+    """
+    start_trackers(settings, accelerator)
     train(settings, accelerator, training, stream)
     if accelerator.is_main_process:
         if training.ema:
             training.ema.copy_to(training.trained)
+        # Without it, a run that is killed while it saves is one that has its last step to save.
+        (settings.out / FINISHED).unlink(missing_ok=True)
         save()
-        write_json(settings.out / FINISHED, {"step": training.step})
+        write_json(settings.out / FINISHED, {"step": training.step, "sha256": weights_of(settings.out)})
+    training.peers.wait()
     for active in accelerator.trackers:
         active.finish()
     accelerator.free_memory(training.model, training.optimizer)
+    return training.problems
 
 
 def train(settings: TrainingSettings, accelerator: Accelerator, training: Training, stream: Iterator[Batch]) -> None:
     """Step until `max_train_steps`, with metrics and checkpoints. The last step leaves a checkpoint.
 
-    Ctrl-C leaves one too, then raises KeyboardInterrupt.
+    Ctrl-C leaves one too, in all processes at the same step, then raises KeyboardInterrupt.
     """
     total_steps = settings.max_train_steps
     assert total_steps is not None
-    metrics = Metrics(settings.out / METRICS, accelerator, settings.command, training.step, total_steps)
-    with closing(metrics), Interrupts(accelerator) as interrupts:
+    path = settings.out / METRICS
+    metrics = Metrics(path, accelerator, settings.command, training.step, total_steps, training.metrics)
+    with closing(metrics), Interrupts() as interrupts, training.peers.told_when_lost():
         while training.step < total_steps:
             batch = next(stream)
-            with accelerator.accumulate(training.model):
+            with accelerator.accumulate(training.model), compile_failures(settings.compile):
                 terms = step_losses(training, batch)
                 total = training.objective.total(terms)
                 accelerator.backward(total)
@@ -239,9 +240,12 @@ def train(settings: TrainingSettings, accelerator: Accelerator, training: Traini
             metrics.add(terms, total, batch.keys)
             training.position += len(batch.keys) * accelerator.num_processes
             if accelerator.sync_gradients:
-                stop = interrupts.agreed((training.step + 1) % settings.logging_steps == 0)
+                stop = training.peers.any(interrupts.requested)
                 after_step(settings, accelerator, training, metrics, norm, stop)
                 if stop:
+                    for active in accelerator.trackers:
+                        active.finish()
+                    leave_processes(accelerator)
                     raise KeyboardInterrupt
 
 
@@ -266,34 +270,47 @@ def after_step(
     if training.ema:
         training.ema.step(training.trained)
     metrics.advance()
-    last = stop or training.step == settings.max_train_steps
-    checkpointing = last or training.step % settings.checkpointing_steps == 0
-    if checkpointing or training.step % settings.logging_steps == 0:
-        epoch = training.position / len(training.dataset)
-        keys = metrics.first_keys_not_finite()
-        line = metrics.log(training.step, learning_rate=learning_rate, epoch=epoch, grad_norm=float(norm))
+    interval = training.step == settings.max_train_steps or training.step % settings.checkpointing_steps == 0
+    logging = interval or training.step % settings.logging_steps == 0
+    if logging or stop:
+        means = metrics.means()
         # A gradient scaler finds its scale by infinite norms, and skips those steps.
-        check_finite(line if training.optimizer.scaler is None else {**line, "grad_norm": 0.0}, keys, settings)
-    if checkpointing:
+        norms = {"grad_norm": float(norm)}
+        check_finite(means if training.optimizer.scaler else means | norms, training.step, metrics, settings)
+    if logging:
+        epoch = training.position / len(training.dataset)
+        metrics.log(training.step, means, learning_rate=learning_rate, epoch=epoch, **norms)
+    if interval or stop:
+        training.metrics = metrics.state()
         save_state(settings, accelerator, training)
-    if training.prompts and training.step % settings.validation_steps == 0:
+    if training.prompts and not stop and training.step % settings.validation_steps == 0:
         validate(settings, accelerator, training)
 
 
 def validate(settings: TrainingSettings, accelerator: Accelerator, training: Training) -> None:
-    """Images of the student at this step, generated by the main process while the others wait."""
+    """Images of the student at this step, generated by the main process while the others wait.
+
+    A failure is noted and told, and the training goes on.
+    """
     if accelerator.is_main_process:
         name = f"step-{training.step:07d}"
-        generate_validation(
-            training.student,
-            training.trained,
-            training.ema,
-            training.base,
-            training.prompts,
-            settings.out / VALIDATION / name,
-            name,
-        )
-    accelerator.wait_for_everyone()
+        try:
+            generate_validation(
+                training.student,
+                training.trained,
+                training.ema,
+                training.base,
+                training.prompts,
+                settings.out / VALIDATION / name,
+                name,
+            )
+        except (UserError, *FAILURES) as error:
+            training.problems.append(
+                f"validation images of step {training.step} failed ({first_line(error)}). To make some of the finished "
+                f"student, run `distill-sd sample --model {settings.out} --prompts {settings.validation_prompts}`."
+            )
+            click.echo(training.problems[-1], err=True)
+    training.peers.wait()
 
 
 def save_state(settings: TrainingSettings, accelerator: Accelerator, training: Training) -> None:
@@ -306,94 +323,36 @@ def save_state(settings: TrainingSettings, accelerator: Accelerator, training: T
             training.state(),
             settings.checkpoints_total_limit,
         )
-    accelerator.wait_for_everyone()
+    training.peers.wait()
 
 
-def check_finite(line: dict[str, float], keys: tuple[str, ...], settings: TrainingSettings) -> None:
-    """Raise UserError if a line of metrics has NaN or Inf. `keys` are those of the first such batch."""
-    bad = ", ".join(name for name, value in line.items() if not math.isfinite(value))
+def check_finite(values: dict[str, float], step: int, metrics: Metrics, settings: TrainingSettings) -> None:
+    """Raise UserError if one of a step's values is NaN or Inf."""
+    bad = [name for name, value in values.items() if not math.isfinite(value)]
     if bad:
         saved = [folder for _, folder in list_checkpoints(settings.out / CHECKPOINTS)]
+        first = metrics.first_not_finite()
         raise UserError(
-            f"the loss is NaN or Inf by step {line['step']} ({bad})"
-            + (f", first with the entries {', '.join(keys)}. " if keys else ". ")
+            f"the loss is NaN or Inf by step {step} ({', '.join(bad)})"
+            + (f", first with the entries {named(first.keys)}. " if first else ". ")
             + (f"The last good checkpoint is {saved[-1]}. " if saved else "There is no checkpoint yet. ")
-            + "Lower --learning-rate, or use --mixed-precision bf16 or no."
+            + remedy(first, settings)
         )
 
 
-def batches(settings: TrainingSettings, dataset: Any, accelerator: Accelerator, position: int) -> Iterator[Batch]:
-    """Batches of this process on its device, endlessly, from entry `position` of the stream on."""
-    for batch in make_loader(settings, dataset, accelerator, position):
-        yield batch.to(accelerator.device)
+def named(keys: tuple[str, ...]) -> str:
+    """The first of some keys, and how many more there are."""
+    more = len(keys) - KEYS_NAMED
+    return ", ".join(keys[:KEYS_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
-def make_loader(settings: TrainingSettings, dataset: Any, accelerator: Accelerator, position: int) -> DataLoader:
-    """This process's batches as `dataset.collate` makes them, endlessly, from entry `position` on."""
-    order = EpochBatches(
-        len(dataset),
-        settings.train_batch_size,
-        settings.seed,
-        start=position,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-    )
-    workers = settings.dataloader_num_workers
-    if workers is None:
-        # On a CPU, loader processes take more time from training than reading between the steps costs.
-        workers = 2 if is_accelerator(accelerator.device) else 0
-    return DataLoader(
-        dataset,
-        batch_sampler=order,
-        collate_fn=dataset.collate,
-        num_workers=workers,
-        pin_memory=accelerator.device.type == "cuda",
-        multiprocessing_context="forkserver" if workers else None,
-    )
-
-
-def claim(settings: TrainingSettings, spec: dict[str, Any]) -> None:
-    """Take the output directory for the training that `spec` describes.
-
-    Raises ShardError, with the difference, if it holds a checkpoint or a student of another training.
-    """
-    path = settings.out / SPEC
-    if list_checkpoints(settings.out / CHECKPOINTS) or finished_step(settings.out):
-        if not path.is_file():
-            raise UserError(f"{settings.out} holds a training without its {SPEC}. Choose another output directory.")
-        refuse_other_spec(settings.out, json.loads(path.read_text(encoding="utf-8")), spec)
-        remove_leftovers(settings.out, settings.out / CHECKPOINTS)
-        return
-    settings.out.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(settings.out, settings.out / CHECKPOINTS)
-    write_json(path, spec)
-    write_settings(settings.out, settings.command, settings)
-
-
-def nothing_left(settings: TrainingSettings, accelerator: Accelerator, what: str, complete: bool = True) -> bool:
-    """Whether there is nothing to do: `out` holds a finished and `complete` `what`, and nothing is to be uploaded.
-
-    If so, it prints that. Otherwise it makes sure that the hub's repository can be written, before anything is trained.
-    """
-    done = finished_step(settings.out)
-    if done >= (settings.max_train_steps or 0) and complete and not settings.push_to_hub:
-        accelerator.print(
-            f"already finished, nothing to do: {settings.out} holds a {what} of {done} steps. "
-            "Raise --max-train-steps to train it further."
-        )
-        return True
-    if settings.push_to_hub and accelerator.is_main_process:
-        open_repository(settings.push_to_hub)
-    accelerator.wait_for_everyone()
-    return False
-
-
-def finished_step(out: Path) -> int:
-    """The step of the student that `out` holds as a pipeline; 0 if it holds none."""
-    path = out / FINISHED
-    return json.loads(path.read_text(encoding="utf-8"))["step"] if path.is_file() else 0
-
-
-def checkpointed_step(out: Path) -> int:
-    """The step of the newest checkpoint; 0 if there is none."""
-    return max([step for step, _ in list_checkpoints(out / CHECKPOINTS)], default=0)
+def remedy(first: SeenBatch | None, settings: TrainingSettings) -> str:
+    """What to do about a loss that is not finite, given the first batch that had one."""
+    precision = "" if settings.mixed_precision in (None, "no") else "use --mixed-precision no"
+    if first is not None and first.step == 0:
+        # No weight had been changed, so the learning rate is not to blame.
+        check = f"It was so before the first step: check the entries with `distill-sd verify --full {settings.entries}`"
+        return f"{check}, or {precision}." if precision else f"{check}, and the weights that the training starts from."
+    if settings.mixed_precision == "fp16":
+        precision = "use --mixed-precision bf16 or no"
+    return f"Lower --learning-rate, or {precision}." if precision else "Lower --learning-rate."

@@ -10,6 +10,9 @@ from torch import nn
 from pipeline.system.errors import UserError
 from pipeline.training.settings import TrainingSettings
 
+# As torch and bitsandbytes call them.
+MOMENTS = {"exp_avg", "exp_avg_sq", "state1", "state2"}
+
 
 def make_optimizer(parameters: list[nn.Parameter], settings: TrainingSettings) -> torch.optim.Optimizer:
     """AdamW over `parameters`. Raises UserError if the package for 8-bit moments is not installed."""
@@ -30,6 +33,15 @@ def make_optimizer(parameters: list[nn.Parameter], settings: TrainingSettings) -
     return bitsandbytes.optim.AdamW8bit(parameters, **options)
 
 
+def check_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Raise ValueError if moments that were loaded do not have their parameters' shapes: they are another student's."""
+    for parameter, state in optimizer.state.items():
+        for name in MOMENTS & state.keys():
+            shape = getattr(state[name], "shape", None)
+            if shape != parameter.shape:
+                raise ValueError(f"the optimizer's {name} has shape {shape} for weights of shape {parameter.shape}")
+
+
 def match_memory_format(optimizer: torch.optim.Optimizer) -> None:
     """Give moments that were loaded the memory format of their parameters.
 
@@ -38,6 +50,12 @@ def match_memory_format(optimizer: torch.optim.Optimizer) -> None:
     """
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
-            moment = isinstance(value, torch.Tensor) and value.is_floating_point() and value.shape == parameter.shape
-            if moment and value.stride() != parameter.stride():
-                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+            if isinstance(value, torch.Tensor) and value.is_floating_point() and value.shape == parameter.shape:
+                state[name] = laid_out_like(parameter, value)
+
+
+def laid_out_like(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """`value`, of the parameter's shape, with the parameter's memory format."""
+    if value.stride() == parameter.stride():
+        return value
+    return torch.empty_strided(parameter.shape, parameter.stride(), dtype=value.dtype, device=value.device).copy_(value)

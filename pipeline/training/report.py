@@ -42,6 +42,8 @@ def _images_and_cost(rows: dict[str, GeneratedImages], scorer: Scorer) -> list[s
 
 
 def _lead(metrics: list[dict[str, Any]]) -> str:
+    if not metrics or not {"step", "epoch", "loss"} <= metrics[-1].keys():
+        return "The metrics of this training are lost."
     last = metrics[-1]
     return f"{last['step']:,} steps, {last['epoch']:.1f} epochs over the cache; last loss {last['loss']:.4g}."
 
@@ -81,15 +83,22 @@ def _memory(samples: GeneratedImages, first: GeneratedImages) -> str:
 
 def _losses(metrics: list[dict[str, Any]]) -> str:
     """Two plots over steps: the loss with its terms, and the features' losses."""
-    features = [name for name in metrics[-1] if name.startswith("feature/")]
+    if not metrics:
+        return ""
+    last = metrics[-1]
     groups: dict[str, list[str]] = {
-        "loss and its terms": [name for name in ("loss", "task", "output") if name in metrics[-1]],
-        "features, by the student's block": features,
+        "loss and its terms": [name for name in ("loss", "task", "output") if name in last],
+        "features, by the student's block": [name for name in last if name.startswith("feature/")],
     }
-    steps = [line["step"] for line in metrics]
     plots = {
-        title: {name.removeprefix("feature/"): (steps, [line[name] for line in metrics]) for name in names}
+        title: {name.removeprefix("feature/"): _curve(metrics, name) for name in names}
         for title, names in groups.items()
         if names
     }
     return curves(plots, "step", "loss curves")
+
+
+def _curve(metrics: list[dict[str, Any]], name: str) -> tuple[list[float], list[float]]:
+    """Steps and values of the lines that have both."""
+    lines = [line for line in metrics if "step" in line and name in line]
+    return [line["step"] for line in lines], [line[name] for line in lines]

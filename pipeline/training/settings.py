@@ -16,6 +16,7 @@ from pipeline.system.settings import REQUIRED, option
 TRACKERS = ("tensorboard", "wandb", "trackio")
 DEFAULT_STEPS = 15000
 OPEN_ENDED = ("constant", "constant_with_warmup")
+PRECISIONS = ("no", "fp16", "bf16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +46,10 @@ class TrainingSettings(DeviceOptions):
     use_ema: bool = option(False, "Keep an exponential moving average of the weights and save it as the student.")
     ema_decay: float = option(0.9999, "Decay of the average, after its warm-up.", ge=0.0, le=1.0)
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass: less memory, more time.")
-    mixed_precision: str = option(
-        "no", "Precision of the student's forward and backward passes.", choices=("no", "fp16", "bf16")
+    mixed_precision: str | None = option(
+        None,
+        "Precision of the student's forward and backward passes; by default what `accelerate launch` says, else no.",
+        choices=PRECISIONS,
     )
     compile: bool = option(False, "Compile the student with torch.compile: a slow start, then faster steps.")
     allow_tf32: bool = option(
@@ -65,6 +68,11 @@ class TrainingSettings(DeviceOptions):
         None, "Processes that read and decompress; 0 reads in the training loop. Default: 2, or 0 on a CPU.", ge=0
     )
     seed: int = option(0, "Seed for the order of entries.", ge=0)
+
+    @property
+    def entries(self) -> Path:
+        """The directory of shards that is trained on."""
+        raise NotImplementedError
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -31,11 +31,13 @@ def generate_validation(
         ema.store(trained)
         ema.copy_to(trained)
     student.eval()
-    pipe = load_base(base, unet=student).to(student.device)
-    sampler = Sampler()
-    images = generate(pipe, prompts, sampler, name)
-    student.train()
-    if ema:
-        ema.restore(trained)
+    try:
+        pipe = load_base(base, unet=student).to(student.device)
+        sampler = Sampler()
+        images = generate(pipe, prompts, sampler, name)
+    finally:
+        student.train()
+        if ema:
+            ema.restore(trained)
     shutil.rmtree(folder, ignore_errors=True)
     save_images(images, sampler, folder)

@@ -2,6 +2,7 @@
 
 import io
 import json
+from collections import Counter
 from pathlib import Path
 
 import pyarrow
@@ -10,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 from support.stages import tree
-from support.web import IMG2DATASET, Server, serving, write_list
+from support.web import IMG2DATASET, Server, encoded_image, serving, write_list
 
 from pipeline.cli import main
 from pipeline.commands.download import summary, tally
@@ -100,6 +101,86 @@ def test_it_is_an_error_with_the_causes_if_all_downloads_fail(server, tmp_path):
     assert "holds 0 images from 3 URLs" in result.output
     assert "3 x HTTP Error 404" in result.output
     assert "All downloads failed." in result.output
+
+
+@needs_program
+def test_a_redirect_to_another_server_of_this_machine_is_not_followed(server, tmp_path):
+    """Nor are files read, whatever the list says."""
+    (tmp_path / "secret.jpg").write_bytes(encoded_image(1))
+
+    class Redirecting(Server):
+        def do_GET(self):
+            self.send_response(302)
+            self.send_header("Location", f"{server}/good/1.jpg")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+    with serving(Redirecting) as other:
+        rows = [(f"{other}/{i}.jpg", "inward") for i in range(2)]
+        rows += [(f"{server}/good/1.jpg", "good"), (f"file://{tmp_path}/secret.jpg", "file")]
+        urls = write_list(tmp_path / "list.parquet", rows)
+        result = download("--urls", urls, "--out", tmp_path / "tars", "--retries", 0)
+    assert result.exit_code == 0, result.output
+    assert "note: 1 URLs are left out: neither http nor https" in result.output
+    assert "2 x <urlopen error redirected to a private address>" in result.output
+    assert [record.caption for record in open_source(DataSettings(data=str(tmp_path / "tars"))).records] == ["good"]
+    assert "did not load the rules" not in result.output
+
+
+def test_urls_that_are_not_of_the_web_are_left_out(tmp_path):
+    bad = {
+        "file:///etc/hostname": "neither http nor https",
+        "ftp://example.com/a.jpg": "neither http nor https",
+        "data:image/png;base64,AAAA": "neither http nor https",
+        "/etc/hostname": "neither http nor https",
+        "http:///a.jpg": "no server",
+        "http://[::1/a.jpg": "not a URL",
+        "http://169.254.169.254/latest/meta-data": "a link-local address",
+        "http://2852039166/": "a link-local address",
+        "http://0xa9fea9fe/": "a link-local address",
+        "http://[fe80::1%25eth0]/": "a link-local address",
+        "http://[::ffff:169.254.169.254]/": "a link-local address",
+        None: "not text",
+    }
+    good = ["http://example.com/a.jpg", "HTTPS://example.com/b.jpg", "http://127.0.0.1/c.jpg"]
+    urls = write_list(tmp_path / "list.parquet", [(url, "x") for url in [*bad, *good]])
+    options = ["--out", tmp_path / "tars", "--caption-column", "generated_caption", "--img2dataset", "true"]
+    result = CliRunner().invoke(main, ["download", "--urls", *map(str, [urls, *options])])
+    for reason, count in Counter(bad.values()).items():
+        assert f"note: {count} URLs are left out: {reason}" in result.output
+    kept = pyarrow.parquet.read_table(tmp_path / "tars" / "list" / "urls.parquet").column("url").to_pylist()
+    assert sorted(kept) == sorted(good)
+    # `true` is not Python, and so it cannot load the rules.
+    assert "warning: " in result.output
+    assert "did not load the rules" in result.output
+    urls = write_list(tmp_path / "bad.parquet", [(url, "x") for url in bad])
+    options[1] = tmp_path / "other"
+    result = CliRunner().invoke(main, ["download", "--urls", *map(str, [urls, *options])])
+    assert (result.exit_code, "lists no URLs that can be downloaded" in result.output) == (2, True)
+
+
+def test_failures_are_grouped_by_kind_and_printed_safely(tmp_path):
+    causes = {
+        **{f"HTTP Error 404: gone \x1b[2J {i}": 1 for i in range(30)},
+        **{f"<urlopen error [SSL] certificate is not valid for 'host{i}.example'>": 1 for i in range(20)},
+        **{f"IncompleteRead({i} bytes read, {i * 7} more expected)": 1 for i in range(10)},
+        "<urlopen error [Errno -2] Name or service not known>": 5,
+        "<urlopen error [Errno 111] Connection refused>": 4,
+        **{f"cause {'abcdefghijklmnopqrst'[i]}\x07": 1 for i in range(20)},
+        "success": 1,
+    }
+    stats = {"count": 90, "successes": 1, "status_dict": causes}
+    (tmp_path / "00000_stats.json").write_text(json.dumps(stats))
+    lines = summary(tmp_path, tally(tmp_path), 1).splitlines()[1:]
+    assert lines[:6] == [
+        "  30 x HTTP Error 404: Not Found",
+        "  20 x <urlopen error [SSL] certificate is not valid for ...>",
+        "  10 x IncompleteRead(N bytes read, N more expected)",
+        "  5 x <urlopen error [Errno -2] Name or service not known>",
+        "  4 x <urlopen error [Errno 111] Connection refused>",
+        "  1 x cause a\\x07",
+    ]
+    assert (len(lines), lines[-1]) == (13, "  13 x other causes")
 
 
 def test_a_list_that_cannot_be_used(tmp_path):

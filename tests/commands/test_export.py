@@ -192,7 +192,13 @@ def test_an_existing_file_is_left_alone(teacher, tmp_path):
             [],
             "is a StableDiffusionXLPipeline. Use a pipeline of a supported family",
         ),
-        ("projecting", "single-file", "out.safetensors", [], "the text encoder is a CLIPTextModelWithProjection"),
+        (
+            "projecting",
+            "single-file",
+            "out.safetensors",
+            [],
+            "text_encoder in its model_index.json is transformers.CLIPTextModelWithProjection",
+        ),
         (
             "deep",
             "single-file",
@@ -200,7 +206,13 @@ def test_an_existing_file_is_left_alone(teacher, tmp_path):
             [],
             "text encoder has 24 layers, of which diffusers would load only 23",
         ),
-        ("embedding", "single-file", "out.safetensors", [], "no place for the U-Net's class_embedding"),
+        (
+            "embedding",
+            "single-file",
+            "out.safetensors",
+            [],
+            "its U-Net needs class labels",
+        ),
     ],
 )
 def test_bad_input_ends_in_one_message(models, tmp_path, model, format, out, options, message):

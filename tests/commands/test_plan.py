@@ -180,3 +180,25 @@ def test_where_the_two_overlap_the_slower_decides():
 )
 def test_a_time_in_words(seconds, words):
     assert format_duration(seconds) == words
+
+
+@pytest.mark.parametrize(
+    ("size", "bytes_"),
+    [("12B", 12), ("5KB", 5000), ("5kib", 5120), ("1.5 GB", 1_500_000_000), ("2TiB", 2 << 40), ("1PB", 10**15)],
+)
+def test_a_size_may_have_any_usual_unit(size, bytes_):
+    assert bytes_of(size) == bytes_
+
+
+@pytest.mark.parametrize("given", [{"snr_db": 10.0}, {"snr_db": 12.5}, {"token_stride": 2}, {"token_stride": 4}])
+def test_a_budget_keeps_what_is_given_even_where_the_rounds_do_not_fit(given):
+    """5 dB would fit four rounds; what is asked for counts more, also where it is the default."""
+    one = cost_of(settings(), SD15).total(1000, 1)
+    chosen = fit(settings(budget=f"{3 * one / 1e9:.3f}GB", rounds=4, **given), SD15)
+    assert {name: getattr(chosen, name) for name in given} == given
+    assert cost_of(chosen, SD15).total(1000, chosen.rounds) <= 3 * one
+
+
+def test_a_large_budget_goes_no_further_than_all_timesteps():
+    assert fit(settings(budget="1PB"), SD15).rounds == 1000
+    assert fit(settings(budget="1PB", rounds=1200), SD15).rounds == 1200

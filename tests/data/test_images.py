@@ -1,13 +1,18 @@
 """Images of any kind, made square as torchvision's Resize and CenterCrop would."""
 
 import io
+import os
+import struct
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from pipeline.core.draws import generator
-from pipeline.data.images import ImageProblem, decode, square
+from pipeline.data import images
+from pipeline.data.images import ImageProblem, decode, is_image_name, memory_of, open_image, square
 
 
 def encoded(image: Image.Image, format: str = "PNG", **options) -> bytes:
@@ -31,6 +36,35 @@ def test_exif_orientation_is_applied():
     exif = Image.Exif()
     exif[0x0112] = 6
     assert decode(encoded(gradient(30, 20), "JPEG", exif=exif)).size == (20, 30)
+
+
+def exif_block(*entries, extra=b""):
+    """A little-endian EXIF block with one directory of (tag, type, count, value) entries."""
+    body = b"".join(struct.pack("<HHI", tag, kind, count) + value for tag, kind, count, value in entries)
+    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries)) + body + bytes(4) + extra
+
+
+SIX = (0x0112, 3, 1, struct.pack("<HH", 6, 0))
+
+
+@pytest.mark.parametrize(
+    ("exif", "size"),
+    [
+        (exif_block(SIX), (20, 30)),
+        # A resolution of -1/0, as signed rational.
+        (exif_block(SIX, (0x011A, 10, 1, struct.pack("<I", 38)), extra=struct.pack("<ii", -1, 0)), (20, 30)),
+        (exif_block(SIX, (0x011A, 5, 1, struct.pack("<I", 38)), extra=struct.pack("<II", 1, 0)), (20, 30)),
+        (exif_block(SIX, (0x8769, 4, 1, struct.pack("<I", 0xFFFFFF))), (20, 30)),
+        (exif_block((0x0112, 2, 4, b"6\0\0\0")), (30, 20)),
+        (exif_block((0x0112, 3, 2, struct.pack("<HH", 6, 6))), (20, 30)),
+        (exif_block((0x0112, 12, 1, struct.pack("<I", 0xFFFFFF))), (30, 20)),
+        (exif_block(SIX)[:-12], (30, 20)),
+        (b"Exif\0\0", (30, 20)),
+        (b"Exif\0\0rubbish, not a directory", (30, 20)),
+    ],
+)
+def test_odd_exif_does_not_spoil_a_sound_image(exif, size):
+    assert decode(encoded(gradient(30, 20), "JPEG", exif=exif)).size == size
 
 
 def test_transparency_is_laid_over_white():
@@ -64,6 +98,59 @@ def test_a_decompression_bomb_is_refused(monkeypatch):
     for side in (12, 40):
         with pytest.raises(ImageProblem, match="too large"):
             decode(encoded(gradient(side, side)))
+
+
+def test_a_decompression_bomb_is_refused_in_every_thread(monkeypatch):
+    """Whatever the filters of warnings are, which all threads share, and they stay as they are."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    data, filters = encoded(gradient(12, 12)), list(warnings.filters)
+
+    def refused(_):
+        try:
+            return bool(decode(data)) and None
+        except ImageProblem as error:
+            return str(error)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(refused, range(200))) == {"too large: more than 100 pixels"}
+    assert warnings.filters == filters
+
+
+def test_only_raster_formats_are_opened(tmp_path, monkeypatch):
+    """A stand-in for Ghostscript would leave a file if Pillow started it."""
+    program = tmp_path / "gs"
+    program.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    with pytest.raises(ImageProblem, match="not an image of a known format"):
+        decode(encoded(gradient(8, 8), "EPS"))
+    assert not (tmp_path / "started").exists()
+    assert [
+        name for name in ("a.eps", "a.ps", "a.wmf", "a.h5", "a.mpg", "a.svg", "._a.png") if is_image_name(name)
+    ] == []
+    assert all(is_image_name(f"a.{end}") for end in ("jpg", "JPEG", "png", "webp", "gif", "bmp", "tif", "tiff", "jp2"))
+
+
+@pytest.mark.parametrize("data", [b"", b"text", b"%!PS-Adobe-3.0", encoded(gradient(64, 64))[:150]])
+def test_a_reason_is_the_same_in_every_run(data):
+    reasons = set()
+    for _ in range(3):
+        with pytest.raises(ImageProblem) as caught:
+            decode(bytes(bytearray(data)))
+        reasons.add(str(caught.value))
+    assert len(reasons) == 1
+    assert "0x" not in reasons.pop()
+
+
+def test_large_images_are_decoded_one_at_a_time(monkeypatch):
+    monkeypatch.setattr(images, "LARGE_PIXELS", 100)
+    large, small = (open_image(encoded(gradient(side, side))) for side in (11, 10))
+    with memory_of(large):
+        assert memory_of(large).locked()
+        with memory_of(small):
+            pass
+    assert not memory_of(large).locked()
 
 
 # (width, height) -> resized size and the corner of a 32 px centre crop, by torchvision's documented rules:

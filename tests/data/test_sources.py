@@ -1,7 +1,10 @@
 """Image folders: which images are listed, in which order, and how a bad folder is refused."""
 
+import contextlib
 import json
 import os
+import re
+import socket
 from pathlib import Path
 
 import pytest
@@ -202,3 +205,184 @@ def test_the_inputs_hash_depends_on_captions_and_order(tmp_path):
         path.mkdir()
         hashes.add(inputs_sha256(open_folder(folder(path, *lines)).records))
     assert len(hashes) == 3
+
+
+def with_captions(path, captions):
+    """A folder of images, each with the text file of its caption."""
+    path.mkdir(exist_ok=True)
+    for name, caption in captions.items():
+        (path / name).write_bytes(b"x")
+        (path / name).with_suffix(".txt").write_bytes(caption if isinstance(caption, bytes) else caption.encode())
+    return path
+
+
+def listed(source):
+    return [(record.source_id, record.problem or record.caption) for record in source.records]
+
+
+def test_each_line_of_a_text_file_is_a_caption_and_the_first_is_the_default(tmp_path):
+    text = "\ufeff\r\n  A frog. \nach=Ogwal ogwal\r\n\r\naf=padda\u2028one line\n"
+    data = with_captions(tmp_path / "data", {"a.png": text, "b.png": "one line\n"})
+    assert listed(open_folder(data)) == [("a.png", "A frog."), ("b.png", "one line")]
+    assert listed(open_folder(data, captions="all")) == [
+        ("a.png", "A frog."),
+        ("a.png#2", "ach=Ogwal ogwal"),
+        ("a.png#3", "af=padda\u2028one line"),
+        ("b.png", "one line"),
+    ]
+    drawn = {open_folder(data, captions="random", seed=seed).records[0].caption for seed in range(20)}
+    assert drawn == {"A frog.", "ach=Ogwal ogwal", "af=padda\u2028one line"}
+
+
+def test_a_caption_in_a_list_keeps_its_lines(tmp_path):
+    assert listed(open_folder(folder(tmp_path, row("a.png", "two\nlines")))) == [("a.png", "two\nlines")]
+
+
+def test_captions_may_lie_in_caption_files(tmp_path):
+    data = with_captions(tmp_path / "data", {"a.png": "from the txt"})
+    (data / "a.caption").write_text("not used")
+    (data / "b.png").write_bytes(b"x")
+    (data / "b.caption").write_text("from the caption\n")
+    assert listed(open_folder(data)) == [("a.png", "from the txt"), ("b.png", "from the caption")]
+
+
+def test_a_metadata_csv_is_a_list_too(tmp_path):
+    (tmp_path / "metadata.csv").write_text('file_name,text,more\nb.png,"two\nlines, quoted",x\na.png\n', "utf-8-sig")
+    (tmp_path / "b.png").write_bytes(b"xyz")
+    source = open_folder(tmp_path)
+    assert listed(source) == [("a.png", "there is no caption"), ("b.png", "two\nlines, quoted")]
+    assert source.read(source.records[1]) == b"xyz"
+    assert listed(open_folder(tmp_path, caption_column="more"))[1] == ("b.png", "x")
+    (tmp_path / "metadata.csv").write_text("image, caption\na.png,a\n")
+    with pytest.raises(UserError, match=r"csv, line 2 has no 'file_name'\. It has 'image', ' caption': choose"):
+        open_folder(tmp_path)
+
+
+def test_a_list_in_the_folder_of_the_split_is_used(tmp_path):
+    for split, caption in (("train", "one"), ("test", "two")):
+        (tmp_path / split).mkdir()
+        folder(tmp_path / split, row("a.png", caption))
+        (tmp_path / split / "a.png").write_bytes(caption.encode())
+    assert listed(open_folder(tmp_path)) == [("a.png", "one")]
+    source = open_folder(tmp_path, split="test")
+    assert (listed(source), source.read(source.records[0])) == ([("a.png", "two")], b"two")
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ((), "contains no images"),
+        (("a.svg", "a.txt"), "contains no images"),
+        (("a.png",), "contains 1 images, but no captions"),
+        (("images/a.png", "captions.csv"), "no captions: .*It has captions.csv, which is not read"),
+        (("a.png", "metadata.json"), "It has metadata.json, which is not read"),
+        (("images/a.png", "images/metadata.jsonl"), "It has images/metadata.jsonl, which is not read there"),
+    ],
+)
+def test_a_folder_without_captions_is_refused_with_what_lies_there(tmp_path, files, message):
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(UserError, match=message):
+        open_folder(tmp_path)
+
+
+def test_what_macos_adds_is_no_image(tmp_path):
+    data = with_captions(tmp_path / "data", {"a.png": "one", "._a.png": b"\0\5\x16\7", "b.png": "two"})
+    with_captions(data / "__MACOSX", {"a.png": "one", "._a.png": b"\0\5\x16\7"})
+    assert listed(open_folder(data)) == [("a.png", "one"), ("b.png", "two")]
+
+
+def test_files_of_other_kinds_and_records_without_a_caption_are_noted(tmp_path):
+    data = with_captions(tmp_path / "data", {"a.png": "one", "b.svg": "two", "c.SVG": "x", "d.heic": "x", "e.eps": "x"})
+    (data / "alone.png").write_bytes(b"x")
+    (data / "read\x1b[2Jme").write_bytes(b"x")
+    assert open_folder(data).notes() == [
+        "note: 5 files of other kinds were passed over: 2 .svg, 1 .eps, 1 .heic, 1 without an ending",
+        "note: 1 of 2 entries will be skipped. The first is alone.png: no caption file alone.txt",
+    ]
+
+
+def test_names_from_the_input_do_not_steer_the_terminal(tmp_path):
+    with pytest.raises(UserError) as caught:
+        open_folder(folder(tmp_path, "{\x1b]0;title\x07"))
+    assert "\x1b" not in str(caught.value)
+    assert "not JSON" in str(caught.value)
+
+
+@pytest.fixture
+def special(tmp_path, monkeypatch):
+    """Makes a FIFO, a socket or a sparse file of 40 GB."""
+
+    def make(kind, path):
+        path.unlink(missing_ok=True)
+        if kind == "fifo":
+            os.mkfifo(path)
+        elif kind == "socket":
+            # The name of a socket must be short.
+            monkeypatch.chdir(path.parent)
+            with contextlib.closing(socket.socket(socket.AF_UNIX)) as server:
+                server.bind(path.name)
+        elif kind == "loop":
+            path.symlink_to(path)
+        else:
+            with open(path, "wb") as stream:
+                stream.truncate(40 << 30)
+
+    return make
+
+
+SPECIAL = ["fifo", "socket", "sparse", "loop"]
+
+
+@pytest.mark.parametrize("kind", SPECIAL)
+@pytest.mark.parametrize("with_list", [True, False])
+def test_an_image_that_is_no_file_or_endless_is_skipped(tmp_path, special, kind, with_list):
+    data = with_captions(tmp_path / "data", {"a.png": "one", "b.png": "two"})
+    special(kind, data / "a.png")
+    if with_list:
+        folder(data, row("a.png"), row("b.png"))
+    source = open_folder(data)
+    assert source.records[0].source_id == "a.png"
+    with pytest.raises(OSError, match="a.png is not a regular file|a.png has more than|lies outside|Too many levels"):
+        source.read(source.records[0])
+    assert source.read(source.records[1]) == b"x"
+
+
+@pytest.mark.parametrize("kind", SPECIAL)
+def test_a_caption_that_is_no_file_or_endless_is_a_problem_of_its_record(tmp_path, special, kind):
+    data = with_captions(tmp_path / "data", {"a.png": "one", "b.png": "two"})
+    special(kind, data / "a.txt")
+    (_, problem), second = listed(open_folder(data))
+    assert re.match("the caption cannot be read: ", problem)
+    assert str(tmp_path) not in problem
+    assert second == ("b.png", "two")
+
+
+@pytest.mark.parametrize("kind", SPECIAL)
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv", "0.tar", "0.parquet"])
+def test_an_input_that_is_no_file_or_endless_is_refused(tmp_path, special, kind, name):
+    data = with_captions(tmp_path / "data", {"a.png": "one"})
+    special(kind, data / name)
+    reason = "is not a regular file|cannot be read|has a line of more|contains no images"
+    with pytest.raises(UserError, match=reason):
+        open_folder(data)
+
+
+def test_deep_and_long_lines_are_refused(tmp_path):
+    for line in ("[" * 100_000, '{"file_name": "a.png", "text": ' + "[" * 100_000, "1" * 5000):
+        with pytest.raises(UserError, match=r"metadata.jsonl, line 1 is not JSON \(.{,200}Fix or delete the line"):
+            open_folder(folder(tmp_path, line))
+    with pytest.raises(UserError, match="has a line of more than"):
+        open_folder(folder(tmp_path, row("a.png", "x" * (1 << 24))))
+
+
+def test_captions_without_measure_are_a_problem_of_their_record(tmp_path):
+    data = folder(tmp_path, row("a.png", "x" * (1 << 20)), row("b.png", "é" * (1 << 20)), row("c.png", ["x"] * 1001))
+    assert [record.problem for record in open_folder(data).records] == [
+        None,
+        "the caption has more than 1048576 bytes",
+        None,
+    ]
+    everything = open_folder(data, captions="all")
+    assert everything.records[-1].problem == "there are 1001 captions, more than 1000"

@@ -2,6 +2,8 @@
 
 import builtins
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from datasets import Dataset, DatasetDict, Features, Image, Value
 
@@ -105,6 +107,59 @@ def test_a_table_from_elsewhere_cannot_name_local_files(tmp_path):
     for record, message in zip(source.records, ("has a path .*, not the image's bytes", "has no image"), strict=True):
         with pytest.raises(OSError, match=message):
             source.read(record)
+
+
+@pytest.mark.parametrize("fields", [("bytes",), ("bytes", "other"), ("path", "bytes")])
+def test_images_may_be_structs_with_or_without_paths_and_null(tmp_path, fields):
+    image = pyarrow.struct([(name, pyarrow.binary() if name == "bytes" else pyarrow.string()) for name in fields])
+    values = [{"bytes": b"zero"}, None, {"bytes": None}, {"bytes": b"three"}]
+    table = pyarrow.table({"image": pyarrow.array(values, image), "text": ["a", "b", "c", "d"]})
+    pyarrow.parquet.write_table(table, tmp_path / "data.parquet")
+    source = open_table(tmp_path / "data.parquet")
+    assert [(record.source_id, record.size) for record in source.records] == [
+        ("000000000", 4),
+        ("000000001", None),
+        ("000000002", None),
+        ("000000003", 5),
+    ]
+    assert [source.read(source.records[i]) for i in (0, 3)] == [b"zero", b"three"]
+    for i in (1, 2):
+        with pytest.raises(OSError, match="the row has no image"):
+            source.read(source.records[i])
+
+
+def test_a_small_file_that_unfolds_to_gigabytes_is_refused(tmp_path):
+    """20,000 times one caption of 100 kB, in a file of a few kB. As many short captions are taken."""
+    for name, caption in (("bomb", "x" * 100_000), ("data", "x" * 10)):
+        columns = {"image": [b"zero"] * 20_000, "text": pyarrow.array([caption] * 20_000)}
+        pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / f"{name}.parquet", compression="zstd")
+    with pytest.raises(UserError, match=r"bomb.parquet has \d+ bytes and unfolds to 20000\d+"):
+        open_table(tmp_path / "bomb.parquet")
+    assert len(open_table(tmp_path / "data.parquet").records) == 20_000
+
+
+def test_text_that_is_not_utf8_is_refused(tmp_path):
+    raw = pyarrow.array([b"\xff\xfe"]).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"image": [b"zero"], "text": raw}), tmp_path / "data.parquet")
+    with pytest.raises(UserError, match="holds text that is not UTF-8"):
+        open_table(tmp_path / "data.parquet")
+
+
+def test_an_unknown_name_is_asked_for_once(tmp_path, monkeypatch):
+    asked = []
+
+    def dataset_info(self, name, **more):
+        asked.append(name)
+        raise OSError("no network")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", dataset_info)
+    monkeypatch.setattr("datasets.load_dataset", None)
+    with pytest.raises(UserError, match=r"--data nope does not exist .*hub: no network\. Check the path or the name\."):
+        open_table("nope")
+    assert asked == ["nope"]
 
 
 def test_a_damaged_file_and_an_unknown_name_are_refused(tmp_path, monkeypatch):

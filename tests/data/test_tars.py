@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 
 import pytest
@@ -177,3 +178,161 @@ def test_a_tar_that_shrinks_after_it_was_listed(tmp_path):
     tar.write_bytes(tar.read_bytes()[:700])
     with pytest.raises(OSError, match="is shorter than when it was listed"):
         source.read(source.records[0])
+
+
+def names(source):
+    return [(record.source_id, record.problem or record.caption) for record in source.records]
+
+
+def test_names_with_dots_are_whole_names(tmp_path):
+    """Eight photos of one minute, as phones name them, and eight with plain names."""
+    dotted = [f"d/2023-01-05 10.15.0{i}" for i in range(8)]
+    plain = [f"d/{i}" for i in range(8)]
+    members = [(f"{name}.{end}", name.encode()) for name in dotted + plain for end in ("PNG", "txt", "xmp")]
+    source = open_tars(write_tar(tmp_path / "a.tar", *members))
+    assert names(source) == [(f"{name}.png", name) for name in dotted + plain]
+    assert [source.read(record) for record in source.records] == [name.encode() for name in dotted + plain]
+
+
+@pytest.mark.parametrize(
+    ("files", "found"),
+    [
+        # The common name is up to the first dot.
+        (("x.seg.png", "x.txt", "x.jpg"), {"x.seg.png": "x.txt", "x.jpg": None}),
+        (("x.jpg", "x.seg.png", "x.txt"), {"x.jpg": "x.txt", "x.seg.png": None}),
+        (("x.left.jpg", "x.right.jpg", "x.txt"), {"x.left.jpg": "x.txt", "x.right.jpg": None}),
+        # A later version beside the first has a caption of its own.
+        (("v1.png", "v1.txt", "v1.5.png", "v1.5.txt"), {"v1.png": "v1.txt", "v1.5.png": "v1.5.txt"}),
+        (("v1.5.png", "v1.5.txt", "v1.6.png", "v1.6.txt"), {"v1.5.png": "v1.5.txt", "v1.6.png": "v1.6.txt"}),
+        (("x.left.jpg", "x.left.txt", "x.right.jpg"), {"x.left.jpg": "x.left.txt", "x.right.jpg": None}),
+        # Members need not be neighbours.
+        (("a.jpg", "b.jpg", "b.txt", "a.txt"), {"a.jpg": "a.txt", "b.jpg": "b.txt"}),
+        (("a.jpg", "a.caption"), {"a.jpg": "a.caption"}),
+        # macOS adds files.
+        (("._a.jpg", "a.jpg", "._a.txt", "a.txt", "__MACOSX/a.jpg", "__MACOSX/._a.jpg"), {"a.jpg": "a.txt"}),
+        # An archive that was appended to.
+        (("a.jpg", "a.txt", "a.jpg", "a.txt"), {"a.jpg": "a.txt", "a.jpg#2": "a.txt"}),
+    ],
+)
+def test_every_image_has_its_caption_or_a_problem(tmp_path, files, found):
+    source = open_tars(write_tar(tmp_path / "a.tar", *[(name, name.encode()) for name in files]))
+    assert {record.source_id: None if record.problem else record.caption for record in source.records} == found
+    for record in source.records:
+        assert record.problem or source.read(record).decode() == record.source_id.removesuffix("#2")
+
+
+def test_a_second_image_of_a_sample_says_how_to_choose_it(tmp_path):
+    tar = write_tar(tmp_path / "a.tar", ("x.jpg", b"photo"), ("x.seg.png", b"mask"), ("x.txt", b"c"))
+    assert names(open_tars(tar))[1] == (
+        "x.seg.png",
+        "the image of its sample is x.jpg. To use this one, choose its ending with --image-column",
+    )
+    assert names(open_tars(tar, image_column="seg.png")) == [("x.seg.png", "c")]
+    assert names(open_tars(tar, image_column="jpg")) == [("x.jpg", "c")]
+
+
+def test_each_line_of_a_text_member_is_a_caption(tmp_path):
+    tar = write_tar(tmp_path / "a.tar", ("x.jpg", b"photo"), ("x.txt", b"\none\r\ntwo\n"))
+    assert [record.caption for record in open_tars(tar).records] == ["one"]
+    assert [record.caption for record in open_tars(tar, captions="all").records] == ["one", "two"]
+
+
+def test_names_that_are_not_text_are_kept_apart(tmp_path):
+    members = [(f"{letter}.{end}", letter.encode("latin-1")) for letter in "\xe9\xe8" for end in ("jpg", "txt")]
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.GNU_FORMAT, encoding="latin-1") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    source = open_tars(tmp_path / "a.tar")
+    assert [record.source_id for record in source.records] == ["?.jpg", "?.jpg#2"]
+    assert [source.read(record) for record in source.records] == [b"\xe9", b"\xe8"]
+
+
+def test_members_that_are_no_files_are_noted(tmp_path):
+    tar = write_tar(tmp_path / "a.tar", ("a.jpg", b"x"), ("a.txt", b"c"), link("b.jpg", "/etc/hostname"))
+    assert open_tars(tar).notes() == [
+        "note: 1 files of other kinds were passed over: 1 link, device or sparse file",
+    ]
+
+
+def header(name, size, kind=tarfile.REGTYPE, **more):
+    """A header that may claim any size."""
+    info = tarfile.TarInfo(name)
+    info.type = kind
+    info.mode = 0o644
+    fields = info.get_info() | {"size": 0} | more
+    block = bytearray(info._create_header(fields, tarfile.USTAR_FORMAT, "utf-8", "surrogateescape"))
+    block[124:136] = tarfile.itn(size, 12, tarfile.GNU_FORMAT)
+    block[148:156] = b"        "
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+def pax(*records):
+    """A pax header of `keyword=value` records, each of 10 to 99 bytes with its length in front."""
+    data = b"".join(f"{len(record) + 4} {record}\n".encode() for record in records)
+    return header("pax", len(data), tarfile.XHDTYPE) + data + bytes(-len(data) % 512)
+
+
+GOOD = header("good.jpg", 1) + b"x" + bytes(511) + header("good.txt", 1) + b"c" + bytes(511)
+HOSTILE = {
+    "member of -512 bytes": header("a.jpg", -512),
+    "member of -1024 bytes": header("a.jpg", -1024),
+    "member of -2^60 bytes": header("a.jpg", -(1 << 60)),
+    "member of 2^62 bytes": header("a.jpg", 1 << 62),
+    "pax size of -512": pax("size=-512") + header("a.jpg", 0),
+    "pax header of 8 GB": header("p", 8 << 30, tarfile.XHDTYPE),
+    "global pax header of -512": header("p", -512, tarfile.XGLTYPE),
+    "long name of 8 GB": header("././@LongLink", 8 << 30, tarfile.GNUTYPE_LONGNAME),
+    "long name of -512": header("././@LongLink", -512, tarfile.GNUTYPE_LONGNAME),
+    "long link of 8 GB": header("././@LongLink", 8 << 30, tarfile.GNUTYPE_LONGLINK),
+    "long names without end": (header("l", 1, tarfile.GNUTYPE_LONGNAME) + b"x" + bytes(511)) * 5000,
+}
+
+
+@pytest.mark.parametrize("hostile", HOSTILE.values(), ids=HOSTILE)
+@pytest.mark.parametrize("after", [b"", GOOD], ids=["last", "first"])
+def test_sizes_that_cannot_be_are_refused(tmp_path, hostile, after):
+    (tmp_path / "a.tar").write_bytes(GOOD + hostile + after + bytes(1024))
+    with pytest.raises(UserError, match="a.tar is damaged"):
+        open_tars(tmp_path / "a.tar")
+
+
+def test_a_sparse_member_whose_map_has_no_end_is_refused(tmp_path):
+    start = pax("GNU.sparse.major=1", "GNU.sparse.minor=0", "GNU.sparse.name=a.jpg", "GNU.sparse.realsize=9")
+    (tmp_path / "a.tar").write_bytes(start + header("a.jpg", 512) + b"99999999\n".ljust(512, b"1") + bytes(1024))
+    with pytest.raises(UserError, match="a.tar is damaged"):
+        open_tars(tmp_path / "a.tar")
+
+
+def test_huge_members_are_a_problem_of_their_sample(tmp_path):
+    """A member of 30 GB of holes."""
+    size = 30 << 30
+    with open(tmp_path / "a.tar", "wb") as stream:
+        stream.write(GOOD + header("a.jpg", size))
+        stream.seek(size, os.SEEK_CUR)
+        stream.write(header("a.txt", 1) + b"c" + bytes(511 + 1024))
+    assert names(open_tars(tmp_path / "a.tar")) == [
+        ("good.jpg", "c"),
+        ("a.jpg", "the image has 32212254720 bytes, more than 536870912"),
+    ]
+
+
+def test_deeply_nested_fields_are_a_problem_of_their_sample(tmp_path):
+    tar = write_tar(tmp_path / "a.tar", ("a.jpg", b"x"), ("a.json", b"[" * 100_000), ("b.jpg", b"x"), ("b.txt", b"c"))
+    assert names(open_tars(tar)) == [("a.jpg", "the .json is not JSON (nested too deeply)"), ("b.jpg", "c")]
+
+
+def test_a_fifo_is_no_tar(tmp_path):
+    os.mkfifo(tmp_path / "0.tar")
+    for data in (tmp_path, tmp_path / "0.tar", tmp_path / "{0..1}.tar"):
+        with pytest.raises(UserError, match="0.tar is not a regular file"):
+            open_tars(data)
+
+
+def test_folders_and_macs_twins_are_no_tars(tmp_path):
+    (tmp_path / "folder.tar").mkdir()
+    (tmp_path / "._0.tar").write_bytes(b"\0\5\x16\7")
+    write_tar(tmp_path / "0.tar", ("a.jpg", b"x"), ("a.txt", b"c"))
+    assert names(open_tars(tmp_path)) == [("a.jpg", "c")]

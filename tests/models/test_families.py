@@ -3,7 +3,7 @@
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from support.tiny import SD15, SD21, tiny_unet
+from support.tiny import SD15, SD21, SD_BLOCKS, tiny_unet
 
 from pipeline.core.taps import Taps
 from pipeline.models.families import LEVELS
@@ -92,7 +92,7 @@ def test_the_key_map_names_the_teacher_tensor(level, key):
 @pytest.mark.parametrize("level", LEVELS)
 def test_weights_are_copied_tensor_by_tensor(level):
     """Each student tensor equals the one that the key map names, and none keeps its random value."""
-    teacher = tiny_unet(seed=1)
+    teacher = tiny_unet(seed=1, **SD_BLOCKS)
     with torch.no_grad():
         for parameter in teacher.parameters():
             parameter.normal_()
@@ -100,15 +100,16 @@ def test_weights_are_copied_tensor_by_tensor(level):
     student = UNet2DConditionModel.from_config(student_config(dict(teacher.config), level))
     random = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in random.items()}
-    student.load_state_dict(student_weights(shapes, teacher.state_dict(), level), strict=True)
+    weights = teacher.state_dict()
+    student.load_state_dict(student_weights(shapes, weights, level), strict=True)
     for name, tensor in student.state_dict().items():
-        assert torch.equal(tensor, teacher.state_dict()[LEVELS[level].teacher_key(name)]), name
+        assert torch.equal(tensor, weights[LEVELS[level].teacher_key(name)]), name
         assert not torch.equal(tensor, random[name]), name
 
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_no_teacher_tensor_is_used_twice(level):
-    student = on_meta(student_config(dict(tiny_unet().config), level))
+    student = on_meta(student_config(dict(tiny_unet(**SD_BLOCKS).config), level))
     sources = [LEVELS[level].teacher_key(name) for name in student.state_dict()]
     assert len(sources) == len(set(sources))
 

@@ -144,6 +144,26 @@ def repeat_shard(place: Place) -> None:
     place.sidecar.write_text(json.dumps({**content, "shard": VICTIM}))
 
 
+def repeat_neighbour(place: Place) -> None:
+    """The shard before in the victim's place, with a sidecar that says it belongs there."""
+    neighbour = "r0001-s00000.tar"
+    content = json.loads((place.cache / sidecar_name(neighbour)).read_text())
+    place.tar.write_bytes((place.cache / neighbour).read_bytes())
+    place.sidecar.write_text(json.dumps({**content, "shard": VICTIM}))
+
+
+def drop_entry(place: Place) -> None:
+    """Let the sidecar list one entry less."""
+    content = json.loads(place.sidecar.read_text())
+    content |= {"count": content["count"] - 1, "keys": content["keys"][:-1], "table": content["table"][:-1]}
+    place.sidecar.write_text(json.dumps(content))
+
+
+def change_manifest(place: Place, **changes) -> None:
+    path = place.cache / MANIFEST
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
 def edit_manifest(place: Place, *, rehash: bool) -> None:
     path = place.cache / MANIFEST
     content = json.loads(path.read_text())
@@ -175,12 +195,16 @@ DAMAGES: dict[str, tuple[Callable[[Place], None], str]] = {
     "shard of another cache": (lambda p: copy_from_other(p, VICTIM, sidecar_name(VICTIM)), VICTIM),
     "tar of another cache": (other_bytes_of_the_same_size, VICTIM),
     "shard of another round": (repeat_shard, VICTIM),
+    "shard of the neighbour, renamed": (repeat_neighbour, VICTIM),
     "two shards swapped": (swap_shards, VICTIM),
     "sidecar gone": (lambda p: p.sidecar.unlink(), VICTIM),
     "sidecar cut": (lambda p: p.sidecar.write_text(p.sidecar.read_text()[:200]), VICTIM),
+    "sidecar without its last entry": (drop_entry, VICTIM),
     "sidecar with two members swapped": (swap_members, VICTIM),
     "manifest edited": (lambda p: edit_manifest(p, rehash=False), MANIFEST),
     "manifest edited, with its hash": (lambda p: edit_manifest(p, rehash=True), MANIFEST),
+    "manifest with fewer rounds": (lambda p: change_manifest(p, rounds=1), MANIFEST),
+    "manifest without its files": (lambda p: change_manifest(p, files={}), MANIFEST),
     "manifest of another cache": (lambda p: copy_from_other(p, MANIFEST), MANIFEST),
     "tar with a member ../x": (lambda p: edit_header(p, name="../x"), VICTIM),
     "tar with an absolute member": (lambda p: edit_header(p, name="/tmp/x"), VICTIM),

@@ -23,9 +23,15 @@ SD15 = {
 SD21 = {**SD15, "cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True}
 
 
-# Stages narrower towards the outside, as in SD, so that a wrong key map shows in the shapes.
+# Where SD has attention.
+SD_BLOCKS = {key: SD15[key] for key in ("down_block_types", "up_block_types")}
+
+# Stages narrower towards the outside, as in SD, so that a wrong key map shows in the shapes. Only one stage and the mid
+# block have attention, which takes most of the time at this size.
 TINY = {
     **SD15,
+    "down_block_types": ("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
     "sample_size": 16,
     "block_out_channels": (8, 12, 16, 16),
     "cross_attention_dim": 10,

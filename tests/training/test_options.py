@@ -195,7 +195,7 @@ def test_the_tracker_logs_the_metrics(cache, tmp_path):
 
 
 def test_a_tracker_that_is_not_installed_is_refused_before_training(cache, tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.training.loop.find_spec", lambda name: None)
+    monkeypatch.setattr("pipeline.training.accelerator.find_spec", lambda name: None)
     with pytest.raises(UserError, match="--report-to wandb needs the package wandb. Install it: pip install wandb"):
         run_distill(cache, tmp_path / "out", report_to="wandb")
     assert not (tmp_path / "out").exists()

@@ -27,9 +27,16 @@ LEVELS: dict[str, Level] = {name: level for family in FAMILIES.values() for name
 
 
 def family_of_index(index: Mapping[str, Any]) -> Family | None:
-    """The first family that has all the text encoders which a model_index.json names, or None."""
-    named = {part for part in index if part.startswith("text_encoder") and index[part] and index[part][0]}
-    return next((family for family in FAMILIES.values() if named <= set(family.parts)), None)
+    """The first family that has the class and all the text encoders which a model_index.json names, or None."""
+    named = {part for part in index if part.startswith("text_encoder") and index[part] not in (None, [None, None])}
+    return next(
+        (
+            family
+            for family in FAMILIES.values()
+            if index.get("_class_name") in family.pipelines and named <= set(family.parts)
+        ),
+        None,
+    )
 
 
 def family_of_level(level: str) -> Family:

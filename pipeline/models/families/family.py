@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,14 @@ class Level:
 class Family:
     """What the stages need to know about a kind of teacher.
 
-    `parts` are the pipeline's parts that must exist; of them `encoders` make latents and conditioning, and the spec
-    states their hashes. `check` raises ValueError for a U-Net config that the levels do not fit. `modules` are the
+    `pipelines` are the classes of diffusers that a model_index.json may name. `parts` are the pipeline's parts that
+    must exist, each with the classes that it may have, such as `diffusers.AutoencoderKL`; nothing else is imported. Of
+    them `encoders` make latents and conditioning, and the spec states their hashes. `assemble` makes a pipeline that
+    generates images from the loaded parts.
+
+    `problems(folder, any_channels)` gives, from the configs of a pipeline, (whether it holds, the problem and its
+    remedy) for everything that must hold in every command. Unless `any_channels`, the U-Net must take and give the
+    VAE's latents alone. `check` raises ValueError for a U-Net config that the levels do not fit. `modules` are the
     teacher's modules that can be tapped, in the order of the forward pass, and `blocks` those that a student with all
     of the teacher's layers is compared at.
 
@@ -51,11 +57,14 @@ class Family:
 
     name: str
     title: str
-    parts: tuple[str, ...]
+    pipelines: tuple[str, ...]
+    parts: Mapping[str, tuple[str, ...]]
     encoders: tuple[str, ...]
     levels: Mapping[str, Level]
     modules: tuple[str, ...]
     blocks: tuple[str, ...]
+    assemble: Callable[..., DiffusionPipeline]
+    problems: Callable[[Path, bool], Iterable[tuple[bool, str]]]
     check: Callable[[Mapping[str, Any]], None]
     conditioning_shapes: Callable[[Path], Shapes]
     encode_prompts: Callable[[DiffusionPipeline, list[str]], dict[str, Tensor]]

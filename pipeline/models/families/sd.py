@@ -12,13 +12,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTokenizer
 
 from pipeline.models.families.family import Conditioning, Family, Level, Shapes
+from pipeline.models.families.sd_check import problems, prompt_length
 from pipeline.models.families.sd_single_file import pipeline_weights
 from pipeline.models.reading import read_part
+from pipeline.models.schedule import BETA_SCHEDULERS
 
 PROMPT_EMBEDS = "prompt_embeds"
 DOWN = tuple(f"down_blocks.{i}" for i in range(4))
@@ -34,6 +36,26 @@ STAGE_FIELDS = (
     "only_cross_attention",
     "transformer_layers_per_block",
 )
+
+
+# They share their parts. Which of their U-Nets take more than noisy latents is seen in the U-Net's config.
+PIPELINES = (
+    "StableDiffusionPipeline",
+    "StableDiffusionImg2ImgPipeline",
+    "StableDiffusionInpaintPipeline",
+    "StableDiffusionInpaintPipelineLegacy",
+    "StableDiffusionInstructPix2PixPipeline",
+    "StableDiffusionDepth2ImgPipeline",
+    "LatentConsistencyModelPipeline",
+)
+PARTS = {
+    # VAEs whose encoder gives a posterior.
+    "vae": ("diffusers.AutoencoderKL", "diffusers.AsymmetricAutoencoderKL", "diffusers.ConsistencyDecoderVAE"),
+    "text_encoder": ("transformers.CLIPTextModel",),
+    "tokenizer": ("transformers.CLIPTokenizer", "transformers.CLIPTokenizerFast"),
+    "unet": ("diffusers.UNet2DConditionModel",),
+    "scheduler": tuple(f"diffusers.{name}" for name in BETA_SCHEDULERS),
+}
 
 
 def check_teacher(config: Mapping[str, Any]) -> None:
@@ -119,7 +141,14 @@ def conditioning_shapes(folder: Path) -> Shapes:
     """{"prompt_embeds": (L, D)} of the pipeline in a folder, from its configs."""
     text = read_part(CLIPTextConfig, folder, "text_encoder")
     tokenizer = read_part(CLIPTokenizer, folder, "tokenizer")
-    return {PROMPT_EMBEDS: (tokenizer.model_max_length, text.hidden_size)}
+    return {PROMPT_EMBEDS: (prompt_length(tokenizer, text), text.hidden_size)}
+
+
+def assemble(**parts: Any) -> DiffusionPipeline:
+    """The pipeline, without a safety checker: it would turn images black. Prompts have the text encoder's length."""
+    tokenizer = parts["tokenizer"]
+    tokenizer.model_max_length = prompt_length(tokenizer, parts["text_encoder"].config)
+    return StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
 
 
 def encode_prompts(base: DiffusionPipeline, captions: list[str]) -> dict[str, Tensor]:
@@ -150,11 +179,14 @@ def unet_kwargs(conditioning: Conditioning) -> dict[str, Tensor]:
 SD = Family(
     name="sd",
     title="SD-1.x and SD-2.x",
-    parts=("vae", "text_encoder", "tokenizer", "unet", "scheduler"),
+    pipelines=PIPELINES,
+    parts=PARTS,
     encoders=("vae", "text_encoder"),
     levels=LEVELS,
     modules=(*DOWN[:3], _BK_TINY_MIDDLE[1], DOWN[3], "mid_block", *UP),
     blocks=(*DOWN, "mid_block", *UP),
+    assemble=assemble,
+    problems=problems,
     check=check_teacher,
     conditioning_shapes=conditioning_shapes,
     encode_prompts=encode_prompts,

@@ -1,0 +1,93 @@
+"""The folders of weights in a cache, base/ and students/<level>/: bound to its manifest, checked before they are used.
+
+The manifest states the hash of each folder's checksums.json, which states those of the files. Caches of earlier
+versions state nothing, and their folders are used as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from diffusers import UNet2DConditionModel
+
+from pipeline.models.checksums import CHECKSUMS, changed_files, has_checksums
+from pipeline.models.families import LEVELS, family_of_spec
+from pipeline.models.reading import reading
+from pipeline.models.shapes import tap_shapes
+from pipeline.system.errors import UserError
+from shards.files import file_sha256
+from shards.manifest import Manifest
+from shards.schema import conditioning_shapes
+
+BASE, STUDENTS = "base", "students"
+REMEDY = "Copy it from an intact cache, or delete the folder and rerun the same `distill-sd teacher-cache`."
+
+
+def student_part(level: str) -> str:
+    return f"{STUDENTS}/{level}"
+
+
+def existing_parts(cache: Path) -> list[str]:
+    """The names of the folders of weights that a cache has: `base`, `students/sd_small`."""
+    return [part for part in (BASE, *map(student_part, sorted(LEVELS))) if (cache / part).is_dir()]
+
+
+def checksums_of_parts(cache: Path, parts: Iterable[str]) -> dict[str, str]:
+    """What the manifest states of these folders: the sha256 of each checksums.json, by name in the cache.
+
+    A folder that was changed since it was written is left out.
+    """
+    intact = [part for part in sorted(parts) if has_checksums(cache / part) and not changed_files(cache / part)]
+    return {f"{part}/{CHECKSUMS}": file_sha256(cache / part / CHECKSUMS) for part in intact}
+
+
+def bound_parts(manifest: Manifest) -> list[str]:
+    """The folders of weights whose checksums the manifest states."""
+    return [name.removesuffix(f"/{CHECKSUMS}") for name in manifest.files if name.endswith(f"/{CHECKSUMS}")]
+
+
+def is_bound(manifest: Manifest, part: str) -> bool:
+    return part in bound_parts(manifest)
+
+
+def changes(cache: Path, manifest: Manifest, part: str, *, contents: bool) -> list[str]:
+    """What differs in a folder from when it was written for this cache: `config.json is missing`.
+
+    Without `contents`, the files are only looked for and not read. Empty if the folder is intact, or if an earlier
+    version wrote nothing to compare it with.
+    """
+    stated = manifest.files.get(f"{part}/{CHECKSUMS}")
+    path = cache / part / CHECKSUMS
+    if stated and not path.is_file():
+        return [f"{CHECKSUMS} is missing"]
+    if stated and file_sha256(path) != stated:
+        return [f"{CHECKSUMS} was changed, or the folder is of another cache"]
+    return changed_files(cache / part, contents=contents)
+
+
+def check_part(cache: Path, manifest: Manifest, part: str, *, contents: bool) -> None:
+    """Raise UserError, with the first of its `changes`, unless a folder is as it was written for this cache."""
+    changed = changes(cache, manifest, part, contents=contents)
+    if changed:
+        raise UserError(f"{cache / part}: {changed[0]}. {REMEDY}")
+
+
+def check_student(cache: Path, level: str, spec: dict[str, Any]) -> None:
+    """Raise UserError unless the initial student takes the cache's tensors and its taps have the teacher's shapes.
+
+    The config alone tells. This is for folders that are not bound to their cache.
+    """
+    folder, family = cache / student_part(level), family_of_spec(spec)
+    taps = {
+        student: spec["taps"][teacher]["shape"] for student, teacher in LEVELS[level].taps if teacher in spec["taps"]
+    }
+    config = reading(folder, lambda: UNet2DConditionModel.load_config(folder))
+    stated = spec["latents"]["latents_shape"], conditioning_shapes(spec)
+    try:
+        shapes: dict[str, Any] = dict(tap_shapes(config, *stated, list(taps), family))
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
+        shapes = {}
+    if any(list(shapes.get(tap, ())) != list(shape) for tap, shape in taps.items()):
+        raise UserError(f"{folder} does not hold the {level} student of this cache's teacher. {REMEDY}")

@@ -1,0 +1,168 @@
+"""The weight files in a part's folder, under the names that diffusers and transformers give them.
+
+diffusion_pytorch_model.safetensors     or model.safetensors: the plain file
+model.fp16.safetensors                  the variant fp16
+model-00001-of-00002.safetensors ...    in pieces, with an index
+pytorch_model.bin                       a pickle, read with weights_only
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pipeline.models.reading import read_json, reading
+from pipeline.system.errors import UserError
+
+NAME = re.compile(
+    r"(?P<stem>diffusion_pytorch_model|pytorch_model|model)"
+    r"(\.(?P<variant>[A-Za-z]\w*))?(-\d{5}-of-\d{5})?(\.(?P<old_variant>[A-Za-z]\w*))?"
+    r"\.(?P<format>safetensors|bin)"
+)
+FORMATS = ("safetensors", "bin")
+# Looked for in this order where no variant is asked for and the plain files are missing.
+FALLBACKS = ("fp32", "fp16", "bf16")
+# The names of dtypes in a safetensors header.
+FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """One complete set of a network's weights: the `files`, sorted, of one variant (None: plain) in one format."""
+
+    variant: str | None
+    format: str
+    files: tuple[Path, ...]
+
+    @property
+    def stem(self) -> str:
+        """`model` or `diffusion_pytorch_model`."""
+        name = self.files[0].name
+        return "diffusion_pytorch_model" if name.startswith("diffusion") else "model"
+
+
+def find_weights(folder: Path, variant: str | None, fallback: bool = True) -> WeightFiles:
+    """The files that a network is loaded from: of `variant` if there are any, else the plain ones.
+
+    If `variant` is None and there are no plain files, those of another variant. Without `fallback`, a `variant` that is
+    asked for must exist. Raises UserError if there are no such files.
+    """
+    found = _weights_in(folder)
+    others = sorted({name for name, _ in found if name} - set(FALLBACKS))
+    order: list[str | None] = [variant, *([None] if fallback else [])] if variant else [None, *FALLBACKS, *others]
+    for name in order:
+        for format in FORMATS:
+            if (name, format) in found:
+                return WeightFiles(name, format, tuple(sorted(found[name, format])))
+    if not found:
+        raise UserError(f"{folder} holds no weights. Copy or download the pipeline again.")
+    available = ", ".join(sorted({f"--variant {name}" if name else "no --variant" for name, _ in found}))
+    raise UserError(f"{folder} has no weights of --variant {variant}. Use {available}.")
+
+
+def has_weights(folder: Path) -> bool:
+    return bool(_weights_in(folder))
+
+
+def _weights_in(folder: Path) -> dict[tuple[str | None, str], list[Path]]:
+    found = defaultdict(list)
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if match := NAME.fullmatch(path.name):
+            found[match["variant"] or match["old_variant"], match["format"]].append(path)
+    return dict(found)
+
+
+def load_network(kind: Any, folder: Path, variant: str | None, fallback: bool = True, **options: Any) -> Any:
+    """The network of class `kind` in a folder, with every tensor from its files.
+
+    Raises UserError if a tensor is missing or has another shape: the libraries would leave it random.
+    """
+    read_json(folder / "config.json")
+    weights = find_weights(folder, variant, fallback)
+    if "transformers" in kind.__module__:
+        # Otherwise transformers only says that some tensor does not fit.
+        options["ignore_mismatched_sizes"] = True
+    network, info = reading(
+        folder,
+        lambda: kind.from_pretrained(
+            folder,
+            variant=weights.variant,
+            use_safetensors=weights.format == "safetensors",
+            output_loading_info=True,
+            local_files_only=True,
+            **options,
+        ),
+    )
+    refuse_incomplete(folder, weights, network, info)
+    return network
+
+
+def refuse_incomplete(folder: Path, weights: WeightFiles, network: nn.Module, info: dict[str, Any]) -> None:
+    """Raise UserError if `info`, a library's account of loading, has a tensor that is not from the files."""
+    source = weights.files[0] if len(weights.files) == 1 else folder
+    misshapen = sorted(item if isinstance(item, str) else item[0] for item in info["mismatched_keys"])
+    if misshapen:
+        raise UserError(
+            f"{source} does not fit its config.json: {misshapen[0]} has another shape"
+            f"{_and_others(misshapen)}. Copy or download the pipeline again."
+        )
+    missing = sorted(set(info["missing_keys"]) & set(network.state_dict()))
+    if missing:
+        raise UserError(
+            f"{source} lacks {len(missing)} of the network's {len(network.state_dict())} tensors, such as "
+            f"{missing[0]}. Copy or download the pipeline again."
+        )
+
+
+def _and_others(names: list[str]) -> str:
+    return f", as have {len(names) - 1} others" if len(names) > 1 else ""
+
+
+def copy_weights(
+    folder: Path, variant: str | None, out: Path, dtype: torch.dtype, rename: Callable[[str], str]
+) -> bool:
+    """Copy a network's weights to `out` under the plain names, with every tensor called `rename(name)`.
+
+    The files are copied as they are if that is what they hold already, in `dtype` and as safetensors. Otherwise one
+    file with such tensors is written. Returns whether the files were copied.
+    """
+    weights = find_weights(folder, variant)
+    if weights.variant is None and weights.format == "safetensors" and _hold(weights.files, dtype, rename):
+        for file in (*weights.files, folder / f"{weights.stem}.safetensors.index.json"):
+            if file.is_file():
+                shutil.copyfile(file, out / file.name)
+        return True
+    tensors = {
+        rename(name): tensor.to(dtype if tensor.is_floating_point() else tensor.dtype).contiguous().clone()
+        for name, tensor in reading(folder, lambda: read_tensors(weights)).items()
+    }
+    save_file(tensors, out / f"{weights.stem}.safetensors", metadata={"format": "pt"})
+    return False
+
+
+def read_tensors(weights: WeightFiles) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for file in weights.files:
+        is_pickle = weights.format == "bin"
+        tensors |= torch.load(file, map_location="cpu", weights_only=True) if is_pickle else load_file(file)
+    return tensors
+
+
+def _hold(files: tuple[Path, ...], dtype: torch.dtype, rename: Callable[[str], str]) -> bool:
+    """Whether safetensors files hold floats of `dtype` alone, under names that `rename` leaves as they are."""
+    for path in files:
+        with safe_open(path, "pt") as file:
+            for name in list(file.keys()):
+                if rename(name) != name or FLOATS.get(file.get_slice(name).get_dtype(), dtype) != dtype:
+                    return False
+    return True

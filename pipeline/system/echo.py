@@ -1,0 +1,25 @@
+"""Printing text that may hold anything, such as captions and file names."""
+
+from __future__ import annotations
+
+import unicodedata
+
+import click
+
+
+def say(text: str, err: bool = False) -> None:
+    """Print text. Characters that would control the terminal are shown as escapes, such as `\\x1b`."""
+    click.echo(printable(text), err=err)
+
+
+def printable(text: str) -> str:
+    """`text` with its control and format characters as escapes. Newlines and tabs stay.
+
+    Format characters (Unicode's Cf) include those that reverse the direction of text. The zero-width joiner stays,
+    since emoji need it.
+    """
+    return "".join(character if _is_harmless(character) else ascii(character)[1:-1] for character in text)
+
+
+def _is_harmless(character: str) -> bool:
+    return character in "\n\t\u200d" or unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Zl", "Zp")

@@ -1,0 +1,120 @@
+"""Batches of entries for one process, read by loader processes while the device computes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from accelerate import Accelerator
+from torch.utils.data import DataLoader, Dataset
+
+from pipeline.system.children import bound_children, forkserver
+from pipeline.system.device import is_accelerator
+from pipeline.system.errors import UserError, first_line
+from pipeline.training.settings import TrainingSettings
+from shards.dataset import Batch, EpochBatches
+from shards.schema import ShardError
+
+# Far longer than a batch takes on a slow disk.
+BATCH_SECONDS = 600.0
+
+
+def batches(
+    settings: TrainingSettings, dataset: Any, accelerator: Accelerator, position: int
+) -> Generator[Batch, None, None]:
+    """Batches of this process on its device, endlessly, from entry `position` of the stream on."""
+    for batch in collated_batches(settings, dataset, accelerator, position):
+        yield batch.to(accelerator.device)
+
+
+def collated_batches(
+    settings: TrainingSettings, dataset: Any, accelerator: Accelerator, position: int
+) -> Generator[Any, None, None]:
+    """This process's batches as `dataset.collate` makes them, endlessly, from entry `position` on.
+
+    Raises ShardError for an entry that cannot be read, and UserError if loader processes fail or give no batch within
+    BATCH_SECONDS.
+    """
+    order = EpochBatches(
+        len(dataset),
+        settings.train_batch_size,
+        settings.seed,
+        start=position,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+    )
+    workers = settings.dataloader_num_workers
+    if workers is None:
+        # On a CPU, loader processes take more time from training than reading between the steps costs.
+        workers = 2 if is_accelerator(accelerator.device) else 0
+    pinned = accelerator.device.type == "cuda"
+    if not workers:
+        yield from DataLoader(dataset, batch_sampler=order, collate_fn=dataset.collate, pin_memory=pinned)
+        return
+    read = ReadElsewhere(dataset)
+    with bound_children() as (bound, end_workers):
+        loader: DataLoader[Any] = DataLoader(
+            read,
+            batch_sampler=order,
+            collate_fn=read.collate,
+            num_workers=workers,
+            pin_memory=pinned,
+            multiprocessing_context=forkserver(),
+            worker_init_fn=bound,
+        )
+        with loader_failures():
+            stream = iter(loader)
+        try:
+            while True:
+                # torch looks every few seconds whether its workers live. Those that are stuck must end for it to see.
+                patience = threading.Timer(BATCH_SECONDS, end_workers)
+                patience.daemon = True
+                patience.start()
+                with loader_failures():
+                    batch = next(stream)
+                patience.cancel()
+                if isinstance(batch, Exception):
+                    raise batch
+                yield batch
+        finally:
+            # Its workers end in order while the pipe is still open.
+            del stream
+
+
+@dataclass(frozen=True)
+class ReadElsewhere(Dataset):
+    """A dataset for loader processes: an error in reading is handed over in place of the batch, to be raised here.
+
+    torch would raise another one, with the other process's traceback for its text.
+    """
+
+    dataset: Any
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return self.dataset[index]
+        except (ShardError, OSError) as error:
+            return error
+
+    def collate(self, entries: list[Any]) -> Any:
+        failed = next((entry for entry in entries if isinstance(entry, Exception)), None)
+        return failed or self.dataset.collate(entries)
+
+
+@contextmanager
+def loader_failures() -> Iterator[None]:
+    """Raise UserError in place of what torch raises when batches cannot be handed over."""
+    try:
+        yield
+    except (RuntimeError, OSError, EOFError) as error:
+        raise UserError(
+            f"the loader processes failed ({first_line(error)}). They hand batches over in shared memory and open "
+            "files: enlarge /dev/shm (`docker run --shm-size 8g`), raise `ulimit -n`, free memory, or use "
+            "--dataloader-num-workers 0, which reads in the training process."
+        ) from error

@@ -1,0 +1,111 @@
+"""The output directory of a training: claiming it, and how far the training in it has come.
+
+out/spec.json        what the training is
+out/checkpoints/     see `checkpoint`
+out/finished.json    the step of the saved result, and the sha256 of its weights
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from pipeline.models.hub import open_repository
+from pipeline.system.errors import UserError
+from pipeline.system.json_files import read_json
+from pipeline.system.lock import OutputLock
+from pipeline.system.output import check_output, made_by
+from pipeline.system.settings import write_settings
+from pipeline.training.checkpoint import list_checkpoints
+from pipeline.training.settings import TrainingSettings
+from shards.files import file_sha256, remove_leftovers, write_json
+from shards.manifest import refuse_other_spec
+
+SPEC, FINISHED, METRICS, CHECKPOINTS = "spec.json", "finished.json", "metrics.jsonl", "checkpoints"
+LOGS, VALIDATION = "logs", "validation"
+ANOTHER = "choose another output directory."
+FINISHED_REMEDY = "Delete it, and rerun the same command: the student is saved again from the last checkpoint."
+
+
+def check_out(settings: TrainingSettings, inputs: dict[str, Path | str | None]) -> None:
+    """Raise UserError unless --out is new, empty, or holds a training by the same command; `inputs` by flag."""
+    check_output(settings.out, settings.command, inputs, own=made_by(settings.out, settings.command, SPEC))
+
+
+def claim(settings: TrainingSettings, spec: dict[str, Any], lock: OutputLock) -> None:
+    """Take the output directory, in which no other process writes from now on, for the training that `spec` describes.
+
+    Raises ShardError, with the difference, if it holds a checkpoint or a student of another training, and UserError if
+    another process writes there.
+    """
+    path = settings.out / SPEC
+    lock.take()
+    if list_checkpoints(settings.out / CHECKPOINTS) or finished_step(settings.out):
+        if not path.is_file():
+            raise UserError(f"{settings.out} holds a training without its {SPEC}. Choose another output directory.")
+        refuse_other_spec(settings.out, read_json(path, f"Restore it from a backup, or {ANOTHER}"), spec)
+        remove_leftovers(settings.out, settings.out / CHECKPOINTS)
+        return
+    remove_leftovers(settings.out, settings.out / CHECKPOINTS)
+    write_json(path, spec)
+    write_settings(settings.out, settings.command, settings)
+
+
+def nothing_left(settings: TrainingSettings, accelerator: Accelerator, what: str, complete: bool = True) -> bool:
+    """Whether there is nothing to do: `out` holds a finished and `complete` `what`, and nothing is to be uploaded.
+
+    If so, it prints that. Otherwise it makes sure that the hub's repository can be written, before anything is trained.
+    """
+    done = finished_step(settings.out)
+    if done >= (settings.max_train_steps or 0) and complete and not settings.push_to_hub:
+        accelerator.print(
+            f"already finished, nothing to do: {settings.out} holds a {what} of {done} steps. "
+            "Raise --max-train-steps to train it further."
+        )
+        return True
+    if settings.push_to_hub and accelerator.is_main_process:
+        open_repository(settings.push_to_hub)
+    accelerator.wait_for_everyone()
+    return False
+
+
+def finished_step(out: Path) -> int:
+    """The step of the student that `out` holds as a pipeline; 0 if it holds none.
+
+    Raises UserError for a file that was damaged.
+    """
+    path = out / FINISHED
+    if not path.is_file():
+        return 0
+    step = read_json(path, FINISHED_REMEDY).get("step")
+    if type(step) is not int or step < 0:
+        raise UserError(f"{path} states the step {step!r}. {FINISHED_REMEDY}")
+    return step
+
+
+def checkpointed_step(out: Path) -> int:
+    """The step of the newest checkpoint; 0 if there is none."""
+    return max([step for step, _ in list_checkpoints(out / CHECKPOINTS)], default=0)
+
+
+def weights_of(out: Path) -> dict[str, str]:
+    """The sha256 of each weight file of the result, by its path in `out`."""
+    files = sorted(file.relative_to(out) for file in out.rglob("*.safetensors"))
+    return {file.as_posix(): file_sha256(out / file) for file in files if file.parts[0] != CHECKPOINTS}
+
+
+def refuse_damaged_result(out: Path) -> None:
+    """Raise UserError if weights of a finished result are not what was saved. Earlier versions kept no checksums."""
+    path = out / FINISHED
+    if not path.is_file():
+        return
+    saved = read_json(path, FINISHED_REMEDY).get("sha256", {})
+    found = weights_of(out)
+    for name in saved:
+        if found.get(name) != saved[name]:
+            raise UserError(
+                f"{out / name} {'was changed' if name in found else 'is missing'}, though the training is finished. "
+                f"Delete {path} and rerun the same command: the last checkpoint is saved again."
+            )
