@@ -50,7 +50,7 @@ class Parts:
 
 
 def stage_one(case: Case) -> tuple[float, float]:
-    """Seconds of an image in encode and of an entry in teacher-cache, from the second forward pass to the last shard."""
+    """Seconds of an image in encode and of an entry in teacher-cache, as `stage_one` times them."""
     common = {"teacher": str(case.teacher), "batch_size": case.batch_size, "device": case.device}
     latents, cache = case.work / "timed-latents", case.work / "timed-cache"
     for folder in (latents, cache):
