@@ -62,7 +62,7 @@ CACHE   ?= $(WORK)/cache
 STUDENT ?= $(WORK)/$(LEVEL)
 
 .DEFAULT_GOAL := help
-.PHONY: help install test lint encode teacher-cache distill data clean
+.PHONY: help install test test-gpu lint encode teacher-cache distill data clean
 
 help: ## List the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  \1|\2/' | column -t -s '|'
@@ -81,6 +81,9 @@ $(TOOLS)/bin/img2dataset:
 
 test: lint $(TOOLS)/bin/img2dataset ## Run the linter, the type checker and the tests.
 	OMP_NUM_THREADS=1 IMG2DATASET='$(abspath $(TOOLS))/bin/img2dataset' $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 20
+
+test-gpu: $(READY) ## Run the tests that need a CUDA GPU.
+	$(BIN)/python -m pytest tests/gpu -rs --durations 20
 
 lint: $(READY) ## Run the linter and the type checker alone.
 	$(BIN)/ruff check .

@@ -31,6 +31,7 @@ from pipeline.models.families import Family, Shapes
 from pipeline.models.hashing import library_versions, weights_sha256
 from pipeline.models.load import family_of, find_pipeline, load_base
 from pipeline.system.command import stage_command
+from pipeline.system.compiling import compile_failures, compile_networks
 from pipeline.system.device import DTYPES, is_accelerator, leave_processes, process_state
 from pipeline.system.disk import format_bytes, free_bytes, require_space
 from pipeline.system.echo import printable
@@ -74,6 +75,7 @@ class EncodeSettings(DataSettings, DeviceOptions, HubOptions):
     random_flip: bool = option(False, "Mirror a random half of the images.")
     batch_size: int = option(8, "Images per forward pass.", ge=1)
     dtype: str = option("fp32", "Precision of the VAE and the text encoder.", choices=tuple(DTYPES))
+    compile: bool = option(False, "Compile the networks with torch.compile: a slow start, then faster passes.")
     workers: int = option(4, "Threads that decode and resize images.", ge=1)
     entries_per_shard: int = option(1000, "Images per shard.", ge=1)
     max_skipped: float = option(0.5, "Largest share of a shard's images that may be skipped.", ge=0, le=1)
@@ -136,6 +138,9 @@ def write_latents(settings: EncodeSettings, lock: OutputLock) -> None:
 
     base.to(state.device, DTYPES[settings.dtype])
     base.vae.to(memory_format=torch.channels_last)
+    if settings.compile:
+        text_encoders = [getattr(base, part) for part in family.encoders if part != "vae"]
+        compile_networks(state.device, base.vae.encoder, *text_encoders)
     needed = count_entries(unfinished) * sizes.stored_bytes(entry_sizes(spec))
     require_space(settings.out, needed, "use a smaller --resolution")
     if state.is_main_process:
@@ -143,7 +148,8 @@ def write_latents(settings: EncodeSettings, lock: OutputLock) -> None:
         for note in source.notes():
             click.echo(note)
         warn_truncated_captions(source, base, family)
-    with tqdm(total=count_entries(own), unit="image", desc="encode", disable=not state.is_main_process) as progress:
+    bar = tqdm(total=count_entries(own), unit="image", desc="encode", disable=not state.is_main_process)
+    with bar as progress, compile_failures(settings.compile):
         for shard in own:
             records = shard_records(source, shard)
             remember(open_store(settings.out), manifest, shard, [record for _, record in records])

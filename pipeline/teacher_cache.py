@@ -39,6 +39,7 @@ from pipeline.models.students import initialised_student, meta_student, teacher_
 from pipeline.sampling.generate import SAMPLES, Sampler, check_sampler, save_images
 from pipeline.sampling.process import PipelineRef, generate_in_process
 from pipeline.system.command import stage_command
+from pipeline.system.compiling import compile_failures, compile_networks
 from pipeline.system.device import DTYPES, is_accelerator, leave_processes, process_state, resolve_dtype
 from pipeline.system.disk import format_bytes, free_bytes, require_space
 from pipeline.system.errors import UserError, attempt_all, failing_with
@@ -81,6 +82,7 @@ class TeacherCacheSettings(CacheFormat, PrecisionOptions, HubOptions):
     prediction_type: str | None = option(
         None, "The teacher's prediction type; by default as in its scheduler's config.", choices=PREDICTION_TYPES
     )
+    compile: bool = option(False, "Compile the teacher with torch.compile: a slow start, then faster passes.")
     entries_per_shard: int = option(250, "Entries per shard.", ge=1)
     shard_range: str | None = option(
         None, "Write only these of the planned shards, such as 0:50, to split the work over several jobs."
@@ -136,6 +138,8 @@ def write_cache(settings: TeacherCacheSettings, lock: OutputLock) -> None:
         write_settings(settings.out, "teacher-cache", settings)
     dtype = DTYPES[spec["dtype"]]
     unet.to(state.device, dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
+    if settings.compile:
+        compile_networks(state.device, unet)
     teacher = Teacher(
         unet,
         family_of_spec(spec),
@@ -143,9 +147,8 @@ def write_cache(settings: TeacherCacheSettings, lock: OutputLock) -> None:
         noise_scheduler.alphas_cumprod.to(state.device),
         unconditional_conditioning(latents),
     )
-    with tqdm(
-        total=count_entries(own), unit="entry", desc="teacher-cache", disable=not state.is_main_process
-    ) as progress:
+    bar = tqdm(total=count_entries(own), unit="entry", desc="teacher-cache", disable=not state.is_main_process)
+    with bar as progress, compile_failures(settings.compile):
         kept = kept_batches(settings, own, manifest)
         progress.update(sum(len(part.keys) for part in kept.values()))
         entries = cache_entries(own, kept, manifest, latents, teacher, settings)

@@ -134,7 +134,8 @@ def _click_option(setting: dataclasses.Field[Any], hint: Any) -> click.Parameter
         return click.Option([name, setting.name], type=_parameter_type(kind, setting), required=True, help=help)
     default = setting.default
     if kind is bool:
-        return click.Option([f"{name}/--no-{name[2:]}"], default=default, show_default=True, help=help)
+        shown = default is not None
+        return click.Option([f"{name}/--no-{name[2:]}"], default=default, show_default=shown, help=help)
     choices = setting.metadata["choices"]
     is_list = typing.get_origin(kind) is tuple
     return click.Option(

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from importlib.util import find_spec
-from shutil import which
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, ProjectConfiguration
 
+from pipeline.system.compiling import refuse_without_compiler
 from pipeline.system.device import refuse_other_device, refuse_sharding, use_cpu
-from pipeline.system.errors import FAILURES, UserError, first_line
+from pipeline.system.errors import UserError, first_line
 from pipeline.system.memory import keep_freed_memory
-from pipeline.training.output import LOGS
+from pipeline.training.output import LOGS, existing_spec
 from pipeline.training.settings import PRECISIONS, Chosen, TrainingSettings
 
 # How long processes wait for each other within a step, which may compile or read from a slow disk.
@@ -26,17 +24,30 @@ ACCUMULATION = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
 
 
 def resolve_precision(settings: Chosen) -> Chosen:
-    """The settings with a `mixed_precision`: as they say, else as `accelerate launch` says, else no.
+    """The settings with `mixed_precision` and `allow_tf32` decided, so that a spec states them.
 
+    What is not asked for, by an option or by `accelerate launch --mixed_precision`, is as in the training that `out`
+    holds already. For a new one it is bf16 and TF32 on a GPU that has bf16, else neither.
     Raises UserError for a precision that accelerate knows and training does not, such as fp8.
     """
-    precision = settings.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    # `accelerate launch` says "no" where it was not told anything.
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    stated, default = existing_spec(settings.out), has_bf16(settings.device)
+    precision = settings.mixed_precision or (None if launched == "no" else launched)
+    precision = precision or stated.get("mixed_precision") or ("bf16" if default else "no")
+    tf32 = settings.allow_tf32 if settings.allow_tf32 is not None else stated.get("allow_tf32", default)
     if precision not in PRECISIONS:
         raise UserError(
             f"ACCELERATE_MIXED_PRECISION is {precision}, which is not one of {', '.join(PRECISIONS)}. "
             "Pass --mixed-precision, which takes precedence."
         )
-    return replace(settings, mixed_precision=precision)
+    return replace(settings, mixed_precision=precision, allow_tf32=bool(tf32))
+
+
+def has_bf16(device: str) -> bool:
+    """Whether `--device` resolves to a CUDA GPU that computes in bf16 itself."""
+    on_cuda = not use_cpu(device) and torch.cuda.is_available()
+    return on_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def make_accelerator(settings: TrainingSettings) -> Accelerator:
@@ -75,8 +86,7 @@ def refuse_precision(precision: str, device: str) -> None:
     """Raise UserError for a mixed precision that the device does not have."""
     if precision == "fp16" and use_cpu(device):
         raise UserError("--mixed-precision fp16 needs a GPU. On a CPU, use bf16 or no.")
-    on_cuda = not use_cpu(device) and torch.cuda.is_available()
-    if precision == "bf16" and on_cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
+    if precision == "bf16" and not use_cpu(device) and torch.cuda.is_available() and not has_bf16(device):
         raise UserError(f"--mixed-precision bf16: {torch.cuda.get_device_name()} does not have bf16. Use fp16 or no.")
 
 
@@ -100,41 +110,3 @@ def start_trackers(settings: TrainingSettings, accelerator: Accelerator) -> None
             f"--report-to {settings.report_to} could not be started ({first_line(error)}). "
             f"Log in to {settings.report_to}, or leave the option out."
         ) from error
-
-
-def refuse_without_compiler(device: torch.device) -> None:
-    """Raise UserError if torch.compile lacks what it generates code with: a C++ compiler, on a GPU a C compiler."""
-    if device.type == "cuda":
-        names = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang", "cc"]
-        missing = None if any(map(which, names)) else f"no C compiler: {', '.join(names)} not found"
-    else:
-        missing = _missing_cpp_compiler()
-    if missing:
-        raise UserError(
-            f"--compile needs a compiler ({missing}). Install one, such as `apt install g++`, or leave --compile out."
-        )
-
-
-def _missing_cpp_compiler() -> str | None:
-    from torch._inductor.cpp_builder import get_cpp_compiler
-
-    try:
-        get_cpp_compiler()
-    except FAILURES as error:
-        return first_line(error)
-    return None
-
-
-@contextmanager
-def compile_failures(compiled: bool) -> Iterator[None]:
-    """Raise UserError where torch.compile fails, which it does in the first step, for what it finds on the machine."""
-    if not compiled:
-        yield
-        return
-    from torch._dynamo.exc import TorchDynamoException
-
-    try:
-        yield
-    except TorchDynamoException as error:
-        cause = getattr(error, "inner_exception", error)
-        raise UserError(f"--compile failed ({first_line(cause)}). Fix this, or leave --compile out.") from error

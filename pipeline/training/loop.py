@@ -29,10 +29,11 @@ from pipeline.core.taps import Taps
 from pipeline.models.families import Family, denoise
 from pipeline.models.load import load_scheduler
 from pipeline.sampling.generate import Sampler, check_sampler
+from pipeline.system.compiling import compile_failures
 from pipeline.system.device import leave_processes
 from pipeline.system.errors import FAILURES, UserError, first_line
 from pipeline.system.prompts import read_prompts
-from pipeline.training.accelerator import compile_failures, start_trackers
+from pipeline.training.accelerator import start_trackers
 from pipeline.training.checkpoint import list_checkpoints, load_checkpoint, reading_checkpoint, save_checkpoint
 from pipeline.training.interrupts import Interrupts
 from pipeline.training.metrics import Metrics, SeenBatch
@@ -152,7 +153,7 @@ def prepare_training(
         student.enable_gradient_checkpointing()
     if settings.allow_tf32:
         # For matrix products. torch lets convolutions use it anyway.
-        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.set_float32_matmul_precision("high")
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(trained, settings)
     # Not prepared: accelerate would step the schedule once per process.

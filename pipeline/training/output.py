@@ -25,7 +25,7 @@ from shards.manifest import refuse_other_spec
 
 SPEC, FINISHED, METRICS, CHECKPOINTS = "spec.json", "finished.json", "metrics.jsonl", "checkpoints"
 LOGS, VALIDATION = "logs", "validation"
-ANOTHER = "choose another output directory."
+SPEC_REMEDY = "Restore it from a backup, or choose another output directory."
 FINISHED_REMEDY = "Delete it, and rerun the same command: the student is saved again from the last checkpoint."
 
 
@@ -45,12 +45,19 @@ def claim(settings: TrainingSettings, spec: dict[str, Any], lock: OutputLock) ->
     if list_checkpoints(settings.out / CHECKPOINTS) or finished_step(settings.out):
         if not path.is_file():
             raise UserError(f"{settings.out} holds a training without its {SPEC}. Choose another output directory.")
-        refuse_other_spec(settings.out, read_json(path, f"Restore it from a backup, or {ANOTHER}"), spec)
+        refuse_other_spec(settings.out, read_json(path, SPEC_REMEDY), spec)
         remove_leftovers(settings.out, settings.out / CHECKPOINTS)
         return
     remove_leftovers(settings.out, settings.out / CHECKPOINTS)
     write_json(path, spec)
     write_settings(settings.out, settings.command, settings)
+
+
+def existing_spec(out: Path) -> dict[str, Any]:
+    """What the training in `out` is; empty if there is none yet. Raises UserError for a file that was damaged."""
+    path = out / SPEC
+    held = path.is_file() and (list_checkpoints(out / CHECKPOINTS) or finished_step(out))
+    return read_json(path, SPEC_REMEDY) if held else {}
 
 
 def nothing_left(settings: TrainingSettings, accelerator: Accelerator, what: str, complete: bool = True) -> bool:

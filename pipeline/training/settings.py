@@ -48,12 +48,13 @@ class TrainingSettings(DeviceOptions):
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass: less memory, more time.")
     mixed_precision: str | None = option(
         None,
-        "Precision of the student's forward and backward passes; by default what `accelerate launch` says, else no.",
+        "Precision of the student's forward and backward passes. By default what `accelerate launch` says, else bf16 "
+        "on a GPU that has it, else no.",
         choices=PRECISIONS,
     )
     compile: bool = option(False, "Compile the student with torch.compile: a slow start, then faster steps.")
-    allow_tf32: bool = option(
-        False, "Multiply float32 matrices in TF32 on NVIDIA GPUs: faster, with 10 bits of mantissa."
+    allow_tf32: bool | None = option(
+        None, "Multiply float32 matrices in TF32: faster, with 10 bits of mantissa. By default on GPUs that have it."
     )
     checkpointing_steps: int = option(500, "Optimiser steps between checkpoints.", ge=1)
     checkpoints_total_limit: int = option(2, "Newest checkpoints to keep.", ge=1)
