@@ -25,8 +25,12 @@ from shards.files import atomic_directory, write_json
 
 # Keys under which diffusers and transformers note the folder that a part was loaded from.
 PATH_KEYS = {"_name_or_path", "name_or_path", "special_tokens_map_file", "tokenizer_file"}
-# Parts that no stage needs. They are handed on if they are complete, each with the file that it needs.
-SAFETY = {"safety_checker": "config.json", "feature_extractor": "preprocessor_config.json"}
+# Parts that no stage needs, with their configs. They are handed on if they are complete.
+OPTIONAL = {
+    "feature_extractor": "preprocessor_config.json",
+    "image_encoder": "config.json",
+    "safety_checker": "config.json",
+}
 # How transformers 4 calls the tensors of a CLIPTextModel. transformers 5 leaves the prefix out, and reads both.
 CLIP_PREFIX = "text_model."
 CLIP_MODULES = re.compile(r"(embeddings|encoder|final_layer_norm)\.")
@@ -56,10 +60,13 @@ def copy_parts(folder: Path, variant: str | None, out: Path, dtype: torch.dtype)
 
 
 def parts_to_keep(folder: Path) -> list[str]:
-    """The parts of a pipeline besides the U-Net: those that its family needs, and a complete safety checker."""
+    """The parts of a pipeline besides the U-Net: those that its family needs, and optional ones that are complete."""
     index = read_json(folder / MODEL_INDEX)
-    is_safe = all(_is_complete(folder, index, part, file) for part, file in SAFETY.items())
-    return [*(part for part in family_of(folder).parts if part != "unet"), *(SAFETY if is_safe else ())]
+    optional = [part for part, config in OPTIONAL.items() if _is_complete(folder, index, part, config)]
+    if "feature_extractor" not in optional:
+        # diffusers loads no safety checker without it.
+        optional = [part for part in optional if part != "safety_checker"]
+    return [*(part for part in family_of(folder).parts if part != "unet"), *optional]
 
 
 def index_to_keep(folder: Path) -> dict[str, Any]:
@@ -73,9 +80,9 @@ def index_to_keep(folder: Path) -> dict[str, Any]:
     return index if "safety_checker" in kept else {**index, "requires_safety_checker": False}
 
 
-def _is_complete(folder: Path, index: dict[str, Any], part: str, file: str) -> bool:
-    has_file = index.get(part) not in (None, [None, None]) and (folder / part / file).is_file()
-    return has_file and (file != "config.json" or has_weights(folder / part))
+def _is_complete(folder: Path, index: dict[str, Any], part: str, config: str) -> bool:
+    has_config = index.get(part) not in (None, [None, None]) and (folder / part / config).is_file()
+    return has_config and (config != "config.json" or has_weights(folder / part))
 
 
 def copy_part(folder: Path, variant: str | None, out: Path, *, dtype: torch.dtype) -> None:
