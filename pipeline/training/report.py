@@ -20,8 +20,9 @@ def write_report(
 ) -> None:
     """Write out/report.html.
 
-    `metrics` are the lines of metrics.jsonl; incomplete ones are left out. `rows` maps each model's name to its images, the teacher's first and all
-    for the same prompts; if it is empty, the report has no images. `scorer` judges the images.
+    `metrics` are the lines of metrics.jsonl; incomplete ones are left out. `rows` maps each model's name to its images,
+    the teacher's first and all for the same prompts; if it is empty, the report has no images. `scorer` judges the
+    images.
     """
     metrics = [line for line in metrics if {"step", "epoch", "loss"} <= line.keys()]
     sections = [
