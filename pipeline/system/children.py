@@ -71,8 +71,7 @@ def forkserver(*preload: str) -> BaseContext:
     The server imports the modules in `preload`, for all its children. It is started here if it is not running.
     """
     context: Any = multiprocessing.get_context("forkserver")
-    if preload:
-        context.set_forkserver_preload(list(preload))
+    context.set_forkserver_preload(["__main__", *preload])
     # Starting the tracker unblocks signals.
     resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)

@@ -62,7 +62,7 @@ def collated_batches(
             collate_fn=read.collate,
             num_workers=workers,
             pin_memory=pinned,
-            multiprocessing_context=forkserver(),
+            multiprocessing_context=forkserver(__name__),
             worker_init_fn=bound,
         )
         with loader_failures():

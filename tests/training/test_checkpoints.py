@@ -1,8 +1,10 @@
 """Checkpoints and finished students: damage is told and never trained on, and a resumed run's lines are the others'."""
 
 import json
+import os
 import re
 import shutil
+import signal
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from support.stages import metrics, prepared, run_distill, run_encode, run_teach
 
 from pipeline import distill
 from pipeline.system.errors import UserError
+from pipeline.system.jsonl import read_jsonl
 from pipeline.training.objective import Objective
 
 
@@ -120,7 +123,7 @@ def test_a_state_of_another_training_is_told_in_a_sentence(cache, out, change, t
     path = out / "checkpoints" / "step-0000004"
     torch.save(change(torch.load(path / "state.pt", weights_only=True)), path / "state.pt")
     with pytest.raises(UserError, match=f"{path} cannot be read") as caught:
-        resume(cache, out)
+        prepared(cache, out, level="sd_small", use_ema=True)
     assert told in str(caught.value)
     assert str(caught.value).count("\n") == 0
 
@@ -166,18 +169,33 @@ def test_a_student_that_was_half_saved_is_not_called_finished(cache, out, monkey
     assert json.loads((out / "finished.json").read_text())["step"] == 6
 
 
-@pytest.mark.parametrize(
-    "content",
-    [None, b"", b'{"step": 2, "lo\n', b'{"loss": 1}\n', b"\xff\xfe\n", b"[" * 100_000 + b"\n", b'{"step": "2"}\n{}\n'],
-    ids=["lost", "empty", "cut", "without a step", "not text", "nested", "other values"],
-)
-def test_lost_metrics_stop_neither_training_nor_report(cache, out, content):
+BROKEN = {
+    "lost": None,
+    "empty": b"",
+    "cut": b'{"step": 2, "lo\n',
+    "not text": b"\xff\xfe\n",
+    "nested": b"[" * 100_000 + b"\n",
+    "not an object": b"3\n[]\n",
+}
+
+
+@pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN)
+def test_lines_that_hold_no_object_are_left_out(tmp_path, content):
+    path = tmp_path / "metrics.jsonl"
+    if content is not None:
+        path.write_bytes(content)
+    assert read_jsonl(path) == []
+    path.write_bytes((content or b"") + b'{"step": 1}\n')
+    assert read_jsonl(path) == [{"step": 1}]
+
+
+def test_lost_metrics_stop_neither_training_nor_report(cache, out):
     path = out / "metrics.jsonl"
-    path.unlink() if content is None else path.write_bytes(content)
-    (out / "README.md").unlink()
+    path.write_bytes(b'{"step": "2"}\n{"loss": 1}\n{"st')
     resume(cache, out)
     assert [line["step"] for line in metrics(out)] == [5, 6]
-    path.unlink() if content is None else path.write_bytes(content)
+    path.write_bytes(b'{"step": 2}\n{}\n')
+    (out / "README.md").unlink()
     run_distill(cache, out, max_train_steps=6, checkpointing_steps=2, use_ema=True, report=True)
     assert "The metrics of this training are lost." in (out / "report.html").read_text()
 
@@ -191,9 +209,6 @@ def test_an_interrupted_runs_lines_are_those_of_one_that_was_not(cache, tmp_path
     def interrupting(*arguments):
         calls.append(1)
         if len(calls) == 12:
-            import os
-            import signal
-
             os.kill(os.getpid(), signal.SIGTERM)
         return real(*arguments)
 
@@ -203,9 +218,7 @@ def test_an_interrupted_runs_lines_are_those_of_one_that_was_not(cache, tmp_path
             run_distill(cache, tmp_path / "out", **changes)
     assert (tmp_path / "out" / "checkpoints" / "step-0000006").is_dir()
     out = run_distill(cache, tmp_path / "out", **changes)
-    timeless = [
-        [{k: v for k, v in line.items() if k != "samples_per_second"} for line in metrics(o)] for o in (whole, out)
-    ]
+    timeless = [[line | {"samples_per_second": 0} for line in metrics(folder)] for folder in (whole, out)]
     assert [line["step"] for line in timeless[0]] == [4, 8]
     assert timeless[0] == timeless[1]
     left, right = state_dict_of(whole / "unet"), state_dict_of(out / "unet")
