@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import click
 import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler
@@ -27,6 +26,7 @@ from pipeline.sampling.process import PipelineRef, generate_in_process
 from pipeline.sampling.teacher_samples import teacher_samples
 from pipeline.system.command import stage_command
 from pipeline.system.device import DTYPES, leave_processes, resolve_dtype
+from pipeline.system.echo import say
 from pipeline.system.errors import UserError, attempt_all, failing_with
 from pipeline.system.jsonl import read_jsonl
 from pipeline.system.lock import OutputLock
@@ -145,7 +145,7 @@ def finish(settings: DistillSettings, device: torch.device, problems: list[str])
 
     def tell() -> None:
         seen = f"; see {settings.out / REPORT}" if (settings.out / REPORT).is_file() else ""
-        click.echo(
+        say(
             f"{settings.out} holds the {settings.level} student of {finished_step(settings.out)} steps "
             f"as a diffusers pipeline{seen}"
         )
@@ -155,7 +155,7 @@ def finish(settings: DistillSettings, device: torch.device, problems: list[str])
             if not (settings.out / CARD).is_file():
                 # A student of an earlier version.
                 write_model_card(settings.out, settings.as_json())
-            click.echo(f"uploaded to {upload(settings.out, settings.push_to_hub)}")
+            say(f"uploaded to {upload(settings.out, settings.push_to_hub)}")
 
     def tell_problems() -> None:
         if problems:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import click
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
@@ -34,7 +33,7 @@ from pipeline.system.command import stage_command
 from pipeline.system.compiling import compile_failures, compile_networks
 from pipeline.system.device import DTYPES, is_accelerator, leave_processes, process_state
 from pipeline.system.disk import format_bytes, free_bytes, require_space
-from pipeline.system.echo import printable
+from pipeline.system.echo import printable, say
 from pipeline.system.errors import UserError
 from pipeline.system.lock import OutputLock
 from pipeline.system.options import DeviceOptions, HubOptions
@@ -146,7 +145,7 @@ def write_latents(settings: EncodeSettings, lock: OutputLock) -> None:
     if state.is_main_process:
         write_settings(settings.out, "encode", settings)
         for note in source.notes():
-            click.echo(note)
+            say(note)
         warn_truncated_captions(source, base, family)
     bar = tqdm(total=count_entries(own), unit="image", desc="encode", disable=not state.is_main_process)
     with bar as progress, compile_failures(settings.compile):
@@ -170,7 +169,7 @@ def warn_truncated_captions(source: OpenSource, base: DiffusionPipeline, family:
     truncated = family.count_truncated(base, [record.caption for record in source.records])
     if truncated:
         tokens = base.tokenizer.model_max_length
-        click.echo(f"note: {truncated} of {len(source.records)} captions exceed {tokens} tokens and were truncated")
+        say(f"note: {truncated} of {len(source.records)} captions exceed {tokens} tokens and were truncated")
 
 
 def latents_spec(settings: EncodeSettings, source: OpenSource, folder: Path, base: DiffusionPipeline) -> dict[str, Any]:
@@ -234,7 +233,7 @@ def reopen_skipped(source: OpenSource, settings: EncodeSettings, manifest: Manif
         records = [record for record in shard_records(source, shard) if record[1].source_id in missing]
         found = [image for image in load_images(source, settings.framing, records, 1, 1) if image.problem is None]
         if found:
-            click.echo(f"rewriting {shard.name}: {len(found)} of its {len(missing)} skipped images can be read now")
+            say(f"rewriting {shard.name}: {len(found)} of its {len(missing)} skipped images can be read now")
             # First, because only the sidecar of older latents says which images had no caption.
             remember(store, manifest, shard, [record for _, record in shard_records(source, shard)])
             store.delete(sidecar_name(shard.name))
@@ -325,7 +324,7 @@ def report(out: Path, manifest: Manifest, prefix: str) -> None:
         raise UserError(f"none of the {len(skipped)} images could be read. See {out / SKIPPED} for the reasons.")
     listed = f", {len(skipped)} skipped (see {out / SKIPPED} for the reasons)" if skipped else ""
     size = sum(sidecar.bytes for sidecar in sidecars)
-    click.echo(f"{prefix}{out} holds {encoded} images in {len(sidecars)} shards, {size / 1e6:.1f} MB{listed}")
+    say(f"{prefix}{out} holds {encoded} images in {len(sidecars)} shards, {size / 1e6:.1f} MB{listed}")
 
 
 def plan(settings: EncodeSettings) -> list[str]:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import click
 import numpy as np
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
@@ -42,6 +41,7 @@ from pipeline.system.command import stage_command
 from pipeline.system.compiling import compile_failures, compile_networks
 from pipeline.system.device import DTYPES, is_accelerator, leave_processes, process_state, resolve_dtype
 from pipeline.system.disk import format_bytes, free_bytes, require_space
+from pipeline.system.echo import say
 from pipeline.system.errors import UserError, attempt_all, failing_with
 from pipeline.system.lock import OutputLock
 from pipeline.system.options import HubOptions, PrecisionOptions
@@ -387,7 +387,7 @@ def report(out: Path, manifest: Manifest, prefix: str) -> None:
         return
     count, size = sum(s.count for s in sidecars), sum(s.bytes for s in sidecars)
     per_entry = f", {size / count:,.0f} bytes per entry" if count else ""
-    click.echo(
+    say(
         f"{prefix}{out} holds {count} entries ({manifest.rounds} rounds) in {len(sidecars)} shards, "
         f"{size / 1e6:.1f} MB{per_entry}"
     )

@@ -242,7 +242,9 @@ def test_every_make_target_and_variable_named_exists():
 
 def test_every_extra_named_exists():
     sources = [path.read_text(encoding="utf-8") for path in (ROOT / "pipeline").rglob("*.py")]
-    named = set(re.findall(r"(?:distill-sd|'\.)\[([a-z0-9]+)\]", "\n".join([*TEXTS.values(), *sources])))
+    texts = "\n".join([*TEXTS.values(), *sources])
+    named = set(re.findall(r"(?:distill-sd|'\.)\[([a-z0-9]+)\]|install_command\('([a-z0-9]+)'\)", texts))
+    named = {extra for pair in named for extra in pair if extra}
     assert named >= {"datasets", "evaluate", "int8", "lora", "onnx", "tensorboard"}
     _, extras = (ROOT / "pyproject.toml").read_text(encoding="utf-8").split("[project.optional-dependencies]")
     assert named <= set(re.findall(r"^([a-z0-9]+) = ", extras.split("\n[")[0], re.MULTILINE))

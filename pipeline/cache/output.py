@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import click
 from accelerate import PartialState
 
 from pipeline.cache.parts import checksums_of_parts, existing_parts, is_bound
+from pipeline.system.echo import say
 from pipeline.system.errors import UserError
 from shards.files import remove_leftovers
 from shards.manifest import Manifest, read_manifest, refuse_other_spec, write_manifest
@@ -111,6 +111,6 @@ def finished_sidecars(out: Path, manifest: Manifest) -> list[Sidecar] | None:
     left = plan.unfinished(store)
     if left:
         done = len(plan) - len(left)
-        click.echo(f"{out} holds {done} of {len(plan)} shards so far; the next one to write is {left[0].name}")
+        say(f"{out} holds {done} of {len(plan)} shards so far; the next one to write is {left[0].name}")
         return None
     return [read_sidecar(store, shard.name, manifest.spec_sha256) for shard in plan]

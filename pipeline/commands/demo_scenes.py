@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from pipeline.demo.scenes import SPLITS, caption_of, draw_facts, generator, write_folder
+from pipeline.system.echo import say
 from pipeline.system.errors import UserError
 from pipeline.system.output import check_output
 
@@ -36,7 +37,7 @@ def command(out: Path, count: int, seed: int, split: str) -> None:
         except UserError as error:
             raise click.UsageError(str(error)) from None
         write_folder(out, count, seed, split)
-    click.echo(f"{out} holds {count} scenes")
+    say(f"{out} holds {count} scenes")
 
 
 def holds(folder: Path, count: int, seed: int, split: str) -> bool:

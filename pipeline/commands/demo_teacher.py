@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import click
 import diffusers
 
 from pipeline.demo.evaluate import evaluate, table
 from pipeline.demo.train import GUIDANCES, claim_work_folder, export, is_exported, train_diffusion
 from pipeline.demo.trainer import TeacherSettings
 from pipeline.system.command import stage_command
+from pipeline.system.echo import say
 from pipeline.system.lock import OutputLock
 from pipeline.system.output import check_output
 
@@ -22,9 +22,9 @@ def run(settings: TeacherSettings) -> None:
         claim_work_folder(settings)
         teacher = train_diffusion(settings.work, settings)
         export(teacher, settings.out)
-    click.echo(f"wrote {settings.out}")
+    say(f"wrote {settings.out}")
     if settings.evaluate:
-        click.echo(table(evaluate(teacher, settings.evaluate, GUIDANCES)))
+        say(table(evaluate(teacher, settings.evaluate, GUIDANCES)))
 
 
 def plan(settings: TeacherSettings) -> list[str]:

@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import click
 import numpy as np
 
 from pipeline.data import web_guard
 from pipeline.system.command import stage_command
-from pipeline.system.echo import printable
+from pipeline.system.echo import printable, say
 from pipeline.system.errors import UserError
+from pipeline.system.extras import install_command
 from pipeline.system.json_files import read_json
 from pipeline.system.lock import OutputLock
 from pipeline.system.output import check_output, made_by
@@ -91,7 +91,7 @@ def download(settings: DownloadSettings, program: str, lock: OutputLock) -> None
                 f"{program} ended with status {status}. See its output above. "
                 "The finished tars are kept. Rerun the same command to resume."
             )
-    click.echo(summary(settings.out, tally(settings.out), tars))
+    say(summary(settings.out, tally(settings.out), tars))
 
 
 def find_program(name: str) -> str:
@@ -116,7 +116,7 @@ def run_guarded(command: list[str]) -> int:
             command, env={**os.environ, **guard, "NO_ALBUMENTATIONS_UPDATE": "1"}, check=False
         ).returncode
         if not marker.exists():
-            click.echo(
+            say(
                 f"warning: {command[0]} did not load the rules against redirects into private networks and huge bodies",
                 err=True,
             )
@@ -147,7 +147,7 @@ def prepare(settings: DownloadSettings, lock: OutputLock) -> int:
         return recorded["count"]
     table, refused = shuffled(settings)
     for reason, number in refused.most_common():
-        click.echo(f"note: {number} URLs are left out: {reason}")
+        say(f"note: {number} URLs are left out: {reason}")
     lock.take()
     folder.mkdir(parents=True, exist_ok=True)
     _parquet().write_table(table, folder / "urls.parquet")
@@ -282,7 +282,7 @@ def _parquet() -> Any:
     try:
         import pyarrow.parquet
     except ImportError:
-        raise UserError("to read a parquet list, install pyarrow: pip install 'distill-sd[datasets]'") from None
+        raise UserError(f"to read a parquet list, install pyarrow: {install_command('datasets')}") from None
     return pyarrow.parquet
 
 

@@ -10,7 +10,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import click
 import torch
 
 from pipeline.cache.latents import check_encoders, open_latents
@@ -44,6 +43,7 @@ from pipeline.sampling.process import load_pipeline
 from pipeline.system.command import stage_command
 from pipeline.system.device import DTYPES, device_name, process_state, resolve_dtype
 from pipeline.system.disk import format_bytes, free_bytes, require_space
+from pipeline.system.echo import say
 from pipeline.system.errors import UserError
 from pipeline.system.lock import OutputLock
 from pipeline.system.output import check_output, made_by
@@ -103,10 +103,10 @@ def measure(settings: EvaluateSettings, lock: OutputLock) -> None:
     write_json(settings.out / EVALUATION, evaluation)
     folders = {name: settings.out / IMAGES / name for name in task.pipelines}
     write_evaluation(settings.out, evaluation, task.prompts, folders)
-    click.echo(markdown(rows_of(evaluation)))
-    click.echo(f"Wrote {settings.out / EVALUATION} and {REPORT}.")
+    say(markdown(rows_of(evaluation)))
+    say(f"Wrote {settings.out / EVALUATION} and {REPORT}.")
     if add_evaluation(task.student.folder, evaluation):
-        click.echo(f"Added the results to the model card {task.student.folder / CARD}.")
+        say(f"Added the results to the model card {task.student.folder / CARD}.")
 
 
 def plan(settings: EvaluateSettings) -> list[str]:

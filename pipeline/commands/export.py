@@ -17,7 +17,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import click
 import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
@@ -31,7 +30,9 @@ from pipeline.models.save import copy_parts
 from pipeline.system.command import stage_command
 from pipeline.system.device import DTYPES, device_name, process_state
 from pipeline.system.disk import format_bytes, require_space
+from pipeline.system.echo import say
 from pipeline.system.errors import UserError
+from pipeline.system.extras import install_command
 from pipeline.system.options import HubOptions
 from pipeline.system.output import check_new
 from pipeline.system.settings import REQUIRED, option
@@ -72,7 +73,7 @@ def run(settings: ExportSettings) -> None:
 def require_packages(format: str) -> None:
     missing = [name for name in PACKAGES.get(format, ()) if find_spec(name) is None]
     if missing:
-        raise UserError(f"--format {format} needs {' and '.join(missing)}. Run: pip install 'distill-sd[{format}]'")
+        raise UserError(f"--format {format} needs {' and '.join(missing)}. Run: {install_command(format)}")
 
 
 def export_single_file(settings: ExportSettings, folder: Path) -> None:
@@ -87,12 +88,12 @@ def export_single_file(settings: ExportSettings, folder: Path) -> None:
         # safetensors wants a path: this is the temporary file next to --out.
         save_file(weights, stream.name, metadata={"format": "pt", **schedule_metadata(pipe.scheduler.config)})
     pipeline = read_json(folder / MODEL_INDEX)["_class_name"]
-    click.echo(
+    say(
         f"Wrote U-Net, VAE and text encoder to {settings.out}, {format_bytes(settings.out.stat().st_size)}. "
         f'Load it with {pipeline}.from_single_file("{settings.out}", config="{folder}")'
     )
     if advice := schedule_advice(pipe.scheduler.config):
-        click.echo(advice)
+        say(advice)
 
 
 def schedule_metadata(config: Mapping[str, Any]) -> dict[str, str]:
@@ -124,7 +125,7 @@ def export_onnx(settings: ExportSettings, folder: Path) -> None:
     if deviation:
         difference, largest = deviation
         checked = f"Its output differs from torch's by at most {difference:.2g}; the largest output is {largest:.2g}."
-    click.echo(f"Wrote the U-Net as {onnx.GRAPH} with its weights to {settings.out}. {checked}")
+    say(f"Wrote the U-Net as {onnx.GRAPH} with its weights to {settings.out}. {checked}")
 
 
 def export_int8(settings: ExportSettings, folder: Path) -> None:
@@ -145,8 +146,8 @@ def export_int8(settings: ExportSettings, folder: Path) -> None:
         settings.dtype: int8.Int8Cost(bytes_of(unet), *plain),
         f"{settings.dtype}, int8 linear layers": int8.Int8Cost(size, *other),
     }
-    click.echo(f"{int8.cost_table(costs)}\n\nMeasured on one guided step on {device_name(device)}.")
-    click.echo(
+    say(f"{int8.cost_table(costs)}\n\nMeasured on one guided step on {device_name(device)}.")
+    say(
         f"Wrote a pipeline to {settings.out}. Where torchao is installed, load it with "
         f'DiffusionPipeline.from_pretrained("{settings.out}", torch_dtype={dtype})'
     )

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import click
 import numpy as np
 import torch
 from accelerate import Accelerator
@@ -29,6 +28,7 @@ from pipeline.models.schedule import load_noise_scheduler
 from pipeline.sampling.generate import Sampler, check_sampler
 from pipeline.system.command import stage_command
 from pipeline.system.device import leave_processes
+from pipeline.system.echo import say
 from pipeline.system.errors import UserError, attempt_all
 from pipeline.system.lock import OutputLock
 from pipeline.system.options import HubOptions
@@ -149,11 +149,11 @@ def train_model(settings: FinetuneSettings, lock: OutputLock) -> None:
 def finish(settings: FinetuneSettings, problems: list[str]) -> None:
     """Tell what was trained and upload it. Raises UserError, at the end, for `problems` and if the upload fails."""
     what = "LoRA weights" if settings.lora_rank else "a diffusers pipeline"
-    click.echo(f"{settings.out} holds {what} of {finished_step(settings.out)} steps")
+    say(f"{settings.out} holds {what} of {finished_step(settings.out)} steps")
 
     def publish() -> None:
         if settings.push_to_hub:
-            click.echo(f"uploaded to {upload(settings.out, settings.push_to_hub)}")
+            say(f"uploaded to {upload(settings.out, settings.push_to_hub)}")
 
     def tell_problems() -> None:
         if problems:

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import click
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
@@ -17,6 +16,7 @@ from PIL import Image
 
 from pipeline.models.load import load_base
 from pipeline.system.command import stage_command
+from pipeline.system.echo import say
 from pipeline.system.errors import UserError
 from pipeline.system.output import check_new
 from pipeline.system.settings import REQUIRED, Settings, option
@@ -55,16 +55,16 @@ def run(settings: InspectSettings) -> None:
     inventory = take_inventory(settings.directory)
     if settings.images:
         check_images(settings.directory, settings.images)
-    click.echo("\n".join([*spec_lines(inventory.manifest), *count_lines(inventory), *member_lines(inventory)]))
+    say("\n".join([*spec_lines(inventory.manifest), *count_lines(inventory), *member_lines(inventory)]))
     if not inventory.entries:
         raise UserError(f"{settings.directory} holds no entries yet. Rerun its stage to write them.")
     if inventory.manifest.spec["stage"] == "cache":
         timesteps = [entry.meta["timestep"] for entry in inventory.spread(TIMESTEPS)]
-        click.echo("\n".join(histogram(timesteps, inventory.manifest.spec["noise_scheduler"]["num_train_timesteps"])))
+        say("\n".join(histogram(timesteps, inventory.manifest.spec["noise_scheduler"]["num_train_timesteps"])))
     (entry,) = inventory.spread(1)
-    click.echo(f"\nentry {entry.key}\n  caption: {entry.meta['caption']}\n  source: {entry.meta['source_id']}")
+    say(f"\nentry {entry.key}\n  caption: {entry.meta['caption']}\n  source: {entry.meta['source_id']}")
     if settings.images:
-        click.echo(f"Wrote {save_images(settings.directory, inventory, settings.images)} images to {settings.images}.")
+        say(f"Wrote {save_images(settings.directory, inventory, settings.images)} images to {settings.images}.")
 
 
 @dataclass

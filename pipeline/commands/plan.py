@@ -6,7 +6,6 @@ import re
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-import click
 import torch
 
 from pipeline.cache import sizes
@@ -18,6 +17,7 @@ from pipeline.models.students import teacher_taps
 from pipeline.system.command import stage_command
 from pipeline.system.device import DTYPES, device_name, process_state, resolve_dtype
 from pipeline.system.disk import format_bytes, free_bytes
+from pipeline.system.echo import say
 from pipeline.system.errors import UserError
 from pipeline.system.options import HubOptions, PrecisionOptions
 from pipeline.system.settings import REQUIRED, option
@@ -173,7 +173,7 @@ def format_duration(seconds: float) -> str:
 
 def run(settings: PlanSettings) -> None:
     """Estimate what a cache will take: entries, bytes per member, forward passes; with --budget, what fits."""
-    click.echo("\n".join(plan(settings)))
+    say("\n".join(plan(settings)))
 
 
 command = stage_command("plan", PlanSettings, plan, run)

@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-import click
 from PIL import Image
 
 from pipeline.models.load import find_pipeline
@@ -14,6 +13,7 @@ from pipeline.sampling.generate import SCHEDULERS, Sampler, check_sampler, gener
 from pipeline.sampling.process import PipelineRef, load_pipeline
 from pipeline.system.command import stage_command
 from pipeline.system.device import DTYPES, process_state, resolve_dtype
+from pipeline.system.echo import say
 from pipeline.system.errors import UserError
 from pipeline.system.options import HubOptions, PrecisionOptions
 from pipeline.system.output import check_new
@@ -71,7 +71,7 @@ def run(settings: SampleSettings) -> None:
     samples = generate(pipe, prompts, sampler, "sample")
     save_images(samples, sampler, settings.out)
     contact_sheet(samples.images).save(settings.out / SHEET)
-    click.echo(f"Wrote {len(prompts)} images and {SHEET} to {settings.out}, {samples.seconds:.2f} seconds per image.")
+    say(f"Wrote {len(prompts)} images and {SHEET} to {settings.out}, {samples.seconds:.2f} seconds per image.")
 
 
 def contact_sheet(images: list[Image.Image]) -> Image.Image:

@@ -9,7 +9,6 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import click
 import numpy as np
 import torch
 from diffusers import DDPMScheduler
@@ -34,6 +33,7 @@ from pipeline.models.provenance import read_origin
 from pipeline.sampling.teacher_samples import teacher_samples
 from pipeline.system.command import stage_command
 from pipeline.system.device import DTYPES, process_state
+from pipeline.system.echo import say
 from pipeline.system.errors import UserError
 from pipeline.system.lock import OutputLock
 from pipeline.system.options import DeviceOptions, HubOptions
@@ -77,7 +77,7 @@ def run(settings: VerifySettings) -> None:
     try:
         manifest = read_manifest(store)
     except ShardError as error:
-        click.echo(Problem.of(error).message)
+        say(Problem.of(error).message)
         raise UserError(f"1 problem in {directory}. Nothing else can be checked without its manifest.") from None
     if settings.recompute and manifest.spec["stage"] != "cache":
         raise UserError(f"--recompute needs a cache, but {directory} holds {manifest.spec['stage']}")
@@ -105,12 +105,12 @@ def check(settings: VerifySettings, store: Store, manifest: Manifest) -> None:
         remove_shard(store, shard)
     for problem in found.problems:
         done = problem.damaged and problem.shard in removed
-        click.echo(problem.message.replace(REWRITE, "It was removed.") if done else problem.message)
+        say(problem.message.replace(REWRITE, "It was removed.") if done else problem.message)
     if settings.recompute and not intact:
-        click.echo("skipped --recompute: the cache is incomplete or damaged")
+        say("skipped --recompute: the cache is incomplete or damaged")
     if removed:
         command = STAGE_COMMANDS[manifest.spec["stage"]]
-        click.echo(f"removed {', '.join(removed)}. Rerun the same `distill-sd {command}` to write them again.")
+        say(f"removed {', '.join(removed)}. Rerun the same `distill-sd {command}` to write them again.")
     conclude(settings, manifest, found)
 
 
@@ -174,8 +174,8 @@ def recompute(settings: VerifySettings, count: int, teacher: str) -> list[Proble
     names = list(expected_tensors(spec))
     entries = (shards.read(index, names) for index in tqdm(chosen, unit="entry", desc="recompute"))
     rows = deviations(entries, spec, unet, alphas_cumprod)
-    click.echo("\n".join(table(rows)))
-    click.echo(LEGEND)
+    say("\n".join(table(rows)))
+    say(LEGEND)
     return [
         Problem(
             f"{settings.directory}: {row.name} differs from the teacher's output by up to {row.largest:.3g}, which is "
@@ -195,7 +195,7 @@ def conclude(settings: VerifySettings, manifest: Manifest, found: Survey) -> Non
     held = f"{len(intact)} of {planned} shards intact, {entries} entries{rounds}, {size / 1e6:.1f} MB"
     if found.unfinished:
         command = STAGE_COMMANDS[manifest.spec["stage"]]
-        click.echo(
+        say(
             f"{directory} is unfinished: {len(found.unfinished)} of {planned} shards are still to be written, the "
             f"first is {found.unfinished[0]}. Rerun the same `distill-sd {command}` to complete it."
         )
@@ -207,7 +207,7 @@ def conclude(settings: VerifySettings, manifest: Manifest, found: Survey) -> Non
         raise UserError(f"{count} problem{'s' if count > 1 else ''} in {directory}; {held}, {damaged}")
     if found.unfinished:
         raise UserError(f"{directory} is unfinished; {held}; no problem in what is there")
-    click.echo(f"{directory} is fine; {held}; checked: {depth(settings)}")
+    say(f"{directory} is fine; {held}; checked: {depth(settings)}")
 
 
 def tell_unchecked(directory: Path, manifest: Manifest) -> None:
@@ -216,12 +216,10 @@ def tell_unchecked(directory: Path, manifest: Manifest) -> None:
     unlisted = [part for part in existing if not has_checksums(directory / part) and not is_bound(manifest, part)]
     if unlisted:
         names = ", ".join(part.rpartition("/")[2] for part in unlisted)
-        click.echo(f"not checked, because an earlier version wrote no checksums for them: {names}")
+        say(f"not checked, because an earlier version wrote no checksums for them: {names}")
     foreign = [part for part in existing if part not in unlisted and not is_bound(manifest, part)]
     if foreign:
-        click.echo(
-            f"not checked to belong to this cache, because an earlier version did not record it: {', '.join(foreign)}"
-        )
+        say(f"not checked to belong to this cache, because an earlier version did not record it: {', '.join(foreign)}")
 
 
 def depth(settings: VerifySettings) -> str:

@@ -11,6 +11,7 @@ from pipeline.data.files import MAX_IMAGE_BYTES, files_in, read_regular, refuse_
 from pipeline.data.records import ListedImage
 from pipeline.data.settings import DataSettings
 from pipeline.system.errors import UserError, first_line
+from pipeline.system.extras import install_command
 
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow"}
 # The files by which to know a folder that `save_to_disk` wrote, for one dataset and for several splits.
@@ -132,7 +133,7 @@ def _datasets(settings: DataSettings) -> Any:
     except ImportError:
         raise UserError(
             f"--data {settings.data} is neither a folder of images nor a tar. "
-            "To read tables and datasets, install the library: pip install 'distill-sd[datasets]'"
+            f"To read tables and datasets, install the library: {install_command('datasets')}"
         ) from None
     return datasets
 

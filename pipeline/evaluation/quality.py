@@ -27,11 +27,11 @@ from transformers import CLIPModel, CLIPProcessor
 from pipeline.data.files import MAX_IMAGE_BYTES, read_regular
 from pipeline.data.images import ImageProblem, decode, is_image_name
 from pipeline.system.errors import UserError, first_line
+from pipeline.system.extras import install_command
 
 FILTERS = {filter.name.lower(): filter for filter in Image.Resampling}
 # The number in Salimans et al. 2016 and in published tables since.
 INCEPTION_SCORE_SPLITS = 10
-EXTRA = "pip install 'distill-sd[evaluate]'"
 INCEPTION_WEIGHTS = "weights-inception-2015-12-05-6726825d.pth from torch-fidelity's release v0.2.0"
 
 # uint8 (B, 3, H, W) -> pooled features (B, D), and logits without bias (B, K).
@@ -87,7 +87,7 @@ def missing_torchmetrics() -> Missing | None:
     try:
         import torchmetrics  # noqa: F401
     except ImportError as error:
-        return Missing(f"needs {error.name or 'torchmetrics'}; {EXTRA}")
+        return Missing(f"needs {error.name or 'torchmetrics'}; {install_command('evaluate')}")
     return None
 
 
@@ -99,7 +99,7 @@ def load_inception(weights: Path | None, device: torch.device) -> Inception | Mi
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ImportError:
-        return Missing(f"needs torch-fidelity and torchvision; {EXTRA}")
+        return Missing(f"needs torch-fidelity and torchvision; {install_command('evaluate')}")
     if weights is not None:
         check_tensors_only(weights)
     features = ["2048", "logits_unbiased"]

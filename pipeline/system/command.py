@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 import click
 
+from pipeline.system.echo import say
 from pipeline.system.errors import UserError, first_line
 from pipeline.system.settings import Settings, click_options, flag
 from shards.schema import ShardError
@@ -64,9 +65,9 @@ def stage_command(
             settings = settings_class(**values)
             if plan and dry_run:
                 lines = plan(settings)
-                click.echo(json.dumps(settings.as_json(), indent=2, ensure_ascii=False))
-                click.echo("\n".join(lines))
-                click.echo("dry run: nothing was written")
+                say(json.dumps(settings.as_json(), indent=2, ensure_ascii=False))
+                say("\n".join(lines))
+                say("dry run: nothing was written")
             else:
                 run(settings)
         except (UserError, ShardError) as error:
@@ -130,5 +131,5 @@ def memory_remedy(settings_class: type[Settings]) -> str:
 
 
 def _stop(message: str, status: int) -> NoReturn:
-    click.echo(message, err=True)
+    say(message, err=True)
     sys.exit(status)

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import click
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
@@ -31,6 +30,7 @@ from pipeline.models.load import load_scheduler
 from pipeline.sampling.generate import Sampler, check_sampler
 from pipeline.system.compiling import compile_failures
 from pipeline.system.device import leave_processes
+from pipeline.system.echo import say
 from pipeline.system.errors import FAILURES, UserError, first_line
 from pipeline.system.prompts import read_prompts
 from pipeline.training.accelerator import start_trackers
@@ -310,7 +310,7 @@ def validate(settings: TrainingSettings, accelerator: Accelerator, training: Tra
                 f"validation images of step {training.step} failed ({first_line(error)}). To make some of the finished "
                 f"student, run `distill-sd sample --model {settings.out} --prompts {settings.validation_prompts}`."
             )
-            click.echo(training.problems[-1], err=True)
+            say(training.problems[-1], err=True)
     training.peers.wait()
 
 

@@ -12,6 +12,7 @@ from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_
 from safetensors.torch import load_file, save_file
 
 from pipeline.system.errors import UserError
+from pipeline.system.extras import install_command
 from pipeline.training.transform import Transform
 
 ADAPTER = "adapter.safetensors"
@@ -37,7 +38,7 @@ class Lora(Transform):
         try:
             from peft import LoraConfig
         except ImportError:
-            raise UserError("--lora-rank needs the package peft. Install it: pip install 'distill-sd[lora]'") from None
+            raise UserError(f"--lora-rank needs the package peft. Install it: {install_command('lora')}") from None
         torch.manual_seed(self.seed)
         student.requires_grad_(False)
         config = LoraConfig(

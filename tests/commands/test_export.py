@@ -20,6 +20,7 @@ from pipeline.commands import export
 from pipeline.export import onnx
 from pipeline.models.families import LEVELS
 from pipeline.models.families.sd import SD
+from pipeline.system.extras import install_command
 
 PARTS = ("unet", "vae", "text_encoder")
 
@@ -249,7 +250,7 @@ def test_a_missing_package_is_named_with_its_extra(teacher, tmp_path, monkeypatc
     monkeypatch.setattr(export, "find_spec", lambda name: None)
     result = run(teacher, format, tmp_path / "out")
     assert result.exit_code == 2
-    assert f"--format {format} needs {package}. Run: pip install 'distill-sd[{format}]'" in result.output
+    assert f"--format {format} needs {package}. Run: {install_command(format)}" in result.output
 
 
 def test_a_full_disk_is_noticed_before_anything_is_written(teacher, tmp_path, monkeypatch):

@@ -30,6 +30,7 @@ from pipeline.evaluation.quality import (
     read_batches,
 )
 from pipeline.system.errors import UserError
+from pipeline.system.extras import install_command
 
 CPU = torch.device("cpu")
 
@@ -182,10 +183,8 @@ def test_what_is_missing_is_named_with_the_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
     monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
     monkeypatch.setitem(sys.modules, "torchmetrics", None)
-    assert missing_torchmetrics() == Missing("needs torchmetrics; pip install 'distill-sd[evaluate]'")
-    assert load_inception(None, CPU) == Missing(
-        "needs torch-fidelity and torchvision; pip install 'distill-sd[evaluate]'"
-    )
+    assert missing_torchmetrics() == Missing(f"needs torchmetrics; {install_command('evaluate')}")
+    assert load_inception(None, CPU) == Missing(f"needs torch-fidelity and torchvision; {install_command('evaluate')}")
 
 
 def fidelity_module(monkeypatch, failure=None):
