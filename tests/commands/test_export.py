@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors import safe_open
 from support.stages import pruned_pipeline, reset_accelerate
-from support.tiny import tiny_pipeline
+from support.tiny import SD_BLOCKS, tiny_pipeline
 from transformers import CLIPTextModelWithProjection
 
 from pipeline.cli import main
@@ -62,7 +62,7 @@ def assert_same_weights(left, right):
 
 @pytest.mark.parametrize("level", [None, *LEVELS])
 def test_a_single_file_of_every_level_is_loaded_back_bit_for_bit(tmp_path, level):
-    pipe = pruned_pipeline(level) if level else tiny_pipeline()
+    pipe = pruned_pipeline(level, **SD_BLOCKS) if level else tiny_pipeline(**SD_BLOCKS)
     folder = save(pipe, tmp_path / "student")
     exported(folder, "single-file", tmp_path / "student.safetensors")
     assert_same_weights(pipe, read_back(tmp_path / "student.safetensors", folder))
@@ -81,7 +81,7 @@ def test_a_single_file_generates_the_same_image(tmp_path):
 
 def test_the_names_are_those_of_the_original_checkpoints(tmp_path):
     """For a complete U-Net, with the names by which programs recognise the architecture of a file."""
-    folder = save(tiny_pipeline(), tmp_path / "teacher")
+    folder = save(tiny_pipeline(**SD_BLOCKS), tmp_path / "teacher")
     exported(folder, "single-file", tmp_path / "teacher.safetensors")
     assert keys(tmp_path / "teacher.safetensors") >= {
         "model.diffusion_model.input_blocks.0.0.weight",
@@ -100,7 +100,7 @@ def test_the_names_are_those_of_the_original_checkpoints(tmp_path):
 
 @pytest.mark.parametrize("level", ["sd_small", "bk_tiny"])
 def test_sd2_gets_its_own_text_encoder_layout(tmp_path, level):
-    pipe = pruned_pipeline(level, use_linear_projection=True, attention_head_dim=[1, 2, 2, 2])
+    pipe = pruned_pipeline(level, **SD_BLOCKS, use_linear_projection=True, attention_head_dim=[1, 2, 2, 2])
     pipe.text_encoder.config.hidden_act = "gelu"
     folder = save(pipe, tmp_path / "student")
     exported(folder, "single-file", tmp_path / "student.safetensors")

@@ -182,7 +182,7 @@ def test_an_impossible_step_is_named(work, tmp_path):
         run_distill(work / "cache", out, max_train_steps=1)
     (out / "finished.json").unlink()
     run_distill(work / "cache", out, max_train_steps=1)
-    assert json.loads((out / "finished.json").read_text()) == {"step": 1}
+    assert json.loads((out / "finished.json").read_text())["step"] == 1
 
 
 def test_a_student_that_is_being_replaced_is_not_finished(work, tmp_path, monkeypatch):
@@ -197,7 +197,7 @@ def test_a_student_that_is_being_replaced_is_not_finished(work, tmp_path, monkey
             run_distill(work / "cache", out, max_train_steps=2)
     reset_accelerate()
     run_distill(work / "cache", out, max_train_steps=1)
-    assert json.loads((out / "finished.json").read_text()) == {"step": 2}
+    assert json.loads((out / "finished.json").read_text())["step"] == 2
     assert (out / "model_index.json").is_file()
 
 
