@@ -12,7 +12,9 @@ from shards.manifest import STAGE_COMMANDS
 from shards.schema import MANIFEST
 
 DEMO, MODEL_INDEX = "demo", "model_index.json"
-PIPELINE_FLAGS = ("--teacher", "--student", "--model")
+MODEL_FLAGS = ("--teacher", "--student", "--model", "--init-from")
+# A folder with one of these is a pipeline or a U-Net.
+MODEL_MARKS = (MODEL_INDEX, "config.json", "unet")
 # What a new disk and the systems that share one put into a directory.
 LITTER = {"lost+found", "Thumbs.db", "desktop.ini"}
 SHOWN = 3
@@ -73,11 +75,12 @@ def overlaps(place: Path, inputs: Mapping[str, Path | str | None]) -> str | None
 def overlap(place: Path, flag: str, value: Path | str | None) -> str | None:
     """How an input is the output, lies in it, or around it; None if it does not.
 
-    Only directories count, and of those that are named as a pipeline only those that are one.
+    Only directories count, and of those that are named as a model only those that hold one.
     """
     if value is None or not Path(value).is_dir():
         return None
-    if flag in PIPELINE_FLAGS and (value == DEMO or not (Path(value) / MODEL_INDEX).is_file()):
+    is_model = value != DEMO and any((Path(value) / name).exists() for name in MODEL_MARKS)
+    if flag in MODEL_FLAGS and not is_model:
         return None
     source = Path(value).resolve()
     if source == place:
