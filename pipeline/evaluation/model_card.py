@@ -7,6 +7,7 @@ The text follows the model hub's format: a YAML header that the hub reads, then 
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from pipeline.evaluation.settings import EVALUATION
 from pipeline.evaluation.table import markdown, rows_of
 from pipeline.models.families import LEVELS
 from pipeline.models.provenance import CARD, read_origin
+from pipeline.system.echo import printable
 from pipeline.system.jsonl import read_jsonl
 from shards.files import write_bytes, write_json
 from shards.manifest import read_manifest
@@ -28,6 +30,8 @@ from shards.store import open_store
 TAGS = ["stable-diffusion", "stable-diffusion-diffusers", "text-to-image", "distillation", "distill-sd"]
 SOURCE = "https://github.com/segmind/distill-sd"
 PAPER = "https://arxiv.org/abs/2305.15798"
+# The characters that mean something within a line of Markdown.
+MARKDOWN = re.compile(r"([\\`*_\[\]<>#&!~])")
 # The settings that affect the student; the others are paths and matters of the machine.
 TRAINING = (
     "max_train_steps",
@@ -132,7 +136,7 @@ def head(inputs: CardInputs) -> dict[str, Any]:
 
 def _teacher_name(inputs: CardInputs) -> str:
     name = inputs.origin.get("teacher", {}).get("name", "an unnamed teacher")
-    return "the demo teacher of distill-sd" if name == "demo" else name
+    return "the demo teacher of distill-sd" if name == "demo" else inline(name)
 
 
 def _lead(inputs: CardInputs) -> str:
@@ -163,10 +167,10 @@ def _made(inputs: CardInputs) -> dict[str, Any]:
         settings["init_from"] = Path(settings["init_from"]).name
     return {
         "teacher": _teacher_name(inputs),
-        **_named("teacher revision", inputs.origin.get("teacher", {}).get("revision")),
+        **_named("teacher revision", inline(inputs.origin.get("teacher", {}).get("revision", ""))),
         "teacher U-Net sha256": cache["teacher_sha256"],
         "prediction type": cache["prediction_type"],
-        **_named("data", inputs.origin.get("data", {}).get("name")),
+        **_named("data", inline(inputs.origin.get("data", {}).get("name", ""))),
         "images": f"{cache['entries']:,} at {latents['resolution']} px",
         "entries": f"{cache['entries'] * inputs.rounds:,} in {inputs.rounds} rounds",
         "empty captions": f"{cache['uncond_fraction']:.0%}",
@@ -205,11 +209,22 @@ def _licence(inputs: CardInputs) -> str:
             "The teacher's licence is not known. The student's weights are derived from the teacher's, so the "
             "teacher's licence applies to them: check it before redistributing them."
         )
-    link = teacher.get("license_link")
+    link = web_address(teacher.get("license_link", ""))
+    name = inline(name)
     return (
         f"The teacher's licence is {f'[{name}]({link})' if link else name}. The student's weights are derived "
         "from the teacher's, so it applies to them too."
     )
+
+
+def inline(text: str) -> str:
+    """Text of somebody else's as Markdown that shows it and nothing more: no HTML, links, or lines of its own."""
+    return MARKDOWN.sub(r"\\\1", " ".join(printable(text).split()))
+
+
+def web_address(link: str) -> str | None:
+    """A link that a reader may follow: http or https, in one piece. Others are left out."""
+    return link if re.fullmatch(r"https?://[^\s<>()\"\\\x00-\x1f]+", link) else None
 
 
 def _table(rows: dict[str, Any]) -> str:

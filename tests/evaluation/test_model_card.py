@@ -7,10 +7,11 @@ from dataclasses import replace
 
 import pytest
 import yaml
+from markdown_it import MarkdownIt
 from support.stages import run_distill, run_encode, run_teacher_cache
 from support.tiny import RESOLUTION
 
-from pipeline.evaluation.model_card import CardInputs, model_card
+from pipeline.evaluation.model_card import PAPER, SOURCE, CardInputs, model_card
 from pipeline.models.provenance import licence, read_origin, teacher_origin, write_origin
 
 TEACHER_CARD = """---
@@ -158,3 +159,30 @@ def test_the_card_of_a_teacher_on_the_hub_is_downloaded(teacher, tmp_path, monke
     found = teacher_origin("some/teacher", teacher, "fp16")
     assert downloads == [("some/teacher", "README.md", "fp16")]
     assert found == {"name": "some/teacher", "hub": True, "revision": "fp16", "license": "openrail++"}
+
+
+def test_names_and_licences_of_others_are_shown_as_plain_text():
+    """A teacher's card is somebody else's text: it adds no HTML, heading, link or table cell to the student's."""
+    origin = {
+        "teacher": {
+            "name": "sd](javascript:x)\n# <script>alert(1)</script>",
+            "hub": False,
+            "license_name": "<img src=x onerror=y> | [free](data:text/html,z)",
+            "license_link": "javascript:alert(1)",
+        },
+        "data": {"name": "`photos` | ![x](http://tracker)", "hub": False},
+    }
+    card = model_card(replace(INPUTS, origin=origin))
+    html = MarkdownIt("commonmark").enable("table").render(card.split("---\n", 2)[2])
+    assert "<script" not in html
+    assert "<img" not in html
+    assert re.findall(r'href="([^"]*)"', html) == [SOURCE, PAPER]
+    assert html.count("<h1>") == 1
+    assert rows_of(card)["data"] == r"\`photos\` \| \!\[x\](http://tracker)"
+    assert "\n#" not in card.split("## Licence")[1]
+
+
+@pytest.mark.parametrize("link", ["LICENSE.md", "javascript:x", "https://a b", "https://x)](y", 'https://x"y', ""])
+def test_a_licence_link_that_is_no_web_address_is_left_out(link):
+    origin = {"teacher": {"name": "sd", "hub": False, "license": "other", "license_link": link}}
+    assert "The teacher's licence is other. " in model_card(replace(INPUTS, origin=origin))
