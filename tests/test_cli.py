@@ -1,11 +1,14 @@
 """The commands as a user types them: the three stages, exit statuses, help, dry runs, the Makefile."""
 
 import json
+import multiprocessing
 import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import MISSING, fields
 from pathlib import Path
 
@@ -253,19 +256,43 @@ def test_accelerate_launch_starts_a_stage(teacher, images, tmp_path):
     assert "holds 13 images in 3 shards" in result.stdout
 
 
-def test_two_processes_write_the_bytes_of_one(road, teacher, images, tmp_path):
-    """Two processes share the shards out, and none differs; two train as one of twice the batch.
+def in_two_processes(lines, cwd):
+    """Run commands in two processes with the variables that torchrun sets. Returns what they print.
 
-    By torchrun, since `accelerate launch --cpu` starts a single process on one machine.
+    They are forked from this process, which has the libraries loaded already.
     """
-    launch = f"{sys.executable} -m torch.distributed.run --nproc-per-node 2 {ROOT}/tests/support/commands.py"
-    lines = [line.format(teacher=teacher, images=images) for line in ROAD]
-    environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT)}
-    result = subprocess.run([*launch.split(), *lines], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    fork = multiprocessing.get_context("fork")
+    children = [fork.Process(target=as_rank, args=(rank, shared, lines, cwd)) for rank in ("0", "1")]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+    texts = [(cwd / f"rank-{rank}.txt").read_text() for rank in ("0", "1")]
+    assert [child.exitcode for child in children] == [0, 0], texts
+    return "".join(texts)
+
+
+def as_rank(rank, shared, lines, cwd):
+    """One process of several."""
+    torch.set_num_threads(1)
+    os.environ.update(shared, RANK=rank, LOCAL_RANK=rank)
+    os.chdir(cwd)
+    with open(f"rank-{rank}.txt", "w") as output, redirect_stdout(output), redirect_stderr(output):
+        for line in lines:
+            main(shlex.split(line), standalone_mode=False)
+
+
+def test_two_processes_write_the_bytes_of_one(road, teacher, images, tmp_path):
+    """Two processes share the shards out, and none differs; two train as one of twice the batch."""
+    encode, cache, distill = (line.format(teacher=teacher, images=images) for line in ROAD)
+    # A forked process cannot use this one's server of processes, which would generate the samples.
+    printed = in_two_processes([encode, f"{cache} --samples 0", distill], tmp_path)
     for name in ("latents", "cache"):
         assert shard_files(tmp_path / name) == shard_files(road[0] / name)
-    assert result.stdout.count(" holds ") == 3
+    assert printed.count(" holds ") == 3
     lines = [json.loads(line) for line in (tmp_path / "student" / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["step"] == 3
     assert lines[-1]["epoch"] == pytest.approx(3 * 2 * 2 / 26)

@@ -19,6 +19,9 @@ PARAMETERS = {
 }
 
 
+CONFIGS = {"SD-1.x": SD15, "SD-2.x": SD21}
+
+
 def on_meta(config) -> UNet2DConditionModel:
     with torch.device("meta"):
         return UNet2DConditionModel.from_config(config)
@@ -29,8 +32,13 @@ def count(unet) -> int:
 
 
 @pytest.fixture(scope="module")
-def sd15():
-    return on_meta(SD15)
+def teachers():
+    return {name: on_meta(config) for name, config in CONFIGS.items()}
+
+
+@pytest.fixture
+def sd15(teachers):
+    return teachers["SD-1.x"]
 
 
 def test_the_teacher_has_the_seeds_parameters(sd15):
@@ -43,30 +51,34 @@ def test_a_student_has_the_seeds_parameters(sd15, level):
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("config", [SD15, SD21], ids=["SD-1.x", "SD-2.x"])
-def test_every_student_tensor_has_a_teacher_tensor_of_its_shape(config, level):
-    teacher = on_meta(config)
+@pytest.mark.parametrize("config", CONFIGS)
+def test_every_student_tensor_has_a_teacher_tensor_of_its_shape(teachers, config, level):
+    teacher = teachers[config]
     student = on_meta(student_config(dict(teacher.config), level))
     shapes = {name: tuple(tensor.shape) for name, tensor in student.state_dict().items()}
     weights = student_weights(shapes, teacher.state_dict(), level)
     assert weights.keys() == shapes.keys()
 
 
-@pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("config", [SD15, SD21], ids=["SD-1.x", "SD-2.x"])
-def test_tap_pairs_have_equal_shapes(config, level):
-    teacher = on_meta(config)
-    student = on_meta(student_config(dict(teacher.config), level))
+def outputs(unet, names) -> dict[str, torch.Tensor]:
+    """What the named modules put out for one 512 px image."""
     inputs = {
         "sample": torch.empty(1, 4, 64, 64, device="meta"),
         "timestep": torch.zeros(1, device="meta"),
-        "encoder_hidden_states": torch.empty(1, 77, config["cross_attention_dim"], device="meta"),
+        "encoder_hidden_states": torch.empty(1, 77, unet.config.cross_attention_dim, device="meta"),
     }
+    with Taps(unet, names).recording() as recorded:
+        unet(**inputs)
+    return recorded
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("config", CONFIGS)
+def test_tap_pairs_have_equal_shapes(teachers, config, level):
+    student = on_meta(student_config(dict(teachers[config].config), level))
     pairs = LEVELS[level].taps
-    with Taps(teacher, teacher_taps((level,))).recording() as of_teacher:
-        teacher(**inputs)
-    with Taps(student, [name for name, _ in pairs]).recording() as of_student:
-        student(**inputs)
+    of_teacher = outputs(teachers[config], teacher_taps(tuple(LEVELS)))
+    of_student = outputs(student, [name for name, _ in pairs])
     assert {t: of_teacher[t].shape for _, t in pairs} == {t: of_student[s].shape for s, t in pairs}
 
 
