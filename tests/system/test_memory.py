@@ -17,7 +17,7 @@ STARTS = {
     "a training": """
 from pathlib import Path
 from pipeline.distill import DistillSettings
-from pipeline.training.loop import make_accelerator
+from pipeline.training.accelerator import make_accelerator
 make_accelerator(DistillSettings(cache=Path("cache"), out=Path("out"), level="sd_small", device="cpu"))
 """,
 }
