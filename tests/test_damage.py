@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from support.damage import DAMAGES, VICTIM, Place, bomb, flip, look, read_all, same, verify
-from support.stages import run_distill, run_encode, run_teacher_cache, shard_files, tree
+from support.stages import as_an_earlier_version_wrote_it, run_distill, run_encode, run_teacher_cache, shard_files, tree
 from support.tiny import tiny_pipeline, tiny_unet, write_images
 
 from pipeline.sampling.generate import GeneratedImages, Sampler, save_images
@@ -450,13 +450,6 @@ def test_a_damaged_base_is_named(copy):
     assert "students/sd_small/config.json is missing. Copy it" in verify(copy)[1]
     (copy / "teacher-cache.json").unlink()
     assert "students holds no student's initial weights. Rerun the same" in verify(copy)[1]
-
-
-def as_an_earlier_version_wrote_it(cache):
-    """Take from the manifest what it states of base/ and students/, and the hash of all that it states."""
-    content = json.loads((cache / MANIFEST).read_text())
-    del content["sha256"]
-    (cache / MANIFEST).write_text(json.dumps({**content, "files": {}}))
 
 
 def test_a_cache_of_an_earlier_version_is_read_without_checksums(copy, tmp_path):

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from PIL import Image
 
 from pipeline.demo.oracle import Verdict, score
@@ -64,7 +64,7 @@ def _by_fact(verdicts: Sequence[Verdict]) -> dict[str, float]:
 
 
 def evaluate(
-    pipeline: StableDiffusionPipeline, count: int, guidances: Sequence[float], *, splits: Sequence[str] = SPLITS
+    pipeline: DiffusionPipeline, count: int, guidances: Sequence[float], *, splits: Sequence[str] = SPLITS
 ) -> dict[tuple[str, float], Scores]:
     """Scores for `count` captions per split and guidance scale, keyed by (split, guidance).
 

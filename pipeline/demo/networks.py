@@ -6,7 +6,8 @@ up blocks of SD-1.x with two layers each, so code that works with it also works 
 
 from __future__ import annotations
 
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+import diffusers
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from pipeline.demo.scenes import BACKGROUNDS, COUNT_WORDS, OBJECT_COLOURS, RELATIONS, SHAPES, SIDE, SIZES
@@ -143,8 +144,8 @@ def make_pipeline(
     text_encoder: CLIPTextModel,
     tokenizer: CLIPTokenizer,
     unet: UNet2DConditionModel,
-) -> StableDiffusionPipeline:
-    return StableDiffusionPipeline(
+) -> DiffusionPipeline:
+    return diffusers.StableDiffusionPipeline(
         vae=autoencoder,
         text_encoder=text_encoder,
         tokenizer=tokenizer,

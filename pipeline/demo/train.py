@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from torch import nn
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -140,7 +140,7 @@ def train_text_encoder(work: Path, settings: TeacherSettings) -> CLIPTextModel:
     return text_encoder.eval().requires_grad_(False)
 
 
-def train_diffusion(work: Path, settings: TeacherSettings) -> StableDiffusionPipeline:
+def train_diffusion(work: Path, settings: TeacherSettings) -> DiffusionPipeline:
     """Train the U-Net on the latents and states of a trained autoencoder and text encoder, which are frozen.
 
     It learns noise prediction with Min-SNR weights (Hang et al. 2023) and more weight on high noise. Some captions are
@@ -188,7 +188,7 @@ def initial_networks(settings: TeacherSettings) -> tuple[AutoencoderKL | None, U
         return None, None
     autoencoder, unet = make_autoencoder(), make_unet()
     try:
-        teacher = StableDiffusionPipeline.from_pretrained(settings.init_from, local_files_only=True)
+        teacher = DiffusionPipeline.from_pretrained(settings.init_from, local_files_only=True)
         autoencoder.load_state_dict(teacher.vae.state_dict())
         unet.load_state_dict(teacher.unet.state_dict())
     except (OSError, ValueError, RuntimeError) as error:
@@ -210,7 +210,7 @@ def is_exported(out: Path) -> bool:
     return bool(names) and all(name.endswith(".safetensors") for name in names)
 
 
-def export(teacher: StableDiffusionPipeline, out: Path) -> None:
+def export(teacher: DiffusionPipeline, out: Path) -> None:
     """Write the pipeline in half precision and diffusers layout, with the checksums of its weights.
 
     The checksums are deleted first and written last, so a folder that has them is complete. `teacher` keeps its

@@ -51,8 +51,10 @@ class Peers:
         except RuntimeError as error:
             if self._step is None or not is_network_error(error):
                 raise
+            # gloo goes on with guesses.
+            reason = first_line(error).partition(". ")[0]
             raise UserError(
-                f"another process of this training ended or did not answer ({first_line(error)}). See what it printed. "
+                f"another process of this training ended or did not answer ({reason}). See what it printed. "
                 "Then rerun the same command to resume from the last checkpoint."
             ) from error
 

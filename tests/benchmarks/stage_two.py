@@ -41,7 +41,8 @@ from pipeline.models.families import LEVELS
 from pipeline.system.device import use_cpu
 from pipeline.teacher_cache import TeacherCacheSettings
 from pipeline.training import loop
-from pipeline.training.loop import make_accelerator, train
+from pipeline.training.accelerator import make_accelerator
+from pipeline.training.loop import train
 from shards.dataset import Batch
 from shards.reader import ShardSet
 from shards.store import open_store

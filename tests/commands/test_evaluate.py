@@ -408,4 +408,4 @@ def test_the_results_are_added_to_the_card_of_a_distilled_student(place, teacher
 def test_results_are_not_written_over_a_pipeline(place, name):
     result = invoke(place, place / name)
     assert result.exit_code == 2
-    assert "is the folder of a pipeline" in result.output
+    assert f"--out {place / name} is the same directory as --{name}. Choose another one." in result.output

@@ -148,7 +148,7 @@ def test_training_from_another_teacher_keeps_its_autoencoder_and_trains_its_unet
 
 def test_a_folder_that_is_not_a_demo_teacher_is_refused_as_the_initial_one(tmp_path, copy):
     (copy / UNET).unlink()
-    result = train(tmp_path / "teacher", tmp_path / "work", "--init-from", str(copy))
+    result = train(tmp_path / "new", tmp_path / "work", "--init-from", str(copy))
     assert result.exit_code == 2
     assert f"--init-from {copy} is not a demo teacher" in result.output
 

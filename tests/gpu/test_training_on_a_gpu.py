@@ -21,7 +21,7 @@ from support.stages import (
 )
 
 from pipeline import distill
-from pipeline.training.loader import make_loader
+from pipeline.training.loader import collated_batches
 
 pytestmark = needs_gpu
 ROOT = Path(__file__).parents[2]
@@ -137,7 +137,7 @@ def test_batches_are_pinned(cache, tmp_path):
     reset_accelerate()
     from accelerate import Accelerator
 
-    batch = next(iter(make_loader(settings, training.dataset, Accelerator(), 0)))
+    batch = next(collated_batches(settings, training.dataset, Accelerator(), 0))
     assert batch.latents.is_pinned()
     assert all(feature.values.is_pinned() for feature in batch.features.values())
 

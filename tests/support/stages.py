@@ -100,3 +100,10 @@ def state_dict_of(folder: Path) -> dict[str, torch.Tensor]:
 
 def first(iterable, count: int) -> list:
     return list(itertools.islice(iterable, count))
+
+
+def as_an_earlier_version_wrote_it(cache):
+    """Take from the manifest what it states of base/ and students/, and the hash of all that it states."""
+    content = json.loads((cache / "manifest.json").read_text())
+    del content["sha256"]
+    (cache / "manifest.json").write_text(json.dumps({**content, "files": {}}))

@@ -4,6 +4,7 @@ import threading
 import time
 
 import pytest
+import torch
 
 from pipeline.system.threads import in_background, ordered_map
 
@@ -82,3 +83,16 @@ def test_closing_the_iterator_ends_the_thread():
     next(items)
     items.close()
     assert threads() == before
+
+
+def test_the_background_thread_has_the_current_gpu_of_its_consumer(monkeypatch):
+    set_devices = {}
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: set_devices.update({threading.get_ident(): index}))
+
+    def makers():
+        yield threading.get_ident()
+
+    (maker,) = in_background(makers(), 1)
+    assert set_devices == {maker: 3}

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diffusers import DiffusionPipeline, StableDiffusionPipeline
+import diffusers
+from diffusers import DiffusionPipeline
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTokenizer
 
@@ -148,7 +149,9 @@ def assemble(**parts: Any) -> DiffusionPipeline:
     """The pipeline, without a safety checker: it would turn images black. Prompts have the text encoder's length."""
     tokenizer = parts["tokenizer"]
     tokenizer.model_max_length = prompt_length(tokenizer, parts["text_encoder"].config)
-    return StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    # Looked up here, and not imported above: that would print notes before `load` turns them off.
+    made = diffusers.StableDiffusionPipeline
+    return made(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
 
 
 def encode_prompts(base: DiffusionPipeline, captions: list[str]) -> dict[str, Tensor]:
