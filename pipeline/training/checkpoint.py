@@ -50,9 +50,14 @@ def save_checkpoint(
         write_checksums(folder / WEIGHTS)
         with open(folder / STATE, "wb") as stream:
             torch.save(state, stream)
+    keep_newest(checkpoints, total_limit)
+    return path
+
+
+def keep_newest(checkpoints: Path, total_limit: int) -> None:
+    """Delete all checkpoints but the newest `total_limit`."""
     for _, old in list_checkpoints(checkpoints)[:-total_limit]:
         _remove(old)
-    return path
 
 
 def _remove(path: Path) -> None:

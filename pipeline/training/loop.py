@@ -34,7 +34,13 @@ from pipeline.system.echo import say
 from pipeline.system.errors import FAILURES, UserError, first_line
 from pipeline.system.prompts import read_prompts
 from pipeline.training.accelerator import start_trackers
-from pipeline.training.checkpoint import list_checkpoints, load_checkpoint, reading_checkpoint, save_checkpoint
+from pipeline.training.checkpoint import (
+    keep_newest,
+    list_checkpoints,
+    load_checkpoint,
+    reading_checkpoint,
+    save_checkpoint,
+)
 from pipeline.training.interrupts import Interrupts
 from pipeline.training.metrics import Metrics, SeenBatch
 from pipeline.training.objective import Objective
@@ -203,6 +209,9 @@ def run_training(
     Returns what failed without stopping the training, a sentence each.
     """
     start_trackers(settings, accelerator)
+    if accelerator.is_main_process:
+        # A run that was killed after it wrote one may have left more.
+        keep_newest(settings.out / CHECKPOINTS, settings.checkpoints_total_limit)
     train(settings, accelerator, training, stream)
     if accelerator.is_main_process:
         if training.ema:
