@@ -553,6 +553,21 @@ def test_a_loss_that_is_not_finite_names_the_entries_and_the_last_good_checkpoin
     assert "step-0000002" in str(caught.value)
 
 
+@pytest.fixture
+def heeded_signals():
+    """A shell starts what runs in the background with SIGINT ignored, and nohup with SIGHUP ignored: not here."""
+    usual = {
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGTERM: signal.SIG_DFL,
+        signal.SIGHUP: signal.SIG_DFL,
+    }
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("heeded_signals")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupted_run_leaves_a_checkpoint_and_resumes_bit_for_bit(cache, tmp_path, monkeypatch, number):
     whole = run_distill(cache, tmp_path / "whole", max_train_steps=5)
@@ -572,6 +587,7 @@ def test_an_interrupted_run_leaves_a_checkpoint_and_resumes_bit_for_bit(cache, t
     assert_equal_training(run_distill(cache, tmp_path / "out", max_train_steps=5), whole, 5)
 
 
+@pytest.mark.usefixtures("heeded_signals")
 def test_only_a_second_ctrl_c_well_after_the_first_does_not_wait_for_the_step(monkeypatch):
     """A launcher and a scheduler may each pass one request on; only a person asks again."""
     now = [100.0]
