@@ -11,14 +11,12 @@ Megabytes are of the shards' bytes. Run it on a quiet machine, on a cache of you
 
 from __future__ import annotations
 
-import os
-import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import click
-import torch
+from machine import machine
 from torch.utils.data import DataLoader
 
 from pipeline.models.families import LEVELS
@@ -89,11 +87,7 @@ def main(cache: Path, level: str, batch_size: int, batches: int, workers: tuple[
     paths = [cache / shard for shard in dataset.shards.shards]
     size = sum(path.stat().st_size for path in paths)
     per_entry = size / len(dataset) / 1e6
-    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
-    print(
-        f"{os.cpu_count()} cores; {versions}; {len(dataset)} entries "
-        f"of {1e3 * per_entry:.1f} kB, batches of {batch_size}\n"
-    )
+    print(f"{machine()}; {len(dataset)} entries of {1e3 * per_entry:.1f} kB, {level}, batches of {batch_size}\n")
     print("| what | entries a second | MB a second |")
     print("|---|---|---|")
     for count in workers:

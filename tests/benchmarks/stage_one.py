@@ -10,8 +10,6 @@ up, counts. Run it on a quiet machine:
 
 from __future__ import annotations
 
-import os
-import platform
 import shutil
 import time
 from collections.abc import Callable
@@ -23,6 +21,7 @@ from unittest import mock
 import click
 import torch
 from accelerate.state import AcceleratorState, PartialState
+from machine import machine
 from sd15_road import random_checkpoint, random_images
 
 from pipeline import encode, teacher_cache
@@ -52,6 +51,7 @@ class Clock:
         def timed(*arguments):
             self.passes += 1
             if self.passes == 2:
+                synchronise()
                 self.started = time.perf_counter()
             if self.passes > 1:
                 self.calls.append(arguments)
@@ -100,7 +100,7 @@ def bare_encode(clock: Clock, settings: EncodeSettings) -> float:
     for pixels, captions in batches:
         encode_images(base.vae, pixels, torch.zeros(len(captions), *shape))
         SD.encode_prompts(base, captions)
-    synchronise(base.vae.device)
+    synchronise()
     return time.perf_counter() - started
 
 
@@ -115,13 +115,13 @@ def bare_teacher(clock: Clock, latents_shape: tuple[int, ...], conditioning: Sha
         inputs = {name: tensor.to(device, dtype) for name, tensor in random_conditioning(conditioning, count).items()}
         with teacher.taps.recording():
             denoise(teacher.unet, noisy, torch.zeros(count, device=device), inputs, teacher.family)
-    synchronise(device)
+    synchronise()
     return time.perf_counter() - started
 
 
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def synchronise() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 @click.command()
@@ -130,10 +130,18 @@ def synchronise(device: torch.device) -> None:
 @click.option("--images", default=512, show_default=True, help="Images, and so entries of the cache.")
 @click.option("--batch-size", default=16, show_default=True)
 @click.option("--device", default="auto", show_default=True, help="auto or cpu.")
+@click.option("--compile/--no-compile", "compiled", default=False, show_default=True, help="In both of each pair.")
 @click.option("--workers", multiple=True, default=(4,), show_default=True, help="Threads that decode images.")
 @click.option("--repeats", default=3, show_default=True, help="Times that each stage and its bare passes are run.")
 def main(
-    work: Path, arch: str, images: int, batch_size: int, device: str, workers: tuple[int, ...], repeats: int
+    work: Path,
+    arch: str,
+    images: int,
+    batch_size: int,
+    device: str,
+    compiled: bool,
+    workers: tuple[int, ...],
+    repeats: int,
 ) -> None:
     shutil.rmtree(work, ignore_errors=True)
     if arch == "demo":
@@ -141,7 +149,7 @@ def main(
     else:
         teacher, _ = work / "teacher", random_images(work / "images", images)
         random_checkpoint(teacher)
-    common = {"teacher": str(teacher), "batch_size": batch_size, "device": device}
+    common = {"teacher": str(teacher), "batch_size": batch_size, "device": device, "compile": compiled}
     rows = []
     for repeat in range(repeats):
         cache = work / f"cache-{repeat}"
@@ -161,11 +169,8 @@ def main(
         rows.append(("teacher-cache", clock.entries, clock.seconds, bare))
         shutil.rmtree(cache)
 
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() and device == "auto" else "no GPU"
-    print(
-        f"{os.cpu_count()} cores, {torch.get_num_threads()} torch threads, {gpu}, Python {platform.python_version()},"
-        f" torch {torch.__version__}; {arch}, {images} images in batches of {batch_size}\n"
-    )
+    more = ", compiled" if compiled else ""
+    print(f"{machine(device)}; {arch}, {images} images in batches of {batch_size}{more}\n")
     print("| stage | entries a second | bare forward, entries a second | ratio |")
     print("|---|---|---|---|")
     for stage, entries, seconds, bare in sorted(rows):

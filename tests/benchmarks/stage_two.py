@@ -16,9 +16,6 @@ quiet machine:
 from __future__ import annotations
 
 import itertools
-import multiprocessing
-import os
-import platform
 import re
 import shutil
 import statistics
@@ -30,6 +27,7 @@ from unittest import mock
 
 import click
 import torch
+from machine import in_process, machine
 from online import OnlineBatches, encoded_inputs, stored_inputs
 from sd15_road import random_checkpoint, random_images
 
@@ -75,6 +73,7 @@ class Case:
     device: str
     mixed_precision: str
     gradient_checkpointing: bool
+    compile: bool
     workers: int | None
 
     @property
@@ -92,6 +91,7 @@ class Case:
             device=self.device,
             mixed_precision=self.mixed_precision,
             gradient_checkpointing=self.gradient_checkpointing,
+            compile=self.compile,
             dataloader_num_workers=self.workers,
         )
 
@@ -178,11 +178,6 @@ def run(row: str, case: Case) -> Run:
     return Run((times[-1] - times[WARM_UP]) / case.steps, peak, on_device)
 
 
-def in_process(function: Callable, *arguments):
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, arguments)
-
-
 def table(runs: dict[str, list[Run]], batch_size: int) -> str:
     """The median of each row's repeats; ratios to online of the same turn, then their median."""
     lines = [
@@ -211,6 +206,7 @@ def table(runs: dict[str, list[Run]], batch_size: int) -> str:
 @click.option("--device", default="auto", show_default=True, help="auto or cpu.")
 @click.option("--mixed-precision", default="no", show_default=True, help="no, fp16 or bf16, of teacher and student.")
 @click.option("--gradient-checkpointing/--no-gradient-checkpointing", default=False, show_default=True)
+@click.option("--compile/--no-compile", "compiled", default=False, show_default=True, help="torch.compile the student.")
 @click.option("--workers", type=int, help="Processes that read the cache; by default as `distill` has it.")
 def main(
     work: Path,
@@ -223,24 +219,21 @@ def main(
     device: str,
     mixed_precision: str,
     gradient_checkpointing: bool,
+    compiled: bool,
     workers: int | None,
 ) -> None:
     shutil.rmtree(work, ignore_errors=True)
-    common = (steps, device, mixed_precision, gradient_checkpointing, workers)
+    common = (steps, device, mixed_precision, gradient_checkpointing, compiled, workers)
     in_process(prepare, Case(work, arch, "sd_small", batch_sizes[0], *common), images)
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() and device == "auto" else "no GPU"
-    print(
-        f"{os.cpu_count()} cores, {torch.get_num_threads()} torch threads, {gpu}; Python {platform.python_version()},"
-        f" torch {torch.__version__}; {arch}, precision {mixed_precision}"
-    )
+    print(f"{machine(device)}; {arch}, precision {mixed_precision}")
     for level, batch_size in itertools.product(levels.split(","), batch_sizes):
         case = Case(work, arch, level, batch_size, *common)
         runs: dict[str, list[Run]] = {row: [] for row in ROWS if row != CAST or mixed_precision != "no"}
         for turn in range(repeats):
             for row in list(runs) if turn % 2 == 0 else reversed(runs):
                 runs[row].append(in_process(run, row, case))
-        checkpointed = ", gradient checkpointing" if gradient_checkpointing else ""
-        print(f"\n{level}, batches of {batch_size}{checkpointed}\n\n{table(runs, batch_size)}", flush=True)
+        more = (", gradient checkpointing" if gradient_checkpointing else "") + (", compiled" if compiled else "")
+        print(f"\n{level}, batches of {batch_size}{more}\n\n{table(runs, batch_size)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import multiprocessing
-import os
-import platform
 import statistics
 import time
 from dataclasses import dataclass
@@ -23,6 +20,7 @@ from dataclasses import dataclass
 import click
 import torch
 from diffusers import UNet2DConditionModel
+from machine import in_process, machine
 from sd15_road import SD15_UNET
 
 from pipeline.demo.networks import TEXT_WIDTH
@@ -32,7 +30,7 @@ from pipeline.models.families import denoise
 from pipeline.models.families.sd import SD
 from pipeline.models.load import unet_config
 from pipeline.models.students import student_config
-from pipeline.system.device import DEVICES, DTYPES, device_name, resolve_dtype, use_cpu
+from pipeline.system.device import DEVICES, DTYPES, resolve_dtype, use_cpu
 from pipeline.system.memory import peak_memory
 
 ROWS = ("teacher", "sd_small", "bk_small", "sd_tiny")
@@ -97,17 +95,12 @@ def run(row: str, case: Case) -> Run:
     return Run(statistics.median(times[WARM_UP:]), peak_memory(device) - before)
 
 
-def in_process(row: str, case: Case) -> Run:
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(run, (row, case))
-
-
 def turns(case: Case, repeats: int) -> dict[str, list[Run]]:
     """Every row once a turn, forwards and backwards by turns."""
     runs: dict[str, list[Run]] = {row: [] for row in ROWS}
     for turn in range(repeats):
         for row in ROWS if turn % 2 == 0 else reversed(ROWS):
-            runs[row].append(in_process(row, case))
+            runs[row].append(in_process(run, row, case))
     return runs
 
 
@@ -137,21 +130,25 @@ def lines(runs: dict[str, list[Run]], case: Case) -> list[str]:
     help="auto is fp16 on a GPU, else fp32.",
 )
 @click.option("--batch-size", "batch_sizes", multiple=True, default=(1, 4), show_default=True)
-@click.option("--compile/--no-compile", "also_compiled", default=True, show_default=True, help="torch.compile as well.")
+@click.option(
+    "--compile",
+    type=click.Choice(["no", "yes", "both"]),
+    default="both",
+    show_default=True,
+    help="Whether to time the plain networks, those of torch.compile, or both.",
+)
 @click.option("--repeats", default=3, show_default=True, help="Turns of all rows.")
-def main(arch: str, device: str, dtype: str, batch_sizes: tuple[int, ...], also_compiled: bool, repeats: int) -> None:
+def main(arch: str, device: str, dtype: str, batch_sizes: tuple[int, ...], compile: str, repeats: int) -> None:
     place = torch.device("cpu" if use_cpu(device) else "cuda")
     dtype = resolve_dtype(dtype, place)
-    print(
-        f"{os.cpu_count()} cores, {torch.get_num_threads()} torch threads, {device_name(place)}, {dtype}; "
-        f"Python {platform.python_version()}, torch {torch.__version__}; {arch}, random weights, "
-        f"{repeats} turns\n"
-    )
+    print(f"{machine(device)}; {arch}, random weights, {dtype}, {repeats} turns\n")
     print(
         "| U-Net | parameters, M | GMAC a picture | batch | compiled | seconds a forward | times as fast "
         "| peak memory, GB | of the teacher's |\n|---|---|---|---|---|---|---|---|---|"
     )
-    for compiled, batch_size in itertools.product((False, True) if also_compiled else (False,), batch_sizes):
+    for compiled, batch_size in itertools.product(
+        {"no": (False,), "yes": (True,), "both": (False, True)}[compile], batch_sizes
+    ):
         case = Case(arch, place.type, dtype, batch_size, compiled)
         print("\n".join(lines(turns(case, repeats), case)), flush=True)
 

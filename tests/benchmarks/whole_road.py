@@ -14,17 +14,15 @@ Weights are random for `sd15`, the bundled teacher's for `demo`. On a quiet mach
 
 from __future__ import annotations
 
-import os
-import platform
 import shutil
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
 import click
-import torch
+from machine import in_process, machine
 from stage_one import run_stage
-from stage_two import REFERENCE, RESOLUTIONS, TOKEN_MIN, Case, in_process, prepare, run
+from stage_two import REFERENCE, RESOLUTIONS, TOKEN_MIN, Case, prepare, run
 
 from pipeline import encode, teacher_cache
 from pipeline.encode import EncodeSettings
@@ -118,14 +116,10 @@ def main(
     gradient_checkpointing: bool,
 ) -> None:
     shutil.rmtree(work, ignore_errors=True)
-    case = Case(work, arch, level, batch_size, steps, device, mixed_precision, gradient_checkpointing, None)
+    case = Case(work, arch, level, batch_size, steps, device, mixed_precision, gradient_checkpointing, False, None)
     in_process(prepare, case, images)
     turns = [measure(case) for _ in range(repeats)]
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() and device == "auto" else "no GPU"
-    print(
-        f"{os.cpu_count()} cores, {torch.get_num_threads()} torch threads, {gpu}, Python {platform.python_version()},"
-        f" torch {torch.__version__}; {arch}, precision {mixed_precision}, {level}, batches of {batch_size}\n"
-    )
+    print(f"{machine(device)}; {arch}, precision {mixed_precision}, {level}, batches of {batch_size}\n")
     print(table(turns, rounds))
 
 

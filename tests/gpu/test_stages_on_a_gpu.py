@@ -127,7 +127,8 @@ def test_lora_trains(teacher, latents, tmp_path):
 def test_the_demo_runs_from_nothing_and_its_student_follows_captions(tmp_path):
     make = ["make", "-f", ROOT / "Makefile", "distill", f"VENV={sys.prefix}", "-o", f"{sys.prefix}/.ready"]
     make += [f"LAUNCH={sys.executable}", f"WORK={tmp_path / 'demo'}"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": paths}
     result = subprocess.run(make, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     report = (tmp_path / "demo" / "sd_small" / "report.html").read_text()
