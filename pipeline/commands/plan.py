@@ -11,6 +11,7 @@ import torch
 from pipeline.cache import sizes
 from pipeline.cache.settings import CacheFormat, sampling_lines
 from pipeline.cache.trial import try_teacher
+from pipeline.evaluation.training_cost import TrainingCost, training_cost
 from pipeline.models.load import family_of, find_pipeline, load_unet
 from pipeline.models.shapes import TeacherShapes, teacher_shapes
 from pipeline.models.students import teacher_taps
@@ -32,6 +33,7 @@ UNITS = {"B": 1} | {
 PERIODS = (("days", 86400), ("hours", 3600), ("minutes", 60), ("seconds", 1))
 # (decibels, stride), from the most exact on. The next one is tried if the requested rounds do not fit.
 LADDER = ((10.0, 4), (5.0, 4), (0.0, 4))
+VISITS = {1: "one visit", 2: "two", 4: "four"}
 # After so many rounds, an image has been seen at each timestep of the usual schedule.
 MOST_ROUNDS = 1000
 
@@ -146,7 +148,19 @@ def plan(settings: PlanSettings) -> list[str]:
         f"latents and cache: {format_bytes(cost.total(chosen.images, chosen.rounds))}; "
         f"{format_bytes(free_bytes(chosen.out))} are free in {chosen.out}",
         f"teacher forward passes: {entries}",
+        *training_lines(training_cost(folder, chosen.resolution, shapes, chosen.students), chosen),
         *([time_of(chosen, folder, shapes, entries)] if chosen.trial else []),
+    ]
+
+
+def training_lines(cost: TrainingCost, settings: PlanSettings) -> list[str]:
+    """Both stages beside online training, by arithmetic."""
+    students = " and ".join(settings.students)
+    shares = [f"{cost.share_of_online(settings.rounds, visits):.2f} with {word}" for visits, word in VISITS.items()]
+    samples = cost.break_even(settings.images, settings.rounds)
+    return [
+        f"training {students}: {', '.join(shares)} to each entry, as a share of online training's arithmetic",
+        f"break-even: online training takes more than both stages from {samples} samples per student on",
     ]
 
 

@@ -2,16 +2,22 @@
 
 import re
 import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from support.stages import reset_accelerate
 
 from pipeline.cache import sizes, trial
 from pipeline.cache.trial import Trial
 from pipeline.commands.plan import LADDER, PERIODS, PlanSettings, bytes_of, command, cost_of, fit, format_duration
-from pipeline.models.shapes import TeacherShapes
+from pipeline.evaluation.cost import count_macs
+from pipeline.evaluation.training_cost import TrainingCost, training_cost
+from pipeline.models.shapes import TeacherShapes, teacher_shapes
 from pipeline.models.students import teacher_taps
 from pipeline.system.disk import format_bytes, require_space
 from pipeline.system.errors import UserError
@@ -202,3 +208,39 @@ def test_a_budget_keeps_what_is_given_even_where_the_rounds_do_not_fit(given):
 def test_a_large_budget_goes_no_further_than_all_timesteps():
     assert fit(settings(budget="1PB"), SD15).rounds == 1000
     assert fit(settings(budget="1PB", rounds=1200), SD15).rounds == 1200
+
+
+def test_the_arithmetic_of_training_from_a_cache_is_that_of_the_two_trainers():
+    """SD-1.x at 512 px: MACs in billions, of which students.md has the U-Nets'. Sums by hand."""
+    cost = TrainingCost(541, 402, {"sd_small": 262})
+    assert 1 / cost.share_of_online(8, 1) == pytest.approx((541 + 402 + 786) / (541 / 8 + 402 + 786))
+    assert [round(1 / cost.share_of_online(8, visits), 2) for visits in (1, 2, 4)] == [1.38, 1.69, 1.91]
+    both = TrainingCost(541, 402, {"sd_small": 262, "sd_tiny": 243})
+    online = 2 * 2 * (2 * (541 + 402) + 3 * (262 + 243))
+    assert both.share_of_online(2, 2) == pytest.approx((541 + 2 * 402 + 2 * 2 * 3 * (262 + 243)) / online)
+
+
+def test_online_training_takes_as_much_at_the_break_even():
+    cost, images, rounds = TrainingCost(500, 400, {"sd_small": 200, "sd_tiny": 100}), 90, 4
+    samples = cost.break_even(images, rounds)
+    online = samples * (2 * (500 + 400) + 3 * 300)
+    assert images * (500 + rounds * 400) + samples * 3 * 300 == pytest.approx(online, rel=1e-2)
+
+
+def test_the_plan_counts_what_the_networks_compute(teacher, tmp_path):
+    """The U-Net of the tiny teacher counted on the meta device, and on real tensors by diffusers' own call."""
+    folder = Path(teacher)
+    shapes = teacher_shapes(folder, 32, teacher_taps(("sd_small",)))
+    cost = training_cost(folder, 32, shapes, ("sd_small", "sd_tiny"))
+    unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+    inputs = torch.zeros(1, *shapes.latents), 1, torch.zeros(1, *shapes.conditioning["prompt_embeds"])
+    assert cost.teacher == count_macs(unet, *inputs)
+    assert cost.teacher > cost.students["sd_small"] > cost.students["sd_tiny"] > 0
+    vae = AutoencoderKL.from_pretrained(folder, subfolder="vae")
+    assert cost.vae_encoder == count_macs(vae.encode, torch.zeros(1, 3, 32, 32))
+    result = CliRunner().invoke(command, ["--teacher", str(teacher), "--images", "100", "--resolution", "32"])
+    assert f"from {cost_of_sd_small(cost).break_even(100, 4)} samples per student on" in result.output
+
+
+def cost_of_sd_small(cost: TrainingCost) -> TrainingCost:
+    return replace(cost, students={"sd_small": cost.students["sd_small"]})
