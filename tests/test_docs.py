@@ -47,7 +47,8 @@ SMALL = {
     "--max-train-steps 15000": "--max-train-steps 2",
     "--max-train-steps 2000": "--max-train-steps 2",
     "--trial": "--trial --resolution 32 --batch-size 2",
-    "distill-sd evaluate": "distill-sd evaluate --repeats 1 --bins 2",
+    "distill-sd evaluate": "distill-sd evaluate --repeats 1 --bins 2 --num-inference-steps 3",
+    "distill-sd sample": "distill-sd sample --num-inference-steps 3",
     "STEPS=15000": "STEPS=2",
 }
 

@@ -79,10 +79,10 @@ def killed_run(function, *args, kill_at=None, after=None, **changes):
 
 
 def moments(seed, events, seconds):
-    """Nine, drawn at random: events and times; the last event among them, behind which nothing is left to do."""
+    """Six, drawn at random: events and times; the last event among them, behind which nothing is left to do."""
     draw = random.Random(seed)
-    at = [{"kill_at": event} for event in (*draw.sample(range(events), min(events, 5)), events - 1)]
-    return [*at, *({"after": draw.uniform(0.1, 0.9) * seconds} for _ in range(9 - len(at)))]
+    at = [{"kill_at": event} for event in (*draw.sample(range(events), min(events, 3)), events - 1)]
+    return [*at, *({"after": draw.uniform(0.1, 0.9) * seconds} for _ in range(6 - len(at)))]
 
 
 @pytest.fixture(scope="module")

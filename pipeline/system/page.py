@@ -9,10 +9,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
 from PIL import Image
 
 from shards.files import write_bytes
@@ -72,6 +68,12 @@ def curves(plots: dict[str, dict[str, tuple[list[float], list[float]]]], xlabel:
 
     The y axis of a plot is logarithmic if all its values are positive.
     """
+    # Imported by the reports alone: it takes as long as the rest of a short command.
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
     figure, axes = pyplot.subplots(1, len(plots), figsize=(6 * len(plots), 4.4), squeeze=False, layout="constrained")
     for axis, (title, lines) in zip(axes[0], plots.items(), strict=True):
         for label, (x, y) in lines.items():

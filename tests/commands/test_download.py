@@ -93,10 +93,17 @@ def test_available_images_are_downloaded_and_failures_are_counted_by_cause(serve
     assert "was created with other settings (seed 0, now 1). Choose another --out." in other.output
 
 
-@needs_program
-def test_it_is_an_error_with_the_causes_if_all_downloads_fail(server, tmp_path):
-    urls = write_list(tmp_path / "list.parquet", [(f"{server}/missing/{i}.jpg", "x") for i in range(3)])
-    result = download("--urls", urls, "--out", tmp_path / "tars", "--retries", 0)
+def test_it_is_an_error_with_the_causes_if_all_downloads_fail(tmp_path):
+    """With a program that leaves what img2dataset does: an empty tar and its counts."""
+    urls = write_list(tmp_path / "list.parquet", [(f"http://127.0.0.1/{i}.jpg", "x") for i in range(3)])
+    counts = {"count": 3, "successes": 0, "status_dict": {"HTTP Error 404: Not Found": 3}}
+    stand_in = tmp_path / "img2dataset"
+    stand_in.write_text(f"""#!/bin/sh
+cd {tmp_path}/tars && tar cf 00000.tar -T /dev/null && echo '{json.dumps(counts)}' > 00000_stats.json
+""")
+    stand_in.chmod(0o755)
+    options = ["--out", tmp_path / "tars", "--caption-column", "generated_caption", "--img2dataset", stand_in]
+    result = CliRunner().invoke(main, ["download", "--urls", *map(str, [urls, *options])])
     assert result.exit_code == 2
     assert "holds 0 images from 3 URLs" in result.output
     assert "3 x HTTP Error 404" in result.output

@@ -128,14 +128,15 @@ def test_images_may_be_structs_with_or_without_paths_and_null(tmp_path, fields):
             source.read(source.records[i])
 
 
-def test_a_small_file_that_unfolds_to_gigabytes_is_refused(tmp_path):
-    """20,000 times one caption of 100 kB, in a file of a few kB. As many short captions are taken."""
+def test_a_small_file_that_unfolds_to_gigabytes_is_refused(tmp_path, monkeypatch):
+    """2,000 times one caption of 100 kB, in a file of a few kB, with a limit of 100 MB. Short captions are taken."""
+    monkeypatch.setattr("pipeline.data.tables.MAX_UNFOLDED_BYTES", 100_000_000)
     for name, caption in (("bomb", "x" * 100_000), ("data", "x" * 10)):
-        columns = {"image": [b"zero"] * 20_000, "text": pyarrow.array([caption] * 20_000)}
+        columns = {"image": [b"zero"] * 2_000, "text": pyarrow.array([caption] * 2_000)}
         pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / f"{name}.parquet", compression="zstd")
-    with pytest.raises(UserError, match=r"bomb.parquet has \d+ bytes and unfolds to 20000\d+"):
+    with pytest.raises(UserError, match=r"bomb.parquet has \d+ bytes and unfolds to 2000\d+"):
         open_table(tmp_path / "bomb.parquet")
-    assert len(open_table(tmp_path / "data.parquet").records) == 20_000
+    assert len(open_table(tmp_path / "data.parquet").records) == 2_000
 
 
 def test_text_that_is_not_utf8_is_refused(tmp_path):

@@ -24,7 +24,7 @@ from pipeline.demo.scenes import (
     write_folder,
 )
 
-COUNT = 300
+COUNT = 150
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_scenes_with_equal_captions_have_different_images():
         indices[caption_of(draw_facts(generator(0, index)))].append(index)
     repeated = [group[:2] for group in indices.values() if len(group) > 1]
     assert len(repeated) > 100
-    for group in repeated:
+    for group in repeated[:30]:
         first, second = (make_scene(0, index) for index in group)
         assert first.caption == second.caption
         assert np.abs(first.image.astype(int) - second.image).mean() > 2

@@ -72,12 +72,18 @@ def outputs(unet, names) -> dict[str, torch.Tensor]:
     return recorded
 
 
+@pytest.fixture(scope="module")
+def teacher_outputs(teachers):
+    """What the taps of all levels put out, by config."""
+    return {config: outputs(teacher, teacher_taps(tuple(LEVELS))) for config, teacher in teachers.items()}
+
+
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("config", CONFIGS)
-def test_tap_pairs_have_equal_shapes(teachers, config, level):
+def test_tap_pairs_have_equal_shapes(teachers, teacher_outputs, config, level):
     student = on_meta(student_config(dict(teachers[config].config), level))
     pairs = LEVELS[level].taps
-    of_teacher = outputs(teachers[config], teacher_taps(tuple(LEVELS)))
+    of_teacher = teacher_outputs[config]
     of_student = outputs(student, [name for name, _ in pairs])
     assert {t: of_teacher[t].shape for _, t in pairs} == {t: of_student[s].shape for s, t in pairs}
 

@@ -45,8 +45,15 @@ def resume(cache, out, steps=6):
     return run_distill(cache, out, max_train_steps=steps, checkpointing_steps=2, use_ema=True)
 
 
-@pytest.mark.parametrize("where", [0.3, 0.5, 0.9])
-@pytest.mark.parametrize("name", ["unet/diffusion_pytorch_model.safetensors", "unet/config.json", "state.pt"])
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [
+        ("unet/diffusion_pytorch_model.safetensors", 0.3),
+        ("unet/config.json", 0.5),
+        ("state.pt", 0.5),
+        ("state.pt", 0.9),
+    ],
+)
 def test_a_flipped_bit_in_a_checkpoint_is_told_with_the_older_one(cache, out, name, where):
     path = out / "checkpoints" / "step-0000004"
     data = path.joinpath("state.pt").read_bytes()

@@ -116,9 +116,19 @@ def test_what_torch_compile_finds_in_the_first_step_is_told_in_a_sentence(cache,
     def broken(graph, inputs):
         raise OSError("Python.h: No such file or directory")
 
+    class Compiled(torch.nn.Module):
+        """A student whose first operation is compiled: tracing all of it takes long."""
+
+        def __init__(self, student):
+            super().__init__()
+            self.student = student
+
+        def forward(self, sample, *more, **named):
+            return self.student(compile(torch.sin, backend=broken)(sample), *more, **named)
+
     torch._dynamo.reset()
     compile = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda module: compile(module, backend=broken))
+    monkeypatch.setattr(torch, "compile", Compiled)
     with pytest.raises(UserError, match="--compile failed .*Python.h.*leave --compile out"):
         run_distill(cache, tmp_path / "out", compile=True)
 
