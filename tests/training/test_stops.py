@@ -17,6 +17,7 @@ import torch
 import torch.distributed
 from support.children import Numbers, Unsendable, damaged, die, full, stuck, wait_bound
 from support.stages import reset_accelerate
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from pipeline.distill import DistillSettings
 from pipeline.system.children import bound_children, forkserver
@@ -28,6 +29,12 @@ from shards.schema import ShardError
 
 ROOT = Path(__file__).parent.parent.parent
 FORK = multiprocessing.get_context("fork")
+
+
+@pytest.fixture(autouse=True)
+def _looks_often(monkeypatch):
+    """Torch looks every five seconds whether its loader processes live."""
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.5,))
 
 
 @contextlib.contextmanager
