@@ -1,11 +1,13 @@
 # Two-stage offline distillation. `make help` lists the targets. Every variable below can be set on the
 # command line, as in `make distill TEACHER=path/to/checkpoint DATA=path/to/images LEVEL=sd_tiny`.
-# Without TEACHER, the stages run on the bundled demo teacher and generated scenes.
+# Without TEACHER, the stages run on the bundled demo teacher and generated scenes. With CONFIG=run.yaml, each stage
+# takes its options from that file alone, and from ENCODE_FLAGS, CACHE_FLAGS and DISTILL_FLAGS.
 
 PYTHON ?= python3
 VENV   ?= .venv
 LAUNCH ?= $(BIN)/python
 
+CONFIG   ?=
 TEACHER  ?= demo
 LEVEL    ?= sd_small
 STUDENTS ?= $(LEVEL)
@@ -61,6 +63,21 @@ LATENTS ?= $(WORK)/latents
 CACHE   ?= $(WORK)/cache
 STUDENT ?= $(WORK)/$(LEVEL)
 
+ifneq ($(CONFIG),)
+ENCODE_OPTIONS  := --config '$(CONFIG)'
+CACHE_OPTIONS   := --config '$(CONFIG)'
+DISTILL_OPTIONS := --config '$(CONFIG)'
+DISTILL_FLAGS   :=
+else
+ENCODE_OPTIONS  := --teacher '$(TEACHER)' --data '$(DATA)' --out '$(LATENTS)' \
+  --resolution $(RESOLUTION) --seed $(SEED)
+CACHE_OPTIONS   := --teacher '$(TEACHER)' --latents '$(LATENTS)' --out '$(CACHE)' --rounds $(ROUNDS) \
+  --codec $(CODEC) --snr-db $(SNR_DB) --token-stride $(STRIDE) --token-min $(TOKEN_MIN) --students $(STUDENTS) \
+  --samples $(SAMPLES) --samples-guidance $(GUIDANCE) --uncond-fraction $(UNCOND) --seed $(SEED)
+DISTILL_OPTIONS := --cache '$(CACHE)' --out '$(STUDENT)' --level $(LEVEL) --max-train-steps $(STEPS) \
+  --train-batch-size $(BATCH) --learning-rate $(LR) --seed $(SEED)
+endif
+
 .DEFAULT_GOAL := help
 .PHONY: help install test test-gpu lint encode teacher-cache distill data clean
 
@@ -91,20 +108,18 @@ lint: $(READY) ## Run the linter and the type checker alone.
 	$(BIN)/mypy
 
 encode: $(READY) data ## Encode images and captions (DATA=) with the VAE and text encoder of TEACHER=.
-	$(LAUNCH) -m pipeline.encode --teacher '$(TEACHER)' --data '$(DATA)' --out '$(LATENTS)' \
-	  --resolution $(RESOLUTION) --seed $(SEED) $(ENCODE_FLAGS)
+	$(LAUNCH) -m pipeline.encode $(ENCODE_OPTIONS) $(ENCODE_FLAGS)
 
 teacher-cache: encode ## Run the teacher on the latents: ROUNDS=, CODEC=, SNR_DB=, STRIDE=.
-	$(LAUNCH) -m pipeline.teacher_cache --teacher '$(TEACHER)' --latents '$(LATENTS)' --out '$(CACHE)' --rounds $(ROUNDS) \
-	  --codec $(CODEC) --snr-db $(SNR_DB) --token-stride $(STRIDE) --token-min $(TOKEN_MIN) --students $(STUDENTS) \
-	  --samples $(SAMPLES) --samples-guidance $(GUIDANCE) --uncond-fraction $(UNCOND) --seed $(SEED) $(CACHE_FLAGS)
+	$(LAUNCH) -m pipeline.teacher_cache $(CACHE_OPTIONS) $(CACHE_FLAGS)
 
 distill: teacher-cache ## Train the student of LEVEL= for STEPS= steps, to a diffusers pipeline and a report.
-	$(LAUNCH) -m pipeline.distill --cache '$(CACHE)' --out '$(STUDENT)' --level $(LEVEL) --max-train-steps $(STEPS) \
-	  --train-batch-size $(BATCH) --learning-rate $(LR) --seed $(SEED) $(DISTILL_FLAGS)
+	$(LAUNCH) -m pipeline.distill $(DISTILL_OPTIONS) $(DISTILL_FLAGS)
 
 data: $(READY)
-ifeq ($(TEACHER),demo)
+ifneq ($(CONFIG),)
+	@test -f '$(CONFIG)' || { echo 'Error: CONFIG=$(CONFIG) is not a file' >&2; exit 2; }
+else ifeq ($(TEACHER),demo)
 	$(BIN)/distill-sd demo-scenes --out '$(DATA)' --count $(SCENES) --seed $(SEED)
 else
 	@test -n '$(DATA)' || { echo 'Error: set DATA= to a folder of images with captions, or another input that --data accepts' >&2; exit 2; }

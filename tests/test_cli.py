@@ -107,7 +107,7 @@ def test_an_option_has_the_default_and_the_help_of_its_setting(stage):
         if not option.required:
             assert option.default == setting.default
             assert setting.default is None or f"[default:{as_shown(setting)}]" in shown
-    assert list(options) == ["dry_run"]
+    assert list(options) == ["config", "preset", "dry_run"]
 
 
 def test_the_umbrella_lists_the_stages():
@@ -142,7 +142,7 @@ def test_the_dry_runs_bytes_are_those_of_a_real_entry(road, teacher, tmp_path):
     cache += ["--rounds", 1, "--codec", "fp16"]
     result = invoke(*cache, "--dry-run")
     planned = int(re.search(r"on disk +([\d,]+)", result.output)[1].replace(",", ""))
-    named = dict(re.findall(r"^  ([a-z_.0-9]+) +([\d,]+)$", result.output, re.MULTILINE))
+    named = dict(re.findall(r"^#   ([a-z_.0-9]+) +([\d,]+)$", result.output, re.MULTILINE))
     invoke(*cache)
     sidecar = read_sidecar(
         open_store(tmp_path / "out"),

@@ -5,6 +5,7 @@ commands have.
 """
 
 import importlib
+import itertools
 import json
 import os
 import re
@@ -32,7 +33,7 @@ from shards.dataset import CacheDataset
 from shards.store import open_store
 
 ROOT = Path(__file__).parent.parent
-DOCS = [f"pipeline/docs/{name}.md" for name in ("data", "stages", "disk", "trust", "scaling")]
+DOCS = [f"pipeline/docs/{name}.md" for name in ("data", "stages", "recipes", "disk", "trust", "scaling")]
 FORMAT, CONTRIBUTING, ARCHITECTURE = "shards/README.md", ".github/CONTRIBUTING.md", "pipeline/README.md"
 PAGES = ["README.md", *DOCS, FORMAT, CONTRIBUTING, ARCHITECTURE]
 BENCHMARKS = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests" / "benchmarks").glob("*.md"))]
@@ -50,6 +51,9 @@ SMALL = {
     "distill-sd evaluate": "distill-sd evaluate --repeats 1 --bins 2 --num-inference-steps 3",
     "distill-sd sample": "distill-sd sample --num-inference-steps 3",
     "STEPS=15000": "STEPS=2",
+    "--preset bk-sdm-0.22m --cache": "--preset bk-sdm-0.22m --gradient-accumulation-steps 1 --cache",
+    "resolution: 512": "resolution: 32",
+    "max_train_steps: 15000": "max_train_steps: 2",
 }
 
 
@@ -65,10 +69,15 @@ ALL_COMMANDS = list(dict.fromkeys(command for page in PAGES for command in comma
 MAKE = [command for command in ALL_COMMANDS if command.startswith("make ")]
 
 
-def small(command: str) -> str:
+def small(text: str) -> str:
     for large, replacement in SMALL.items():
-        command = command.replace(large, replacement)
-    return command
+        text = text.replace(large, replacement)
+    return text
+
+
+def files_of(page: str) -> dict[str, str]:
+    """YAML files that a page shows, by the names in their first lines."""
+    return dict(re.findall(r"```yaml\n# (\S+)\n(.*?)```", TEXTS[page], re.DOTALL))
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +89,8 @@ def desk(teacher, images, tmp_path_factory):
         (place / name).symlink_to(teacher)
     for name in ("images", "path/to/images"):
         (place / name).symlink_to(images)
+    for name, text in itertools.chain.from_iterable(files_of(page).items() for page in PAGES):
+        (place / name).write_text(small(text))
     (place / "prompts.txt").write_text("a lighthouse at dusk\na red bicycle\n")
     write_own_data(images, place)
     with serving() as server:

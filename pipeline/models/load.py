@@ -17,6 +17,7 @@ from pipeline.models.bundled import teacher_folder
 from pipeline.models.families import FAMILIES, Family, family_of_index
 from pipeline.models.reading import read_json, read_part, reading
 from pipeline.models.schedule import no_betas
+from pipeline.models.single_file import SINGLE_FILES, converted
 from pipeline.models.weights import has_weights, load_network
 from pipeline.system.errors import UserError, first_line
 
@@ -28,23 +29,19 @@ transformers.utils.logging.disable_progress_bar()
 
 MODEL_INDEX = "model_index.json"
 LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
-SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".bin")
 
 
 def find_pipeline(
     name: str, revision: str | None, variant: str | None, flag: str = "--teacher", any_channels: bool = False
 ) -> Path:
-    """The local folder of a pipeline: `demo`, a folder, or a name on the hub, which is downloaded.
+    """The local folder of a pipeline: `demo`, a folder, a single file, which is converted, or a name on the hub.
 
     Raises UserError if there is none, or if its configs show that it is of no known family or does not fit together.
     Its weights are not read. With `any_channels`, the U-Net may take more than the VAE's latents.
     """
     folder = teacher_folder() if name == "demo" else Path(name)
     if folder.is_file():
-        raise UserError(
-            f"{flag} {name} is a single file. Convert it to a folder and pass that: "
-            f"StableDiffusionPipeline.from_single_file({name!r}).save_pretrained({Path(name).stem!r}) in diffusers."
-        )
+        folder = converted(folder, f"{flag} {name}")
     if not folder.is_dir():
         folder = _download(name, revision, variant, flag)
     if not (folder / MODEL_INDEX).is_file():

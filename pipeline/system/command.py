@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 import click
 
+from pipeline.system.config_file import config_options
 from pipeline.system.echo import say
 from pipeline.system.errors import UserError, first_line
 from pipeline.system.settings import Settings, click_options, flag
@@ -66,8 +67,8 @@ def stage_command(
             if plan and dry_run:
                 lines = plan(settings)
                 say(json.dumps(settings.as_json(), indent=2, ensure_ascii=False))
-                say("\n".join(lines))
-                say("dry run: nothing was written")
+                # As comments: the output is a file for --config.
+                say("\n".join(f"# {line}" for line in [*lines, "dry run: nothing was written"]))
             else:
                 run(settings)
         except (UserError, ShardError) as error:
@@ -83,7 +84,7 @@ def stage_command(
                 _stop(f"Error: out of memory ({first_line(error)}). {memory_remedy(settings_class)}", USER_STATUS)
             raise
 
-    params = click_options(settings_class)
+    params = [*click_options(settings_class), *config_options(name, settings_class)]
     if plan:
         params.append(
             click.Option(["--dry-run"], is_flag=True, help="Print the settings and the plan without writing anything.")

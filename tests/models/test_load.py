@@ -191,13 +191,6 @@ def test_the_longest_prompt_is_what_the_text_encoder_takes(model):
         assert load_base(find_pipeline(str(model), None, None)).tokenizer.model_max_length == 8
 
 
-def test_a_single_file_is_answered_with_the_way_to_convert_it(tmp_path):
-    (tmp_path / "dream.safetensors").touch()
-    message = refusal(lambda: find_pipeline(str(tmp_path / "dream.safetensors"), None, None))
-    assert "is a single file" in message
-    assert ".save_pretrained('dream')" in message
-
-
 def test_a_download_of_half_precision_alone_is_found(model, monkeypatch):
     """The hub gives no weights without a variant where a repository has only those of fp16."""
     bare = shutil.copytree(model, model.with_name("bare"), ignore=shutil.ignore_patterns("*.safetensors"))

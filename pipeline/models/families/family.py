@@ -50,7 +50,9 @@ class Family:
     computes it from captions, float32; what it returns for the empty prompt is the unconditional conditioning.
     `count_truncated` counts the captions that do not fit the text encoder. `unet_kwargs` names conditioning as
     the U-Net does. `single_file` gives a pipeline's weights under the names of the original single-file layout, and
-    raises ValueError if that layout has no name for one.
+    raises ValueError if that layout has no name for one. `single_file_configs` finds out from the shapes of such a
+    file's tensors and its header what it is: in words, and as the configs of the pipeline's parts by their files. It
+    raises ValueError for a file that holds no complete pipeline of the family.
 
     `spec` is what specs of latents and caches state about the family; SD-1.x, the first, states nothing.
     """
@@ -71,6 +73,9 @@ class Family:
     count_truncated: Callable[[DiffusionPipeline, list[str]], int]
     unet_kwargs: Callable[[Conditioning], dict[str, Any]]
     single_file: Callable[[DiffusionPipeline], dict[str, Tensor]]
+    single_file_configs: Callable[
+        [Mapping[str, tuple[int, ...]], Mapping[str, str]], tuple[str, dict[str, dict[str, Any]]]
+    ]
     spec: Mapping[str, str] = field(default_factory=dict)
 
 

@@ -19,6 +19,7 @@ from transformers import CLIPTextConfig, CLIPTokenizer
 
 from pipeline.models.families.family import Conditioning, Family, Level, Shapes
 from pipeline.models.families.sd_check import problems, prompt_length
+from pipeline.models.families.sd_configs import configs_of
 from pipeline.models.families.sd_single_file import pipeline_weights
 from pipeline.models.reading import read_part
 from pipeline.models.schedule import BETA_SCHEDULERS
@@ -196,4 +197,5 @@ SD = Family(
     count_truncated=count_truncated,
     unet_kwargs=unet_kwargs,
     single_file=pipeline_weights,
+    single_file_configs=functools.partial(configs_of, levels=LEVELS),
 )

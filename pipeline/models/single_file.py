@@ -1,0 +1,128 @@
+"""A checkpoint in one file, as other programs keep it: converted once to a folder in diffusers' layout.
+
+The folder lies in the hub's cache, so that the stages read it like a downloaded pipeline. diffusers converts; the
+configs are this package's, so that nothing is downloaded. Afterwards each tensor is compared with the file's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.loaders.single_file_utils import load_single_file_checkpoint
+from filelock import FileLock
+from huggingface_hub.constants import HF_HOME
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from pipeline.models.families import FAMILIES, Family
+from pipeline.models.tokenizer import write_tokenizer
+from pipeline.system.disk import require_space
+from pipeline.system.echo import say
+from pipeline.system.errors import UserError, first_line
+from shards.files import atomic_directory
+
+SAFETENSORS = ".safetensors"
+SINGLE_FILES = (SAFETENSORS, ".ckpt", ".pt", ".bin")
+# safetensors', torch's and pickle's ways to say that a file is not what its name says.
+READ_FAILURES = (
+    SafetensorError,
+    pickle.UnpicklingError,
+    OSError,
+    EOFError,
+    ValueError,
+    RuntimeError,
+    AttributeError,
+    KeyError,
+    TypeError,
+)
+CONVERTED = Path(HF_HOME) / "distill-sd"
+
+
+def converted(file: Path, named: str) -> Path:
+    """The folder of a single file; `named` is how messages call it, such as `--teacher x.safetensors`.
+
+    Raises UserError for a file that cannot be read safely or holds no complete pipeline of a known family.
+    """
+    state = file.stat()
+    key = json.dumps([str(file.resolve()), state.st_size, state.st_mtime_ns])
+    folder = CONVERTED / f"{file.stem[:40]}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    CONVERTED.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.is_dir():
+            convert(file, folder, named)
+    return folder
+
+
+def convert(file: Path, folder: Path, named: str) -> None:
+    weights, stated = read_weights(file, named)
+    family, what, configs = identify(weights, stated, named)
+    dtype = precision(weights)
+    require_space(folder, sum(t.nbytes for t in weights.values()), "use another HF_HOME, where it is kept")
+    say(f"converting {file} ({what}) once, to {folder}", err=True)
+    with atomic_directory(folder) as out:
+        for name, config in configs.items():
+            (out / name).parent.mkdir(exist_ok=True)
+            (out / name).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_tokenizer(out / "tokenizer")
+        made = getattr(diffusers, configs["model_index.json"]["_class_name"])
+        try:
+            pipe = made.from_single_file(str(file), config=str(out), local_files_only=True, torch_dtype=dtype)
+        except (ValueError, RuntimeError, KeyError) as error:
+            raise UserError(f"{named} cannot be converted by diffusers: {first_line(error)}") from None
+        refuse_other_weights(family.single_file(pipe), weights, dtype, named)
+        pipe.save_pretrained(out)
+
+
+def read_weights(file: Path, named: str) -> tuple[dict[str, Tensor], Mapping[str, str]]:
+    """The tensors of a file by name, and what its header states. They are read from disk as they are used."""
+    if file.suffix not in SINGLE_FILES:
+        raise UserError(f"{named} is a file, but not a checkpoint: its name does not end in {', '.join(SINGLE_FILES)}.")
+    try:
+        stated: Mapping[str, str] = {}
+        if file.suffix == SAFETENSORS:
+            with safe_open(file, "pt") as opened:
+                stated = opened.metadata() or {}
+        weights = load_single_file_checkpoint(str(file), local_files_only=True)
+        return {name: value for name, value in weights.items() if isinstance(value, Tensor)}, stated
+    except READ_FAILURES as error:
+        pickle = "" if file.suffix == SAFETENSORS else ", or use a .safetensors file: code in a pickle is not run"
+        raise UserError(
+            f"{named} cannot be read as a checkpoint ({first_line(error)}). Download it again{pickle}."
+        ) from None
+
+
+def identify(
+    weights: Mapping[str, Tensor], stated: Mapping[str, str], named: str
+) -> tuple[Family, str, dict[str, dict[str, Any]]]:
+    """The family of a file, what it is in words, and the configs of its parts, by their files."""
+    shapes = {name: tuple(value.shape) for name, value in weights.items()}
+    problems = []
+    for family in FAMILIES.values():
+        try:
+            what, configs = family.single_file_configs(shapes, stated)
+            return family, what, configs
+        except ValueError as error:
+            problems.append(str(error))
+    raise UserError(f"{named}: {problems[0]}")
+
+
+def precision(weights: Mapping[str, Tensor]) -> torch.dtype:
+    """What the converted networks are kept in: the file's own precision if it has only one, else float32."""
+    dtypes = {value.dtype for value in weights.values() if value.is_floating_point()}
+    return dtypes.pop() if len(dtypes) == 1 and dtypes <= {torch.float16, torch.bfloat16} else torch.float32
+
+
+def refuse_other_weights(
+    converted: Mapping[str, Tensor], weights: Mapping[str, Tensor], dtype: torch.dtype, named: str
+) -> None:
+    """Raise UserError unless each tensor of the converted networks, under the file's names, is the file's own."""
+    for name, value in converted.items():
+        if not torch.equal(value, weights[name].to(dtype)):
+            raise UserError(f"{named}: diffusers reads another {name} than the file holds. Use a folder instead.")
