@@ -197,7 +197,7 @@ def test_the_commands_leave_a_student_and_the_downloaded_images(desk):
 
 
 @pytest.mark.parametrize("command", [c for c in ALL_COMMANDS if not c.startswith("make ")])
-def test_every_command_takes_its_options(command):
+def test_every_command_takes_its_options(command, at_desk):
     """Also those that are not run: they need several devices, or a minute."""
     if command.startswith("distill-sd "):
         _, name, arguments = command.split(" ", 2)
