@@ -22,6 +22,7 @@ from pipeline.cache.output import claim, existing_manifest, finished_sidecars, r
 from pipeline.core import draws
 from pipeline.data.inputs import remember, settled_spec
 from pipeline.data.loading import Framing, LoadedImage, load_images, without_skipped
+from pipeline.data.preview import preview
 from pipeline.data.records import Record, inputs_sha256
 from pipeline.data.settings import DataSettings
 from pipeline.data.source import OpenSource, open_source
@@ -72,6 +73,7 @@ class EncodeSettings(DataSettings, DeviceOptions, HubOptions):
     resolution: int = option(512, "Side of the square training images, in pixels.", ge=8)
     center_crop: bool = option(False, "Crop at the centre instead of a random position.")
     random_flip: bool = option(False, "Mirror a random half of the images.")
+    min_size: int = option(0, "Skip images whose shorter side has fewer pixels. By default they are enlarged.", ge=0)
     batch_size: int = option(8, "Images per forward pass.", ge=1)
     dtype: str = option("fp32", "Precision of the VAE and the text encoder.", choices=tuple(DTYPES))
     compile: bool = option(False, "Compile the networks with torch.compile: a slow start, then faster passes.")
@@ -94,7 +96,7 @@ class EncodeSettings(DataSettings, DeviceOptions, HubOptions):
 
     @property
     def framing(self) -> Framing:
-        return Framing(self.resolution, self.center_crop, self.random_flip, self.seed)
+        return Framing(self.resolution, self.center_crop, self.random_flip, self.seed, self.min_size)
 
 
 def run(settings: EncodeSettings) -> None:
@@ -144,8 +146,8 @@ def write_latents(settings: EncodeSettings, lock: OutputLock) -> None:
     require_space(settings.out, needed, "use a smaller --resolution")
     if state.is_main_process:
         write_settings(settings.out, "encode", settings)
-        for note in source.notes():
-            say(note)
+        for line in [*source.notes(), *preview(source, settings.resolution, settings.min_size)]:
+            say(line)
         warn_truncated_captions(source, base, family)
     bar = tqdm(total=count_entries(own), unit="image", desc="encode", disable=not state.is_main_process)
     with bar as progress, compile_failures(settings.compile):
@@ -185,6 +187,8 @@ def latents_spec(settings: EncodeSettings, source: OpenSource, folder: Path, bas
         "resolution": settings.resolution,
         "center_crop": settings.center_crop,
         "random_flip": settings.random_flip,
+        # Left out at its default, as by earlier versions.
+        **({"min_size": settings.min_size} if settings.min_size else {}),
         "dtype": settings.dtype,
         **stated_shapes(latents_shape(base.vae, settings.resolution), family.conditioning_shapes(folder)),
         "scaling_factor": base.vae.config.scaling_factor,
@@ -340,6 +344,7 @@ def plan(settings: EncodeSettings) -> list[str]:
     left = shards.unfinished(open_store(settings.out), range_of(settings.shard_range))
     return [
         *source.notes(),
+        *preview(source, settings.resolution, settings.min_size),
         f"entries: {spec['entries']} in {len(shards)} shards, {len(left)} of them still to write",
         *sizes.lines(entry_sizes(spec), count_entries(left)),
         f"free on that disk: {format_bytes(free_bytes(settings.out))}",

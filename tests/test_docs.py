@@ -33,7 +33,7 @@ from shards.dataset import CacheDataset
 from shards.store import open_store
 
 ROOT = Path(__file__).parent.parent
-DOCS = [f"pipeline/docs/{name}.md" for name in ("data", "stages", "recipes", "disk", "trust", "scaling")]
+DOCS = [f"pipeline/docs/{name}.md" for name in ("data", "stages", "recipes", "disk", "trust", "scaling", "api")]
 FORMAT, CONTRIBUTING, ARCHITECTURE = "shards/README.md", ".github/CONTRIBUTING.md", "pipeline/README.md"
 PAGES = ["README.md", *DOCS, FORMAT, CONTRIBUTING, ARCHITECTURE]
 BENCHMARKS = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests" / "benchmarks").glob("*.md"))]
@@ -53,6 +53,8 @@ SMALL = {
     "STEPS=15000": "STEPS=2",
     "--preset bk-sdm-0.22m --cache": "--preset bk-sdm-0.22m --gradient-accumulation-steps 1 --cache",
     "resolution: 512": "resolution: 32",
+    "resolution=512": "resolution=32",
+    "max_train_steps=15000": "max_train_steps=2",
     "max_train_steps: 15000": "max_train_steps: 2",
 }
 
@@ -217,7 +219,8 @@ def test_the_snippets_of_a_page_run(page, at_desk, monkeypatch):
         StableDiffusionPipeline, "__call__", lambda self, *a, **k: real(self, *a, **{**k, "num_inference_steps": 2})
     )
     for snippet in snippets_of(page):
-        exec(compile(snippet, page, "exec"), {})
+        exec(compile(small(snippet), page, "exec"), {})
+        reset_accelerate()
         for image in re.findall(r'\.save\("(.*?)"\)', snippet):
             assert (at_desk / image).is_file()
 

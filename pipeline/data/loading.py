@@ -21,12 +21,13 @@ from pipeline.system.threads import ordered_map
 
 @dataclass(frozen=True)
 class Framing:
-    """How an image becomes square."""
+    """How an image becomes square. One whose shorter side has fewer than `min_size` pixels is skipped."""
 
     resolution: int
     center_crop: bool
     random_flip: bool
     seed: int
+    min_size: int = 0
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ def load_image(source: OpenSource, framing: Framing, indexed: tuple[int, Record]
     draw = draws.generator(framing.seed, record.source_id, 0, "crop")
     try:
         image = open_image(source.read(record))
+        if min(image.size) < framing.min_size:
+            return LoadedImage(index, record, problem=f"too small: {image.width} x {image.height} pixels")
         with memory_of(image):
             pixels, crop = square(
                 upright_rgb(image),

@@ -50,12 +50,19 @@ def option(
 class Settings:
     """Base class of every stage's settings. Checks the limits of each field at construction.
 
-    Raises UserError with the option, its value and the allowed values.
+    Paths may be given as strings, and tuples as lists. Raises UserError with the option, its value and the allowed
+    values.
     """
 
     def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
         for setting in fields(self):
             value = getattr(self, setting.name)
+            if isinstance(value, str) and _without_none(hints[setting.name]) is Path:
+                object.__setattr__(self, setting.name, Path(value))
+            elif isinstance(value, list):
+                value = tuple(value)
+                object.__setattr__(self, setting.name, value)
             if value is not None:
                 _check(flag(setting.name), value, setting.metadata)
 
