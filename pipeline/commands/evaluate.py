@@ -35,7 +35,7 @@ from pipeline.evaluation.quality import (
 )
 from pipeline.evaluation.report import write_evaluation
 from pipeline.evaluation.settings import COST, EVALUATION, FIDELITY, EvaluateSettings
-from pipeline.evaluation.table import markdown, rows_of
+from pipeline.evaluation.table import plain_text, rows_of
 from pipeline.models.provenance import CARD
 from pipeline.sampling.folder import count_missing, generate_missing
 from pipeline.sampling.generate import check_sampler, image_size
@@ -103,10 +103,12 @@ def measure(settings: EvaluateSettings, lock: OutputLock) -> None:
     write_json(settings.out / EVALUATION, evaluation)
     folders = {name: settings.out / IMAGES / name for name in task.pipelines}
     write_evaluation(settings.out, evaluation, task.prompts, folders)
-    say(markdown(rows_of(evaluation)))
+    say(plain_text(rows_of(evaluation)))
     say(f"Wrote {settings.out / EVALUATION} and {REPORT}.")
-    if add_evaluation(task.student.folder, evaluation):
-        say(f"Added the results to the model card {task.student.folder / CARD}.")
+    if settings.update_card:
+        card = task.student.folder / CARD
+        added = add_evaluation(task.student.folder, evaluation)
+        say(f"Added the results to the model card {card}." if added else f"{card} is not a card that `distill` wrote.")
 
 
 def plan(settings: EvaluateSettings) -> list[str]:

@@ -44,6 +44,7 @@ class EvaluateSettings(PrecisionOptions, HubOptions):
     timing_batch_size: int = option(1, "Images per forward pass while timing.", ge=1)
     batch_size: int = option(8, "Images per forward pass otherwise.", ge=1)
     seed: int = option(0, "Seed of the held-out noise and of the first image; each further image adds one.", ge=0)
+    update_card: bool = option(False, "Add the figures to the model card of a student that `distill` wrote.")
 
     revision: str | None = option(None, "Revision of the teacher on the hub.")
     variant: str | None = option(None, "Variant of the teacher's weight files, such as fp16.")

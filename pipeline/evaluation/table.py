@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import html
-from collections.abc import Callable, Iterable
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +15,8 @@ from pipeline.system.tables import markdown_table
 HEAD = ("", "teacher", "student", "student / teacher", "")
 # The columns of HEAD that hold numbers.
 NUMBERS = (1, 2, 3)
+# Of a terminal, in characters.
+WIDTH = 100
 NOT_MEASURED = "not measured: "
 # key in evaluation.json -> label, format, note.
 COSTS: dict[str, tuple[str, Callable[[Any], str], str]] = {
@@ -107,6 +111,32 @@ def markdown(rows: Iterable[Row]) -> str:
     """The rows as a Markdown table, headings in bold."""
     lines = [(f"**{row.name}**", *row.cells[1:]) if is_heading(row) else row.cells for row in rows]
     return markdown_table(HEAD, lines, NUMBERS)
+
+
+def plain_text(rows: Iterable[Row]) -> str:
+    """The rows for a terminal: no line is longer than WIDTH, if its words allow it."""
+    rows = list(rows)
+    cells = [HEAD[:4], *(row.cells[:4] for row in rows if any(row.cells[1:4]))]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    wrapped = functools.partial(textwrap.wrap, width=WIDTH, break_long_words=False, break_on_hyphens=False)
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])]
+        return "  ".join(padded)
+
+    lines = [line(HEAD[:4])]
+    for row in rows:
+        if is_heading(row):
+            lines += ["", *wrapped(row.name)]
+        elif not any(row.cells[1:4]):
+            lines += wrapped(f"{row.name}: {row.note}", subsequent_indent="    ")
+        else:
+            shown = line(row.cells[:4])
+            beside = f"{shown}  {row.note}".rstrip()
+            lines += (
+                [beside] if len(beside) <= WIDTH else [shown, *wrapped(f"    {row.note}", subsequent_indent="    ")]
+            )
+    return "\n".join(lines)
 
 
 def is_heading(row: Row) -> bool:

@@ -1,5 +1,6 @@
 """distill-sd evaluate: one table of cost, fidelity and quality; resuming a stopped run; and what it refuses."""
 
+import itertools
 import json
 import re
 import shutil
@@ -19,7 +20,7 @@ from pipeline.demo.evaluate import judge
 from pipeline.demo.oracle import score_scenes
 from pipeline.demo.scenes import make_scene
 from pipeline.evaluation import measure
-from pipeline.evaluation.table import HEAD, Row, as_html, markdown, rows_of
+from pipeline.evaluation.table import HEAD, WIDTH, Row, as_html, markdown, plain_text, rows_of
 from pipeline.models.students import student_config, student_weights
 from pipeline.sampling import folder
 from pipeline.sampling.generate import Sampler, generate
@@ -61,7 +62,7 @@ def done(place):
     """A run with everything except Inception and CLIP."""
     result = evaluate_all(place, place / "out")
     assert result.exit_code == 0, result.output
-    return place / "out", result.output
+    return place / "out", result.stdout
 
 
 @pytest.fixture
@@ -75,9 +76,16 @@ def results(out):
 
 
 def cells(output, name):
-    """The cells of the row with a name, in the printed table."""
-    (line,) = [line for line in output.splitlines() if line.startswith(f"| {name} ")]
-    return [cell.strip() for cell in line.strip("|").split("|")]
+    """The cells of the row with a name, in the printed table; a long note goes on in the lines below."""
+    lines = output.splitlines()
+    head = next(line for line in lines if re.fullmatch(r" +teacher +student +student / teacher", line))
+    ends = [len(name), head.index("teacher ") + 7, head.index(" student ") + 8, len(head)]
+    (first,) = [i for i, line in enumerate(lines) if line.startswith((f"{name}  ", f"{name}: "))]
+    below = itertools.takewhile(lambda line: line.startswith("    "), lines[first + 1 :])
+    if lines[first][len(name)] == ":":
+        return [name, "", "", "", " ".join([lines[first][len(name) + 2 :], *map(str.strip, below)])]
+    columns = [lines[first][start:end].strip() for start, end in itertools.pairwise(ends)]
+    return [name, *columns, " ".join([lines[first][len(head) :].strip(), *map(str.strip, below)]).strip()]
 
 
 def test_the_table_compares_the_costs_of_student_and_teacher(done, place):
@@ -118,9 +126,9 @@ def test_missing_inputs_are_named_with_the_remedy_and_the_rest_runs(done, place,
     shutil.copytree(done[0], tmp_path / "out", ignore=shutil.ignore_patterns("pictures", "fidelity.json"))
     result = invoke(place, tmp_path / "out")
     assert result.exit_code == 0, result.output
-    assert cells(result.output, "output and taps")[4].startswith("not measured: needs --latents DIR")
-    assert cells(result.output, "FID, IS, CLIP score")[4].startswith("not measured: needs --prompts FILE")
-    assert cells(result.output, "U-Net parameters") == cells(done[1], "U-Net parameters")
+    assert cells(result.stdout, "output and taps")[4].startswith("not measured: needs --latents DIR")
+    assert cells(result.stdout, "FID, IS, CLIP score")[4].startswith("not measured: needs --prompts FILE")
+    assert cells(result.stdout, "U-Net parameters") == cells(done[1], "U-Net parameters")
     assert not (tmp_path / "out" / "pictures").exists()
 
 
@@ -205,7 +213,7 @@ def test_a_rerun_measures_and_generates_nothing(done, copied, place, monkeypatch
     assert [after[part] for part in ("cost", "fidelity", "quality")] == [
         before[part] for part in ("cost", "fidelity", "quality")
     ]
-    assert cells(result.output, "seconds per image") == cells(done[1], "seconds per image")
+    assert cells(result.stdout, "seconds per image") == cells(done[1], "seconds per image")
 
 
 @pytest.mark.parametrize(
@@ -254,8 +262,8 @@ def test_fid_inception_and_clip_score_are_in_the_table(done, copied, place, tmp_
     scores = results(copied)["quality"]["scores"]
     assert scores["fid"]["teacher"] == pytest.approx(0, abs=1e-4)
     assert scores["fid"]["student"] > 1e-3
-    assert cells(result.output, "FID")[2] == f"{scores['fid']['student']:.2f}"
-    assert cells(result.output, "Inception score")[4] == "not measured: needs at least 20 images; pass more prompts"
+    assert cells(result.stdout, "FID")[2] == f"{scores['fid']['student']:.2f}"
+    assert cells(result.stdout, "Inception score")[4] == "not measured: needs at least 20 images; pass more prompts"
     red = [
         np.asarray(Image.open(f).resize((16, 16), Image.Resampling.BICUBIC), float)[..., 0].sum()
         for f in sorted((copied / "pictures" / "student").glob("*.png"))
@@ -280,8 +288,8 @@ def test_the_inception_score_of_enough_images_is_measured(place, copied, tmp_pat
     scores = results(copied)["quality"]["scores"]["inception_score"]
     assert scores["student"] == pytest.approx(1)
     assert 1.1 < scores["teacher"] < 2
-    assert cells(result.output, "Inception score")[1] == f"{scores['teacher']:.2f}"
-    assert "needs --reference, a folder of images" in cells(result.output, "FID")[4]
+    assert cells(result.stdout, "Inception score")[1] == f"{scores['teacher']:.2f}"
+    assert "needs --reference, a folder of images" in cells(result.stdout, "FID")[4]
 
 
 def test_scenes_are_judged_by_the_oracle(done, copied, place, tmp_path):
@@ -300,7 +308,7 @@ def test_scenes_are_judged_by_the_oracle(done, copied, place, tmp_path):
     expected = {n: judge([Image.fromarray(s.image) for s in images], captions).score for n, images in generated.items()}
     assert results(copied)["quality"]["scores"]["facts"] == pytest.approx(expected)
     assert expected["student"] < expected["teacher"] == 1
-    assert cells(result.output, "caption facts that hold")[1] == "100.0%"
+    assert cells(result.stdout, "caption facts that hold")[1] == "100.0%"
     assert score_scenes([Image.fromarray(scenes[0].image)], ["a photo"]) is None
     assert "facts" not in results(done[0])["quality"]["scores"]
 
@@ -391,10 +399,28 @@ def test_a_table_has_aligned_columns_and_escapes_markup():
     assert "<i>" not in as_html(rows)
 
 
+def test_the_table_fits_a_terminal():
+    rows = [
+        Row("a heading " * 20),
+        Row("seconds", "1.5", "0.75", "0.500", "one batch"),
+        Row("output", student="2", note="a long note " * 12),
+        Row("FID", note="not measured: " + "needs this " * 15),
+    ]
+    lines = plain_text(rows).splitlines()
+    assert max(map(len, lines)) <= WIDTH
+    assert "seconds      1.5     0.75              0.500  one batch" in lines
+    words = " ".join(" ".join(lines).split())
+    assert all(" ".join(row.note.split()) in words for row in rows)
+
+
 def test_the_results_are_added_to_the_card_of_a_distilled_student(place, teacher, tmp_path):
     cache = run_teacher_cache(teacher, place / "latents", tmp_path / "cache", rounds=1)
     student = run_distill(cache, tmp_path / "student", max_train_steps=1)
+    before = (student / "README.md").read_text()
     result = invoke(place, tmp_path / "out", "--student", student)
+    assert result.exit_code == 0, result.output
+    assert (student / "README.md").read_text() == before
+    result = invoke(place, tmp_path / "out", "--student", student, "--update-card")
     assert result.exit_code == 0, result.output
     assert f"Added the results to the model card {student / 'README.md'}." in result.output
     evaluation = json.loads((tmp_path / "out" / "evaluation.json").read_text())
