@@ -22,6 +22,7 @@ from pipeline.cache import sizes
 from pipeline.cache.latents import check_encoders, open_latents, unconditional_conditioning
 from pipeline.cache.output import bind_parts, claim, existing_manifest, finished_sidecars, range_of, share_unfinished
 from pipeline.cache.parts import BASE, student_part
+from pipeline.cache.replaced import refuse_replaced
 from pipeline.cache.settings import CacheFormat, sampling_lines
 from pipeline.cache.targets import BatchTargets, Teacher, compress_targets, run_teacher
 from pipeline.core.diffusion import PREDICTION_TYPES
@@ -118,6 +119,7 @@ def write_cache(settings: TeacherCacheSettings, lock: OutputLock) -> None:
     check_encoders(latents, base, f"--teacher {settings.teacher}")
     check_samples(settings, latents, folder, base, noise_scheduler)
     spec = cache_spec(settings, latents, unet, noise_scheduler, state.device)
+    refuse_replaced(settings.out, spec, latents, settings.shard_range)
     require_space(settings.out, bytes_left(settings, latents, spec, base, unet), SMALLER)
     with state.main_process_first(), lock.claim() as alone:
         manifest = claim(settings.out, "cache", spec, alone=alone, rounds=settings.rounds)
@@ -408,6 +410,7 @@ def plan(settings: TeacherCacheSettings) -> list[str]:
         names = ("entries_per_shard", "seed", "noise_offset", "input_perturbation", "uncond_fraction")
         wanted = {**stated, **{name: getattr(settings, name) for name in names}}
         refuse_other_spec(settings.out, {name: found.spec[name] for name in wanted}, wanted)
+        refuse_replaced(settings.out, found.spec, latents, settings.shard_range)
     rounds = max(settings.rounds, (found.rounds or 0) if found else 0)
     left = shards_left(settings, len(latents), found)
     entries = count_entries(left)

@@ -47,6 +47,14 @@ class Sidecar:
         """The members of one entry: {name: [offset, length, raw_bytes, crc32]}."""
         return dict(zip(self.members, self.table[place].tolist(), strict=True))
 
+    def checksum(self, place: int, tensor: str) -> int:
+        """The crc32 of a tensor's stored bytes in one entry."""
+        members = self.locate(place)
+        name = _member_name(tensor, members)
+        if name not in members:
+            raise ShardError(f"the sidecar of {self.shard} lists no {name}. {REWRITE}")
+        return members[name][COLUMNS.index("crc32")]
+
 
 @dataclass(frozen=True)
 class StoredTensor:
@@ -120,6 +128,12 @@ class ShardSet:
         says."""
         shard, place = self.locate(index)
         return read_entry(self.store, self._sidecar(shard), place, tensors, self.expected)
+
+    def checksum(self, index: int, tensor: str) -> tuple[str, int]:
+        """(key, crc32 of a tensor's stored bytes) of entry `index`, from its sidecar alone."""
+        shard, place = self.locate(index)
+        sidecar = self._sidecar(shard)
+        return sidecar.keys[place], sidecar.checksum(place, tensor)
 
     def _sidecar(self, shard: str) -> Sidecar:
         """The sidecar of a shard; the most recently used ones are kept."""

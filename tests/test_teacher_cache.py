@@ -10,10 +10,11 @@ import torch
 import webdataset
 from click.testing import CliRunner
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel
-from support.stages import read_entries, run_distill, run_encode, run_teacher_cache, shard_files, tree
+from PIL import Image
+from support.stages import read_entries, reset_accelerate, run_distill, run_encode, run_teacher_cache, shard_files, tree
 from support.tiny import tiny_pipeline, tiny_unet, write_images
 
-from pipeline import teacher_cache
+from pipeline import encode, teacher_cache
 from pipeline.cli import main
 from pipeline.commands import verify
 from pipeline.commands.verify import VerifySettings
@@ -420,3 +421,38 @@ def test_a_scheduler_that_cannot_be_sampled_is_refused_before_the_first_shard(la
         run_teacher_cache(tmp_path / "short", latents, tmp_path / "c", samples=1)
     assert not (tmp_path / "c").exists()
     run_teacher_cache(tmp_path / "short", latents, tmp_path / "c", samples=0)
+
+
+def test_targets_of_an_image_that_was_replaced_are_refused_with_what_to_delete(teacher, tmp_path, monkeypatch):
+    data = write_images(tmp_path / "data", 7)
+    latents = run_encode(teacher, data, tmp_path / "latents")
+    cache = run_teacher_cache(teacher, latents, tmp_path / "cache", entries_per_shard=3)
+
+    def encode_again():
+        for name in ("s00001.tar", "s00001.json"):
+            (latents / name).unlink()
+        run_encode(teacher, data, latents)
+
+    # Latents of other hardware differ by rounding, and are taken.
+    real = encode.encode_images
+    monkeypatch.setattr(encode, "encode_images", lambda *arguments: real(*arguments) * 1.002)
+    encode_again()
+    monkeypatch.undo()
+    before = tree(cache)
+    run_teacher_cache(teacher, latents, cache, entries_per_shard=3)
+    assert tree(cache) == before
+
+    Image.new("RGB", (50, 40), "red").save(data / "006.png")
+    encode_again()
+    with pytest.raises(UserError, match="the latents of 006.png .* 2 entries in 2 shards") as caught:
+        run_teacher_cache(teacher, latents, cache, entries_per_shard=3)
+    reset_accelerate()
+    assert tree(cache) == before
+    names = re.search(r"delete (.*) in ", str(caught.value))[1]
+    assert names == "r0000-s00002.tar and r0000-s00002.json, r0001-s00002.tar and r0001-s00002.json"
+    for name in re.split(", | and ", names):
+        (cache / name).unlink()
+    run_teacher_cache(teacher, latents, cache, entries_per_shard=3)
+    fresh = run_teacher_cache(teacher, latents, tmp_path / "fresh", entries_per_shard=3)
+    last = "r0001-s00002.tar"
+    assert shard_files(cache)[last] == shard_files(fresh)[last]
