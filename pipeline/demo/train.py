@@ -35,7 +35,7 @@ from pipeline.models.bundled import TEACHER
 from pipeline.models.checksums import CHECKSUMS, write_checksums
 from pipeline.models.families import denoise
 from pipeline.models.families.sd import SD
-from pipeline.models.save import copy_parts
+from pipeline.models.save import save_pipeline
 from pipeline.system.errors import UserError, first_line
 from pipeline.system.json_files import read_json
 from shards.files import atomic_file, write_json
@@ -221,7 +221,6 @@ def export(teacher: DiffusionPipeline, out: Path) -> None:
     dtype = teacher.dtype
     with tempfile.TemporaryDirectory(dir=out.parent) as temporary:
         teacher.to(torch.float16).save_pretrained(temporary)
-        copy_parts(Path(temporary), None, out, torch.float16)
-    teacher.unet.save_pretrained(out / "unet")
+        save_pipeline(Path(temporary), teacher.unet, out, torch.float16)
     teacher.to(dtype)
     write_checksums(out, "*.safetensors")

@@ -138,15 +138,15 @@ def complete_tokenizer(folder: Path) -> None:
         write_json(folder / "added_tokens.json", more)
 
 
-def save_pipeline(base: Path, unet: UNet2DConditionModel, out: Path) -> None:
-    """Write a complete pipeline to `out`: the parts of `base` and the U-Net.
+def save_pipeline(base: Path, unet: UNet2DConditionModel, out: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write a complete pipeline to `out`: the parts of `base`, with networks in `dtype`, and the U-Net as it is.
 
     model_index.json is removed first and written last, so a folder that has one is complete.
     """
     index = index_to_keep(base)
     (out / MODEL_INDEX).unlink(missing_ok=True)
     for part in parts_to_keep(base):
-        _replace_directory(out / part, functools.partial(copy_part, base / part, None, dtype=torch.float32))
+        _replace_directory(out / part, functools.partial(copy_part, base / part, None, dtype=dtype))
     _replace_directory(out / "unet", unet.save_pretrained)
     write_json(out / MODEL_INDEX, index, indent=2)
 

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
 from safetensors.torch import load_file, save_file
 
 from pipeline.system.errors import UserError
 from pipeline.system.extras import install_command
 from pipeline.training.transform import Transform
+from shards.files import atomic_file
 
 ADAPTER = "adapter.safetensors"
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -69,9 +70,12 @@ class Lora(Transform):
         from peft.utils import get_peft_model_state_dict
 
         adapters = get_peft_model_state_dict(student)
+        if self.format == "diffusers":
+            adapters = convert_state_dict_to_diffusers(adapters)
+        tensors = {f"unet.{name}": tensor.contiguous() for name, tensor in adapters.items()}
         if self.format == "kohya":
-            named = {f"unet.{name}": tensor.contiguous() for name, tensor in adapters.items()}
-            save_file(convert_state_dict_to_kohya(named), out / WEIGHTS, metadata={"format": "pt"})
-            return
-        layers = convert_state_dict_to_diffusers(adapters)
-        StableDiffusionPipeline.save_lora_weights(out, unet_lora_layers=layers)
+            tensors = convert_state_dict_to_kohya(tensors)
+        out.mkdir(parents=True, exist_ok=True)
+        with atomic_file(out / WEIGHTS) as stream:
+            # safetensors wants a path: this is the temporary file next to the final one.
+            save_file(tensors, stream.name, metadata={"format": "pt"})

@@ -224,6 +224,9 @@ def test_lora_weights_have_the_names_of_kohyas_scripts_on_request(student, laten
     changes = {"lora_rank": 2, "max_train_steps": 1}
     kohya = load_file(run(student, latents, tmp_path / "k", lora_format="kohya", **changes) / WEIGHTS)
     plain = run(student, latents, tmp_path / "d", **changes)
+    for folder in (tmp_path / "k", plain):
+        # Readable as other outputs are; safetensors makes its files readable to their owner alone.
+        assert (folder / WEIGHTS).stat().st_mode == (folder / "spec.json").stat().st_mode
     layers = [
         n for n, _ in load_unet(student, None).named_modules() if n.endswith(("to_q", "to_k", "to_v", "to_out.0"))
     ]

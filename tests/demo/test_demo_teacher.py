@@ -131,6 +131,8 @@ def test_the_command_makes_a_teacher_that_loads(tmp_path):
     result = train(tmp_path / "teacher", tmp_path / "work")
     assert result.exit_code == 0, result.output
     made = DiffusionPipeline.from_pretrained(teacher_folder(tmp_path / "teacher"))
+    weights, checksums = tmp_path / "teacher" / UNET, tmp_path / "teacher" / CHECKSUMS
+    assert weights.stat().st_mode == checksums.stat().st_mode
     assert made.vae.config.scaling_factor != 1
     assert made.unet.dtype == torch.float32
 
