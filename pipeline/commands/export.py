@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
@@ -88,10 +89,10 @@ def export_single_file(settings: ExportSettings, folder: Path) -> None:
         # safetensors wants a path: this is the temporary file next to --out.
         save_file(weights, stream.name, metadata={"format": "pt", **schedule_metadata(pipe.scheduler.config)})
     pipeline = read_json(folder / MODEL_INDEX)["_class_name"]
-    say(
-        f"Wrote U-Net, VAE and text encoder to {settings.out}, {format_bytes(settings.out.stat().st_size)}. "
-        f'Load it with {pipeline}.from_single_file("{settings.out}", config="{folder}")'
-    )
+    how = f'Load it with {pipeline}.from_single_file("{settings.out}", config="{folder}")'
+    if not hasattr(getattr(diffusers, pipeline, None), "from_single_file"):
+        how = f"It is for other programs: diffusers loads no {pipeline} from a single file."
+    say(f"Wrote U-Net, VAE and text encoder to {settings.out}, {format_bytes(settings.out.stat().st_size)}. {how}")
     if advice := schedule_advice(pipe.scheduler.config):
         say(advice)
 

@@ -298,10 +298,15 @@ def test_a_single_file_says_how_the_model_is_to_be_sampled(tmp_path, schedule, s
     assert advice in output if advice else "The model uses" not in output
 
 
-def test_an_inpainting_model_is_named_as_one(tmp_path):
-    folder = save(tiny_pipeline(in_channels=9), tmp_path / "model")
+@pytest.mark.parametrize(
+    ("channels", "kind", "how"),
+    [
+        (9, "StableDiffusionInpaintPipeline", "Load it with StableDiffusionInpaintPipeline.from_single_file"),
+        (5, "StableDiffusionDepth2ImgPipeline", "diffusers loads no StableDiffusionDepth2ImgPipeline from"),
+    ],
+)
+def test_another_pipeline_is_named_as_what_it_is(tmp_path, channels, kind, how):
+    folder = save(tiny_pipeline(in_channels=channels), tmp_path / "model")
     index = json.loads((folder / "model_index.json").read_text())
-    (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": "StableDiffusionInpaintPipeline"}))
-    assert "StableDiffusionInpaintPipeline.from_single_file" in exported(
-        folder, "single-file", tmp_path / "m.safetensors"
-    )
+    (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": kind}))
+    assert how in exported(folder, "single-file", tmp_path / "m.safetensors")
