@@ -124,9 +124,13 @@ def generate(pipe: DiffusionPipeline, prompts: list[str], sampler: Sampler, desc
 
 def image_size(pipe: DiffusionPipeline) -> tuple[int, int]:
     """(height, width) in pixels of a pipeline's images by default: what the U-Net states, or else the VAE."""
-    size = pipe.unet.config.sample_size or pipe.vae.config.sample_size // pipe.vae_scale_factor
+    factor, own = pipe.vae_scale_factor, pipe.unet.config.sample_size
+    if own:
+        height, width = (own, own) if isinstance(own, int) else own
+        return height * factor, width * factor
+    size = pipe.vae.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
-    return height * pipe.vae_scale_factor, width * pipe.vae_scale_factor
+    return height // factor * factor, width // factor * factor
 
 
 def sampling_scheduler(own: SchedulerMixin, name: str) -> SchedulerMixin:

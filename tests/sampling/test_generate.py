@@ -84,3 +84,9 @@ def test_an_image_has_the_size_of_the_u_net_or_else_of_the_vae(size):
     pipe = tiny_pipeline(sample_size=size)
     image = generate(pipe, ["a"], Sampler(steps=1), None).images[0]
     assert (image.height, image.width) == image_size(pipe) == ((32, 48) if size == [16, 24] else (32, 32))
+
+
+def test_a_vae_may_state_two_sides_as_well():
+    pipe = tiny_pipeline(sample_size=None)
+    pipe.vae.register_to_config(sample_size=[32, 49])
+    assert image_size(pipe) == (32, 48)
