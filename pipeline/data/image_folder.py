@@ -131,9 +131,10 @@ def _nothing_usable(folder: Path, images: list[ListedImage]) -> str:
         for path in folder.glob(pattern)
         if path.name in METADATA or path.suffix in (".csv", ".json", ".jsonl", ".tsv")
     )
+    lists = " or ".join(METADATA)
     there = f" It has {', '.join(others[:3])}, which is not read there or under that name." if others else ""
     return (
-        f"--data {folder} {holds}: it has neither a {METADATA[0]} nor an image with a .txt next to it.{there} "
+        f"--data {folder} {holds}: it has neither a {lists} nor an image with a .txt next to it.{there} "
         f'Put the captions in {METADATA[0]}, one JSON object per line, such as {{"file_name": "0001.jpg", '
         '"text": "a caption"}, or put the caption of 0001.jpg in 0001.txt.'
     )

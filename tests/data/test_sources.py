@@ -174,7 +174,8 @@ def test_a_folder_that_does_not_exist_or_has_no_list(tmp_path):
     with pytest.raises(UserError, match="--data .*nowhere"):
         open_folder(tmp_path / "nowhere")
     with pytest.raises(
-        UserError, match=r"has neither a metadata.jsonl nor an image with a .txt next to it.*\"file_name\""
+        UserError,
+        match=r"has neither a metadata.jsonl or metadata.csv nor an image with a .txt next to it.*\"file_name\"",
     ):
         open_folder(tmp_path)
 
