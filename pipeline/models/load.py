@@ -45,7 +45,7 @@ def find_pipeline(
     if not folder.is_dir():
         folder = _download(name, revision, variant, flag)
     if not (folder / MODEL_INDEX).is_file():
-        raise UserError(f"{flag} {name} has no {MODEL_INDEX}. Use a checkpoint in diffusers layout.")
+        raise UserError(f"{flag} {name} has no {MODEL_INDEX}. {_instead(folder, flag)}.")
     for holds, problem in check_index(folder):
         if not holds:
             raise UserError(f"{flag} {name}: {problem}")
@@ -53,6 +53,14 @@ def find_pipeline(
         if not holds:
             raise UserError(f"{flag} {name}: {problem}")
     return folder
+
+
+def _instead(folder: Path, flag: str) -> str:
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".ckpt"))
+    # A part of a pipeline has a config, and its weights are no whole pipeline.
+    if files and not (folder / "config.json").exists():
+        return f"To use the single file in it, give {flag} {files[0]}"
+    return "Use a checkpoint in diffusers layout"
 
 
 def family_of(folder: Path) -> Family:
@@ -75,17 +83,19 @@ def check_index(folder: Path) -> Iterator[tuple[bool, str]]:
     yield not missing, f"it has no {', '.join(missing)}. Use a complete pipeline of {family.title}."
     for part, classes in family.parts.items():
         named = class_name(index, part)
-        flow = f". {no_betas(named)}" if part == "scheduler" and named.startswith("diffusers.") else ""
-        yield (
-            named in classes,
-            f"the {part} in its {MODEL_INDEX} is {named}, which is not supported{flow}. Use {_any_of(classes)}.",
-        )
+        yield named in classes, _refusal(part, named, classes)
 
 
 def class_name(index: Mapping[str, Any], part: str) -> str:
     """`diffusers.AutoencoderKL` for a part that model_index.json gives as ["diffusers", "AutoencoderKL"]."""
     value = index[part]
     return ".".join(value) if isinstance(value, list) and all(isinstance(v, str) for v in value) else repr(value)
+
+
+def _refusal(part: str, named: str, classes: Sequence[str]) -> str:
+    if part == "scheduler" and named.startswith("diffusers."):
+        return f"{no_betas(named, f'the scheduler in its {MODEL_INDEX}')}."
+    return f"the {part} in its {MODEL_INDEX} is {named}, which is not supported. Use {_any_of(classes)}."
 
 
 def _any_of(classes: Sequence[str]) -> str:
@@ -112,7 +122,9 @@ def _download(name: str, revision: str | None, variant: str | None, flag: str) -
             folder = Path(DiffusionPipeline.download(name, revision=revision, variant="fp16"))
         return folder
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
-        reason = first_line(error)
+        # The hub's own errors say what is wrong. diffusers' error only refers to its cause.
+        from_hub = isinstance(error, huggingface_hub.errors.HfHubHTTPError)
+        reason = first_line(error if from_hub or error.__cause__ is None else error.__cause__)
         raise UserError(f"{flag} {name} is not a folder, and it cannot be downloaded from a hub: {reason}") from None
 
 
@@ -162,4 +174,5 @@ def unet_config(folder: Path) -> dict[str, Any]:
     """The U-Net config of a pipeline, with diffusers' defaults filled in. Its weights need not exist."""
     config = read_json(folder / "unet" / "config.json")
     with torch.device("meta"):
-        return dict(reading(folder / "unet", lambda: UNet2DConditionModel.from_config(config)).config)
+        made = reading(folder / "unet", lambda: UNet2DConditionModel.from_config(config), UNet2DConditionModel)
+        return dict(made.config)

@@ -13,18 +13,23 @@ from pipeline.system.errors import UserError, first_line
 Part = TypeVar("Part")
 
 
-def reading(folder: Path, load: Callable[[], Part]) -> Part:
+def reading(folder: Path, load: Callable[[], Part], kind: Any = None) -> Part:
     """`load()`, a library's reading of `folder`. Raises UserError, with the folder and the cause, if that fails.
 
-    What the libraries raise for a damaged file is not limited to a few classes.
+    What the libraries raise for a damaged file is not limited to a few classes. If it is a network of class `kind`, the
+    message names keys of its config that are null where a number belongs.
     """
     try:
         return load()
     except UserError:
         raise
     except Exception as error:
-        cause = first_line(error).rstrip(".")
-        raise UserError(f"{folder} cannot be loaded: {cause}. Fix its files, or copy them again.") from error
+        cause, remedy = first_line(error).rstrip("."), "Fix its files, or copy them again."
+        nulls = null_keys(kind, folder) if kind and isinstance(error, TypeError) else []
+        if nulls:
+            cause = f"its config.json has null for {', '.join(nulls)}"
+            remedy = "Write the numbers there, or copy it again."
+        raise UserError(f"{folder} cannot be loaded: {cause}. {remedy}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -49,6 +54,20 @@ def read_part(kind: Any, folder: Path, part: str) -> Any:
 
 def read_config(kind: Any, folder: Path) -> dict[str, Any]:
     """The config.json of a network of class `kind`, with the class's defaults filled in."""
+    return {**_defaults(kind), **read_json(folder / "config.json")}
+
+
+def null_keys(kind: Any, folder: Path) -> list[str]:
+    """The keys of a config.json that are null where class `kind` has numbers by default."""
+    config = read_json(folder / "config.json")
+    numbers = [
+        key
+        for key, value in _defaults(kind).items()
+        if isinstance(value, int | float | tuple) and not isinstance(value, bool)
+    ]
+    return [key for key in numbers if config.get(key, 0) is None]
+
+
+def _defaults(kind: Any) -> dict[str, Any]:
     parameters = inspect.signature(kind.__init__).parameters.values()
-    defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
-    return {**defaults, **read_json(folder / "config.json")}
+    return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}

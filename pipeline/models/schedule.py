@@ -75,8 +75,8 @@ def default_schedule(name: str) -> dict[str, Any]:
     return {key: parameters[key].default for key in SCHEDULE if key in parameters}
 
 
-def no_betas(name: Any) -> str:
+def no_betas(name: Any, scheduler: str = "its scheduler") -> str:
     return (
-        f"its scheduler is a {name}, which has no schedule of betas, as flow matching and EDM have not. "
+        f"{scheduler} is a {name}, which has no schedule of betas, as flow matching and EDM have not. "
         "Use a teacher that was trained on one, such as with DDPM"
     )

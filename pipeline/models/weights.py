@@ -102,6 +102,7 @@ def load_network(kind: Any, folder: Path, variant: str | None, fallback: bool = 
             local_files_only=True,
             **options,
         ),
+        kind,
     )
     refuse_incomplete(folder, weights, network, info)
     return network

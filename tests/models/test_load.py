@@ -73,7 +73,13 @@ def load(folder):
         (
             "model_index.json",
             {"scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]},
-            "flow matching and EDM",
+            "the scheduler in its model_index.json is a diffusers.FlowMatchEulerDiscreteScheduler, which has no "
+            "schedule of betas, as flow matching and EDM have not. Use a teacher that was trained on one",
+        ),
+        (
+            "model_index.json",
+            {"scheduler": ["evil", "Evil"]},
+            "is evil.Evil, which is not supported. Use one such as diffusers.DDIMScheduler.",
         ),
         (
             "model_index.json",
@@ -134,6 +140,19 @@ def test_a_network_is_never_filled_with_random_tensors(model, part, how):
     assert "\n" not in message
     if how in ("missing", "misshapen"):
         assert name in message
+
+
+@pytest.mark.parametrize(
+    ("part", "keys"),
+    [("vae", ["sample_size"]), ("vae", ["layers_per_block", "norm_num_groups"]), ("unet", ["block_out_channels"])],
+)
+def test_numbers_of_a_config_that_are_null_are_named(model, part, keys):
+    path = model / part / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict.fromkeys(keys)))
+    assert refusal(lambda: load(model)) == (
+        f"{model / part} cannot be loaded: its config.json has null for {', '.join(keys)}. "
+        "Write the numbers there, or copy it again."
+    )
 
 
 class Trap:
@@ -197,6 +216,26 @@ def test_a_download_of_half_precision_alone_is_found(model, monkeypatch):
     folders = {None: bare, "fp16": model}
     monkeypatch.setattr(DiffusionPipeline, "download", lambda name, revision, variant: str(folders[variant]))
     assert find_pipeline("someone/model", None, None) == model
+
+
+def test_a_failed_download_states_the_cause_and_not_that_there_is_one(monkeypatch):
+    def download(name, revision, variant):
+        raise OSError("Check out the root cause in the stacktrace above.") from ConnectionError(
+            "offline mode is enabled"
+        )
+
+    monkeypatch.setattr(DiffusionPipeline, "download", download)
+    assert refusal(lambda: find_pipeline("someone/model", None, None)) == (
+        "--teacher someone/model is not a folder, and it cannot be downloaded from a hub: offline mode is enabled"
+    )
+
+
+def test_a_folder_that_holds_a_single_file_leads_to_it(tmp_path):
+    (tmp_path / "model.safetensors").touch()
+    assert refusal(lambda: find_pipeline(str(tmp_path), None, None)) == (
+        f"--teacher {tmp_path} has no model_index.json. "
+        f"To use the single file in it, give --teacher {tmp_path / 'model.safetensors'}."
+    )
 
 
 def test_keys_that_a_config_leaves_out_have_the_defaults_of_its_own_class(model):
