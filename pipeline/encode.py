@@ -344,10 +344,10 @@ def plan(settings: EncodeSettings) -> list[str]:
     left = shards.unfinished(open_store(settings.out), range_of(settings.shard_range))
     return [
         *source.notes(),
-        *preview(source, settings.resolution, settings.min_size),
         f"entries: {spec['entries']} in {len(shards)} shards, {len(left)} of them still to write",
         *sizes.lines(entry_sizes(spec), count_entries(left)),
         f"free on that disk: {format_bytes(free_bytes(settings.out))}",
+        *preview(source, settings.resolution, settings.min_size),
     ]
 
 
