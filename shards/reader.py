@@ -7,7 +7,7 @@ import itertools
 import json
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -47,13 +47,19 @@ class Sidecar:
         """The members of one entry: {name: [offset, length, raw_bytes, crc32]}."""
         return dict(zip(self.members, self.table[place].tolist(), strict=True))
 
-    def checksum(self, place: int, tensor: str) -> int:
-        """The crc32 of a tensor's stored bytes in one entry."""
-        members = self.locate(place)
-        name = _member_name(tensor, members)
-        if name not in members:
+    @property
+    def images(self) -> np.ndarray:
+        """The place in the input of each entry's image."""
+        return np.array([image_of(key) for key in self.keys], dtype=np.int64)
+
+    def checksums(self, tensor: str) -> np.ndarray:
+        """The crc32 of a tensor's stored bytes in each entry."""
+        name = _member_name(tensor, self.members)
+        if not self.keys:
+            return np.empty(0, np.int64)
+        if name not in self.members:
             raise ShardError(f"the sidecar of {self.shard} lists no {name}. {REWRITE}")
-        return members[name][COLUMNS.index("crc32")]
+        return self.table[:, self.members.index(name), COLUMNS.index("crc32")]
 
 
 @dataclass(frozen=True)
@@ -129,11 +135,14 @@ class ShardSet:
         shard, place = self.locate(index)
         return read_entry(self.store, self._sidecar(shard), place, tensors, self.expected)
 
-    def checksum(self, index: int, tensor: str) -> tuple[str, int]:
-        """(key, crc32 of a tensor's stored bytes) of entry `index`, from its sidecar alone."""
-        shard, place = self.locate(index)
-        sidecar = self._sidecar(shard)
-        return sidecar.keys[place], sidecar.checksum(place, tensor)
+    def checksums(self, tensor: str) -> tuple[np.ndarray, np.ndarray]:
+        """(place in the input of its image, crc32 of a stored tensor) of every entry, from the sidecars alone."""
+        images, checksums = [], []
+        for shard in self.shards:
+            sidecar = self._sidecar(shard)
+            images.append(sidecar.images)
+            checksums.append(sidecar.checksums(tensor))
+        return np.concatenate(images), np.concatenate(checksums)
 
     def _sidecar(self, shard: str) -> Sidecar:
         """The sidecar of a shard; the most recently used ones are kept."""
@@ -240,7 +249,7 @@ def read_sidecar(store: Store, shard: str, spec_sha256: str) -> Sidecar:
         raise damaged(path, f"{error!r}") from None
 
 
-def _member_name(tensor: str, members: dict[str, list[int]]) -> str:
+def _member_name(tensor: str, members: Collection[str]) -> str:
     compressed = f"{tensor}.npy.zst"
     return compressed if compressed in members else f"{tensor}.npy"
 

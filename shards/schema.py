@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 FORMAT_VERSION = 1
@@ -57,6 +58,11 @@ def round_of(shard: str) -> int | None:
 
 def sidecar_name(shard: str) -> str:
     return shard.removesuffix(".tar") + ".json"
+
+
+def files_of(shards: Iterable[str]) -> str:
+    """The files of shards, for a message that says what to delete."""
+    return ", ".join(f"{name} and {sidecar_name(name)}" for name in shards)
 
 
 def added_noise(spec: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ from pipeline.system.errors import UserError
 from shards.manifest import Manifest
 from shards.plan import PlannedShard
 from shards.reader import read_entry, read_sidecar
-from shards.schema import sidecar_name
+from shards.schema import files_of, sidecar_name
 from shards.store import Store
 
 # The parts of a spec that follow from the inputs.
@@ -163,12 +163,11 @@ def _refuse_replaced(store: Store, manifest: Manifest, finished: list[PlannedSha
         return
     shard, record, size = replaced[0]
     names = list(dict.fromkeys(shard.name for shard, _, _ in replaced))
-    files = ", ".join(f"{name} and {sidecar_name(name)}" for name in names)
     raise UserError(
         printable(
             f"the image {record.source_id} was replaced after {store}/{shard.name} was written: it had {size} bytes "
             f"and has {record.size} now. That is so for {len(replaced)} images in {len(names)} shards. To encode them "
-            f"again, delete {files} in {store}, and rerun the same command. The other shards are kept."
+            f"again, delete {files_of(names)} in {store}, and rerun the same command. The other shards are kept."
         )
     )
 
