@@ -133,9 +133,8 @@ def plain_text(rows: Iterable[Row]) -> str:
         else:
             shown = line(row.cells[:4])
             beside = f"{shown}  {row.note}".rstrip()
-            lines += (
-                [beside] if len(beside) <= WIDTH else [shown, *wrapped(f"    {row.note}", subsequent_indent="    ")]
-            )
+            note = wrapped(row.note, initial_indent="    ", subsequent_indent="    ")
+            lines += [beside] if len(beside) <= WIDTH else [shown.rstrip(), *note]
     return "\n".join(lines)
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from pipeline.evaluation.cost import count_macs
-from pipeline.models.families import denoise, random_conditioning
+from pipeline.evaluation.cost import count_macs, unet_macs
 from pipeline.models.load import family_of, part_classes, unet_config
 from pipeline.models.reading import read_json
 from pipeline.models.shapes import TeacherShapes
@@ -54,10 +54,8 @@ def training_cost(folder: Path, resolution: int, shapes: TeacherShapes, levels: 
     with torch.device("meta"):
         vae = classes["vae"].from_config(read_json(folder / "vae" / "config.json"))
         encoder = count_macs(vae.encode, torch.empty(1, vae.config.in_channels, resolution, resolution))
-        inputs = torch.empty(1, *shapes.latents), torch.zeros(1), random_conditioning(shapes.conditioning, 1)
-        configs = {"": config, **{level: student_config(config, level) for level in levels}}
-        macs = {
-            level: count_macs(denoise, classes["unet"].from_config(unet), *inputs, family)
-            for level, unet in configs.items()
-        }
-    return TrainingCost(encoder, macs.pop(""), macs)
+
+    def macs(unet: dict[str, Any]) -> int:
+        return unet_macs({**unet, "sample_size": shapes.latents[1:]}, shapes.conditioning, family)
+
+    return TrainingCost(encoder, macs(config), {level: macs(student_config(config, level)) for level in levels})

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,30 +17,18 @@ import torch
 from diffusers.loaders.single_file_utils import load_single_file_checkpoint
 from filelock import FileLock
 from huggingface_hub.constants import HF_HOME
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from pipeline.models.families import FAMILIES, Family
 from pipeline.models.tokenizer import write_tokenizer
 from pipeline.system.disk import require_space
 from pipeline.system.echo import say
-from pipeline.system.errors import UserError, first_line
+from pipeline.system.errors import UserError, failing_with, first_line
 from shards.files import atomic_directory
 
 SAFETENSORS = ".safetensors"
 SINGLE_FILES = (SAFETENSORS, ".ckpt", ".pt", ".bin")
-# safetensors', torch's and pickle's ways to say that a file is not what its name says.
-READ_FAILURES = (
-    SafetensorError,
-    pickle.UnpicklingError,
-    OSError,
-    EOFError,
-    ValueError,
-    RuntimeError,
-    AttributeError,
-    KeyError,
-    TypeError,
-)
 CONVERTED = Path(HF_HOME) / "distill-sd"
 
 
@@ -84,18 +71,18 @@ def read_weights(file: Path, named: str) -> tuple[dict[str, Tensor], Mapping[str
     """The tensors of a file by name, and what its header states. They are read from disk as they are used."""
     if file.suffix not in SINGLE_FILES:
         raise UserError(f"{named} is a file, but not a checkpoint: its name does not end in {', '.join(SINGLE_FILES)}.")
-    try:
-        stated: Mapping[str, str] = {}
-        if file.suffix == SAFETENSORS:
+    safe = file.suffix == SAFETENSORS
+    instead = "" if safe else ", or use a .safetensors file: code in a pickle is not run"
+    stated: Mapping[str, str] = {}
+    with failing_with(f"{named} cannot be read as a checkpoint", f"Download it again{instead}."):
+        # diffusers turns whatever its readers raise into an OSError or a ValueError.
+        weights = load_single_file_checkpoint(str(file), local_files_only=True)
+        if not isinstance(weights, Mapping):
+            raise ValueError(f"it holds a {type(weights).__name__}, not tensors by name")
+        if safe:
             with safe_open(file, "pt") as opened:
                 stated = opened.metadata() or {}
-        weights = load_single_file_checkpoint(str(file), local_files_only=True)
-        return {name: value for name, value in weights.items() if isinstance(value, Tensor)}, stated
-    except READ_FAILURES as error:
-        pickle = "" if file.suffix == SAFETENSORS else ", or use a .safetensors file: code in a pickle is not run"
-        raise UserError(
-            f"{named} cannot be read as a checkpoint ({first_line(error)}). Download it again{pickle}."
-        ) from None
+    return {name: value for name, value in weights.items() if isinstance(value, Tensor)}, stated
 
 
 def identify(

@@ -9,7 +9,6 @@ A file holds the options of one command, as --dry-run prints them, or of several
 from __future__ import annotations
 
 import difflib
-import typing
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -57,8 +56,7 @@ def section_of(file: Path, command: str, settings: type[Settings]) -> dict[str, 
         if command not in content:
             raise click.UsageError(f"--config {file} has no section {command}. It has {', '.join(map(str, content))}.")
         content = content[command]
-    hints = typing.get_type_hints(settings)
-    known = {setting.name: setting for setting in fields(settings)}
+    known = [setting.name for setting in fields(settings)]
     found = {}
     for key, value in content.items():
         name = str(key).replace("-", "_")
@@ -69,6 +67,5 @@ def section_of(file: Path, command: str, settings: type[Settings]) -> dict[str, 
         if isinstance(value, dict):
             raise click.UsageError(f"--config {file}: {key} is a list of options, not a value.")
         if value is not None:
-            is_text = typing.get_origin(hints[name]) is tuple and not known[name].metadata["repeated"]
-            found[name] = ",".join(map(str, value)) if is_text and isinstance(value, list) else value
+            found[name] = value
     return found

@@ -106,12 +106,14 @@ def _plain(value: Any) -> Any:
 
 
 class CommaSeparated(click.ParamType):
-    """`a,b` on the command line becomes a tuple of strings in the settings."""
+    """`a,b` on the command line, or a list in a file, becomes a tuple of strings in the settings."""
 
     name = "name,name"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
-        return value if isinstance(value, tuple) else tuple(part.strip() for part in value.split(",") if part.strip())
+        if isinstance(value, str):
+            return tuple(part.strip() for part in value.split(",") if part.strip())
+        return tuple(map(str, value))
 
 
 def click_options(settings: type[Settings]) -> list[click.Parameter]:
