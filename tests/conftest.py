@@ -12,7 +12,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 
-# Until the tests are collected: looking through what the libraries make at import takes a fifth of the start.
+# Until the tests are collected: collections would look through all that the libraries make, and all of it stays.
 gc.disable()
 LONGEST = ("test_docs.py", "test_kill.py", "test_cli.py", "test_distill.py", "test_options.py")
 

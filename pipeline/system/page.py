@@ -68,7 +68,7 @@ def curves(plots: dict[str, dict[str, tuple[list[float], list[float]]]], xlabel:
 
     The y axis of a plot is logarithmic if all its values are positive.
     """
-    # Imported by the reports alone: it takes as long as the rest of a short command.
+    # Imported where it is used: most commands draw nothing.
     import matplotlib
 
     matplotlib.use("Agg")

@@ -2,8 +2,8 @@
 
     python tests/benchmarks/on_a_gpu.py --work work/gpu --pages tests/benchmarks/gpu
 
-takes about 25 minutes on one H100 or H200, less with `--only`. What fails is named at the end, and does not stop the
-others.
+is meant to take at most 25 minutes on one H100 or H200, less with `--only`. What fails is named at the end, and does
+not stop the others.
 """
 
 from __future__ import annotations
