@@ -3,71 +3,64 @@
 from __future__ import annotations
 
 import difflib
-import gc
-import importlib
-import sys
 
 import click
 
-from pipeline.system.command import INTERRUPTED_STATUS
+from pipeline.settings.demo_scenes import DemoScenesSettings
+from pipeline.settings.demo_teacher import DemoTeacherSettings
+from pipeline.settings.distill import DistillSettings
+from pipeline.settings.download import DownloadSettings
+from pipeline.settings.encode import EncodeSettings
+from pipeline.settings.evaluate import EvaluateSettings
+from pipeline.settings.export import ExportSettings
+from pipeline.settings.finetune import FinetuneSettings
+from pipeline.settings.inspect_shards import InspectSettings
+from pipeline.settings.plan import PlanSettings
+from pipeline.settings.sample import SampleSettings
+from pipeline.settings.teacher_cache import TeacherCacheSettings
+from pipeline.settings.verify import VerifySettings
+from pipeline.system.command import stage_command
+from pipeline.system.settings import Settings
 
-COMMANDS = {
-    "plan": ("pipeline.commands.plan", "Estimate what a cache will cost and what fits a budget."),
-    "download": (
-        "pipeline.commands.download",
-        "Download a list of image URLs and captions into tars with img2dataset.",
-    ),
-    "encode": ("pipeline.encode", "Encode images and captions into latents and prompt embeddings."),
-    "teacher-cache": ("pipeline.teacher_cache", "Run the teacher on latents and store its predictions and features."),
-    "distill": ("pipeline.distill", "Train a student from a cache."),
-    "finetune": ("pipeline.commands.finetune", "Train a pipeline's U-Net on latents, in full or with LoRA."),
-    "sample": ("pipeline.commands.sample", "Generate images with any model, teacher or student."),
-    "evaluate": ("pipeline.commands.evaluate", "Compare a student with its teacher: cost, fidelity, quality."),
-    "export": ("pipeline.commands.export", "Export a model as a single file, as ONNX, or with int8 weights."),
-    "verify": ("pipeline.commands.verify", "Check latents or a cache for damage."),
-    "inspect": ("pipeline.commands.inspect_shards", "Show the contents of latents or a cache."),
-    "demo-scenes": ("pipeline.commands.demo_scenes", "Write captioned images of shapes, to try the stages on."),
-    "demo-teacher": ("pipeline.commands.demo_teacher", "Retrain the bundled demo teacher."),
-}
+# In the order of use.
+COMMANDS: tuple[type[Settings], ...] = (
+    PlanSettings,
+    DownloadSettings,
+    EncodeSettings,
+    TeacherCacheSettings,
+    DistillSettings,
+    FinetuneSettings,
+    SampleSettings,
+    EvaluateSettings,
+    ExportSettings,
+    VerifySettings,
+    InspectSettings,
+    DemoScenesSettings,
+    DemoTeacherSettings,
+)
 
 
-class LazyGroup(click.Group):
-    """Imports a command only when it is needed, so that `distill-sd --help` does not import torch."""
+class Commands(click.Group):
+    """Lists the commands in the order in which they were added, and suggests the nearest to a mistyped one."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(COMMANDS)
-
-    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        if name not in COMMANDS:
-            return None
-        module = COMMANDS[name][0]
-        imported = module in sys.modules
-        # Collections would look through all that the libraries make, and all of it stays.
-        gc.disable()
-        try:
-            return importlib.import_module(module).command
-        except KeyboardInterrupt:
-            click.echo("Interrupted.", err=True)
-            sys.exit(INTERRUPTED_STATUS)
-        finally:
-            if not imported:
-                gc.freeze()
-            gc.enable()
+        return list(self.commands)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        close = difflib.get_close_matches(args[0], COMMANDS, n=1)
-        if args[0] not in COMMANDS and close:
+        close = difflib.get_close_matches(args[0], self.commands, n=1)
+        if args[0] not in self.commands and close:
             ctx.fail(f"No such command {args[0]!r}. Did you mean {close[0]!r}?")
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Each with the first sentence of its help, at full length."""
         with formatter.section("Commands"):
-            formatter.write_dl([(name, help) for name, (_, help) in COMMANDS.items()])
+            formatter.write_dl([(name, (command.help or "").split(". ")[0]) for name, command in self.commands.items()])
 
 
-@click.command(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="distill-sd")
 def main() -> None:
     """Distil Stable Diffusion U-Nets into small, fast students, offline.
@@ -76,6 +69,9 @@ def main() -> None:
     where it stopped.
     """
 
+
+for _settings in COMMANDS:
+    main.add_command(stage_command(_settings))
 
 if __name__ == "__main__":
     main()

@@ -21,7 +21,7 @@ from support.tiny import write_images
 from pipeline.cli import main
 from pipeline.distill import DistillSettings
 from pipeline.encode import EncodeSettings
-from pipeline.models.families import LEVELS
+from pipeline.models.levels import LEVELS
 from pipeline.teacher_cache import TeacherCacheSettings
 from shards.dataset import CacheDataset, EpochBatches
 from shards.manifest import read_manifest
@@ -206,7 +206,7 @@ def test_a_bug_keeps_its_traceback_and_ends_in_status_1(teacher, images, tmp_pat
     def fail(*arguments):
         raise ZeroDivisionError("ours")
 
-    monkeypatch.setattr("pipeline.encode.encode_batch", fail)
+    monkeypatch.setattr("pipeline.commands.encode.encode_batch", fail)
     result = invoke("encode", "--teacher", teacher, "--data", images, "--out", tmp_path / "o", "--resolution", 32)
     assert result.exit_code == 1
     assert isinstance(result.exception, ZeroDivisionError)
@@ -215,7 +215,7 @@ def test_a_bug_keeps_its_traceback_and_ends_in_status_1(teacher, images, tmp_pat
 def test_a_full_disk_is_reported_and_leaves_what_was_written(teacher, images, tmp_path, monkeypatch):
     import errno
 
-    from pipeline import encode
+    from pipeline.commands import encode
 
     real, shards = encode.write_shard, []
 

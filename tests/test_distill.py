@@ -24,11 +24,11 @@ from support.stages import (
 )
 from support.tiny import tiny_pipeline
 
-from pipeline import distill
+from pipeline.commands import distill
 from pipeline.core.diffusion import min_snr_weights
 from pipeline.core.losses import total_loss
 from pipeline.distill import DistillSettings
-from pipeline.models.families import LEVELS
+from pipeline.models.levels import LEVELS
 from pipeline.system.errors import UserError
 from pipeline.training.checkpoint import list_checkpoints
 from pipeline.training.interrupts import Interrupts

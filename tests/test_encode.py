@@ -12,8 +12,8 @@ from diffusers import StableDiffusionPipeline
 from support.stages import read_entries, reset_accelerate, run_encode, shard_files, tree
 from support.tiny import tiny_pipeline, write_images
 
-from pipeline import encode
 from pipeline.cache import sizes
+from pipeline.commands import encode
 from pipeline.core import draws
 from pipeline.data.images import decode, square
 from pipeline.encode import EncodeSettings

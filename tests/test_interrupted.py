@@ -10,7 +10,7 @@ import pytest
 from support.stages import reset_accelerate, run_encode, run_teacher_cache, shard_files, tree
 from support.tiny import write_images
 
-from pipeline import encode, teacher_cache
+from pipeline.commands import encode, teacher_cache
 from shards.manifest import sha256_of_json
 from shards.writer import HashingStream
 

@@ -7,8 +7,8 @@ import socket
 import pytest
 from support.stages import run_distill, run_encode, run_teacher_cache, shard_files, tree
 
-from pipeline import distill, teacher_cache
 from pipeline.cache.output import range_of
+from pipeline.commands import distill, teacher_cache
 from pipeline.distill import DistillSettings
 from pipeline.system.errors import UserError
 from pipeline.system.lock import OutputLock
@@ -59,8 +59,8 @@ def test_jobs_side_by_side_write_what_one_job_writes(teacher, images, tmp_path, 
 def test_what_is_written_while_the_device_computes_is_the_same(teacher, images, tmp_path, monkeypatch):
     latents = run_encode(teacher, images, tmp_path / "latents")
     cache = run_teacher_cache(teacher, latents, tmp_path / "cache")
-    monkeypatch.setattr("pipeline.encode.is_accelerator", lambda device: True)
-    monkeypatch.setattr("pipeline.teacher_cache.is_accelerator", lambda device: True)
+    monkeypatch.setattr("pipeline.commands.encode.is_accelerator", lambda device: True)
+    monkeypatch.setattr("pipeline.commands.teacher_cache.is_accelerator", lambda device: True)
     assert shard_files(run_encode(teacher, images, tmp_path / "latents overlapped")) == shard_files(latents)
     assert shard_files(run_teacher_cache(teacher, latents, tmp_path / "cache overlapped")) == shard_files(cache)
 

@@ -14,11 +14,10 @@ from PIL import Image
 from support.stages import read_entries, reset_accelerate, run_distill, run_encode, run_teacher_cache, shard_files, tree
 from support.tiny import tiny_pipeline, tiny_unet, write_images
 
-from pipeline import encode, teacher_cache
 from pipeline.cli import main
-from pipeline.commands import verify
+from pipeline.commands import encode, teacher_cache, verify
 from pipeline.commands.verify import VerifySettings
-from pipeline.models.families import LEVELS
+from pipeline.models.levels import LEVELS
 from pipeline.system.errors import UserError
 from pipeline.teacher_cache import TeacherCacheSettings
 from shards.dataset import CacheDataset
@@ -337,7 +336,7 @@ def test_other_versions_of_the_libraries_are_refused_with_the_command_that_insta
     teacher, latents, cache, monkeypatch
 ):
     installed = json.loads((cache / "manifest.json").read_text())["spec"]["libraries"]
-    monkeypatch.setattr("pipeline.teacher_cache.library_versions", lambda: {**installed, "torch": "99.0"})
+    monkeypatch.setattr("pipeline.commands.teacher_cache.library_versions", lambda: {**installed, "torch": "99.0"})
     with pytest.raises(ShardError) as caught:
         run_teacher_cache(teacher, latents, cache)
     torch_version = installed["torch"].split("+")[0]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from accelerate import PartialState
 
 from pipeline.cache.parts import checksums_of_parts, existing_parts, is_bound
 from pipeline.system.echo import say
-from pipeline.system.errors import UserError
+from pipeline.system.options import range_of
 from shards.files import remove_leftovers
 from shards.manifest import Manifest, read_manifest, refuse_other_spec, write_manifest
 from shards.plan import PlannedShard, share
@@ -90,19 +89,6 @@ def share_unfinished(
     unfinished = manifest.plan.unfinished(open_store(out), range_of(shard_range))
     state.wait_for_everyone()
     return unfinished, share(unfinished, state.process_index, state.num_processes)
-
-
-def range_of(shard_range: str | None) -> slice:
-    """The part of the plan that `A:B` names: shards A to B-1. Either end may be omitted; None is the whole plan."""
-    if shard_range is None:
-        return slice(None)
-    matched = re.fullmatch(r"(\d*):(\d*)", shard_range)
-    start, end = (int(text) if text else None for text in matched.groups()) if matched else (None, None)
-    if (start is None and end is None) or (start is not None and end is not None and start >= end):
-        raise UserError(
-            f"--shard-range {shard_range!r} is not a range. Write it as 0:50 or 50:100, where the end is exclusive."
-        )
-    return slice(start, end)
 
 
 def finished_sidecars(out: Path, manifest: Manifest) -> list[Sidecar] | None:

@@ -13,7 +13,8 @@ from typing import Any
 from diffusers import UNet2DConditionModel
 
 from pipeline.models.checksums import CHECKSUMS, changed_files, has_checksums
-from pipeline.models.families import LEVELS, family_of_spec
+from pipeline.models.families import family_of_spec
+from pipeline.models.levels import LEVELS
 from pipeline.models.reading import reading
 from pipeline.models.shapes import tap_shapes
 from pipeline.system.errors import UserError

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.cache.output import existing_manifest, range_of
+from pipeline.cache.output import existing_manifest
 from pipeline.system.echo import printable
 from pipeline.system.errors import UserError
+from pipeline.system.options import range_of
 from shards.manifest import Manifest, sha256_of_json
 from shards.reader import ShardSet, read_entry, read_sidecar
 from shards.schema import LATENTS, files_of, image_of

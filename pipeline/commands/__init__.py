@@ -1,1 +1,1 @@
-"""The commands besides the three stages, one module each."""
+"""The work of the commands, one module each. Their options are in pipeline/settings."""

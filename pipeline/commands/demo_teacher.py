@@ -6,14 +6,13 @@ import diffusers
 
 from pipeline.demo.evaluate import evaluate, table
 from pipeline.demo.train import GUIDANCES, claim_work_folder, export, is_exported, train_diffusion
-from pipeline.demo.trainer import TeacherSettings
-from pipeline.system.command import stage_command
+from pipeline.settings.demo_teacher import DemoTeacherSettings
 from pipeline.system.echo import say
 from pipeline.system.lock import OutputLock
 from pipeline.system.output import check_output
 
 
-def run(settings: TeacherSettings) -> None:
+def run(settings: DemoTeacherSettings) -> None:
     """Retrain the demo's bundled teacher. This takes hours on a CPU and is needed only to change the teacher."""
     diffusers.utils.logging.set_verbosity_error()
     check_output(settings.out, "demo-teacher", {"--init-from": settings.init_from}, own=is_exported(settings.out))
@@ -27,7 +26,7 @@ def run(settings: TeacherSettings) -> None:
         say(table(evaluate(teacher, settings.evaluate, GUIDANCES)))
 
 
-def plan(settings: TeacherSettings) -> list[str]:
+def plan(settings: DemoTeacherSettings) -> list[str]:
     """The lines that describe what `run` would do."""
     return [
         f"render {settings.scenes} scenes and train in {settings.work}:",
@@ -37,6 +36,3 @@ def plan(settings: TeacherSettings) -> list[str]:
         f"write the pipeline to {settings.out}",
         f"judge images of {settings.evaluate} captions per split at guidance {', '.join(f'{g:g}' for g in GUIDANCES)}",
     ]
-
-
-command = stage_command("demo-teacher", TeacherSettings, plan, run)

@@ -23,39 +23,19 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from pipeline.data import web_guard
-from pipeline.system.command import stage_command
+from pipeline.settings.download import DownloadSettings
 from pipeline.system.echo import printable, say
 from pipeline.system.errors import UserError
 from pipeline.system.extras import install_command
 from pipeline.system.json_files import read_json
 from pipeline.system.lock import OutputLock
 from pipeline.system.output import check_output, made_by
-from pipeline.system.settings import REQUIRED, Settings, option
 from shards.files import file_sha256, write_json
 
-DISTRIBUTORS = ("multiprocessing", "pyspark", "ray")
 # A subfolder, because img2dataset takes every .json next to the tars for one of its own.
 LIST_FOLDER, SPEC = "list", "spec.json"
 # Causes of failure that are printed; the rest are counted together.
 CAUSES = 12
-
-
-@dataclass(frozen=True, kw_only=True)
-class DownloadSettings(Settings):
-    urls: Path = option(REQUIRED, "A parquet file of image URLs and captions.")
-    out: Path = option(REQUIRED, "Directory for the tars. Existing files are kept.")
-    url_column: str = option("url", "Column of the URLs.")
-    caption_column: str = option("caption", "Column of the captions.")
-    image_size: int = option(512, "Shrink larger images until their shorter side has this many pixels.", ge=1)
-    entries_per_tar: int = option(10_000, "URLs per tar.", ge=2)
-    max_samples: int | None = option(None, "Use only this many URLs, drawn at random.", ge=1)
-    seed: int = option(0, "Seed for the order of the URLs.", ge=0)
-    processes: int = option(os.cpu_count() or 1, "Processes that download and resize.", ge=1)
-    threads: int = option(64, "Concurrent downloads per process.", ge=1)
-    timeout: int = option(10, "Seconds to wait for a server to respond.", ge=1)
-    retries: int = option(1, "Retries per URL.", ge=0)
-    distributor: str = option("multiprocessing", "How img2dataset distributes the work.", choices=DISTRIBUTORS)
-    img2dataset: str = option("img2dataset", "The img2dataset program, if it is not on the PATH.")
 
 
 @dataclass(frozen=True)
@@ -284,9 +264,3 @@ def _parquet() -> Any:
     except ImportError:
         raise UserError(f"to read a parquet list, install pyarrow: {install_command('datasets')}") from None
     return pyarrow.parquet
-
-
-command = stage_command("download", DownloadSettings, None, run)
-
-if __name__ == "__main__":
-    command()

@@ -21,6 +21,7 @@ from pipeline.evaluation.measure import (
     measure_fidelity,
     measure_quality,
     read_result,
+    sampler_of,
 )
 from pipeline.evaluation.model_card import add_evaluation
 from pipeline.evaluation.pair import level_of, load_named_pipeline
@@ -34,13 +35,12 @@ from pipeline.evaluation.quality import (
     open_reference,
 )
 from pipeline.evaluation.report import write_evaluation
-from pipeline.evaluation.settings import COST, EVALUATION, FIDELITY, EvaluateSettings
 from pipeline.evaluation.table import plain_text, rows_of
 from pipeline.models.provenance import CARD
 from pipeline.sampling.folder import count_missing, generate_missing
 from pipeline.sampling.generate import check_sampler, image_size
 from pipeline.sampling.process import load_pipeline
-from pipeline.system.command import stage_command
+from pipeline.settings.evaluate import COST, EVALUATION, FIDELITY, EvaluateSettings
 from pipeline.system.device import DTYPES, device_name, process_state, resolve_dtype
 from pipeline.system.disk import format_bytes, free_bytes, require_space
 from pipeline.system.echo import say
@@ -146,7 +146,7 @@ def open_task(settings: EvaluateSettings) -> Task:
         )
     level = level_of(teacher, student, settings.level)
     for loaded, flag in ((teacher, "--teacher"), (student, "--student")):
-        check_sampler(loaded.pipe.scheduler, settings.sampler(1), f"{flag} {loaded.name}")
+        check_sampler(loaded.pipe.scheduler, sampler_of(settings, 1), f"{flag} {loaded.name}")
     if latents is not None:
         check_encoders(latents, teacher.pipe, f"--teacher {settings.teacher}")
     task = Task(teacher, student, level, latents, prompts, reference)
@@ -161,14 +161,14 @@ def specs_of(settings: EvaluateSettings, task: Task) -> dict[str, dict[str, Any]
     """Everything that determines each result. A later run with the same --out is refused if these differ."""
     models = {name: loaded.spec for name, loaded in task.pipelines.items()}
     dtype = resolve_dtype(settings.dtype, task.teacher.model.device)
-    sampler = {**asdict(settings.sampler(settings.batch_size)), "dtype": dtype}
+    sampler = {**asdict(sampler_of(settings, settings.batch_size)), "dtype": dtype}
     specs = {
         "cost": {
             **models,
             "dtype": dtype,
             "device": device_name(task.teacher.model.device),
             "repeats": settings.repeats,
-            "sampler": asdict(settings.sampler(settings.timing_batch_size)),
+            "sampler": asdict(sampler_of(settings, settings.timing_batch_size)),
         },
     }
     if task.latents is not None:
@@ -206,7 +206,7 @@ def generate_images(settings: EvaluateSettings, task: Task, name: str) -> list[P
     folder, loaded = settings.out / IMAGES / name, task.pipelines[name]
     require_space(folder, missing_bytes(settings, task, name), "pass fewer prompts")
     cached_result(folder / IMAGES_INDEX, task.specs[name], lambda: {"model": loaded.name})
-    sampler = settings.sampler(settings.batch_size)
+    sampler = sampler_of(settings, settings.batch_size)
     return generate_missing(folder, lambda: load_pipeline(loaded.model), task.prompts, sampler, f"{name}'s images")
 
 
@@ -215,9 +215,3 @@ def missing_bytes(settings: EvaluateSettings, task: Task, name: str) -> int:
     pipe = task.pipelines[name].pipe
     height, width = image_size(pipe)
     return int(count_missing(settings.out / IMAGES / name, len(task.prompts)) * 3 * height * width * PNG_SHARE)
-
-
-command = stage_command("evaluate", EvaluateSettings, plan, run)
-
-if __name__ == "__main__":
-    command()

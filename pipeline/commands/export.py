@@ -12,7 +12,6 @@ takes the number of blocks from the folder's configs. It loads an int8 pipeline 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -28,39 +27,17 @@ from pipeline.models.families import Family
 from pipeline.models.load import MODEL_INDEX, family_of, find_pipeline, load_base, load_unet
 from pipeline.models.reading import read_json
 from pipeline.models.save import copy_parts
-from pipeline.system.command import stage_command
+from pipeline.settings.export import ExportSettings
 from pipeline.system.device import DTYPES, device_name, process_state
 from pipeline.system.disk import format_bytes, require_space
 from pipeline.system.echo import say
 from pipeline.system.errors import UserError
 from pipeline.system.extras import install_command
-from pipeline.system.options import HubOptions
 from pipeline.system.output import check_new
-from pipeline.system.settings import REQUIRED, option
 from shards.files import atomic_directory, atomic_file
 
-SUFFIX = ".safetensors"
 PACKAGES = {"onnx": ("onnx", "onnxscript"), "int8": ("torchao",)}
 CAPTIONS = ["a red bicycle against a wall", "portrait of an old sailor"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportSettings(HubOptions):
-    model: str = option(REQUIRED, "Pipeline to export: a folder, a name on the hub, or demo.")
-    format: str = option(REQUIRED, "Format to write.", choices=("single-file", "onnx", "int8"))
-    out: Path = option(REQUIRED, f"New folder, or for single-file a new {SUFFIX} file.")
-    dtype: str = option(
-        "fp32", "Precision of the weights; for int8, of the layers that are not quantised.", choices=tuple(DTYPES)
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.format == "onnx" and self.dtype != "fp32":
-            raise UserError(
-                f"--dtype {self.dtype} does not work with --format onnx, which is always fp32. Leave it out."
-            )
-        if self.format == "single-file" and self.out.suffix != SUFFIX:
-            raise UserError(f"--out {self.out} does not end in {SUFFIX}, as a single file must. Add it.")
 
 
 def run(settings: ExportSettings) -> None:
@@ -172,9 +149,3 @@ def load_complete_pipeline(settings: ExportSettings, folder: Path) -> DiffusionP
 def bytes_of(*modules: nn.Module) -> int:
     tensors = [tensor for module in modules for tensor in module.state_dict().values()]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-command = stage_command("export", ExportSettings, None, run)
-
-if __name__ == "__main__":
-    command()

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,24 +18,22 @@ from torch.utils.data import Dataset
 
 from pipeline.cache.latents import check_encoders, open_latents, unconditional_conditioning
 from pipeline.core import draws
-from pipeline.core.diffusion import PREDICTION_TYPES
 from pipeline.models.families import family_of_spec
 from pipeline.models.hashing import weights_sha256
 from pipeline.models.hub import upload
 from pipeline.models.load import find_pipeline, load_base, load_unet
 from pipeline.models.schedule import load_noise_scheduler
 from pipeline.sampling.generate import Sampler, check_sampler
-from pipeline.system.command import stage_command
+from pipeline.settings.finetune import FinetuneSettings
+from pipeline.settings.training import resolve_steps_and_lr, resume_fingerprint
 from pipeline.system.device import leave_processes
 from pipeline.system.echo import say
 from pipeline.system.errors import UserError, attempt_all
 from pipeline.system.lock import OutputLock
-from pipeline.system.options import HubOptions
-from pipeline.system.settings import REQUIRED, option
 from pipeline.training.accelerator import make_accelerator, resolve_precision
 from pipeline.training.loader import collated_batches
 from pipeline.training.loop import Training, prepare_training, run_training, start
-from pipeline.training.lora import FORMATS, Lora
+from pipeline.training.lora import Lora
 from pipeline.training.objective import Objective
 from pipeline.training.output import (
     check_out,
@@ -46,45 +43,10 @@ from pipeline.training.output import (
     nothing_left,
     refuse_damaged_result,
 )
-from pipeline.training.settings import TrainingSettings, resolve_steps_and_lr, resume_fingerprint
 from pipeline.training.transform import Transform
 from shards.dataset import Batch, stack_tensors
 from shards.reader import StoredEntry
 from shards.schema import LATENTS, conditioning_shapes
-
-
-@dataclass(frozen=True, kw_only=True)
-class FinetuneSettings(TrainingSettings, HubOptions):
-    model: str = option(REQUIRED, "Pipeline whose U-Net is trained: a student's folder, a name on the hub, or demo.")
-    latents: Path = option(REQUIRED, "Directory that `encode` wrote, with the model's own VAE and text encoder.")
-    lora_rank: int | None = option(None, "Train LoRA adapters of this rank instead of the whole U-Net.", ge=1)
-    lora_format: str = option(
-        "diffusers", "Names of the adapters' tensors; kohya's are for ComfyUI and web UIs.", choices=FORMATS
-    )
-    noise_offset: float = option(0.0, "Standard deviation of an offset added to each channel of the noise.", ge=0.0)
-    input_perturbation: float = option(0.0, "Strength of extra input noise that is not part of the target.", ge=0.0)
-    uncond_fraction: float = option(0.1, "Share of entries that get the empty prompt.", ge=0.0, le=1.0)
-    prediction_type: str | None = option(
-        None, "Prediction type; overrides the scheduler's config.", choices=PREDICTION_TYPES
-    )
-
-    command: ClassVar[str] = "finetune"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.lora_format != "diffusers" and not self.lora_rank:
-            raise UserError(f"--lora-format {self.lora_format} is for LoRA weights. Add --lora-rank.")
-
-    @property
-    def entries(self) -> Path:
-        return self.latents
-
-    def for_others(self) -> dict[str, Any]:
-        return {**super().for_others(), "model": Path(self.model).name if Path(self.model).exists() else self.model}
-
-    @property
-    def transform(self) -> Transform:
-        return Lora(self.lora_rank, self.seed, self.lora_format) if self.lora_rank else Transform()
 
 
 class LatentsDataset(Dataset):
@@ -113,6 +75,10 @@ def run(settings: FinetuneSettings) -> None:
 
 def inputs_of(settings: FinetuneSettings) -> dict[str, Path | str | None]:
     return {"--model": settings.model, "--latents": settings.latents}
+
+
+def transform_of(settings: FinetuneSettings) -> Transform:
+    return Lora(settings.lora_rank, settings.seed, settings.lora_format) if settings.lora_rank else Transform()
 
 
 def train_model(settings: FinetuneSettings, lock: OutputLock) -> None:
@@ -179,7 +145,7 @@ def prepare(
 ) -> Training:
     """The U-Net, as passed or from the newest checkpoint, and everything that trains it, on the device."""
     check_model(settings, folder, dataset)
-    transform = settings.transform
+    transform = transform_of(settings)
     student, state = start(settings, transform, lambda: unet)
     return prepare_training(
         settings,
@@ -275,16 +241,10 @@ def plan(settings: FinetuneSettings) -> list[str]:
     settings = resolve_steps_and_lr(settings, len(dataset), 1)
     check_model(settings, folder, dataset)
     unet = load_unet(folder, settings.variant)
-    settings.transform.prepare(unet)
+    transform_of(settings).prepare(unet)
     trained = sum(p.numel() for p in unet.parameters() if p.requires_grad)
     return [
         f"images: {len(dataset)}",
         f"parameters: {trained:,} trained of {sum(p.numel() for p in unet.parameters()):,}",
         f"steps: {settings.max_train_steps}, {checkpointed_step(settings.out)} of them done",
     ]
-
-
-command = stage_command("finetune", FinetuneSettings, plan, run)
-
-if __name__ == "__main__":
-    command()

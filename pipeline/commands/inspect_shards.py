@@ -15,11 +15,10 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from pipeline.models.load import load_base
-from pipeline.system.command import stage_command
+from pipeline.settings.inspect_shards import InspectSettings
 from pipeline.system.echo import say
 from pipeline.system.errors import UserError
 from pipeline.system.output import check_new
-from pipeline.system.settings import REQUIRED, Settings, option
 from shards.expected import expected_tensors
 from shards.files import atomic_directory
 from shards.manifest import Manifest, read_manifest
@@ -42,12 +41,6 @@ SHOWN = (
     "uncond_fraction",
     "strata",
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class InspectSettings(Settings):
-    directory: Path = option(REQUIRED, "Directory that `encode` or `teacher-cache` wrote.", argument=True)
-    images: Path | None = option(None, "New folder for some images, decoded from the latents with the cache's VAE.")
 
 
 def run(settings: InspectSettings) -> None:
@@ -176,9 +169,3 @@ def decode_latents(pipe: DiffusionPipeline, entry: StoredEntry) -> Image.Image:
 
 def _short(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
-
-
-command = stage_command("inspect", InspectSettings, None, run)
-
-if __name__ == "__main__":
-    command()

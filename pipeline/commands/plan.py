@@ -2,83 +2,28 @@
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from pipeline.cache import sizes
-from pipeline.cache.settings import CacheFormat, sampling_lines
+from pipeline.cache.taps import sampling_lines, tap_specs
 from pipeline.cache.trial import try_teacher
 from pipeline.evaluation.training_cost import TrainingCost, training_cost
 from pipeline.models.load import family_of, find_pipeline, load_unet
 from pipeline.models.shapes import TeacherShapes, teacher_shapes
 from pipeline.models.students import teacher_taps
-from pipeline.system.command import stage_command
+from pipeline.settings.plan import LADDER, PlanSettings, bytes_of
 from pipeline.system.device import DTYPES, device_name, process_state, resolve_dtype
 from pipeline.system.disk import format_bytes, free_bytes
 from pipeline.system.echo import say
 from pipeline.system.errors import UserError
-from pipeline.system.options import HubOptions, PrecisionOptions
-from pipeline.system.settings import REQUIRED, option
-from shards.codec import MAX_SNR_DB
 
-# Bytes by unit: B, KB, MB, ... and KIB, MIB, ...
-UNITS = {"B": 1} | {
-    prefix + ending: base**power
-    for power, prefix in enumerate("KMGTP", 1)
-    for ending, base in (("B", 1000), ("IB", 1024))
-}
 PERIODS = (("days", 86400), ("hours", 3600), ("minutes", 60), ("seconds", 1))
-# (decibels, stride), from the most exact on. The next one is tried if the requested rounds do not fit.
-LADDER = ((10.0, 4), (5.0, 4), (0.0, 4))
 VISITS = {1: "one visit", 2: "two", 4: "four"}
 # After so many rounds, an image has been seen at each timestep of the usual schedule.
 MOST_ROUNDS = 1000
-
-
-def help_of(name: str) -> str:
-    """The help of one of the options that decide the size of an entry."""
-    return next(setting.metadata["help"] for setting in fields(CacheFormat) if setting.name == name)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlanSettings(CacheFormat, PrecisionOptions, HubOptions):
-    teacher: str = option(REQUIRED, "The teacher: a folder (its configs are enough), a name on the hub, or demo.")
-    images: int = option(REQUIRED, "Images to train on.", ge=1)
-    rounds: int = option(4, "Passes over the images; with a budget, the minimum to aim for.", ge=1)
-    resolution: int = option(512, "Side of the images, in pixels.", ge=8)
-    budget: str | None = option(
-        None,
-        "Bytes for latents and cache, such as 500GB; chooses rounds, and decibels and stride if they are not given.",
-    )
-    snr_db: float | None = option(  # type: ignore[assignment]
-        None, f"{help_of('snr_db')} Default: {LADDER[0][0]:g}, or less to fit a budget.", ge=-10.0, le=MAX_SNR_DB
-    )
-    token_stride: int | None = option(  # type: ignore[assignment]
-        None, f"{help_of('token_stride')} Default: {LADDER[0][1]}.", ge=1
-    )
-    trial: bool = option(
-        False, "Run the teacher on a few batches on this machine to estimate the time; needs its weights."
-    )
-    batch_size: int = option(8, "Entries per forward pass of the trial.", ge=1)
-    out: Path = option(Path("."), "Where the cache would go, to show its free space.")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.budget is not None:
-            bytes_of(self.budget)
-            if self.codec != "dither":
-                raise UserError(f"--budget chooses the decibels of the dither codec. Drop --codec {self.codec}.")
-
-    def at(self, snr_db: float, token_stride: int) -> PlanSettings:
-        """The settings with these values where none are given."""
-        return replace(
-            self,
-            snr_db=snr_db if self.snr_db is None else self.snr_db,
-            token_stride=token_stride if self.token_stride is None else self.token_stride,
-        )
 
 
 @dataclass(frozen=True)
@@ -92,18 +37,10 @@ class Cost:
         return images * (self.latents + rounds * sizes.stored_bytes(self.entry))
 
 
-def bytes_of(size: str) -> int:
-    """'500GB' -> 500,000,000,000. Raises UserError if it is not a size."""
-    matched = re.fullmatch(r"(\d+(?:\.\d+)?) *([A-Z]+)", size.strip().upper())
-    if not matched or matched[2] not in UNITS:
-        raise UserError(f"--budget {size!r} is not a size. Write it as 500GB or 1.5TB.")
-    return int(float(matched[1]) * UNITS[matched[2]])
-
-
 def cost_of(settings: PlanSettings, shapes: TeacherShapes) -> Cost:
     settings = settings.at(*LADDER[0])
     assert settings.snr_db is not None
-    taps = settings.tap_specs(shapes.taps)
+    taps = tap_specs(settings, shapes.taps)
     entry = sizes.cache_entry(shapes.latents, shapes.conditioning, taps, settings.codec, settings.snr_db)
     return Cost(sizes.stored_bytes(sizes.latents_entry(shapes.latents, shapes.conditioning)), entry)
 
@@ -143,7 +80,7 @@ def plan(settings: PlanSettings) -> list[str]:
         *([f"chosen for {settings.budget}: teacher-cache {flags}"] if settings.budget else []),
         f"entries: {chosen.images} images x {chosen.rounds} rounds = {entries}",
         *sizes.lines(cost.entry, entries),
-        *sampling_lines(chosen.tap_specs(shapes.taps)),
+        *sampling_lines(tap_specs(chosen, shapes.taps)),
         f"latents: {cost.latents:,} bytes per image, {format_bytes(chosen.images * cost.latents)}",
         f"latents and cache: {format_bytes(cost.total(chosen.images, chosen.rounds))}; "
         f"{format_bytes(free_bytes(chosen.out))} are free in {chosen.out}",
@@ -170,7 +107,7 @@ def time_of(settings: PlanSettings, folder: Path, shapes: TeacherShapes, entries
     device = process_state(settings.device).device
     dtype = DTYPES[resolve_dtype(settings.dtype, device)]
     unet = load_unet(folder, settings.variant).to(device, dtype, memory_format=torch.channels_last).eval()
-    taps = settings.tap_specs(shapes.taps)
+    taps = tap_specs(settings, shapes.taps)
     trial = try_teacher(unet, family_of(folder), shapes, taps, settings.codec, settings.snr_db, settings.batch_size)
     rate = 1 / trial.seconds(1)
     return (
@@ -188,9 +125,3 @@ def format_duration(seconds: float) -> str:
 def run(settings: PlanSettings) -> None:
     """Estimate what a cache will take: entries, bytes per member, forward passes; with --budget, what fits."""
     say("\n".join(plan(settings)))
-
-
-command = stage_command("plan", PlanSettings, plan, run)
-
-if __name__ == "__main__":
-    command()

@@ -3,51 +3,21 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from pathlib import Path
 
 from PIL import Image
 
 from pipeline.models.load import find_pipeline
-from pipeline.sampling.generate import SCHEDULERS, Sampler, check_sampler, generate, save_images
+from pipeline.sampling.generate import Sampler, check_sampler, generate, save_images
 from pipeline.sampling.process import PipelineRef, load_pipeline
-from pipeline.system.command import stage_command
+from pipeline.settings.sample import SampleSettings
 from pipeline.system.device import DTYPES, process_state, resolve_dtype
 from pipeline.system.echo import say
-from pipeline.system.errors import UserError
-from pipeline.system.options import HubOptions, PrecisionOptions
 from pipeline.system.output import check_new
 from pipeline.system.prompts import gather_prompts
-from pipeline.system.settings import REQUIRED, option
 
 SHEET = "sheet.png"
 # The most images that a contact sheet shows, and their longer side on it.
 SHOWN, THUMBNAIL = 64, 256
-
-
-@dataclass(frozen=True, kw_only=True)
-class SampleSettings(PrecisionOptions, HubOptions):
-    model: str = option(REQUIRED, "Pipeline to generate with: a folder, a name on the hub, or demo.")
-    prompts: tuple[str, ...] = option(
-        REQUIRED, "A prompt, or a text file with one prompt per line; may be repeated.", repeated=True
-    )
-    out: Path = option(REQUIRED, "New folder for the images.")
-    num_inference_steps: int = option(25, "Sampling steps.", ge=1)
-    guidance_scale: float = option(7.0, "Scale of classifier-free guidance; 1 turns it off.", ge=1.0)
-    negative_prompt: str | None = option(None, "What the images must not show.")
-    scheduler: str = option("dpm", "Scheduler to sample with.", choices=tuple(SCHEDULERS))
-    height: int | None = option(None, "Height of the images in pixels; by default the model's own.", ge=8)
-    width: int | None = option(None, "Width of the images in pixels; by default the model's own.", ge=8)
-    batch_size: int = option(4, "Images per forward pass; does not change the images.", ge=1)
-    seed: int = option(0, "Seed of the first image; each further image adds one.", ge=0)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if (self.height is None) != (self.width is None):
-            raise UserError("--height and --width go together. Pass both or neither.")
-        for name in ("height", "width"):
-            if (getattr(self, name) or 0) % 8:
-                raise UserError(f"--{name} is {getattr(self, name)}, but must be a multiple of 8")
 
 
 def run(settings: SampleSettings) -> None:
@@ -85,9 +55,3 @@ def contact_sheet(images: list[Image.Image]) -> Image.Image:
         row, column = divmod(i, columns)
         sheet.paste(image.resize((width, height)), (column * width, row * height))
     return sheet
-
-
-command = stage_command("sample", SampleSettings, None, run)
-
-if __name__ == "__main__":
-    command()

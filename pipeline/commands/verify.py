@@ -6,7 +6,6 @@ fast: manifest, sidecars, sizes, numbering -> full: every byte and member -> rec
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,18 +25,16 @@ from pipeline.cache.parts import (
 )
 from pipeline.cache.recompute import deviations, table
 from pipeline.models.checksums import has_checksums
-from pipeline.models.families import LEVELS
 from pipeline.models.hashing import weights_sha256
+from pipeline.models.levels import LEVELS
 from pipeline.models.load import MODEL_INDEX, find_pipeline, load_unet
 from pipeline.models.provenance import read_origin
 from pipeline.sampling.teacher_samples import teacher_samples
-from pipeline.system.command import stage_command
+from pipeline.settings.verify import VerifySettings
 from pipeline.system.device import DTYPES, process_state
 from pipeline.system.echo import say
 from pipeline.system.errors import UserError
 from pipeline.system.lock import OutputLock
-from pipeline.system.options import DeviceOptions, HubOptions
-from pipeline.system.settings import REQUIRED, option
 from shards.expected import expected_tensors
 from shards.manifest import STAGE_COMMANDS, Manifest, read_manifest
 from shards.reader import REWRITE, ShardSet
@@ -49,23 +46,6 @@ LEGEND = (
     "errors: stored values against the teacher's output now; codec allows: what storing may cost the value that uses "
     "the largest share; with rounding: the same, and what two machines may differ by; share used: of that, at most 100%"
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class VerifySettings(DeviceOptions, HubOptions):
-    directory: Path = option(REQUIRED, "Directory that `encode` or `teacher-cache` wrote.", argument=True)
-    full: bool = option(False, "Read every byte: check all checksums and decode every member.")
-    recompute: int | None = option(None, "Number of random entries to run the teacher on again.", ge=1)
-    teacher: str | None = option(None, "The cache's teacher, for --recompute: a folder, a name on the hub, or demo.")
-    seed: int = option(0, "Seed for the entries of --recompute.", ge=0)
-    remove_damaged: bool = option(False, "Delete damaged shards, so that the stage can write them again.")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if (self.recompute is None) != (self.teacher is None):
-            raise UserError(
-                "--recompute and --teacher go together. Pass the number of entries and the cache's teacher."
-            )
 
 
 def run(settings: VerifySettings) -> None:
@@ -227,9 +207,3 @@ def depth(settings: VerifySettings) -> str:
     done += ["every byte and member"] if settings.full else []
     done += [f"{settings.recompute} entries with the teacher"] if settings.recompute else []
     return ", ".join(done)
-
-
-command = stage_command("verify", VerifySettings, None, run)
-
-if __name__ == "__main__":
-    command()

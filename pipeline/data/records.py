@@ -13,7 +13,7 @@ import numpy as np
 
 from pipeline.core import draws
 from pipeline.data.files import MAX_TEXT_BYTES
-from pipeline.data.settings import DataSettings
+from pipeline.settings.data import DataSettings
 
 # With `--captions all`, each caption is an entry.
 MAX_CAPTIONS = 1000

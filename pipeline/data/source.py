@@ -12,9 +12,9 @@ from pathlib import Path
 from pipeline.data.files import refuse_special
 from pipeline.data.image_folder import ImageFolder, metadata_in
 from pipeline.data.records import Record, Source, inputs_sha256, records_of
-from pipeline.data.settings import DataSettings
 from pipeline.data.tables import Table, is_saved, tables_in
 from pipeline.data.tars import Tars, tars_named
+from pipeline.settings.data import DataSettings
 from pipeline.system.echo import printable
 from pipeline.system.errors import UserError
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.data.files import MAX_IMAGE_BYTES, files_in, read_regular, refuse_special, regular_size
 from pipeline.data.records import ListedImage
-from pipeline.data.settings import DataSettings
+from pipeline.settings.data import DataSettings
 from pipeline.system.errors import UserError, first_line
 from pipeline.system.extras import install_command
 

@@ -24,6 +24,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from pipeline.settings.demo_scenes import SPLITS
 from shards.files import atomic_directory
 
 SIDE = 64
@@ -45,7 +46,6 @@ COLOURS = {
 OBJECT_COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "white", "black")
 BACKGROUNDS = ("white", "gray", "black", "yellow", "green", "blue")
 COUNT_WORDS = {2: "two", 3: "three"}
-SPLITS = ("train", "heldout")
 
 # Relation -> the unit step (x, y) from the first object to the second.
 RELATIONS = {"above": (0, 1), "below": (0, -1), "left of": (1, 0), "right of": (-1, 0)}

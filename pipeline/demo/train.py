@@ -30,12 +30,13 @@ from pipeline.demo.networks import (
 )
 from pipeline.demo.scenes import SIDE, make_scene, parse_caption
 from pipeline.demo.text import Reader, answers_of, reading_loss
-from pipeline.demo.trainer import TeacherSettings, Trainer
+from pipeline.demo.trainer import Trainer
 from pipeline.models.bundled import TEACHER
 from pipeline.models.checksums import CHECKSUMS, write_checksums
 from pipeline.models.families import denoise
 from pipeline.models.families.sd import SD
 from pipeline.models.save import save_pipeline
+from pipeline.settings.demo_teacher import DemoTeacherSettings
 from pipeline.system.errors import UserError, first_line
 from pipeline.system.json_files import read_json
 from shards.files import atomic_file, write_json
@@ -50,7 +51,7 @@ LOSS_POWER, DRAW_POWER = 0.75, 2 / 3
 GUIDANCES = (3.0, 5.0)
 
 
-def claim_work_folder(settings: TeacherSettings) -> None:
+def claim_work_folder(settings: DemoTeacherSettings) -> None:
     """Create the work folder and record its settings there. Raises UserError if it was created with other settings."""
     settings.work.mkdir(parents=True, exist_ok=True)
     file = settings.work / SETTINGS
@@ -63,7 +64,7 @@ def claim_work_folder(settings: TeacherSettings) -> None:
         raise UserError(f"{settings.work} was created with other settings ({'; '.join(changes)}). Use another --work.")
 
 
-def render_scenes(work: Path, settings: TeacherSettings) -> tuple[np.ndarray, list[str]]:
+def render_scenes(work: Path, settings: DemoTeacherSettings) -> tuple[np.ndarray, list[str]]:
     """The training scenes: images, uint8 (N, 64, 64, 3), memory-mapped from a file, and their captions."""
     images_file, captions_file = work / "pictures.npy", work / "captions.json"
     if not captions_file.exists():
@@ -84,7 +85,7 @@ def to_pixels(images: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
-def train_autoencoder(work: Path, settings: TeacherSettings) -> AutoencoderKL:
+def train_autoencoder(work: Path, settings: DemoTeacherSettings) -> AutoencoderKL:
     """Train an autoencoder on the images, by absolute and squared error, with its latents kept near N(0, 1)."""
     images, _ = render_scenes(work, settings)
     torch.manual_seed(settings.seed)
@@ -103,7 +104,7 @@ def train_autoencoder(work: Path, settings: TeacherSettings) -> AutoencoderKL:
     return autoencoder.eval().requires_grad_(False)
 
 
-def encode_latents(work: Path, autoencoder: AutoencoderKL, settings: TeacherSettings) -> tuple[np.ndarray, float]:
+def encode_latents(work: Path, autoencoder: AutoencoderKL, settings: DemoTeacherSettings) -> tuple[np.ndarray, float]:
     """Mean and standard deviation of every image's posterior, float16 (N, 8, 16, 16), and the latents' scale.
 
     The scale gives sampled latents unit variance and becomes the autoencoder's `scaling_factor`.
@@ -123,7 +124,7 @@ def encode_latents(work: Path, autoencoder: AutoencoderKL, settings: TeacherSett
     return latents, float(1 / np.sqrt(mean.var() + np.square(deviation).mean()))
 
 
-def train_text_encoder(work: Path, settings: TeacherSettings) -> CLIPTextModel:
+def train_text_encoder(work: Path, settings: DemoTeacherSettings) -> CLIPTextModel:
     """Train a text encoder on the captions until one attention layer can read all their facts from its states."""
     _, captions = render_scenes(work, settings)
     tokenizer = make_tokenizer()
@@ -140,7 +141,7 @@ def train_text_encoder(work: Path, settings: TeacherSettings) -> CLIPTextModel:
     return text_encoder.eval().requires_grad_(False)
 
 
-def train_diffusion(work: Path, settings: TeacherSettings) -> DiffusionPipeline:
+def train_diffusion(work: Path, settings: DemoTeacherSettings) -> DiffusionPipeline:
     """Train the U-Net on the latents and states of a trained autoencoder and text encoder, which are frozen.
 
     It learns noise prediction with Min-SNR weights (Hang et al. 2023) and more weight on high noise. Some captions are
@@ -179,7 +180,7 @@ def train_diffusion(work: Path, settings: TeacherSettings) -> DiffusionPipeline:
     return make_pipeline(autoencoder, text_encoder, tokenizer, unet.eval())
 
 
-def initial_networks(settings: TeacherSettings) -> tuple[AutoencoderKL | None, UNet2DConditionModel | None]:
+def initial_networks(settings: DemoTeacherSettings) -> tuple[AutoencoderKL | None, UNet2DConditionModel | None]:
     """The autoencoder and the U-Net of the `init_from` pipeline, in float32, or None for both without such a pipeline.
 
     Raises UserError if the pipeline cannot be loaded or has another architecture.

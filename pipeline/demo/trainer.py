@@ -1,44 +1,16 @@
-"""The demo teacher's training loop: settings, optimiser, learning rate, averaged weights and checkpoints."""
+"""The demo teacher's training loop: optimiser, learning rate, averaged weights and checkpoints."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from pipeline.models.bundled import TEACHER
-from pipeline.system.settings import Settings, option
-
-
-@dataclass(frozen=True, kw_only=True)
-class TeacherSettings(Settings):
-    """How the teacher is trained. Raises UserError at construction for a setting out of its range."""
-
-    out: Path = option(TEACHER, "Folder to write the pipeline to.")
-    work: Path = option(Path("work/demo-teacher"), "Folder for scenes, latents and checkpoints.")
-    scenes: int = option(24000, "Scenes to train on.", ge=1)
-    seed: int = option(0, "Seed for scenes, weights and noise.", ge=0)
-    autoencoder_steps: int = option(3800, "Training steps of the autoencoder.", ge=1)
-    autoencoder_batch: int = option(16, "Images per step of the autoencoder.", ge=1)
-    autoencoder_learning_rate: float = option(2e-3, "Peak learning rate of the autoencoder.", gt=0)
-    kl_weight: float = option(2e-4, "Loss weight of the latents' divergence from N(0, 1).", ge=0)
-    text_steps: int = option(1200, "Training steps of the text encoder.", ge=1)
-    text_batch: int = option(128, "Captions per step of the text encoder.", ge=1)
-    text_learning_rate: float = option(1e-3, "Peak learning rate of the text encoder.", gt=0)
-    init_from: Path | None = option(None, "Pipeline whose autoencoder is kept and whose U-Net is trained further.")
-    steps: int = option(7300, "Training steps of the U-Net.", ge=1)
-    batch: int = option(32, "Latents per step of the U-Net.", ge=1)
-    learning_rate: float = option(1.2e-3, "Peak learning rate of the U-Net.", gt=0)
-    caption_dropout: float = option(0.1, "Share of captions left empty for classifier-free guidance.", ge=0, le=1)
-    min_snr_gamma: float = option(5.0, "Signal-to-noise ratio above which timesteps get less weight.", gt=0)
-    ema_decay: float = option(0.998, "Decay of the averaged weights.", ge=0, le=1)
-    checkpoint_every: int = option(250, "Steps between checkpoints.", ge=1)
-    evaluate: int = option(500, "Captions per split to generate and judge at the end; 0 skips this.", ge=0)
+from pipeline.settings.demo_teacher import DemoTeacherSettings
 
 
 class Trainer:
@@ -49,7 +21,7 @@ class Trainer:
     """
 
     def __init__(
-        self, module: nn.Module, file: Path, steps: int, learning_rate: float, settings: TeacherSettings
+        self, module: nn.Module, file: Path, steps: int, learning_rate: float, settings: DemoTeacherSettings
     ) -> None:
         self.module, self.file, self.steps, self.settings = module, file, steps, settings
         self.optimizer = torch.optim.AdamW(module.parameters(), lr=learning_rate, betas=(0.9, 0.99), fused=True)

@@ -17,8 +17,9 @@ from tqdm import tqdm
 from pipeline.core import draws
 from pipeline.core.diffusion import add_noise
 from pipeline.core.taps import Taps
-from pipeline.models.families import LEVELS, Family, denoise
+from pipeline.models.families import Family, denoise
 from pipeline.models.hashing import shapes_of
+from pipeline.models.levels import LEVELS
 from pipeline.models.students import meta_student
 from pipeline.system.errors import UserError
 from shards.dataset import stack_tensors

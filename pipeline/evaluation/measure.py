@@ -27,9 +27,9 @@ from pipeline.evaluation.quality import (
     inception_score,
     read_batches,
 )
-from pipeline.evaluation.settings import EvaluateSettings
 from pipeline.models.schedule import load_noise_scheduler
-from pipeline.sampling.generate import Scorer
+from pipeline.sampling.generate import Sampler, Scorer
+from pipeline.settings.evaluate import EvaluateSettings
 from pipeline.system.device import device_name
 from pipeline.system.errors import UserError
 from shards.files import write_json
@@ -53,6 +53,12 @@ class Task:
         return {"teacher": self.teacher, "student": self.student}
 
 
+def sampler_of(settings: EvaluateSettings, batch_size: int) -> Sampler:
+    return Sampler(
+        settings.num_inference_steps, settings.guidance_scale, batch_size, settings.scheduler, seed=settings.seed
+    )
+
+
 def cached_result(path: Path, spec: dict[str, Any], measure: Callable[[], Any]) -> Any:
     """The result that an earlier run stored in `path`; without one, measure it and store it with its `spec`."""
     if not path.is_file():
@@ -73,7 +79,7 @@ def read_result(path: Path) -> dict[str, Any]:
 def measure_cost(settings: EvaluateSettings, task: Task) -> dict[str, Any]:
     """The costs of both that evaluation.table.COSTS lists. The two take turns while they are timed."""
     models = {name: loaded.model for name, loaded in task.pipelines.items()}
-    images = image_costs(models, settings.sampler(settings.timing_batch_size), settings.repeats)
+    images = image_costs(models, sampler_of(settings, settings.timing_batch_size), settings.repeats)
     family = task.teacher.family
     conditioning = family.conditioning_shapes(task.teacher.folder)
     unets = {name: on_device(loaded).unet for name, loaded in task.pipelines.items()}

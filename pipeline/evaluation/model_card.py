@@ -16,10 +16,10 @@ import torch
 import yaml
 from diffusers import UNet2DConditionModel
 
-from pipeline.evaluation.settings import EVALUATION
 from pipeline.evaluation.table import markdown, rows_of
-from pipeline.models.families import LEVELS
+from pipeline.models.levels import LEVELS
 from pipeline.models.provenance import CARD, read_origin
+from pipeline.settings.evaluate import EVALUATION
 from pipeline.system.echo import printable
 from pipeline.system.jsonl import read_jsonl
 from shards.files import write_bytes, write_json

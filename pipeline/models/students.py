@@ -9,8 +9,9 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from pipeline.models.families import LEVELS, family_of_level
+from pipeline.models.families import family_of_level
 from pipeline.models.hashing import shapes_of
+from pipeline.models.levels import LEVELS
 
 
 def student_config(teacher_config: dict[str, Any], level: str) -> dict[str, Any]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import errno
+import gc
+import importlib
+import inspect
 import json
 import os
 import re
 import sys
-from collections.abc import Callable
 from dataclasses import fields
+from types import ModuleType
 from typing import Any, NoReturn
 
 import click
@@ -52,10 +55,8 @@ USER_ERRNOS = {
 OUT_OF_MEMORY = re.compile(r"out of memory|not enough memory|can't allocate memory", re.IGNORECASE)
 
 
-def stage_command(
-    name: str, settings_class: type[Settings], plan: Callable[[Any], list[str]] | None, run: Callable[[Any], None]
-) -> click.Command:
-    """The command of a stage: `run(settings)` does the work, and `plan(settings)` returns the lines of --dry-run.
+def stage_command(settings_class: type[Settings]) -> click.Command:
+    """The command of a stage: its options, and its work, which is imported when it starts.
 
     A command that writes nothing has no plan and no --dry-run. An error that the user can fix ends with one message
     and exit status 2. A bug keeps its traceback and ends with exit status 1.
@@ -64,13 +65,14 @@ def stage_command(
     def callback(dry_run: bool = False, **values: Any) -> None:
         try:
             settings = settings_class(**values)
-            if plan and dry_run:
-                lines = plan(settings)
+            work = work_of(settings_class)
+            if dry_run:
+                lines = work.plan(settings)
                 say(json.dumps(settings.as_json(), indent=2, ensure_ascii=False))
                 # As comments: the output is a file for --config.
                 say("\n".join(f"# {line}" for line in [*lines, "dry run: nothing was written"]))
             else:
-                run(settings)
+                work.run(settings)
         except (UserError, ShardError) as error:
             _stop(f"Error: {error}", USER_STATUS)
         except KeyboardInterrupt:
@@ -84,19 +86,35 @@ def stage_command(
                 _stop(f"Error: out of memory ({first_line(error)}). {memory_remedy(settings_class)}", USER_STATUS)
             raise
 
-    params = [*click_options(settings_class), *config_options(name, settings_class)]
-    if plan:
+    params = [*click_options(settings_class), *config_options(settings_class)]
+    if settings_class.has_plan:
         params.append(
             click.Option(["--dry-run"], is_flag=True, help="Print the settings and the plan without writing anything.")
         )
-    help = run.__doc__ or ""
     return click.Command(
-        name,
+        settings_class.command,
         callback=callback,
         params=params,
-        help=help,
+        help=inspect.getdoc(settings_class),
         context_settings={"max_content_width": 110, "help_option_names": ["-h", "--help"]},
     )
+
+
+def work_of(settings_class: type[Settings]) -> ModuleType:
+    """The module of a command's work. The first import of its libraries takes seconds, so that is said.
+
+    Collections of garbage would look through all that the libraries make, and all of it stays.
+    """
+    if settings_class.work_module in sys.modules:
+        return sys.modules[settings_class.work_module]
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        say(f"{settings_class.command}: loading libraries", err=True)
+    gc.disable()
+    try:
+        return importlib.import_module(settings_class.work_module)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def fixable_os_error(error: BaseException) -> OSError | None:

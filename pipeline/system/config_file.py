@@ -21,14 +21,15 @@ from pipeline.system.settings import Settings, flag
 PRESETS = Path(__file__).parents[1] / "presets"
 
 
-def config_options(command: str, settings: type[Settings]) -> list[click.Parameter]:
+def config_options(settings: type[Settings]) -> list[click.Parameter]:
     """--config, and --preset where there are any for the command."""
+    command = settings.command
 
     def read(context: click.Context, option: click.Parameter, value: str | None) -> None:
         if value is None:
             return
         file = PRESETS / f"{value}.yaml" if option.name == "preset" else Path(value)
-        context.meta[f"{__name__}.{option.name}"] = section_of(file, command, settings)
+        context.meta[f"{__name__}.{option.name}"] = section_of(file, settings)
         given = [context.meta.get(f"{__name__}.{name}", {}) for name in ("preset", "config")]
         context.default_map = {**given[0], **given[1]}
 
@@ -44,8 +45,9 @@ def config_options(command: str, settings: type[Settings]) -> list[click.Paramet
     return options
 
 
-def section_of(file: Path, command: str, settings: type[Settings]) -> dict[str, Any]:
+def section_of(file: Path, settings: type[Settings]) -> dict[str, Any]:
     """The options of a command that a file holds, by the names of its settings. Raises click.UsageError."""
+    command = settings.command
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

@@ -24,7 +24,6 @@ SHARDED = {
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
 }
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-DEVICES = ("auto", "cpu")
 
 
 def use_cpu(device: str) -> bool:

@@ -13,7 +13,7 @@ import types
 import typing
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import click
 
@@ -51,8 +51,13 @@ class Settings:
     """Base class of every stage's settings. Checks the limits of each field at construction.
 
     Paths may be given as strings, and tuples as lists. Raises UserError with the option, its value and the allowed
-    values.
+    values. The docstring of a subclass is its command's help. `work_module` holds `run(settings)`, and
+    `plan(settings)`, the lines of --dry-run, if `has_plan`.
     """
+
+    command: ClassVar[str]
+    work_module: ClassVar[str]
+    has_plan: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))

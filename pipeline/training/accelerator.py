@@ -11,12 +11,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, ProjectConfiguration
 
+from pipeline.settings.training import PRECISIONS, Chosen, TrainingSettings
 from pipeline.system.compiling import refuse_without_compiler
 from pipeline.system.device import refuse_other_device, refuse_sharding, use_cpu
 from pipeline.system.errors import UserError, first_line
 from pipeline.system.memory import keep_freed_memory
 from pipeline.training.output import LOGS, existing_spec
-from pipeline.training.settings import PRECISIONS, Chosen, TrainingSettings
 
 # How long processes wait for each other within a step, which may compile or read from a slow disk.
 STEP_PATIENCE = timedelta(minutes=30)

@@ -11,10 +11,10 @@ from typing import Any
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset
 
+from pipeline.settings.training import TrainingSettings
 from pipeline.system.children import bound_children, forkserver
 from pipeline.system.device import is_accelerator
 from pipeline.system.errors import UserError, first_line
-from pipeline.training.settings import TrainingSettings
 from shards.dataset import Batch, EpochBatches
 from shards.schema import ShardError
 

@@ -28,6 +28,7 @@ from pipeline.core.taps import Taps
 from pipeline.models.families import Family, denoise
 from pipeline.models.load import load_scheduler
 from pipeline.sampling.generate import Sampler, check_sampler
+from pipeline.settings.training import TrainingSettings
 from pipeline.system.compiling import compile_failures
 from pipeline.system.device import leave_processes
 from pipeline.system.echo import say
@@ -47,7 +48,6 @@ from pipeline.training.objective import Objective
 from pipeline.training.optimizer import check_moments, laid_out_like, make_optimizer, match_memory_format
 from pipeline.training.output import CHECKPOINTS, FINISHED, METRICS, VALIDATION, weights_of
 from pipeline.training.peers import Peers
-from pipeline.training.settings import TrainingSettings
 from pipeline.training.transform import Transform
 from pipeline.training.validation import generate_validation
 from shards.dataset import Batch

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from pipeline.settings.training import TrainingSettings
 from pipeline.system.errors import UserError
-from pipeline.training.settings import TrainingSettings
 
 # As torch and bitsandbytes call them.
 MOMENTS = {"exp_avg", "exp_avg_sq", "state1", "state2"}

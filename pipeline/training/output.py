@@ -13,13 +13,13 @@ from typing import Any
 from accelerate import Accelerator
 
 from pipeline.models.hub import open_repository
+from pipeline.settings.training import TrainingSettings
 from pipeline.system.errors import UserError
 from pipeline.system.json_files import read_json
 from pipeline.system.lock import OutputLock
 from pipeline.system.output import check_output, made_by
 from pipeline.system.settings import write_settings
 from pipeline.training.checkpoint import list_checkpoints
-from pipeline.training.settings import TrainingSettings
 from shards.files import file_sha256, remove_leftovers, write_json
 from shards.manifest import refuse_other_spec
 

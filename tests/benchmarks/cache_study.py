@@ -30,7 +30,7 @@ from demo_sweep import begin, make, output_errors, score, train
 from diffusers import UNet2DConditionModel
 from online import OnlineBatches, stored_inputs
 
-from pipeline import distill
+from pipeline.commands import distill
 from pipeline.models.bundled import teacher_folder
 from shards.files import write_json
 from shards.reader import ShardSet, read_sidecar

@@ -32,7 +32,7 @@ from diffusers import UNet2DConditionModel
 from pipeline.core.diffusion import add_noise, target
 from pipeline.core.losses import distillation_losses, total_loss
 from pipeline.core.taps import Taps, sample_tokens
-from pipeline.models.families import LEVELS
+from pipeline.models.levels import LEVELS
 from shards.codec import decode_npy, dequantise, encode_npy, pack_quantised, quantise, unpack_quantised
 from shards.dataset import Batch, CacheDataset
 from shards.store import open_store

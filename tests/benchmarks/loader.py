@@ -19,7 +19,7 @@ import click
 from machine import machine
 from torch.utils.data import DataLoader
 
-from pipeline.models.families import LEVELS
+from pipeline.models.levels import LEVELS
 from shards.codec import decompress
 from shards.dataset import CacheDataset, EpochBatches
 from shards.reader import read_sidecar

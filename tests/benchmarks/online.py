@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from diffusers import DDPMScheduler
 from torch import Tensor
 
-from pipeline import distill
+from pipeline.commands import distill
 from pipeline.core.diffusion import add_noise
 from pipeline.core.taps import Taps
 from pipeline.models.encoders import encode_images, latents_shape

@@ -29,7 +29,7 @@ from shards.store import Store, open_store
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from support.tiny import tiny_pipeline
 
-from pipeline import encode, teacher_cache
+from pipeline.commands import encode, teacher_cache
 from pipeline.encode import EncodeSettings
 from pipeline.models.students import teacher_taps
 from pipeline.teacher_cache import TeacherCacheSettings

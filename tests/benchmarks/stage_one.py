@@ -24,7 +24,7 @@ from accelerate.state import AcceleratorState, PartialState
 from machine import machine
 from sd15_road import random_checkpoint, random_images
 
-from pipeline import encode, teacher_cache
+from pipeline.commands import encode, teacher_cache
 from pipeline.demo.scenes import write_folder
 from pipeline.encode import EncodeSettings
 from pipeline.models.bundled import teacher_folder

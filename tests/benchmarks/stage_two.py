@@ -31,11 +31,11 @@ from machine import in_process, machine
 from online import OnlineBatches, encoded_inputs, stored_inputs
 from sd15_road import random_checkpoint, random_images
 
-from pipeline import distill, encode, teacher_cache
+from pipeline.commands import distill, encode, teacher_cache
 from pipeline.demo.scenes import write_folder
 from pipeline.encode import EncodeSettings
 from pipeline.models.bundled import teacher_folder
-from pipeline.models.families import LEVELS
+from pipeline.models.levels import LEVELS
 from pipeline.system.device import use_cpu
 from pipeline.teacher_cache import TeacherCacheSettings
 from pipeline.training import loop

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from support.stages import reset_accelerate, run_encode
 from support.tiny import tiny_pipeline, write_images
 
-from pipeline import teacher_cache
+from pipeline.commands import teacher_cache
 from pipeline.teacher_cache import TeacherCacheSettings
 from shards.plan import ShardPlan
 from shards.schema import sidecar_name

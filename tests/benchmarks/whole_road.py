@@ -24,9 +24,9 @@ from machine import in_process, machine
 from stage_one import run_stage
 from stage_two import REFERENCE, RESOLUTIONS, TOKEN_MIN, Case, prepare, run
 
-from pipeline import encode, teacher_cache
+from pipeline.commands import encode, teacher_cache
 from pipeline.encode import EncodeSettings
-from pipeline.models.families import LEVELS
+from pipeline.models.levels import LEVELS
 from pipeline.teacher_cache import TeacherCacheSettings
 
 STUDENTS, VISITS = (1, 2, 4), (1, 2, 4)

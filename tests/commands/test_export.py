@@ -18,8 +18,8 @@ from transformers import CLIPTextModelWithProjection
 from pipeline.cli import main
 from pipeline.commands import export
 from pipeline.export import onnx
-from pipeline.models.families import LEVELS
 from pipeline.models.families.sd import SD
+from pipeline.models.levels import LEVELS
 from pipeline.system.extras import install_command
 
 PARTS = ("unet", "vae", "text_encoder")

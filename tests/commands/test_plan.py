@@ -13,11 +13,13 @@ from support.stages import reset_accelerate
 
 from pipeline.cache import sizes, trial
 from pipeline.cache.trial import Trial
-from pipeline.commands.plan import LADDER, PERIODS, PlanSettings, bytes_of, command, cost_of, fit, format_duration
+from pipeline.cli import main
+from pipeline.commands.plan import PERIODS, cost_of, fit, format_duration
 from pipeline.evaluation.cost import count_macs
 from pipeline.evaluation.training_cost import TrainingCost, training_cost
 from pipeline.models.shapes import TeacherShapes, teacher_shapes
 from pipeline.models.students import teacher_taps
+from pipeline.settings.plan import LADDER, PlanSettings, bytes_of
 from pipeline.system.disk import format_bytes, require_space
 from pipeline.system.errors import UserError
 from shards.codec import encode_npy, pack_quantised, quantise
@@ -130,7 +132,7 @@ def test_sizes_are_decimal():
 def test_the_command_needs_no_weights(teacher, tmp_path):
     bare = shutil.copytree(teacher, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
     result = CliRunner().invoke(
-        command, ["--teacher", str(bare), "--images", "100", "--resolution", "32", "--budget", "50MB"]
+        main, ["plan", "--teacher", str(bare), "--images", "100", "--resolution", "32", "--budget", "50MB"]
     )
     assert result.exit_code == 0, result.output
     assert re.search(r"chosen for 50MB: teacher-cache --rounds \d+ --snr-db 10 --token-stride 4", result.output)
@@ -145,8 +147,9 @@ def test_a_disk_that_is_too_small_is_reported_before_anything_is_computed(tmp_pa
 def test_a_trial_runs_the_teacher_and_estimates_the_time(teacher, monkeypatch, codec):
     monkeypatch.setattr(trial, "SECONDS", 0.0)
     result = CliRunner().invoke(
-        command,
+        main,
         [
+            "plan",
             "--teacher",
             str(teacher),
             "--images",
@@ -236,7 +239,7 @@ def test_the_plan_counts_what_the_networks_compute(teacher):
     assert cost.teacher > cost.students["sd_small"] > cost.students["sd_tiny"] > 0
     vae = AutoencoderKL.from_pretrained(teacher, subfolder="vae").to("meta")
     assert cost.vae_encoder == count_macs(vae.encode, torch.zeros(1, 3, 32, 32, device="meta"))
-    result = CliRunner().invoke(command, ["--teacher", str(teacher), "--images", "100", "--resolution", "32"])
+    result = CliRunner().invoke(main, ["plan", "--teacher", str(teacher), "--images", "100", "--resolution", "32"])
     assert f"from {cost_of_sd_small(cost).break_even(100, 4)} samples per student on" in result.output
 
 

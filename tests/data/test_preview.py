@@ -9,8 +9,8 @@ from support.stages import read_entries, run_encode
 from support.tiny import write_images
 
 from pipeline.data.preview import preview
-from pipeline.data.settings import DataSettings
 from pipeline.data.source import open_source
+from pipeline.settings.data import DataSettings
 
 
 @pytest.fixture

@@ -9,13 +9,13 @@ import torch
 from click.testing import CliRunner
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 
-from pipeline.commands.demo_teacher import command
+from pipeline.cli import main
 from pipeline.core.taps import Taps
 from pipeline.demo.evaluate import captions_of, evaluate, judge, table
 from pipeline.demo.scenes import make_scene
 from pipeline.demo.trainer import Trainer
 from pipeline.models.bundled import CHECKSUMS, TEACHER, teacher_folder
-from pipeline.models.families import LEVELS
+from pipeline.models.levels import LEVELS
 from pipeline.models.students import student_config, student_weights
 from pipeline.sampling.generate import Sampler, generate
 from pipeline.system.errors import UserError
@@ -124,7 +124,7 @@ def test_checksums_that_list_no_files_are_refused(copy, listing):
 
 
 def train(out, work, *more):
-    return CliRunner().invoke(command, [*TRAINING, "--out", str(out), "--work", str(work), *more])
+    return CliRunner().invoke(main, ["demo-teacher", *TRAINING, "--out", str(out), "--work", str(work), *more])
 
 
 def test_the_command_makes_a_teacher_that_loads(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image, ImageFilter
 
-from pipeline.commands.demo_scenes import command
+from pipeline.cli import main
 from pipeline.data.source import DataSettings, open_source
 from pipeline.demo import oracle
 from pipeline.demo.scenes import (
@@ -101,7 +101,7 @@ def test_a_folder_of_scenes_is_read_like_any_image_folder(tmp_path):
 
 def test_the_command_makes_a_folder_once_and_refuses_one_with_other_scenes(tmp_path):
     def scenes(*more):
-        return CliRunner().invoke(command, ["--out", str(tmp_path / "scenes"), "--count", "5", *more])
+        return CliRunner().invoke(main, ["demo-scenes", "--out", str(tmp_path / "scenes"), "--count", "5", *more])
 
     assert scenes().exit_code == 0
     made = (tmp_path / "scenes" / "metadata.jsonl").stat().st_mtime_ns

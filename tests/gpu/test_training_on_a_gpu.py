@@ -20,7 +20,7 @@ from support.stages import (
     state_dict_of,
 )
 
-from pipeline import distill
+from pipeline.commands import distill
 from pipeline.training.loader import collated_batches
 
 pytestmark = needs_gpu

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
-from pipeline import distill, encode, teacher_cache
+from pipeline.commands import distill, encode, teacher_cache
 from pipeline.distill import DistillSettings
 from pipeline.encode import EncodeSettings
 from pipeline.models.students import student_config, student_weights

@@ -2,16 +2,21 @@
 
 import errno
 import os
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from support.fake_command import command_doing
 
-from pipeline.cli import main
-from pipeline.system.command import stage_command
+from pipeline.cli import COMMANDS, main
 from pipeline.system.settings import Settings, option
+
+ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +30,7 @@ def failing(error: BaseException, settings=Settings):
     def run(settings):
         raise error
 
-    return CliRunner().invoke(stage_command("fail", settings, None, run))
+    return CliRunner().invoke(command_doing(run, settings=settings))
 
 
 @pytest.mark.parametrize(
@@ -41,7 +46,7 @@ def test_a_path_that_vanishes_while_a_command_runs_is_a_sentence(tmp_path):
     def run(settings):
         (tmp_path / "gone" / "file").write_bytes(b"")
 
-    result = CliRunner().invoke(stage_command("fail", Settings, None, run))
+    result = CliRunner().invoke(command_doing(run))
     assert (result.exit_code, "gone/file: No such file or directory" in result.stderr) == (2, True)
 
 
@@ -74,7 +79,7 @@ def test_a_dry_run_that_fails_prints_the_error_alone():
     def plan(settings):
         raise OSError(errno.EACCES, "Permission denied", "data")
 
-    result = CliRunner().invoke(stage_command("fail", Settings, plan, print), ["--dry-run"])
+    result = CliRunner().invoke(command_doing(print, plan), ["--dry-run"])
     assert (result.exit_code, result.stdout) == (2, "")
 
 
@@ -88,10 +93,31 @@ def test_help_is_also_h():
     assert CliRunner().invoke(main, ["-h"]).output == CliRunner().invoke(main, ["--help"]).output
 
 
-def test_ctrl_c_while_a_command_is_imported_ends_in_status_130(monkeypatch):
+def test_ctrl_c_while_the_work_is_imported_ends_in_status_130(monkeypatch, tmp_path):
     def interrupted(name):
         raise KeyboardInterrupt
 
+    monkeypatch.delitem(sys.modules, "pipeline.commands.verify", raising=False)
     monkeypatch.setattr("importlib.import_module", interrupted)
-    result = CliRunner().invoke(main, ["verify", "--help"])
-    assert (result.exit_code, result.stderr) == (130, "Interrupted.\n")
+    result = CliRunner().invoke(main, ["verify", str(tmp_path)])
+    assert result.exit_code == 130
+    assert result.stderr == "verify: loading libraries\nInterrupted. Rerun the same command to resume.\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["distil"], *([settings.command, "--help"] for settings in COMMANDS), ["encode", "--batch-size", "0"]],
+    ids=" ".join,
+)
+def test_help_and_mistakes_load_no_torch(arguments):
+    """They are answered at once."""
+    heavy = {"torch", "diffusers", "transformers", "accelerate"}
+    program = f"""
+import sys
+from click.testing import CliRunner
+from pipeline.cli import COMMANDS, main
+CliRunner().invoke(main, {arguments!r})
+print(sorted({heavy!r} & sys.modules.keys()))
+"""
+    printed = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert printed.stdout == "[]\n"

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 from click.testing import CliRunner
+from support.fake_command import command_doing
 
 from pipeline.cli import main
 from pipeline.distill import DistillSettings
 from pipeline.encode import EncodeSettings
-from pipeline.system.command import stage_command
 from pipeline.system.config_file import PRESETS
 from pipeline.teacher_cache import TeacherCacheSettings
 
@@ -27,7 +27,7 @@ GIVEN = {
 def run(stage, *arguments):
     """(exit status, output, the settings that arrive)."""
     arrived = []
-    command = stage_command(stage, STAGES[stage], lambda settings: [f"a plan of {settings.out}"], arrived.append)
+    command = command_doing(arrived.append, lambda settings: [f"a plan of {settings.out}"], STAGES[stage])
     result = CliRunner().invoke(command, [str(argument) for argument in arguments])
     return result.exit_code, result.output, arrived[0] if arrived else None
 
@@ -120,7 +120,7 @@ def test_the_demos_preset_is_what_make_gives():
             "distill": ("--cache", "--out"),
         }
         given = [word for pair in zip(flags[stage], paths, strict=True) for word in pair]
-        assert run(stage, "--preset", "demo", *given)[2] == made
+        assert run(stage, "--preset", "demo", *given)[2].as_json() == made.as_json()
 
 
 def test_every_command_takes_a_file():

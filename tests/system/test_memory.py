@@ -17,6 +17,7 @@ process_state("cpu")
 """
 A_TRAINING = """
 from pathlib import Path
+import pipeline.commands.distill
 from pipeline.distill import DistillSettings
 from pipeline.training.accelerator import make_accelerator
 make_accelerator(DistillSettings(cache=Path("cache"), out=Path("out"), level="sd_small", device="cpu"))

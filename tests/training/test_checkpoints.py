@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.stages import metrics, prepared, run_distill, run_encode, run_teacher_cache, state_dict_of, tree
 
-from pipeline import distill
+from pipeline.commands import distill
 from pipeline.system.errors import UserError
 from pipeline.system.jsonl import read_jsonl
 from pipeline.training.objective import Objective

@@ -13,8 +13,7 @@ import torch
 from support.stages import as_an_earlier_version_wrote_it, run_distill, run_encode, run_teacher_cache
 from support.tiny import tiny_pipeline
 
-from pipeline import distill, teacher_cache
-from pipeline.commands import finetune
+from pipeline.commands import distill, finetune, teacher_cache
 from pipeline.commands.finetune import FinetuneSettings
 from pipeline.sampling.process import generating_process
 from pipeline.system.errors import UserError

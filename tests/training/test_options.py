@@ -26,8 +26,8 @@ from support.stages import (
 
 from pipeline.distill import DistillSettings
 from pipeline.sampling.generate import Sampler, generate
+from pipeline.settings.training import resolve_steps_and_lr
 from pipeline.system.errors import UserError
-from pipeline.training.settings import resolve_steps_and_lr
 from shards.schema import ShardError
 
 

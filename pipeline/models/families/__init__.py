@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.models.families.family import Family, Level, Shapes, denoise, random_conditioning
+from pipeline.models.families.family import Family, Shapes, denoise, random_conditioning
 from pipeline.models.families.sd import SD
 
 __all__ = [
     "FAMILIES",
-    "LEVELS",
     "Family",
-    "Level",
     "Shapes",
     "denoise",
     "family_of_index",
@@ -22,8 +20,6 @@ __all__ = [
 ]
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (SD,)}
-# The levels of all families, whose names are unique.
-LEVELS: dict[str, Level] = {name: level for family in FAMILIES.values() for name, level in family.levels.items()}
 
 
 def family_of_index(index: Mapping[str, Any]) -> Family | None:

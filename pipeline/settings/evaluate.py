@@ -4,20 +4,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
-from pipeline.evaluation.quality import FILTERS
-from pipeline.models.families import LEVELS
-from pipeline.sampling.generate import SCHEDULERS, Sampler
+from pipeline.models.levels import LEVELS
 from pipeline.system.errors import UserError
-from pipeline.system.options import HubOptions, PrecisionOptions
+from pipeline.system.options import SAMPLERS, HubOptions, PrecisionOptions
 from pipeline.system.settings import REQUIRED, option
 
 # The files that an evaluation writes.
 EVALUATION, COST, FIDELITY = "evaluation.json", "cost.json", "fidelity.json"
+# Pillow's, by their names in lower case.
+FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateSettings(PrecisionOptions, HubOptions):
+    """Compare a student with its teacher: cost, fidelity on held-out latents, and quality of generated images."""
+
+    command: ClassVar[str] = "evaluate"
+    work_module: ClassVar[str] = "pipeline.commands.evaluate"
+    has_plan: ClassVar[bool] = True
+
     student: str = option(REQUIRED, "Student pipeline: a folder or a name on the hub.")
     teacher: str = option(REQUIRED, "Teacher pipeline: a folder, a name on the hub, or demo.")
     out: Path = option(REQUIRED, "Directory for the table, the report and the images.")
@@ -30,9 +37,9 @@ class EvaluateSettings(PrecisionOptions, HubOptions):
     prompts: Path | None = option(None, "Text file with one prompt per line; without it quality is not measured.")
     num_inference_steps: int = option(25, "Sampling steps.", ge=1)
     guidance_scale: float = option(7.5, "Scale of classifier-free guidance; 1 turns it off.", ge=1.0)
-    scheduler: str = option("pndm", "Scheduler to sample with.", choices=tuple(SCHEDULERS))
+    scheduler: str = option("pndm", "Scheduler to sample with.", choices=SAMPLERS)
     picture_size: int = option(256, "Side in pixels that images are resized to before they are scored.", ge=8)
-    resize_filter: str = option("bicubic", "Pillow filter to resize with.", choices=tuple(FILTERS))
+    resize_filter: str = option("bicubic", "Pillow filter to resize with.", choices=FILTERS)
     reference: Path | None = option(
         None, "Reference for FID: a folder of images, or an .npz or .safetensors file with mu and sigma."
     )
@@ -60,6 +67,3 @@ class EvaluateSettings(PrecisionOptions, HubOptions):
                 raise UserError(f"--{name} scores images, and without --prompts there are none. Pass --prompts FILE.")
             if path is not None and not path.exists():
                 raise UserError(f"--{name} {path} does not exist. Pass the path of the downloaded file or folder.")
-
-    def sampler(self, batch_size: int) -> Sampler:
-        return Sampler(self.num_inference_steps, self.guidance_scale, batch_size, self.scheduler, seed=self.seed)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
-
-from diffusers.optimization import SchedulerType
+from typing import Any, TypeVar
 
 from pipeline.system.errors import UserError
 from pipeline.system.options import DeviceOptions
@@ -17,12 +15,12 @@ TRACKERS = ("tensorboard", "wandb", "trackio")
 DEFAULT_STEPS = 15000
 OPEN_ENDED = ("constant", "constant_with_warmup")
 PRECISIONS = ("no", "fp16", "bf16")
+# Those of diffusers that need no further options.
+LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings(DeviceOptions):
-    command: ClassVar[str]
-
     out: Path = option(REQUIRED, "Directory to write the student's pipeline to.")
     max_train_steps: int | None = option(None, "Optimiser steps; 15000 unless epochs are given.", ge=1)
     num_train_epochs: int | None = option(None, "Passes over the entries, in place of --max-train-steps.", ge=1)
@@ -34,7 +32,7 @@ class TrainingSettings(DeviceOptions):
     lr_scheduler: str = option(
         "constant",
         "Learning-rate schedule.",
-        choices=tuple(s.value for s in SchedulerType if s != SchedulerType.PIECEWISE_CONSTANT),
+        choices=LR_SCHEDULERS,
     )
     lr_warmup_steps: int = option(0, "Optimiser steps of linear warm-up.", ge=0)
     max_grad_norm: float = option(1.0, "Largest gradient norm; larger gradients are clipped.", gt=0.0)

@@ -1,0 +1,244 @@
+"""Stage two. cache/ -> student/: trains a student from the shards and never loads the teacher.
+
+A step: batch of entries -> noisy latents -> student U-Net -> three losses -> backward -> AdamW.
+"""
+
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import DDPMScheduler
+
+from pipeline.cache.parts import BASE, check_part, check_student, is_bound, student_part
+from pipeline.demo.oracle import score_scenes
+from pipeline.evaluation.model_card import write_model_card
+from pipeline.models.families import family_of_spec
+from pipeline.models.hub import upload
+from pipeline.models.levels import LEVELS
+from pipeline.models.load import MODEL_INDEX
+from pipeline.models.provenance import CARD, read_origin
+from pipeline.sampling.process import PipelineRef, generate_in_process
+from pipeline.sampling.teacher_samples import teacher_samples
+from pipeline.settings.distill import DistillSettings
+from pipeline.settings.training import resolve_steps_and_lr, resume_fingerprint
+from pipeline.system.device import DTYPES, leave_processes, resolve_dtype
+from pipeline.system.echo import say
+from pipeline.system.errors import UserError, attempt_all, failing_with
+from pipeline.system.jsonl import read_jsonl
+from pipeline.system.lock import OutputLock
+from pipeline.system.page import REPORT
+from pipeline.training.accelerator import make_accelerator, resolve_precision
+from pipeline.training.initial_student import initial_student, weights_sha256s
+from pipeline.training.loader import batches
+from pipeline.training.loop import Training, prepare_training, run_training, start
+from pipeline.training.objective import Objective
+from pipeline.training.output import (
+    METRICS,
+    check_out,
+    checkpointed_step,
+    claim,
+    finished_step,
+    nothing_left,
+    refuse_damaged_result,
+)
+from pipeline.training.report import write_report
+from pipeline.training.transform import Transform
+from shards.dataset import CacheDataset
+from shards.manifest import Manifest, read_manifest
+from shards.store import open_store
+
+
+def run(settings: DistillSettings) -> None:
+    """Train a student from a cache and save it as a complete diffusers pipeline."""
+    check_out(settings, inputs_of(settings))
+    with OutputLock(settings.out) as lock:
+        train_student(settings, lock)
+
+
+def inputs_of(settings: DistillSettings) -> dict[str, Path | str | None]:
+    return {"--cache": settings.cache, "--init-from": settings.init_from}
+
+
+def objective_of(settings: DistillSettings) -> Objective:
+    """Features without weight need no taps."""
+    pairs = LEVELS[settings.level].taps if settings.feature_weight else ()
+    return Objective(pairs, settings.output_weight, settings.feature_weight, settings.feature_loss, settings.snr_gamma)
+
+
+def train_student(settings: DistillSettings, lock: OutputLock) -> None:
+    """Claim --out, train what is left, and write what belongs to a finished student."""
+    settings = resolve_precision(settings)
+    accelerator = make_accelerator(settings)
+    dataset = open_cache(settings)
+    settings = resolve_steps_and_lr(settings, len(dataset), accelerator.num_processes)
+    with accelerator.main_process_first():
+        if accelerator.is_main_process:
+            claim(settings, training_spec(settings, accelerator.num_processes), lock)
+    done = finished_step(settings.out)
+    if done >= (settings.max_train_steps or 0) and accelerator.is_main_process:
+        refuse_damaged_result(settings.out)
+    reported = not settings.report or (settings.out / REPORT).is_file()
+    if nothing_left(settings, accelerator, "student", reported):
+        leave_processes(accelerator)
+        return
+
+    problems = []
+    with accelerator.main_process_first():
+        if accelerator.is_main_process:
+            check_part(settings.cache, dataset.shards.manifest, BASE, contents=True)
+    if done < (settings.max_train_steps or 0):
+        training = prepare(settings, dataset, accelerator)
+        stream = batches(settings, dataset, accelerator, training.position)
+        with closing(stream):
+            problems = run_training(settings, accelerator, training, stream, lambda: save_student(settings, training))
+        # The report needs the memory that the student takes.
+        del training, stream
+    leave_processes(accelerator)
+    if accelerator.is_main_process:
+        finish(settings, accelerator.device, problems)
+
+
+def finish(settings: DistillSettings, device: torch.device, problems: list[str]) -> None:
+    """The report and the upload of a finished student. Raises UserError, at the end, for `problems` and what fails."""
+
+    def report() -> None:
+        if settings.report:
+            with failing_with(
+                f"{settings.out} holds the finished student, but its report could not be written",
+                "Rerun the same command to write it, or add --no-report.",
+            ):
+                save_report(settings, device)
+
+    def tell() -> None:
+        seen = f"; see {settings.out / REPORT}" if (settings.out / REPORT).is_file() else ""
+        say(
+            f"{settings.out} holds the {settings.level} student of {finished_step(settings.out)} steps "
+            f"as a diffusers pipeline{seen}"
+        )
+
+    def publish() -> None:
+        if settings.push_to_hub:
+            if not (settings.out / CARD).is_file():
+                # A student of an earlier version.
+                write_model_card(settings.out, settings.as_json())
+            say(f"uploaded to {upload(settings.out, settings.push_to_hub)}")
+
+    def tell_problems() -> None:
+        if problems:
+            raise UserError("\n".join(problems))
+
+    attempt_all(report, tell, publish, tell_problems)
+
+
+def training_spec(settings: DistillSettings, processes: int) -> dict[str, Any]:
+    """What the training is, for a later run that continues it."""
+    spec = resume_fingerprint(settings, processes, free=("cache", "report"))
+    if settings.init_from is not None:
+        spec["init_from"] = weights_sha256s(settings.init_from)
+    manifest = read_manifest(open_store(settings.cache), "cache")
+    return {"cache": manifest.spec_sha256, **spec, "rounds": settings.rounds or manifest.rounds}
+
+
+def prepare(settings: DistillSettings, dataset: CacheDataset, accelerator: Accelerator) -> Training:
+    """The student, initial or from the newest checkpoint, and everything that trains it, on the device."""
+    spec, transform = dataset.shards.manifest.spec, Transform()
+    student, state = start(
+        settings, transform, lambda: initial_student(settings.cache, settings.level, settings.init_from)
+    )
+    # diffusers would record the folder it was loaded from, which differs after a resume.
+    student.register_to_config(_name_or_path=settings.level)
+    return prepare_training(
+        settings,
+        accelerator,
+        student,
+        state,
+        objective=objective_of(settings),
+        transform=transform,
+        family=family_of_spec(spec),
+        dataset=dataset,
+        noise_scheduler=DDPMScheduler.from_config(spec["noise_scheduler"]),
+        base=settings.cache / BASE,
+    )
+
+
+def save_student(settings: DistillSettings, training: Training) -> None:
+    """The finished pipeline and its model card."""
+    (settings.out / REPORT).unlink(missing_ok=True)
+    training.transform.convert(training.student, training.base, settings.out)
+    write_model_card(settings.out, settings.as_json())
+
+
+def save_report(settings: DistillSettings, device: torch.device) -> None:
+    """report.html, with the student's images next to the teacher's from the cache and the untrained student's."""
+    rows = {}
+    samples = teacher_samples(settings.cache)
+    if samples:
+        rows["teacher"], sampler = samples
+        folders = {
+            "untrained student": settings.cache / student_part(settings.level),
+            "student": settings.out / "unet",
+        }
+        dtype = DTYPES[resolve_dtype("auto", device)]
+        for name, folder in folders.items():
+            pipeline = PipelineRef(settings.cache / BASE, folder, device, dtype)
+            rows[name] = generate_in_process(pipeline, rows["teacher"].prompts, sampler, name)
+    title = f"{settings.level}, distilled from {settings.cache.resolve().name}"
+    lines = read_jsonl(settings.out / METRICS)
+    write_report(settings.out, title, settings.for_others(), lines, rows, score_scenes)
+
+
+def open_cache(settings: DistillSettings) -> CacheDataset:
+    """The entries, of which only what has a weight is read."""
+    teacher_taps = [teacher_tap for _, teacher_tap in objective_of(settings).pairs]
+    dataset = CacheDataset(
+        open_store(settings.cache),
+        teacher_taps,
+        with_teacher_pred=settings.output_weight > 0,
+        rounds=settings.rounds,
+    )
+    check_parts(settings, dataset.shards.manifest)
+    return dataset
+
+
+def check_parts(settings: DistillSettings, manifest: Manifest) -> None:
+    """Raise UserError unless the cache has all that the student needs besides the shards, as it was written.
+
+    The files are looked for and not read, since there is much of them.
+    """
+    part = student_part(settings.level)
+    if not (settings.cache / part / "config.json").is_file():
+        raise UserError(
+            f"{settings.cache} has no initial weights of {settings.level}. "
+            f"Run `teacher-cache --students {settings.level}` on it with the other settings unchanged."
+        )
+    if not (settings.cache / BASE / MODEL_INDEX).is_file():
+        raise UserError(
+            f"{settings.cache} has no base/, the pipeline that the student becomes part of. Copy the complete cache."
+        )
+    for name in (BASE, part):
+        check_part(settings.cache, manifest, name, contents=False)
+    if not is_bound(manifest, part):
+        check_student(settings.cache, settings.level, manifest.spec)
+    read_origin(settings.cache)
+    if settings.report:
+        teacher_samples(settings.cache)
+
+
+def plan(settings: DistillSettings) -> list[str]:
+    """What a run would do."""
+    check_out(settings, inputs_of(settings))
+    dataset = open_cache(settings)
+    settings = resolve_steps_and_lr(settings, len(dataset), 1)
+    steps, done = settings.max_train_steps or 0, checkpointed_step(settings.out)
+    batch = settings.train_batch_size * settings.gradient_accumulation_steps
+    left = max(0, steps - done)
+    return [
+        f"entries: {len(dataset)}, with the taps {', '.join(dataset.taps) or 'none'}",
+        f"steps: {steps}, {done} of them done, with {batch} entries each per process",
+        f"epochs: {steps * batch / len(dataset):.2f} on one process",
+        f"forward passes still to run: {left * settings.gradient_accumulation_steps}",
+    ]

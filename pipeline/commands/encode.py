@@ -1,0 +1,322 @@
+"""Stage one, first half. Images + captions -> latents/: VAE latents and conditioning, in shards.
+
+image -> RGB -> square uint8 -> VAE posterior -> latents (sampled, scaled, fp16); caption -> prompt_embeds (fp16).
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from tqdm import tqdm
+
+from pipeline.cache import sizes
+from pipeline.cache.output import claim, existing_manifest, finished_sidecars, share_unfinished
+from pipeline.core import draws
+from pipeline.data.inputs import remember, settled_spec
+from pipeline.data.loading import Framing, LoadedImage, load_images, without_skipped
+from pipeline.data.preview import preview
+from pipeline.data.records import Record, inputs_sha256
+from pipeline.data.source import OpenSource, open_source
+from pipeline.models.encoders import encode_images, latents_shape
+from pipeline.models.families import Family, Shapes
+from pipeline.models.hashing import library_versions, weights_sha256
+from pipeline.models.load import family_of, find_pipeline, load_base
+from pipeline.settings.encode import EncodeSettings
+from pipeline.system.compiling import compile_failures, compile_networks
+from pipeline.system.device import DTYPES, is_accelerator, leave_processes, process_state
+from pipeline.system.disk import format_bytes, free_bytes, require_space
+from pipeline.system.echo import printable, say
+from pipeline.system.errors import UserError
+from pipeline.system.lock import OutputLock
+from pipeline.system.options import range_of
+from pipeline.system.output import check_output, made_by
+from pipeline.system.settings import write_settings
+from pipeline.system.signals import sigterm_interrupts
+from pipeline.system.threads import in_background
+from shards.codec import encode_npy
+from shards.files import atomic_file
+from shards.kept import Kept, read_kept
+from shards.manifest import Manifest, refuse_other_spec
+from shards.plan import PlannedShard, ShardPlan, count_entries
+from shards.reader import read_sidecar
+from shards.schema import (
+    LATENTS,
+    MANIFEST,
+    conditioning_shapes,
+    empty_prompt_file,
+    image_key,
+    image_of,
+    sidecar_name,
+    stated_shapes,
+)
+from shards.store import open_store
+from shards.writer import EntryBuilder, write_shard
+
+SKIPPED = "skipped.jsonl"
+
+
+def run(settings: EncodeSettings) -> None:
+    """Encode images and captions into latents and prompt embeddings, in shards."""
+    check_out(settings)
+    with OutputLock(settings.out) as lock, sigterm_interrupts():
+        write_latents(settings, lock)
+
+
+def check_out(settings: EncodeSettings) -> None:
+    """Raise UserError unless --out is new, empty, or holds latents."""
+    own = made_by(settings.out, "encode", MANIFEST)
+    # They are written before the manifest.
+    first = [path.name for path in settings.out.glob(empty_prompt_file("*"))]
+    check_output(settings.out, "encode", {"--data": settings.data, "--teacher": settings.teacher}, own=own, first=first)
+
+
+def framing_of(settings: EncodeSettings) -> Framing:
+    return Framing(settings.resolution, settings.center_crop, settings.random_flip, settings.seed, settings.min_size)
+
+
+def write_latents(settings: EncodeSettings, lock: OutputLock) -> None:
+    """Claim --out and write the shards that it lacks."""
+    state = process_state(settings.device)
+    source = open_source(settings)
+    folder = find_pipeline(settings.teacher, settings.revision, settings.variant)
+    family, base = family_of(folder), load_base(folder, settings.variant)
+    spec = latents_spec(settings, source, folder, base)
+    with state.main_process_first():
+        spec = settled(settings, source, spec)
+        empty = empty_prompt(base, family)
+        check_shapes(settings, empty, conditioning_shapes(spec))
+        files = {empty_prompt_file(name): encode_npy(array) for name, array in empty.items()}
+        with lock.claim() as alone:
+            manifest = claim(settings.out, "latents", spec, alone=alone, files=files)
+            if settings.retry_skipped and state.is_main_process:
+                reopen_skipped(source, settings, manifest)
+    unfinished, own = share_unfinished(settings.out, manifest, state, settings.shard_range)
+    if not unfinished:
+        leave_processes(state)
+        if state.is_main_process:
+            report(settings.out, manifest, "already finished, nothing to do: ")
+        return
+
+    base.to(state.device, DTYPES[settings.dtype])
+    base.vae.to(memory_format=torch.channels_last)
+    if settings.compile:
+        text_encoders = [getattr(base, part) for part in family.encoders if part != "vae"]
+        compile_networks(state.device, base.vae.encoder, *text_encoders)
+    needed = count_entries(unfinished) * sizes.stored_bytes(entry_sizes(spec))
+    require_space(settings.out, needed, "use a smaller --resolution")
+    if state.is_main_process:
+        write_settings(settings.out, "encode", settings)
+        for line in [*source.notes(), *preview(source, settings.resolution, settings.min_size)]:
+            say(line)
+        warn_truncated_captions(source, base, family)
+    bar = tqdm(total=count_entries(own), unit="image", desc="encode", disable=not state.is_main_process)
+    with bar as progress, compile_failures(settings.compile):
+        for shard in own:
+            records = shard_records(source, shard)
+            remember(open_store(settings.out), manifest, shard, [record for _, record in records])
+            kept = kept_batches(settings, shard, manifest)
+            left, skipped = after_kept(records, kept)
+            progress.update(len(records) - len(left))
+            entries = shard_entries(source, settings, left, len(records), base, family, skipped, progress.update)
+            if is_accelerator(state.device):
+                entries = in_background(entries, 2 * settings.batch_size)
+            write_shard(open_store(settings.out), shard.name, manifest.spec_sha256, entries, skipped, kept)
+    leave_processes(state)
+    if state.is_main_process:
+        report(settings.out, manifest, "")
+
+
+def warn_truncated_captions(source: OpenSource, base: DiffusionPipeline, family: Family) -> None:
+    """Print how many captions are longer than the text encoder reads."""
+    truncated = family.count_truncated(base, [record.caption for record in source.records])
+    if truncated:
+        tokens = base.tokenizer.model_max_length
+        say(f"note: {truncated} of {len(source.records)} captions exceed {tokens} tokens and were truncated")
+
+
+def latents_spec(settings: EncodeSettings, source: OpenSource, folder: Path, base: DiffusionPipeline) -> dict[str, Any]:
+    """What the latents are, whatever computes them."""
+    family = family_of(folder)
+    return {
+        "stage": "latents",
+        **family.spec,
+        "entries": len(source.records),
+        "entries_per_shard": settings.entries_per_shard,
+        "inputs_sha256": inputs_sha256(source.records),
+        "seed": settings.seed,
+        "resolution": settings.resolution,
+        "center_crop": settings.center_crop,
+        "random_flip": settings.random_flip,
+        # Left out at its default, as by earlier versions.
+        **({"min_size": settings.min_size} if settings.min_size else {}),
+        "dtype": settings.dtype,
+        **stated_shapes(latents_shape(base.vae, settings.resolution), family.conditioning_shapes(folder)),
+        "scaling_factor": base.vae.config.scaling_factor,
+        **{f"{part}_sha256": weights_sha256(getattr(base, part)) for part in family.encoders},
+        "libraries": library_versions(),
+    }
+
+
+def settled(settings: EncodeSettings, source: OpenSource, spec: dict[str, Any]) -> dict[str, Any]:
+    """The spec as existing latents in the output state it, if the inputs are theirs. See `settled_spec`."""
+    found = existing_manifest(settings.out, "latents")
+    return spec if found is None else settled_spec(open_store(settings.out), found, spec, source.records)
+
+
+def shard_records(source: OpenSource, shard: PlannedShard) -> list[tuple[int, Record]]:
+    """(place in the input, record) for each image of a shard."""
+    return [(index, source.records[index]) for index in shard.indices]
+
+
+def kept_batches(settings: EncodeSettings, shard: PlannedShard, manifest: Manifest) -> Kept | None:
+    """The complete batches that an interrupted run kept of a shard; None if there are none."""
+    kept = read_kept(open_store(settings.out), shard.name, manifest.spec_sha256)
+    return kept and kept.first(len(kept.keys) // settings.batch_size * settings.batch_size)
+
+
+def after_kept(
+    records: list[tuple[int, Record]], kept: Kept | None
+) -> tuple[list[tuple[int, Record]], list[dict[str, str]]]:
+    """The records of a shard behind the last kept entry, and the images that were skipped before it."""
+    if not kept or not kept.keys:
+        return records, []
+    last = image_of(kept.keys[-1])
+    done = {record.source_id for index, record in records if index <= last}
+    left = [(index, record) for index, record in records if index > last]
+    return left, [item for item in kept.skipped if item["source_id"] in done]
+
+
+def reopen_skipped(source: OpenSource, settings: EncodeSettings, manifest: Manifest) -> None:
+    """Mark the finished shards as unfinished that skipped an image which can be read now."""
+    store, part = open_store(settings.out), range_of(settings.shard_range)
+    unfinished = set(manifest.plan.unfinished(store, part))
+    for shard in manifest.plan.shards[part]:
+        if shard in unfinished:
+            continue
+        missing = {item["source_id"] for item in read_sidecar(store, shard.name, manifest.spec_sha256).skipped}
+        records = [record for record in shard_records(source, shard) if record[1].source_id in missing]
+        found = [image for image in load_images(source, framing_of(settings), records, 1, 1) if image.problem is None]
+        if found:
+            say(f"rewriting {shard.name}: {len(found)} of its {len(missing)} skipped images can be read now")
+            # First, because only the sidecar of older latents says which images had no caption.
+            remember(store, manifest, shard, [record for _, record in shard_records(source, shard)])
+            store.delete(sidecar_name(shard.name))
+
+
+def shard_entries(
+    source: OpenSource,
+    settings: EncodeSettings,
+    records: list[tuple[int, Record]],
+    size: int,
+    base: DiffusionPipeline,
+    family: Family,
+    skipped: list[dict[str, str]],
+    advance: Callable[[int], Any],
+) -> Iterator[EntryBuilder]:
+    """The entries of one shard of `size` images, of which the `records` are left. Images without pixels are appended to
+    `skipped`. No batch crosses a shard."""
+    ahead = 2 * max(settings.batch_size, settings.workers)
+    loaded = load_images(source, framing_of(settings), records, settings.workers, ahead)
+    readable = without_skipped(loaded, skipped, settings.max_skipped * size, advance)
+    while batch := list(itertools.islice(readable, settings.batch_size)):
+        yield from encode_batch(batch, settings, base, family)
+        advance(len(batch))
+
+
+@torch.inference_mode()
+def encode_batch(
+    batch: list[LoadedImage], settings: EncodeSettings, base: DiffusionPipeline, family: Family
+) -> list[EntryBuilder]:
+    """One forward pass of the VAE's encoder and one of the text encoder."""
+    shape = latents_shape(base.vae, settings.resolution)
+    ids = [image.record.source_id for image in batch]
+    noise = [draws.standard_normal(settings.seed, source_id, 0, "posterior", shape) for source_id in ids]
+    squares = [image.pixels for image in batch if image.pixels is not None]
+    assert len(squares) == len(batch)
+    pixels = torch.from_numpy(np.stack(squares))
+    latents = encode_images(base.vae, pixels, torch.from_numpy(np.stack(noise)))
+    conditioning = family.encode_prompts(base, [image.record.caption for image in batch])
+    stored = {name: t.half().cpu().numpy() for name, t in {LATENTS: latents, **conditioning}.items()}
+    return [
+        new_entry(image, {name: array[i] for name, array in stored.items()}, settings) for i, image in enumerate(batch)
+    ]
+
+
+def new_entry(image: LoadedImage, arrays: dict[str, np.ndarray], settings: EncodeSettings) -> EntryBuilder:
+    record = image.record
+    assert image.crop is not None
+    entry = EntryBuilder(
+        image_key(image.index),
+        {"source_id": record.source_id, "caption": record.caption, "crop": image.crop.as_json()},
+    )
+    for name, array in arrays.items():
+        if not np.isfinite(array).all():
+            raise UserError(
+                f"the {name} of {printable(record.source_id)} contain NaN or Inf in {settings.dtype}, or do not fit in "
+                "fp16. Run with --dtype fp32, or remove the image."
+            )
+        entry.add_array(name, array)
+    return entry
+
+
+@torch.inference_mode()
+def empty_prompt(base: DiffusionPipeline, family: Family) -> dict[str, np.ndarray]:
+    """The conditioning of the empty prompt, fp16 without B, by name. Unconditional entries get it."""
+    return {name: tensor[0].half().numpy() for name, tensor in family.encode_prompts(base, [""]).items()}
+
+
+def check_shapes(settings: EncodeSettings, empty: dict[str, np.ndarray], stated: Shapes) -> None:
+    """Raise UserError if the encoders do not return the shapes that the pipeline's configs state."""
+    for name, array in empty.items():
+        if array.shape != stated.get(name):
+            raise UserError(
+                f"--teacher {settings.teacher} encodes prompts to {name} of shape {array.shape}, but its configs state "
+                f"{stated.get(name)}. Fix the configs of its tokenizer or text encoder."
+            )
+
+
+def report(out: Path, manifest: Manifest, prefix: str) -> None:
+    """Print what the directory holds, and list skipped images. Raises UserError if nothing was encoded."""
+    sidecars = finished_sidecars(out, manifest)
+    if sidecars is None:
+        return
+    skipped = [item for sidecar in sidecars for item in sidecar.skipped]
+    encoded = sum(sidecar.count for sidecar in sidecars)
+    with atomic_file(out / SKIPPED) as stream:
+        stream.writelines(json.dumps(item, ensure_ascii=False).encode() + b"\n" for item in skipped)
+    if not encoded:
+        raise UserError(f"none of the {len(skipped)} images could be read. See {out / SKIPPED} for the reasons.")
+    listed = f", {len(skipped)} skipped (see {out / SKIPPED} for the reasons)" if skipped else ""
+    size = sum(sidecar.bytes for sidecar in sidecars)
+    say(f"{prefix}{out} holds {encoded} images in {len(sidecars)} shards, {size / 1e6:.1f} MB{listed}")
+
+
+def plan(settings: EncodeSettings) -> list[str]:
+    """What a run would write."""
+    check_out(settings)
+    source = open_source(settings)
+    folder = find_pipeline(settings.teacher, settings.revision, settings.variant)
+    spec = latents_spec(settings, source, folder, load_base(folder, settings.variant))
+    found = existing_manifest(settings.out, "latents")
+    if found is not None:
+        refuse_other_spec(settings.out, found.spec, settled(settings, source, spec))
+    shards = ShardPlan(spec["entries"], spec["entries_per_shard"])
+    left = shards.unfinished(open_store(settings.out), range_of(settings.shard_range))
+    return [
+        *source.notes(),
+        f"entries: {spec['entries']} in {len(shards)} shards, {len(left)} of them still to write",
+        *sizes.lines(entry_sizes(spec), count_entries(left)),
+        f"free on that disk: {format_bytes(free_bytes(settings.out))}",
+        *preview(source, settings.resolution, settings.min_size),
+    ]
+
+
+def entry_sizes(spec: dict[str, Any]) -> dict[str, int]:
+    return sizes.latents_entry(spec["latents_shape"], conditioning_shapes(spec))

@@ -1,0 +1,396 @@
+"""Stage one, second half. latents/ -> cache/: the teacher's predictions and features at sampled timesteps.
+
+(latents, conditioning) x rounds -> the teacher's targets -> entries, in shards.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+from torch import nn
+from tqdm import tqdm
+
+from pipeline.cache import sizes
+from pipeline.cache.latents import check_encoders, open_latents, unconditional_conditioning
+from pipeline.cache.output import bind_parts, claim, existing_manifest, finished_sidecars, share_unfinished
+from pipeline.cache.parts import BASE, student_part
+from pipeline.cache.replaced import refuse_replaced
+from pipeline.cache.taps import sampling_lines, tap_specs
+from pipeline.cache.targets import BatchTargets, Teacher, compress_targets, run_teacher
+from pipeline.core.taps import Taps
+from pipeline.models.checksums import write_checksums
+from pipeline.models.families import family_of_spec
+from pipeline.models.hashing import library_versions, weights_sha256
+from pipeline.models.load import find_pipeline, load_base, load_unet, unet_config
+from pipeline.models.provenance import write_origin
+from pipeline.models.save import save_base
+from pipeline.models.schedule import load_noise_scheduler
+from pipeline.models.shapes import tap_shapes
+from pipeline.models.students import initialised_student, meta_student, teacher_taps
+from pipeline.sampling.generate import SAMPLES, Sampler, check_sampler, save_images
+from pipeline.sampling.process import PipelineRef, generate_in_process
+from pipeline.settings.teacher_cache import TeacherCacheSettings
+from pipeline.system.compiling import compile_failures, compile_networks
+from pipeline.system.device import DTYPES, is_accelerator, leave_processes, process_state, resolve_dtype
+from pipeline.system.disk import format_bytes, free_bytes, require_space
+from pipeline.system.echo import say
+from pipeline.system.errors import UserError, attempt_all, failing_with
+from pipeline.system.lock import OutputLock
+from pipeline.system.options import range_of
+from pipeline.system.output import check_output, made_by
+from pipeline.system.settings import write_settings
+from pipeline.system.signals import sigterm_interrupts
+from pipeline.system.threads import in_background, ordered_map
+from shards.files import atomic_directory
+from shards.kept import Kept, read_kept
+from shards.manifest import Manifest, refuse_other_spec
+from shards.plan import PlannedShard, ShardPlan, count_entries
+from shards.reader import ShardSet
+from shards.schema import LATENTS, MANIFEST, conditioning_shapes
+from shards.store import open_store
+from shards.writer import EntryBuilder, write_shard
+
+# Threads that compress the teacher's targets. zstd releases the interpreter's lock.
+PACKERS = 2
+SMALLER = "use fewer --rounds, a lower --snr-db or a larger --token-stride"
+
+
+def run(settings: TeacherCacheSettings) -> None:
+    """Run the teacher on latents, in rounds, and store its predictions and features."""
+    check_out(settings)
+    with OutputLock(settings.out) as lock, sigterm_interrupts():
+        write_cache(settings, lock)
+
+
+def check_out(settings: TeacherCacheSettings) -> None:
+    """Raise UserError unless --out is new, empty, or holds a cache."""
+    own = made_by(settings.out, "teacher-cache", MANIFEST)
+    check_output(settings.out, "teacher-cache", {"--latents": settings.latents, "--teacher": settings.teacher}, own=own)
+
+
+def write_cache(settings: TeacherCacheSettings, lock: OutputLock) -> None:
+    """Claim --out and write what it lacks: weights, shards, samples."""
+    state = process_state(settings.device)
+    latents = open_latents(settings.latents)
+    folder = find_pipeline(settings.teacher, settings.revision, settings.variant)
+    base, unet = load_base(folder, settings.variant), load_unet(folder, settings.variant)
+    noise_scheduler = load_noise_scheduler(folder, settings.prediction_type)
+    check_encoders(latents, base, f"--teacher {settings.teacher}")
+    check_samples(settings, latents, folder, base, noise_scheduler)
+    spec = cache_spec(settings, latents, unet, noise_scheduler, state.device)
+    refuse_replaced(settings.out, spec, latents, settings.shard_range)
+    require_space(settings.out, bytes_left(settings, latents, spec, base, unet), SMALLER)
+    with state.main_process_first(), lock.claim() as alone:
+        manifest = claim(settings.out, "cache", spec, alone=alone, rounds=settings.rounds)
+        saved = save_students(settings, folder, unet, noise_scheduler)
+        manifest = bind_parts(settings.out, manifest, saved)
+        write_origin(settings.out, settings.teacher, folder, settings.revision, settings.latents)
+    del base
+    unfinished, own = share_unfinished(settings.out, manifest, state, settings.shard_range)
+    # None of several jobs knows whether it is the last, so the images are left to a run without a range.
+    wants_samples = settings.samples > 0 and not settings.shard_range and not (settings.out / SAMPLES).is_dir()
+    if not unfinished and not wants_samples:
+        leave_processes(state)
+        if state.is_main_process:
+            report(settings.out, manifest, "already finished, nothing to do: ")
+        return
+
+    if state.is_main_process:
+        write_settings(settings.out, "teacher-cache", settings)
+    dtype = DTYPES[spec["dtype"]]
+    unet.to(state.device, dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
+    if settings.compile:
+        compile_networks(state.device, unet)
+    teacher = Teacher(
+        unet,
+        family_of_spec(spec),
+        Taps(unet, spec["taps"]),
+        noise_scheduler.alphas_cumprod.to(state.device),
+        unconditional_conditioning(latents),
+    )
+    bar = tqdm(total=count_entries(own), unit="entry", desc="teacher-cache", disable=not state.is_main_process)
+    with bar as progress, compile_failures(settings.compile):
+        kept = kept_batches(settings, own, manifest)
+        progress.update(sum(len(part.keys) for part in kept.values()))
+        entries = cache_entries(own, kept, manifest, latents, teacher, settings)
+        for shard, of_shard in itertools.groupby(entries, key=lambda pair: pair[0]):
+            written = counted(of_shard, progress.update)
+            write_shard(open_store(settings.out), shard, manifest.spec_sha256, written, [], kept.get(shard))
+    leave_processes(state)
+    # The images need the memory that the teacher takes.
+    del teacher, unet
+    if state.is_main_process:
+        pipeline = PipelineRef(settings.out / BASE, folder / "unet", state.device, dtype, settings.variant)
+        finish(settings, manifest, latents, folder, pipeline if wants_samples else None)
+
+
+def finish(
+    settings: TeacherCacheSettings, manifest: Manifest, latents: ShardSet, folder: Path, pipeline: PipelineRef | None
+) -> None:
+    """Generate the samples if there is a `pipeline` for them, and tell what the cache holds, also if that fails."""
+
+    def generate_samples() -> None:
+        if pipeline:
+            with failing_with(
+                f"{settings.out} is complete, but the teacher's images could not be generated",
+                "Rerun the same command to generate them, with --samples-batch-size 1 if memory ran out, "
+                "or add --samples 0.",
+            ):
+                save_teacher_samples(settings, latents, folder, pipeline)
+
+    attempt_all(generate_samples, lambda: report(settings.out, manifest, ""))
+
+
+def save_teacher_samples(
+    settings: TeacherCacheSettings, latents: ShardSet, folder: Path, pipeline: PipelineRef
+) -> None:
+    """Generate images with the teacher into the cache, from captions spread over the input.
+
+    Students' reports show them next to their own.
+    """
+    chosen = np.linspace(0, len(latents) - 1, min(settings.samples, len(latents))).astype(int)
+    prompts = [latents.read(int(i), ()).meta["caption"] for i in chosen]
+    sampler = samples_sampler(settings, latents, folder)
+    images = generate_in_process(pipeline, prompts, sampler, "teacher's samples")
+    # Another job may have made the same images meanwhile.
+    with suppress(FileExistsError):
+        save_images(images, sampler, settings.out / SAMPLES)
+
+
+def samples_sampler(settings: TeacherCacheSettings, latents: ShardSet, folder: Path) -> Sampler:
+    """How the teacher's samples are generated. Those of a U-Net without a size of its own are as large as the data."""
+    resolution = latents.manifest.spec["resolution"]
+    size = None if unet_config(folder)["sample_size"] else (resolution, resolution)
+    return Sampler(guidance_scale=settings.samples_guidance, batch_size=settings.samples_batch_size, size=size)
+
+
+def cache_spec(
+    settings: TeacherCacheSettings,
+    latents: ShardSet,
+    unet: UNet2DConditionModel,
+    noise_scheduler: DDPMScheduler,
+    device: torch.device,
+) -> dict[str, Any]:
+    """What the entries are. `strata` is the number of rounds of the first run and never changes."""
+    found = existing_manifest(settings.out, "cache")
+    config = dict(noise_scheduler.config)
+    return {
+        "stage": "cache",
+        "entries": len(latents),
+        "entries_per_shard": settings.entries_per_shard,
+        "strata": found.spec["strata"] if found else settings.rounds,
+        "seed": settings.seed,
+        "taps": wanted_taps(checked_taps(settings, latents, dict(unet.config)), found, settings.token_stride),
+        "codec": {"name": settings.codec, **({"snr_db": settings.snr_db} if settings.codec == "dither" else {})},
+        "noise_offset": settings.noise_offset,
+        "input_perturbation": settings.input_perturbation,
+        "uncond_fraction": settings.uncond_fraction,
+        "prediction_type": noise_scheduler.config.prediction_type,
+        "noise_scheduler": {key: config[key] for key in sorted(config) if not key.startswith("_")},
+        "dtype": resolve_dtype(settings.dtype, device),
+        "teacher_sha256": weights_sha256(unet),
+        "latents": latents.manifest.spec,
+        "libraries": library_versions(),
+    }
+
+
+def check_samples(
+    settings: TeacherCacheSettings,
+    latents: ShardSet,
+    folder: Path,
+    base: DiffusionPipeline,
+    noise_scheduler: DDPMScheduler,
+) -> None:
+    """Raise UserError if the teacher's samples could not be generated after the last shard."""
+    base.scheduler.register_to_config(prediction_type=noise_scheduler.config.prediction_type)
+    if settings.samples:
+        check_sampler(base.scheduler, samples_sampler(settings, latents, folder), f"--teacher {settings.teacher}")
+
+
+def wanted_taps(taps: dict[str, Any], found: Manifest | None, token_stride: int) -> dict[str, Any]:
+    """The taps of the spec: those of the existing cache, if it already has all that are wanted."""
+    stored = found.spec["taps"] if found else {}
+    return stored if all(serves(stored.get(tap), tap_spec, token_stride) for tap, tap_spec in taps.items()) else taps
+
+
+def serves(stored: dict[str, Any] | None, wanted: dict[str, Any], token_stride: int) -> bool:
+    """Whether a stored tap is the wanted one. Earlier versions kept all positions of a tap that the stride does not
+    divide."""
+    divides = all(side % token_stride == 0 for side in wanted["shape"][1:])
+    return stored == wanted or (not divides and stored == {**wanted, "stride": 1})
+
+
+def checked_taps(settings: TeacherCacheSettings, latents: ShardSet, config: dict[str, Any]) -> dict[str, Any]:
+    """The taps of the cache's spec. Raises UserError for a teacher that the levels do not fit."""
+    spec = latents.manifest.spec
+    family = family_of_spec(spec)
+    try:
+        family.check(config)
+    except ValueError as error:
+        raise UserError(f"--teacher {settings.teacher}: {error}") from None
+    taps = teacher_taps(settings.students)
+    shapes = tap_shapes(config, spec["latents_shape"], conditioning_shapes(spec), taps, family)
+    return tap_specs(settings, shapes)
+
+
+def save_students(
+    settings: TeacherCacheSettings, folder: Path, unet: UNet2DConditionModel, noise_scheduler: DDPMScheduler
+) -> list[str]:
+    """Write base/ and students/<level>/ to the cache, each with its checksums, unless they exist.
+
+    Returns the names of the folders that were written.
+    """
+    saved = []
+    if not (settings.out / BASE).is_dir():
+        save_base(folder, settings.variant, noise_scheduler, settings.out / BASE)
+        saved.append(BASE)
+    teacher_weights = unet.state_dict()
+    for level in settings.students:
+        student_folder = settings.out / student_part(level)
+        if student_folder.is_dir():
+            continue
+        try:
+            student = initialised_student(dict(unet.config), teacher_weights, level)
+        except ValueError as error:
+            raise UserError(f"--teacher {settings.teacher}: {error}") from None
+        with atomic_directory(student_folder, exist_ok=True) as temporary:
+            student.save_pretrained(temporary)
+            write_checksums(temporary)
+        saved.append(student_part(level))
+    return saved
+
+
+def bytes_left(
+    settings: TeacherCacheSettings,
+    latents: ShardSet,
+    spec: dict[str, Any],
+    base: DiffusionPipeline,
+    unet: UNet2DConditionModel,
+) -> int:
+    """About how many bytes a run adds to --out: shards, and weights in float32."""
+    unfinished = shards_left(settings, len(latents), existing_manifest(settings.out, "cache"))
+    shards = count_entries(unfinished) * sizes.stored_bytes(entry_sizes(latents.manifest.spec, spec["taps"], settings))
+    networks = (
+        [] if (settings.out / BASE).is_dir() else [m for m in base.components.values() if isinstance(m, nn.Module)]
+    )
+    for level in settings.students:
+        if not (settings.out / student_part(level)).is_dir():
+            networks.append(meta_student(dict(unet.config), level))
+    return shards + sum(4 * parameter.numel() for network in networks for parameter in network.parameters())
+
+
+def shards_left(settings: TeacherCacheSettings, images: int, found: Manifest | None) -> list[PlannedShard]:
+    """The shards that a run writes: those of --shard-range that are unfinished, of all rounds that `found` has too."""
+    rounds = max(settings.rounds, (found.rounds or 0) if found else 0)
+    plan = ShardPlan(images, settings.entries_per_shard, rounds)
+    return plan.unfinished(open_store(settings.out), range_of(settings.shard_range))
+
+
+def kept_batches(settings: TeacherCacheSettings, shards: list[PlannedShard], manifest: Manifest) -> dict[str, Kept]:
+    """The complete batches that interrupted runs kept, by shard. The last batch of a shard is left to be written."""
+    found = {}
+    for shard in shards:
+        kept = read_kept(open_store(settings.out), shard.name, manifest.spec_sha256)
+        if kept:
+            count = min(len(kept.keys), len(shard.indices) - 1)
+            found[shard.name] = kept.first(count // settings.batch_size * settings.batch_size)
+    return found
+
+
+def cache_entries(
+    shards: list[PlannedShard],
+    kept: dict[str, Kept],
+    manifest: Manifest,
+    latents: ShardSet,
+    teacher: Teacher,
+    settings: TeacherCacheSettings,
+) -> Iterator[tuple[str, EntryBuilder]]:
+    """(shard, entry) of the shards in order, without what is `kept` of them.
+
+    While a GPU computes a batch, the ones before it are compressed.
+    """
+    tensors = [LATENTS, *conditioning_shapes(latents.manifest.spec)]
+
+    def targets() -> Iterator[tuple[str, BatchTargets]]:
+        for shard in shards:
+            assert shard.round is not None
+            done = len(kept[shard.name].keys) if shard.name in kept else 0
+            for first in range(done, len(shard.indices), settings.batch_size):
+                chosen = shard.indices[first : first + settings.batch_size]
+                images = [latents.read(i, tensors) for i in chosen]
+                yield shard.name, run_teacher(images, shard.round, manifest.spec, teacher)
+
+    compressed: Iterable[tuple[str, list[EntryBuilder]]]
+    if is_accelerator(teacher.unet.device):
+        compressed = ordered_map(compress, in_background(targets(), 2), PACKERS, PACKERS + 1)
+    else:
+        compressed = map(compress, targets())
+    for shard, entries in compressed:
+        yield from ((shard, entry) for entry in entries)
+
+
+def compress(targets: tuple[str, BatchTargets]) -> tuple[str, list[EntryBuilder]]:
+    """The finished entries of a batch, with the shard that they belong to."""
+    shard, batch = targets
+    return shard, compress_targets(batch)
+
+
+def counted(entries: Iterable[tuple[str, EntryBuilder]], advance: Callable[[int], Any]) -> Iterator[EntryBuilder]:
+    for _, entry in entries:
+        yield entry
+        advance(1)
+
+
+def report(out: Path, manifest: Manifest, prefix: str) -> None:
+    """Print what the cache holds."""
+    sidecars = finished_sidecars(out, manifest)
+    if sidecars is None:
+        return
+    count, size = sum(s.count for s in sidecars), sum(s.bytes for s in sidecars)
+    per_entry = f", {size / count:,.0f} bytes per entry" if count else ""
+    say(
+        f"{prefix}{out} holds {count} entries ({manifest.rounds} rounds) in {len(sidecars)} shards, "
+        f"{size / 1e6:.1f} MB{per_entry}"
+    )
+
+
+def plan(settings: TeacherCacheSettings) -> list[str]:
+    """What a run would write. The size of quantised taps is that of Gaussian features."""
+    check_out(settings)
+    latents = open_latents(settings.latents)
+    folder = find_pipeline(settings.teacher, settings.revision, settings.variant)
+    base = load_base(folder, settings.variant)
+    check_encoders(latents, base, f"--teacher {settings.teacher}")
+    check_samples(settings, latents, folder, base, load_noise_scheduler(folder, settings.prediction_type))
+    found = existing_manifest(settings.out, "cache")
+    taps = wanted_taps(checked_taps(settings, latents, unet_config(folder)), found, settings.token_stride)
+    if found is not None:
+        stated = {"latents": latents.manifest.spec, "entries": len(latents), "taps": taps}
+        names = ("entries_per_shard", "seed", "noise_offset", "input_perturbation", "uncond_fraction")
+        wanted = {**stated, **{name: getattr(settings, name) for name in names}}
+        refuse_other_spec(settings.out, {name: found.spec[name] for name in wanted}, wanted)
+        refuse_replaced(settings.out, found.spec, latents, settings.shard_range)
+    rounds = max(settings.rounds, (found.rounds or 0) if found else 0)
+    left = shards_left(settings, len(latents), found)
+    entries = count_entries(left)
+    return [
+        f"entries: {len(latents)} images x {rounds} rounds = {len(latents) * rounds}",
+        f"still to write: {entries} entries in {len(left)} shards",
+        *sizes.lines(entry_sizes(latents.manifest.spec, taps, settings), entries),
+        *sampling_lines(taps),
+        f"free on that disk: {format_bytes(free_bytes(settings.out))}",
+        "plus the rest of the teacher's pipeline and the students' initial weights",
+        f"teacher forward passes: {entries}, in batches of {settings.batch_size}",
+    ]
+
+
+def entry_sizes(latents_spec: dict[str, Any], taps: dict[str, Any], settings: TeacherCacheSettings) -> dict[str, int]:
+    shapes = latents_spec["latents_shape"], conditioning_shapes(latents_spec)
+    return sizes.cache_entry(*shapes, taps, settings.codec, settings.snr_db, settings.input_perturbation > 0)

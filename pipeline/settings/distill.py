@@ -1,0 +1,45 @@
+"""The options of `distill`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from pipeline.models.levels import LEVELS
+from pipeline.settings.training import TrainingSettings
+from pipeline.system.settings import REQUIRED, option
+
+FEATURE_LOSSES = ("mse", "relative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillSettings(TrainingSettings):
+    """Train a student from a cache and save it as a complete diffusers pipeline."""
+
+    command: ClassVar[str] = "distill"
+    work_module: ClassVar[str] = "pipeline.commands.distill"
+    has_plan: ClassVar[bool] = True
+
+    cache: Path = option(REQUIRED, "Directory that `teacher-cache` wrote.")
+    rounds: int | None = option(
+        None,
+        "Train only on the first N rounds of the cache; later ones may still be unfinished. By default on all.",
+        ge=1,
+    )
+    level: str = option(REQUIRED, "The student's architecture and tap pairs.", choices=tuple(LEVELS))
+    init_from: Path | None = option(
+        None, "Saved student, or its pipeline, to start from; by default the cache's, filled from the teacher."
+    )
+    output_weight: float = option(0.5, "Weight of the loss against the teacher's prediction.", ge=0.0)
+    feature_weight: float = option(0.5, "Weight of the sum of the taps' losses.", ge=0.0)
+    feature_loss: str = option(
+        "mse",
+        "Loss per tap: mean square error, or its share of the teacher's mean square.",
+        choices=FEATURE_LOSSES,
+    )
+    report: bool = option(True, "Write report.html at the end: loss curves, images, cost.")
+
+    @property
+    def entries(self) -> Path:
+        return self.cache

@@ -1,0 +1,48 @@
+"""The options of `finetune`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pipeline.settings.training import TrainingSettings
+from pipeline.system.errors import UserError
+from pipeline.system.options import PREDICTION_TYPES, HubOptions
+from pipeline.system.settings import REQUIRED, option
+
+LORA_FORMATS = ("diffusers", "kohya")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneSettings(TrainingSettings, HubOptions):
+    """Train a pipeline's U-Net on latents. Ends with a complete pipeline, or with LoRA weights."""
+
+    command: ClassVar[str] = "finetune"
+    work_module: ClassVar[str] = "pipeline.commands.finetune"
+    has_plan: ClassVar[bool] = True
+
+    model: str = option(REQUIRED, "Pipeline whose U-Net is trained: a student's folder, a name on the hub, or demo.")
+    latents: Path = option(REQUIRED, "Directory that `encode` wrote, with the model's own VAE and text encoder.")
+    lora_rank: int | None = option(None, "Train LoRA adapters of this rank instead of the whole U-Net.", ge=1)
+    lora_format: str = option(
+        "diffusers", "Names of the adapters' tensors; kohya's are for ComfyUI and web UIs.", choices=LORA_FORMATS
+    )
+    noise_offset: float = option(0.0, "Standard deviation of an offset added to each channel of the noise.", ge=0.0)
+    input_perturbation: float = option(0.0, "Strength of extra input noise that is not part of the target.", ge=0.0)
+    uncond_fraction: float = option(0.1, "Share of entries that get the empty prompt.", ge=0.0, le=1.0)
+    prediction_type: str | None = option(
+        None, "Prediction type; overrides the scheduler's config.", choices=PREDICTION_TYPES
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lora_format != "diffusers" and not self.lora_rank:
+            raise UserError(f"--lora-format {self.lora_format} is for LoRA weights. Add --lora-rank.")
+
+    @property
+    def entries(self) -> Path:
+        return self.latents
+
+    def for_others(self) -> dict[str, Any]:
+        return {**super().for_others(), "model": Path(self.model).name if Path(self.model).exists() else self.model}

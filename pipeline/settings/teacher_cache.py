@@ -1,0 +1,47 @@
+"""The options of `teacher-cache`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from pipeline.models.levels import LEVELS
+from pipeline.settings.cache_format import CacheFormat
+from pipeline.system.errors import UserError
+from pipeline.system.options import PREDICTION_TYPES, HubOptions, PrecisionOptions, ShardRangeOptions
+from pipeline.system.settings import REQUIRED, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherCacheSettings(CacheFormat, PrecisionOptions, HubOptions, ShardRangeOptions):
+    """Run the teacher on latents, in rounds, and store its predictions and features."""
+
+    command: ClassVar[str] = "teacher-cache"
+    work_module: ClassVar[str] = "pipeline.commands.teacher_cache"
+    has_plan: ClassVar[bool] = True
+
+    teacher: str = option(
+        REQUIRED, "The pipeline that the latents were made with: a folder, a name on the hub, or demo."
+    )
+    latents: Path = option(REQUIRED, "Directory that `encode` wrote.")
+    out: Path = option(REQUIRED, "Directory to write the cache to.")
+    rounds: int = option(4, "Passes over the latents, each with its own noise and timesteps.", ge=1)
+    samples: int = option(8, "Images to generate with the teacher for the students' reports; 0 for none.", ge=0)
+    samples_guidance: float = option(7.0, "Classifier-free guidance of those images.", ge=1.0)
+    samples_batch_size: int = option(4, "Images per forward pass of those images.", ge=1)
+    batch_size: int = option(8, "Entries per forward pass.", ge=1)
+    seed: int = option(0, "Seed for noise, timesteps, dither and all other random draws.", ge=0)
+    noise_offset: float = option(0.0, "Standard deviation of an offset added to each channel of the noise.", ge=0.0)
+    input_perturbation: float = option(0.0, "Strength of extra input noise that is not part of the target.", ge=0.0)
+    uncond_fraction: float = option(0.0, "Share of entries that get the empty prompt.", ge=0.0, le=1.0)
+    prediction_type: str | None = option(
+        None, "The teacher's prediction type; by default as in its scheduler's config.", choices=PREDICTION_TYPES
+    )
+    compile: bool = option(False, "Compile the teacher with torch.compile: a slow start, then faster passes.")
+    entries_per_shard: int = option(250, "Entries per shard.", ge=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.students:
+            raise UserError(f"--students names no level. Choose from {', '.join(LEVELS)}.")
