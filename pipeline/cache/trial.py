@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
+from tqdm import tqdm
 
 from pipeline.cache.targets import Teacher, compress_targets, run_teacher
 from pipeline.core.taps import Taps
@@ -67,15 +68,17 @@ def try_teacher(
     teacher = Teacher(unet, family, Taps(unet, taps), alphas_cumprod, {})
     images = [random_image(index, shapes) for index in range(batch_size)]
     running, compressing, batches = 0.0, 0.0, -1
-    while batches < BATCHES or running + compressing < SECONDS:
-        started = time.perf_counter()
-        targets = run_teacher(images, 0, spec, teacher)
-        computed = time.perf_counter()
-        compress_targets(targets)
-        batches += 1
-        if batches:
-            running += computed - started
-            compressing += time.perf_counter() - computed
+    with tqdm(unit="batch", desc="trial") as progress:
+        while batches < BATCHES or running + compressing < SECONDS:
+            started = time.perf_counter()
+            targets = run_teacher(images, 0, spec, teacher)
+            computed = time.perf_counter()
+            compress_targets(targets)
+            batches += 1
+            if batches:
+                running += computed - started
+                compressing += time.perf_counter() - computed
+            progress.update()
     teacher.taps.remove()
     entries = batches * batch_size
     return Trial(running / entries, compressing / entries, is_accelerator(unet.device))

@@ -96,6 +96,7 @@ def export_onnx(settings: ExportSettings, folder: Path) -> None:
     unet, family = load_unet(folder, settings.variant), family_of(folder)
     require_space(settings.out, bytes_of(unet), "export a smaller level")
     conditioning = family.conditioning_shapes(folder)
+    say("Writing the graph; the exporter shows no progress and may take minutes.", err=True)
     with atomic_directory(settings.out) as out:
         onnx.write_onnx(unet, family, conditioning, out)
         deviation = onnx.largest_difference(unet, family, conditioning, out)

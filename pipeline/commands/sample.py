@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from pipeline.models.load import find_pipeline
 from pipeline.sampling.generate import Sampler, check_sampler, generate, save_images
@@ -18,6 +18,8 @@ from pipeline.system.prompts import gather_prompts
 SHEET = "sheet.png"
 # The most images that a contact sheet shows, and their longer side on it.
 SHOWN, THUMBNAIL = 64, 256
+# Of the prompts on it, in pixels: the font's size, and the least width. GAP is between the images.
+CAPTION_SIZE, LINE_HEIGHT, CAPTION_LINES, CAPTION_WIDTH, GAP = 12, 14, 3, 128, 8
 
 
 def run(settings: SampleSettings) -> None:
@@ -40,18 +42,51 @@ def run(settings: SampleSettings) -> None:
     check_sampler(pipe.scheduler, sampler, f"--model {settings.model}")
     samples = generate(pipe, prompts, sampler, "sample")
     save_images(samples, sampler, settings.out)
-    contact_sheet(samples.images).save(settings.out / SHEET)
+    contact_sheet(samples.images, samples.prompts).save(settings.out / SHEET)
     say(f"Wrote {len(prompts)} images and {SHEET} to {settings.out}, {samples.seconds:.2f} seconds per image.")
 
 
-def contact_sheet(images: list[Image.Image]) -> Image.Image:
-    """The first SHOWN images, all of the same size, arranged in a rough square."""
+def contact_sheet(images: list[Image.Image], prompts: list[str]) -> Image.Image:
+    """The first SHOWN images, all of the same size, each above its prompt, arranged in a rough square."""
     shown = images[:SHOWN]
     scale = min(1.0, THUMBNAIL / max(shown[0].size))
     width, height = (max(1, round(side * scale)) for side in shown[0].size)
+    image_size = width, height
+    # Small images still have room for some words.
+    width = max(width, CAPTION_WIDTH)
     columns = math.ceil(math.sqrt(len(shown)))
-    sheet = Image.new("RGB", (columns * width, math.ceil(len(shown) / columns) * height), "white")
-    for i, image in enumerate(shown):
+    font = ImageFont.load_default(CAPTION_SIZE)
+    row_height = height + CAPTION_LINES * LINE_HEIGHT + GAP
+    sheet = Image.new("RGB", (columns * (width + GAP), math.ceil(len(shown) / columns) * row_height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (image, prompt) in enumerate(zip(shown, prompts, strict=False)):
         row, column = divmod(i, columns)
-        sheet.paste(image.resize((width, height)), (column * width, row * height))
+        left, top = column * (width + GAP), row * row_height
+        sheet.paste(image.resize(image_size), (left, top))
+        for number, line in enumerate(caption_lines(prompt, font, width)):
+            draw.text((left, top + height + number * LINE_HEIGHT), line, "black", font)
     return sheet
+
+
+def caption_lines(prompt: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+    """The prompt in at most CAPTION_LINES lines that are no wider than `width` pixels; an ellipsis where it is cut."""
+    lines = [""]
+    for word in prompt.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    if len(lines) > CAPTION_LINES:
+        lines = [*lines[: CAPTION_LINES - 1], f"{lines[CAPTION_LINES - 1]} ..."]
+    return [cut(line, font, width) for line in lines]
+
+
+def cut(line: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    """The line, or as much of it as is no wider than `width` pixels, with an ellipsis."""
+    if font.getlength(line) <= width:
+        return line
+    line = line.removesuffix(" ...")
+    while line and font.getlength(f"{line} ...") > width:
+        line = line[:-1]
+    return f"{line} ..."

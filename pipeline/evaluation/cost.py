@@ -15,6 +15,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
 from pipeline.models.families import Family, Shapes, denoise, random_conditioning
 from pipeline.models.load import MODEL_INDEX
@@ -82,20 +83,22 @@ def forward_seconds(
             torch.accelerator.synchronize()
 
     with torch.inference_mode():
-        return in_turns({name: functools.partial(forward, name) for name in unets}, repeats)
+        return in_turns({name: functools.partial(forward, name) for name in unets}, repeats, "timing a forward pass")
 
 
-def in_turns(actions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+def in_turns(actions: dict[str, Callable[[], Any]], repeats: int, description: str) -> dict[str, float]:
     """The median seconds of each action. They take turns, so that other load on the machine affects all of them alike.
 
-    The first turn of each action is a warm-up and is not counted.
+    The first turn of each action is a warm-up and is not counted. `description` labels the progress bar.
     """
     seconds: dict[str, list[float]] = {name: [] for name in actions}
-    for _ in range(repeats + 1):
-        for name, action in actions.items():
-            started = time.perf_counter()
-            action()
-            seconds[name].append(time.perf_counter() - started)
+    with tqdm(total=(repeats + 1) * len(actions), unit="turn", desc=description) as progress:
+        for _ in range(repeats + 1):
+            for name, action in actions.items():
+                started = time.perf_counter()
+                action()
+                seconds[name].append(time.perf_counter() - started)
+                progress.update()
     return {name: median(times[1:]) for name, times in seconds.items()}
 
 
@@ -108,7 +111,8 @@ def image_costs(models: dict[str, PipelineRef], sampler: Sampler, repeats: int) 
         def generate_batch(name: str) -> None:
             memory[name] = processes[name](prompts, sampler, None).peak_memory
 
-        seconds = in_turns({name: functools.partial(generate_batch, name) for name in models}, repeats)
+        actions: dict[str, Callable[[], Any]] = {name: functools.partial(generate_batch, name) for name in models}
+        seconds = in_turns(actions, repeats, "timing images")
     return {name: {"seconds": seconds[name] / sampler.batch_size, "peak_memory": memory[name]} for name in models}
 
 

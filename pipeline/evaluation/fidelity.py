@@ -158,7 +158,7 @@ def mean_squares(teacher: dict[str, Tensor], student: dict[str, Tensor], pairs: 
 
 def summed_mean_square(values: Tensor) -> float:
     """The mean square per entry of (B, C, H, W), summed over the batch."""
-    return values.square().flatten(1).mean(dim=1).double().sum().item()
+    return values.square().flatten(1).mean(dim=1).cpu().double().sum().item()
 
 
 def named_errors(squares: np.ndarray, pairs: Pairs) -> dict[str, Any]:

@@ -221,7 +221,7 @@ def inception_features(batches: Iterable[Tensor], inception: Inception, total: i
     with tqdm(total=total, unit="image", desc=f"{name}, Inception") as progress:
         for batch in batches:
             pooled, unbiased = inception(batch)
-            features.append(pooled.double().cpu())
+            features.append(pooled.cpu().double())
             logits.append(unbiased.float().cpu())
             progress.update(len(batch))
     return torch.cat(features), torch.cat(logits)

@@ -65,7 +65,7 @@ def compare(
     for _ in range(TURNS):
         for model, times in zip((unet, quantised), seconds, strict=True):
             times.append(_forward(model, inputs, family)[1])
-    plain, other = (output.double() for output in outputs)
+    plain, other = (output.cpu().double() for output in outputs)
     error = ((plain - other).square().mean() / plain.square().mean()).item()
     return (0.0, statistics.median(seconds[0])), (error, statistics.median(seconds[1]))
 

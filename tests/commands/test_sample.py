@@ -7,11 +7,11 @@ import pytest
 import torch
 from click.testing import CliRunner
 from diffusers import DiffusionPipeline, PNDMScheduler
-from PIL import Image
+from PIL import Image, ImageFont
 from support.stages import reset_accelerate
 
 from pipeline.cli import main
-from pipeline.commands.sample import contact_sheet
+from pipeline.commands.sample import CAPTION_LINES, GAP, LINE_HEIGHT, caption_lines, contact_sheet
 
 
 def sample(teacher, out, *options):
@@ -78,12 +78,29 @@ def test_every_scheduler_generates(teacher, tmp_path, scheduler):
     assert read_images(tmp_path / "out")[0].std() > 0
 
 
-def test_a_contact_sheet_is_roughly_square():
+def test_a_contact_sheet_is_roughly_square_and_bears_the_prompts():
     images = [Image.new("RGB", (512, 256), (i, 0, 0)) for i in range(70)]
-    sheet = contact_sheet(images)
-    assert sheet.size == (8 * 256, 8 * 128)
-    assert sheet.getpixel((256, 128))[0] == 9
-    assert contact_sheet(images[:3]).size == (512, 256)
+    sheet = contact_sheet(images, [""] * 70)
+    below = CAPTION_LINES * LINE_HEIGHT + GAP
+    assert sheet.size == (8 * (256 + GAP), 8 * (128 + below))
+    assert sheet.getpixel((256 + GAP, 128 + below))[0] == 9
+    assert contact_sheet(images[:3], [""] * 3).width == 2 * (256 + GAP)
+    caption = (0, 128, 256, 128 + LINE_HEIGHT)
+    assert sheet.crop(caption).getextrema() == ((255, 255),) * 3
+    assert contact_sheet(images[:1], ["a red cat"]).crop(caption).getextrema() == ((0, 255),) * 3
+
+
+@pytest.mark.parametrize(
+    "prompt", ["a red cat", "a red cat that sleeps on a blue mat " * 9, "ab" * 500, "", "one " * 4 + "x" * 300 + " end"]
+)
+def test_the_lines_of_a_caption_fit(prompt):
+    font = ImageFont.load_default(12)
+    lines = caption_lines(prompt, font, 128)
+    assert len(lines) <= CAPTION_LINES
+    assert all(font.getlength(line) <= 128 for line in lines)
+    kept = " ".join(lines).replace(" ...", "")
+    assert prompt.startswith(kept[:20])
+    assert ("..." in "".join(lines)) == (font.getlength(prompt) > 3 * 128)
 
 
 @pytest.mark.parametrize(

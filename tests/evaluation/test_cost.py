@@ -91,7 +91,7 @@ def test_actions_take_turns_and_the_first_turn_does_not_count(monkeypatch):
 
         return act
 
-    assert in_turns({"teacher": action("teacher", 3.0), "student": action("student", 2.0)}, 3) == {
+    assert in_turns({"teacher": action("teacher", 3.0), "student": action("student", 2.0)}, 3, "") == {
         "teacher": pytest.approx(3.0),
         "student": pytest.approx(2.0),
     }
