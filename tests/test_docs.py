@@ -26,7 +26,7 @@ from support.stages import reset_accelerate, run_encode, run_teacher_cache
 from support.web import IMG2DATASET, serving, write_list
 from test_floors import FLOORS
 
-from pipeline.cli import COMMANDS, main
+from pipeline.cli import main
 from pipeline.data.source import OpenSource
 from pipeline.settings.data import DataSettings
 from shards.dataset import CacheDataset
@@ -203,10 +203,11 @@ def test_every_command_takes_its_options(command, at_desk):
     """Also those that are not run: they need several devices, or a minute."""
     if command.startswith("distill-sd "):
         _, name, arguments = command.split(" ", 2)
-        module = COMMANDS[name][0]
+        made = main.commands[name]
     else:
-        _, module, arguments = re.split(r" -m (\S+) ", command)
-    importlib.import_module(module).command.make_context(module, shlex.split(arguments))
+        _, name, arguments = re.split(r" -m (\S+) ", command)
+        made = importlib.import_module(name).command
+    made.make_context(name, shlex.split(arguments))
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if snippets_of(page)])
@@ -227,7 +228,7 @@ def test_the_snippets_of_a_page_run(page, at_desk, monkeypatch):
 
 def test_every_command_is_on_a_page():
     named = {command.split()[1] for command in ALL_COMMANDS if command.startswith("distill-sd ")}
-    assert named >= set(COMMANDS) - {"demo-teacher"}
+    assert named >= main.commands.keys() - {"demo-teacher"}
 
 
 def options_of(command: click.Command) -> set[str]:
@@ -240,8 +241,7 @@ def options_of(command: click.Command) -> set[str]:
 
 
 def test_every_option_named_exists():
-    context = click.Context(main)
-    known = set.union(FOREIGN_OPTIONS, *(options_of(main.get_command(context, name)) for name in COMMANDS))
+    known = set.union(FOREIGN_OPTIONS, *map(options_of, main.commands.values()))
     for page in PAGES:
         assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]*", TEXTS[page])) <= known, page
 
