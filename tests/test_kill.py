@@ -115,7 +115,9 @@ def made(out):
     """All bytes that a stage made, but for settings, which name the directory, and the seconds in the metrics."""
     kept = {name: data for name, data in tree(out).items() if name not in SETTINGS and not name.endswith("state.pt")}
     lines = metrics(out) if (out / "metrics.jsonl").is_file() else []
-    return kept, [{key: value for key, value in line.items() if key != "samples_per_second"} for line in lines]
+    return kept, [
+        {key: value for key, value in line.items() if key not in ("samples_per_second", "seconds")} for line in lines
+    ]
 
 
 def check_whole_or_unfinished(out, stage):

@@ -32,6 +32,7 @@ from pipeline.system.jsonl import read_jsonl
 from pipeline.system.lock import OutputLock
 from pipeline.system.page import REPORT
 from pipeline.training.accelerator import make_accelerator, resolve_precision
+from pipeline.training.held_out import held_out_of
 from pipeline.training.initial_student import initial_student, weights_sha256s
 from pipeline.training.loader import batches
 from pipeline.training.loop import Training, prepare_training, run_training, start
@@ -146,6 +147,7 @@ def training_spec(settings: DistillSettings, processes: int) -> dict[str, Any]:
 def prepare(settings: DistillSettings, dataset: CacheDataset, accelerator: Accelerator) -> Training:
     """The student, initial or from the newest checkpoint, and everything that trains it, on the device."""
     spec, transform = dataset.shards.manifest.spec, Transform()
+    noise_scheduler = DDPMScheduler.from_config(spec["noise_scheduler"])
     student, state = start(
         settings, transform, lambda: initial_student(settings.cache, settings.level, settings.init_from)
     )
@@ -160,8 +162,9 @@ def prepare(settings: DistillSettings, dataset: CacheDataset, accelerator: Accel
         transform=transform,
         family=family_of_spec(spec),
         dataset=dataset,
-        noise_scheduler=DDPMScheduler.from_config(spec["noise_scheduler"]),
+        noise_scheduler=noise_scheduler,
         base=settings.cache / BASE,
+        held_out=held_out_of(settings, spec, len(noise_scheduler.alphas_cumprod)),
     )
 
 
@@ -233,6 +236,7 @@ def plan(settings: DistillSettings) -> list[str]:
     check_out(settings, inputs_of(settings))
     dataset = open_cache(settings)
     settings = resolve_steps_and_lr(settings, len(dataset), 1)
+    held_out_of(settings, dataset.shards.manifest.spec, 1000)
     steps, done = settings.max_train_steps or 0, checkpointed_step(settings.out)
     batch = settings.train_batch_size * settings.gradient_accumulation_steps
     left = max(0, steps - done)

@@ -31,6 +31,7 @@ from pipeline.system.echo import say
 from pipeline.system.errors import UserError, attempt_all
 from pipeline.system.lock import OutputLock
 from pipeline.training.accelerator import make_accelerator, resolve_precision
+from pipeline.training.held_out import held_out_of
 from pipeline.training.loader import collated_batches
 from pipeline.training.loop import Training, prepare_training, run_training, start
 from pipeline.training.lora import Lora
@@ -147,6 +148,7 @@ def prepare(
     check_model(settings, folder, dataset)
     transform = transform_of(settings)
     student, state = start(settings, transform, lambda: unet)
+    spec, noise_scheduler = dataset.shards.manifest.spec, load_noise_scheduler(folder, settings.prediction_type)
     return prepare_training(
         settings,
         accelerator,
@@ -154,10 +156,11 @@ def prepare(
         state,
         objective=Objective(snr_gamma=settings.snr_gamma),
         transform=transform,
-        family=family_of_spec(dataset.shards.manifest.spec),
+        family=family_of_spec(spec),
         dataset=dataset,
-        noise_scheduler=load_noise_scheduler(folder, settings.prediction_type),
+        noise_scheduler=noise_scheduler,
         base=folder,
+        held_out=held_out_of(settings, spec, len(noise_scheduler.alphas_cumprod)),
     )
 
 
@@ -240,6 +243,7 @@ def plan(settings: FinetuneSettings) -> list[str]:
     folder = find_pipeline(settings.model, settings.revision, settings.variant, "--model")
     settings = resolve_steps_and_lr(settings, len(dataset), 1)
     check_model(settings, folder, dataset)
+    held_out_of(settings, dataset.shards.manifest.spec, 1000)
     unet = load_unet(folder, settings.variant)
     transform_of(settings).prepare(unet)
     trained = sum(p.numel() for p in unet.parameters() if p.requires_grad)

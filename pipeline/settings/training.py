@@ -60,7 +60,11 @@ class TrainingSettings(DeviceOptions):
     validation_prompts: Path | None = option(
         None, "Text file with one prompt per line, to generate images of during training."
     )
-    validation_steps: int = option(500, "Optimiser steps between validation images.", ge=1)
+    validation_latents: Path | None = option(
+        None,
+        "Latents of held-out images, or a cache of them, to measure the error on before, during and after training.",
+    )
+    validation_steps: int = option(500, "Optimiser steps between validation images and held-out errors.", ge=1)
     report_to: str = option("none", "Also log the metrics to this tracker.", choices=("none", *TRACKERS))
     push_to_hub: str | None = option(None, "Repository on the model hub, as owner/name, to upload the student to.")
     dataloader_num_workers: int | None = option(
@@ -99,6 +103,7 @@ MAY_CHANGE_ON_RESUME = (
     "compile",
     "report_to",
     "validation_prompts",
+    "validation_latents",
     "validation_steps",
     "push_to_hub",
 )

@@ -3,7 +3,7 @@
 A step: batch of entries -> noisy latents -> student U-Net -> losses -> backward -> AdamW.
 
 The files next to this one, in the order of a run: settings, output, accelerator, initial_student, transform, optimizer,
-checkpoint, loader, objective, metrics, interrupts, validation, report.
+checkpoint, loader, objective, metrics, interrupts, validation, held_out, report.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from pipeline.training.checkpoint import (
     reading_checkpoint,
     save_checkpoint,
 )
+from pipeline.training.held_out import HeldOut
 from pipeline.training.interrupts import Interrupts
 from pipeline.training.metrics import Metrics, SeenBatch
 from pipeline.training.objective import Objective
@@ -49,7 +50,7 @@ from pipeline.training.optimizer import check_moments, laid_out_like, make_optim
 from pipeline.training.output import CHECKPOINTS, FINISHED, METRICS, VALIDATION, weights_of
 from pipeline.training.peers import Peers
 from pipeline.training.transform import Transform
-from pipeline.training.validation import generate_validation
+from pipeline.training.validation import evaluated, generate_validation
 from shards.dataset import Batch
 from shards.files import write_json
 
@@ -63,8 +64,9 @@ class Training:
 
     `model` is the student as accelerate wraps it, `base` the pipeline that it belongs to. `step` counts optimiser
     steps; `position` counts the entries taken from the stream of epochs, by all processes together. `prompts` are for
-    validation images. `metrics` are the sums since the last line of metrics.jsonl, where the training stopped between
-    two. `problems` tell what failed without stopping the training.
+    validation images, and `held_out` is for the error on images that are not trained on. `metrics` are the sums since
+    the last line of metrics.jsonl, where the training stopped between two. `problems` tell what failed without
+    stopping the training.
     """
 
     student: UNet2DConditionModel
@@ -82,6 +84,7 @@ class Training:
     alphas_cumprod: Tensor
     prediction_type: str
     prompts: list[str]
+    held_out: HeldOut | None = None
     step: int = 0
     position: int = 0
     metrics: dict[str, Any] | None = None
@@ -147,6 +150,7 @@ def prepare_training(
     dataset: Sized,
     noise_scheduler: DDPMScheduler,
     base: Path,
+    held_out: HeldOut | None = None,
 ) -> Training:
     """Everything that trains the student, on the device; with the `state` of a checkpoint if there is one."""
     prompts = read_prompts(settings.validation_prompts) if settings.validation_prompts else []
@@ -187,6 +191,7 @@ def prepare_training(
         alphas_cumprod=noise_scheduler.alphas_cumprod.to(accelerator.device),
         prediction_type=noise_scheduler.config.prediction_type,
         prompts=prompts,
+        held_out=held_out,
     )
     if state is not None:
         with reading_checkpoint(list_checkpoints(settings.out / CHECKPOINTS)[-1][1]):
@@ -237,6 +242,8 @@ def train(settings: TrainingSettings, accelerator: Accelerator, training: Traini
     path = settings.out / METRICS
     metrics = Metrics(path, accelerator, settings.command, training.step, total_steps, training.metrics)
     with closing(metrics), Interrupts() as interrupts, training.peers.told_when_lost():
+        if not training.step:
+            measure_held_out(accelerator, training, metrics)
         while training.step < total_steps:
             batch = next(stream)
             with accelerator.accumulate(training.model), compile_failures(settings.compile):
@@ -290,10 +297,14 @@ def after_step(
     if logging:
         epoch = training.position / len(training.dataset)
         metrics.log(training.step, means, learning_rate=learning_rate, epoch=epoch, **norms)
+    validating = training.step % settings.validation_steps == 0
+    if not stop and (validating or training.step == settings.max_train_steps):
+        # Before the checkpoint: a run that is killed between the two repeats both.
+        measure_held_out(accelerator, training, metrics)
     if interval or stop:
         training.metrics = metrics.state()
         save_state(settings, accelerator, training)
-    if training.prompts and not stop and training.step % settings.validation_steps == 0:
+    if training.prompts and not stop and validating:
         validate(settings, accelerator, training)
 
 
@@ -305,21 +316,29 @@ def validate(settings: TrainingSettings, accelerator: Accelerator, training: Tra
     if accelerator.is_main_process:
         name = f"step-{training.step:07d}"
         try:
-            generate_validation(
-                training.student,
-                training.trained,
-                training.ema,
-                training.base,
-                training.prompts,
-                settings.out / VALIDATION / name,
-                name,
-            )
+            with evaluated(training.student, training.trained, training.ema):
+                generate_validation(
+                    training.student, training.base, training.prompts, settings.out / VALIDATION / name, name
+                )
         except (UserError, *FAILURES) as error:
             training.problems.append(
                 f"validation images of step {training.step} failed ({first_line(error)}). To make some of the finished "
                 f"student, run `distill-sd sample --model {settings.out} --prompts {settings.validation_prompts}`."
             )
             say(training.problems[-1], err=True)
+    training.peers.wait()
+
+
+def measure_held_out(accelerator: Accelerator, training: Training, metrics: Metrics) -> None:
+    """The student's error on held-out entries, measured by the main process while the others wait."""
+    if training.held_out is None:
+        return
+    if accelerator.is_main_process:
+        with evaluated(training.student, training.trained, training.ema):
+            errors = training.held_out.errors(
+                training.student, training.family, training.alphas_cumprod, training.prediction_type, accelerator
+            )
+        metrics.note(training.step, errors)
     training.peers.wait()
 
 

@@ -44,12 +44,13 @@ class Metrics:
         self._accelerator = accelerator
         self._step = step
         self._sums: dict[str, Tensor] = {}
-        self._summed = 0
+        self._summed, self._seconds = 0, 0.0
         if state:
             self._sums = {name: value.to(accelerator.device) for name, value in state["sums"].items()}
             self._summed = state["batches"]
+            self._seconds = state.get("seconds", 0.0)
         self._batches: list[SeenBatch] = []
-        self._since = time.monotonic()
+        self._since = self._started = time.monotonic()
         main = accelerator.is_main_process
         self._bar = tqdm(total=max_train_steps, initial=step, unit="step", desc=name, disable=not main)
         self._file = None
@@ -60,7 +61,7 @@ class Metrics:
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of the sums since the last line: their means over processes. All must call this."""
         sums = {name: self._accelerator.reduce(value, reduction="mean").cpu() for name, value in self._sums.items()}
-        return {"sums": sums, "batches": self._summed}
+        return {"sums": sums, "batches": self._summed, "seconds": self._elapsed()}
 
     def add(self, terms: dict[str, Tensor], total: Tensor, keys: tuple[str, ...]) -> None:
         """Add a batch's terms, float32 scalars on the device, and the keys of its entries. Does not synchronise."""
@@ -92,14 +93,28 @@ class Metrics:
         line = {"step": step, **means, **values}
         entries = sum(len(batch.keys) for batch in self._batches)
         line["samples_per_second"] = round(entries * self._accelerator.num_processes / seconds, 3)
+        line["seconds"] = round(self._elapsed(), 3)
         self._sums, self._summed, self._batches = {}, 0, []
-        if self._file:
-            self._file.write(json.dumps({k: v if math.isfinite(v) else str(v) for k, v in line.items()}) + "\n")
-            self._file.flush()
-        self._accelerator.log({k: v for k, v in line.items() if k != "step"}, step=step)
+        self._write(line)
         feature = sum(mean for name, mean in line.items() if name.startswith("feature/"))
         shown = {k: line[k] for k in ("loss", "task", "output") if k in line} | {"feature": feature}
         self._bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()})
+
+    def note(self, step: int, values: dict[str, float]) -> None:
+        """Write a line of its own. The main process calls this, outside the means of the steps."""
+        self._write({"step": step, **values})
+        # What it took is not the speed of the training.
+        self._since = time.monotonic()
+
+    def _write(self, line: dict[str, float]) -> None:
+        if self._file:
+            self._file.write(json.dumps({k: v if math.isfinite(v) else str(v) for k, v in line.items()}) + "\n")
+            self._file.flush()
+        self._accelerator.log({k: v for k, v in line.items() if k != "step"}, step=int(line["step"]))
+
+    def _elapsed(self) -> float:
+        """The seconds that the training has taken, over all its runs."""
+        return self._seconds + time.monotonic() - self._started
 
     def close(self) -> None:
         self._bar.close()

@@ -1,8 +1,10 @@
-"""Images of a student in training, of the same prompts and seeds at regular steps."""
+"""A student in training as it will be saved, and images of it: the same prompts and seeds at regular steps."""
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from diffusers import UNet2DConditionModel
@@ -13,31 +15,28 @@ from pipeline.models.load import load_base
 from pipeline.sampling.generate import Sampler, generate, save_images
 
 
-def generate_validation(
-    student: UNet2DConditionModel,
-    trained: list[nn.Parameter],
-    ema: EMAModel | None,
-    base: Path,
-    prompts: list[str],
-    folder: Path,
-    name: str,
-) -> None:
-    """Generate an image per prompt with the student, or with the average of its `trained` parameters if there is one.
-
-    The images go into `folder`. The student is left unchanged. The other parts of the pipeline are loaded from `base`
-    and dropped afterwards.
-    """
+@contextmanager
+def evaluated(student: UNet2DConditionModel, trained: list[nn.Parameter], ema: EMAModel | None) -> Iterator[None]:
+    """The student in evaluation mode, with the average of its `trained` parameters if there is one, for a block."""
     if ema:
         ema.store(trained)
         ema.copy_to(trained)
     student.eval()
     try:
-        pipe = load_base(base, unet=student).to(student.device)
-        sampler = Sampler()
-        images = generate(pipe, prompts, sampler, name)
+        yield
     finally:
         student.train()
         if ema:
             ema.restore(trained)
+
+
+def generate_validation(student: UNet2DConditionModel, base: Path, prompts: list[str], folder: Path, name: str) -> None:
+    """Generate an image per prompt with the student, as it is, into `folder`.
+
+    The other parts of the pipeline are loaded from `base` and dropped afterwards.
+    """
+    pipe = load_base(base, unet=student).to(student.device)
+    sampler = Sampler()
+    images = generate(pipe, prompts, sampler, name)
     shutil.rmtree(folder, ignore_errors=True)
     save_images(images, sampler, folder)
