@@ -9,15 +9,20 @@ A file holds the options of one command, as --dry-run prints them, or of several
 from __future__ import annotations
 
 import difflib
+import reprlib
+import typing
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import click
-import yaml
 
-from pipeline.system.settings import Settings, flag
+from pipeline.system.settings import Settings, flag, kind_of
+from pipeline.system.yaml_file import parse_yaml
 
+# Lists of lists by aliases can be without end.
+SHORT = reprlib.Repr()
+SHORT.maxlevel = 2
 PRESETS = Path(__file__).parents[1] / "presets"
 
 
@@ -37,7 +42,7 @@ def config_options(settings: type[Settings]) -> list[click.Parameter]:
     options: list[click.Parameter] = [
         click.Option(["--config"], metavar="FILE", help="YAML file of options, as --dry-run prints them.", **eager)
     ]
-    presets = [file.stem for file in sorted(PRESETS.glob("*.yaml")) if command in yaml.safe_load(file.read_text())]
+    presets = [file.stem for file in sorted(PRESETS.glob("*.yaml")) if command in parse_yaml(file.read_text())]
     if presets:
         options.append(
             click.Option(["--preset"], type=click.Choice(presets), help="Options of a published recipe.", **eager)
@@ -49,15 +54,16 @@ def section_of(file: Path, settings: type[Settings]) -> dict[str, Any]:
     """The options of a command that a file holds, by the names of its settings. Raises click.UsageError."""
     command = settings.command
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise click.UsageError(f"--config {file} cannot be read: {' '.join(str(error).split())}") from None
+        content = parse_yaml(file.read_text(encoding="utf-8")) or {}
+    except (OSError, ValueError) as error:
+        raise click.UsageError(f"--config {file} cannot be read: {error}") from None
     if not isinstance(content, dict):
         raise click.UsageError(f"--config {file} is not a list of options. Write lines such as `seed: 0`.")
     if content and all(isinstance(value, dict) for value in content.values()):
         if command not in content:
             raise click.UsageError(f"--config {file} has no section {command}. It has {', '.join(map(str, content))}.")
         content = content[command]
+    hints = typing.get_type_hints(settings)
     known = [setting.name for setting in fields(settings)]
     found = {}
     for key, value in content.items():
@@ -66,8 +72,24 @@ def section_of(file: Path, settings: type[Settings]) -> dict[str, Any]:
             close = difflib.get_close_matches(name, known, n=1)
             meant = f" Did you mean {flag(close[0])[2:]}?" if close else ""
             raise click.UsageError(f"--config {file}: {command} has no option {key!r}.{meant}")
-        if isinstance(value, dict):
-            raise click.UsageError(f"--config {file}: {key} is a list of options, not a value.")
         if value is not None:
+            expected = mismatch(value, kind_of(hints[name]))
+            if expected:
+                raise click.UsageError(f"--config {file}: {key} is {SHORT.repr(value)}; write {expected}.")
             found[name] = value
     return found
+
+
+def mismatch(value: Any, kind: Any) -> str | None:
+    """What to write for an option of this kind in place of a value that is none of its values, or None if it is one."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is bool:
+        return None if isinstance(value, bool) else "true or false"
+    if kind is int:
+        return None if is_number and isinstance(value, int) else "a whole number"
+    if kind is float:
+        return None if is_number else "a number"
+    if typing.get_origin(kind) is tuple:
+        items = value if isinstance(value, list) else [value]
+        return None if all(isinstance(item, str) for item in items) else "text, or a list of texts, each in quotes"
+    return None if isinstance(value, str) else "text, in quotes"

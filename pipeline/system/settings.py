@@ -63,7 +63,7 @@ class Settings:
         hints = typing.get_type_hints(type(self))
         for setting in fields(self):
             value = getattr(self, setting.name)
-            if isinstance(value, str) and _without_none(hints[setting.name]) is Path:
+            if isinstance(value, str) and kind_of(hints[setting.name]) is Path:
                 object.__setattr__(self, setting.name, Path(value))
             elif isinstance(value, list):
                 value = tuple(value)
@@ -138,7 +138,7 @@ def _ordered(settings: type[Settings]) -> list[dataclasses.Field[Any]]:
 
 
 def _click_option(setting: dataclasses.Field[Any], hint: Any) -> click.Parameter:
-    kind = _without_none(hint)
+    kind = kind_of(hint)
     if setting.metadata["argument"]:
         return click.Argument([setting.name], type=kind, metavar="DIR")
     name, help = flag(setting.name), setting.metadata["help"]
@@ -168,7 +168,8 @@ def _parameter_type(kind: Any, setting: dataclasses.Field[Any]) -> Any:
     return click.Choice(choices) if choices else kind
 
 
-def _without_none(hint: Any) -> Any:
+def kind_of(hint: Any) -> Any:
+    """The type of a setting's values besides None."""
     if isinstance(hint, types.UnionType):
         return next(part for part in typing.get_args(hint) if part is not types.NoneType)
     return hint

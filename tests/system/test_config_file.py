@@ -70,8 +70,24 @@ def test_the_command_line_wins_then_the_file_then_the_preset(tmp_path):
         ("chache: c", "distill has no option 'chache'. Did you mean cache?"),
         ("seed: [", "cannot be read"),
         ("- seed", "is not a list of options. Write lines such as `seed: 0`."),
-        ("cache: c\nout: o\nlevel: sd_tiny\nseed: many", "'many' is not a valid integer"),
-        ("seed: {a: 1}\nlevel: sd_tiny", "seed is a list of options, not a value"),
+        ("seed: many", "seed is 'many'; write a whole number."),
+        ("seed: {a: 1}\nlevel: sd_tiny", "seed is {'a': 1}; write a whole number."),
+        ("seed: 010", "seed is '010'; write a whole number."),
+        ("seed: 1:30", "seed is '1:30'; write a whole number."),
+        ("seed: 2024-01-01", "seed is '2024-01-01'; write a whole number."),
+        ("seed: [1, 2]", "seed is [1, 2]; write a whole number."),
+        ("train_batch_size: 1.9", "train_batch_size is 1.9; write a whole number."),
+        ("train_batch_size: true", "train_batch_size is True; write a whole number."),
+        ("learning_rate: yes", "learning_rate is 'yes'; write a number."),
+        ("use_ema: 3", "use_ema is 3; write true or false."),
+        ("use_ema: yes", "use_ema is 'yes'; write true or false."),
+        ("use_ema: [no]", "use_ema is ['no']; write true or false."),
+        ("push_to_hub: 123", "push_to_hub is 123; write text, in quotes."),
+        ("validation_prompts: 5", "validation_prompts is 5; write text, in quotes."),
+        ("init_from: true", "init_from is True; write text, in quotes."),
+        ("seed: 1\nseed: 2", "'seed' is given twice"),
+        ("[" * 5000, "it is nested too deeply"),
+        ("a: &a [x, x]\nb: &b [*a, *a]\nc: &c [*b, *b]\nlevel: [*c, *c]", "has no option 'a'"),
         ("cache: c\nout: o\nlevel: sd_huge", "'sd_huge' is not one of"),
         ("learning_rate: -1\ncache: c\nout: o\nlevel: sd_tiny", "--learning-rate is -1.0; it must be more than 0.0"),
     ],
@@ -81,6 +97,27 @@ def test_a_mistake_in_the_file_is_named(tmp_path, text, message):
     status, output, _ = run("distill", "--config", tmp_path / "run.yaml")
     assert status == 2
     assert message in " ".join(output.split())
+
+
+def test_a_value_that_unfolds_to_millions_is_shown_in_short(tmp_path):
+    bomb = "x"
+    for name in "abcdefghijklmnopqrstuvwxyz":
+        bomb = f"[&{name} {bomb}, *{name}]"
+    (tmp_path / "run.yaml").write_text(f"level: {bomb}")
+    status, output, _ = run("distill", "--config", tmp_path / "run.yaml")
+    assert status == 2
+    assert "level is [[" in output
+    assert len(output) < 1000
+
+
+def test_plain_words_stay_what_they_are(tmp_path):
+    """YAML 1.1 reads them as false, 8 and a number of seconds."""
+    (tmp_path / "run.yaml").write_text(
+        "cache: 010\nout: 1:30\nlevel: sd_tiny\nmixed_precision: no\nlearning_rate: 1e-5\n"
+    )
+    _, output, arrived = run("distill", "--config", tmp_path / "run.yaml")
+    assert arrived.mixed_precision == "no", output
+    assert (str(arrived.cache), str(arrived.out), arrived.learning_rate) == ("010", "1:30", 1e-5)
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):
