@@ -258,9 +258,15 @@ def new_entry(image: LoadedImage, arrays: dict[str, np.ndarray], settings: Encod
     )
     for name, array in arrays.items():
         if not np.isfinite(array).all():
+            remedy = (
+                "Remove the image; if others fail too, check the weights and configs of the teacher's VAE and text "
+                "encoder, such as the scaling_factor."
+                if settings.dtype == "fp32"
+                else "Run with --dtype fp32, or remove the image."
+            )
             raise UserError(
                 f"the {name} of {printable(record.source_id)} contain NaN or Inf in {settings.dtype}, or do not fit in "
-                "fp16. Run with --dtype fp32, or remove the image."
+                f"fp16. {remedy}"
             )
         entry.add_array(name, array)
     return entry

@@ -187,7 +187,7 @@ def conclude(settings: VerifySettings, manifest: Manifest, found: Survey) -> Non
         raise UserError(f"{count} problem{'s' if count > 1 else ''} in {directory}; {held}, {damaged}")
     if found.unfinished:
         raise UserError(f"{directory} is unfinished; {held}; no problem in what is there")
-    say(f"{directory} is fine; {held}; checked: {depth(settings)}")
+    say(f"{directory} is fine; {held}; checked: {depth(settings, entries)}")
 
 
 def tell_unchecked(directory: Path, manifest: Manifest) -> None:
@@ -202,8 +202,9 @@ def tell_unchecked(directory: Path, manifest: Manifest) -> None:
         say(f"not checked to belong to this cache, because an earlier version did not record it: {', '.join(foreign)}")
 
 
-def depth(settings: VerifySettings) -> str:
+def depth(settings: VerifySettings, entries: int) -> str:
+    """What was checked, of a directory with so many intact entries."""
     done = ["manifest, sidecars and sizes"]
     done += ["every byte and member"] if settings.full else []
-    done += [f"{settings.recompute} entries with the teacher"] if settings.recompute else []
+    done += [f"{min(settings.recompute, entries)} entries with the teacher"] if settings.recompute else []
     return ", ".join(done)

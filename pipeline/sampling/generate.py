@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import (
     DDIMScheduler,
@@ -30,6 +31,7 @@ from tqdm import tqdm
 
 from pipeline.models.schedule import SCHEDULE
 from pipeline.system.device import DTYPES, device_name
+from pipeline.system.echo import printable
 from pipeline.system.errors import UserError, first_line
 from shards.files import atomic_directory, write_json
 
@@ -92,6 +94,7 @@ def generate(pipe: DiffusionPipeline, prompts: list[str], sampler: Sampler, desc
     """Generate one image per prompt. Each has its own seed, whatever the batch size.
 
     `description` labels the progress bar; None hides the bar. Images are decoded one by one, to take less memory.
+    Raises UserError if the network gives NaN.
     """
     height, width = sampler.size or image_size(pipe)
     original_scheduler, pipe.scheduler = pipe.scheduler, sampling_scheduler(pipe.scheduler, sampler.scheduler)
@@ -105,7 +108,7 @@ def generate(pipe: DiffusionPipeline, prompts: list[str], sampler: Sampler, desc
             chunk = prompts[first : first + sampler.batch_size]
             negative = None if sampler.negative_prompt is None else [sampler.negative_prompt] * len(chunk)
             generators = [torch.Generator().manual_seed(sampler.seed + first + i) for i in range(len(chunk))]
-            images += pipe(
+            pixels = pipe(
                 chunk,
                 height,
                 width,
@@ -113,13 +116,28 @@ def generate(pipe: DiffusionPipeline, prompts: list[str], sampler: Sampler, desc
                 guidance_scale=sampler.guidance_scale,
                 negative_prompt=negative,
                 generator=generators,
+                output_type="np",
             ).images
+            refuse_not_finite(pixels, chunk, pipe.unet.dtype)
+            images += pipe.numpy_to_pil(pixels)
             progress.update(len(chunk))
     pipe.scheduler = original_scheduler
     seconds = (time.perf_counter() - started) / len(prompts)
     parameters = sum(p.numel() for p in pipe.unet.parameters())
     device = f"{device_name(pipe.device)}, {_dtype_name(pipe.unet.dtype)}"
     return GeneratedImages(images, prompts, seconds, parameters, device)
+
+
+def refuse_not_finite(pixels: np.ndarray, prompts: list[str], dtype: torch.dtype) -> None:
+    """Raise UserError if one of the images (B, H, W, 3) holds NaN, which would be saved as black."""
+    bad = [prompt for image, prompt in zip(pixels, prompts, strict=True) if not np.isfinite(image).all()]
+    if bad:
+        remedy = (
+            "Check the weights and configs of its U-Net and VAE."
+            if dtype == torch.float32
+            else "Its U-Net or VAE overflows in this precision. Use --dtype fp32 or bf16, or another VAE."
+        )
+        raise UserError(f"the image of {printable(bad[0])!r} is NaN in {_dtype_name(dtype)}. {remedy}")
 
 
 def image_size(pipe: DiffusionPipeline) -> tuple[int, int]:

@@ -24,7 +24,7 @@ class EncodeSettings(DataSettings, DeviceOptions, HubOptions, ShardRangeOptions)
         REQUIRED, "Stable Diffusion pipeline: a folder in diffusers layout, a name on the hub, or demo."
     )
     out: Path = option(REQUIRED, "Directory to write the latents to.")
-    resolution: int = option(512, "Side of the square training images, in pixels.", ge=8)
+    resolution: int = option(512, "Side of the square training images, in pixels.", ge=8, le=16384)
     center_crop: bool = option(False, "Crop at the centre instead of a random position.")
     random_flip: bool = option(False, "Mirror a random half of the images.")
     min_size: int = option(0, "Skip images whose shorter side has fewer pixels. By default they are enlarged.", ge=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, fields, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import ClassVar
 
@@ -28,7 +29,7 @@ def bytes_of(size: str) -> int:
     matched = re.fullmatch(r"(\d+(?:\.\d+)?) *([A-Z]+)", size.strip().upper())
     if not matched or matched[2] not in UNITS:
         raise UserError(f"--budget {size!r} is not a size. Write it as 500GB or 1.5TB.")
-    return int(float(matched[1]) * UNITS[matched[2]])
+    return int(Fraction(matched[1]) * UNITS[matched[2]])
 
 
 def help_of(name: str) -> str:
@@ -47,7 +48,7 @@ class PlanSettings(CacheFormat, PrecisionOptions, HubOptions):
     teacher: str = option(REQUIRED, "The teacher: a folder (its configs are enough), a name on the hub, or demo.")
     images: int = option(REQUIRED, "Images to train on.", ge=1)
     rounds: int = option(4, "Passes over the images; with a budget, the minimum to aim for.", ge=1)
-    resolution: int = option(512, "Side of the images, in pixels.", ge=8)
+    resolution: int = option(512, "Side of the images, in pixels.", ge=8, le=16384)
     budget: str | None = option(
         None,
         "Bytes for latents and cache, such as 500GB; chooses rounds, and decibels and stride if they are not given.",

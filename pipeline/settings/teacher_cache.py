@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from pipeline.models.levels import LEVELS
 from pipeline.settings.cache_format import CacheFormat
-from pipeline.system.errors import UserError
 from pipeline.system.options import PREDICTION_TYPES, HubOptions, PrecisionOptions, ShardRangeOptions
 from pipeline.system.settings import REQUIRED, option
 
@@ -40,8 +38,3 @@ class TeacherCacheSettings(CacheFormat, PrecisionOptions, HubOptions, ShardRange
     )
     compile: bool = option(False, "Compile the teacher with torch.compile: a slow start, then faster passes.")
     entries_per_shard: int = option(250, "Entries per shard.", ge=1)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.students:
-            raise UserError(f"--students names no level. Choose from {', '.join(LEVELS)}.")

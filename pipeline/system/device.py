@@ -10,7 +10,8 @@ from accelerate import Accelerator
 from accelerate.state import PartialState
 from accelerate.utils import parse_flag_from_env
 
-from pipeline.system.errors import UserError
+from pipeline.system.echo import say
+from pipeline.system.errors import UserError, first_line
 from pipeline.system.memory import keep_freed_memory
 
 # How long processes wait while one of them works alone, for its shards, a checkpoint or validation images. The default
@@ -23,6 +24,8 @@ SHARDED = {
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
 }
+# What torchrun and `accelerate launch` set.
+LAUNCH = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -31,7 +34,15 @@ def use_cpu(device: str) -> bool:
 
     This must be passed to accelerate, which otherwise ignores the other processes of a launch on the CPU.
     """
-    return device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    return device == "cpu" or is_set("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+
+
+def is_set(variable: str) -> bool:
+    """Whether a flag of accelerate's environment is on. Raises UserError for a value that is none."""
+    try:
+        return parse_flag_from_env(variable)
+    except ValueError:
+        raise UserError(f"{variable} is {os.environ[variable]!r}; it must be true or false. Unset it.") from None
 
 
 def process_state(device: str) -> PartialState:
@@ -39,7 +50,7 @@ def process_state(device: str) -> PartialState:
 
     Raises UserError for a launch that asks for something else.
     """
-    refuse_sharding()
+    check_launch()
     if use_cpu(device):
         keep_freed_memory()
     state = PartialState(cpu=use_cpu(device), timeout=PATIENCE)
@@ -47,14 +58,52 @@ def process_state(device: str) -> PartialState:
     return state
 
 
+def check_launch() -> None:
+    """Check what the environment says about the launch, which may be left from another one. Raises UserError."""
+    is_set("ACCELERATE_USE_CPU")
+    refuse_sharding()
+    refuse_incomplete_launch()
+    wanted = os.environ.get("ACCELERATE_TORCH_DEVICE")
+    if wanted is not None:
+        try:
+            torch.empty(0, device=wanted)
+        except Exception as error:
+            raise UserError(f"ACCELERATE_TORCH_DEVICE is {wanted!r}: {first_line(error)}. Unset it.") from None
+
+
 def refuse_sharding() -> None:
     """Raise UserError if `accelerate launch` was told to split networks over devices: each process needs all of it."""
     for variable, name in SHARDED.items():
-        if parse_flag_from_env(variable):
+        if is_set(variable):
             raise UserError(
                 f"accelerate is set up for {name} ({variable} is set), but every process here holds complete networks. "
                 "Use `accelerate launch --multi_gpu`, or choose a plain multi-GPU set-up with `accelerate config`."
             )
+
+
+def refuse_incomplete_launch() -> None:
+    """Raise UserError if only some of a launcher's variables are set, or not to numbers.
+
+    Without torchrun, whose processes come together, say that the others are waited for.
+    """
+    found = {name: os.environ[name] for name in LAUNCH if name in os.environ}
+    remedy = f"Start the processes with torchrun or `accelerate launch`, or unset {', '.join(found)}."
+    for name, value in found.items():
+        if name != "MASTER_ADDR" and not value.isdecimal():
+            raise UserError(f"{name} is {value!r}, which is not a number. {remedy}")
+    missing = [name for name in LAUNCH if name not in found]
+    if missing and ("LOCAL_RANK" in found or int(found.get("WORLD_SIZE", 1)) > 1):
+        raise UserError(
+            f"of what a launch of several processes sets, {', '.join(found)} is set and {', '.join(missing)} is not. "
+            f"{remedy}"
+        )
+    if missing:
+        return
+    rank, size = int(found["RANK"]), int(found["WORLD_SIZE"])
+    if rank >= size:
+        raise UserError(f"RANK is {rank}, but WORLD_SIZE is {size}. {remedy}")
+    if size > 1 and "TORCHELASTIC_RUN_ID" not in os.environ and not torch.distributed.is_initialized():
+        say(f"waiting for the other processes: WORLD_SIZE is {size}, and this is number {rank}. {remedy}", err=True)
 
 
 def refuse_other_device(asked: str, device: torch.device) -> None:

@@ -13,7 +13,7 @@ from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs,
 
 from pipeline.settings.training import PRECISIONS, Chosen, TrainingSettings
 from pipeline.system.compiling import refuse_without_compiler
-from pipeline.system.device import refuse_other_device, refuse_sharding, use_cpu
+from pipeline.system.device import check_launch, refuse_other_device, use_cpu
 from pipeline.system.errors import UserError, first_line
 from pipeline.system.memory import keep_freed_memory
 from pipeline.training.output import LOGS, existing_spec
@@ -56,7 +56,7 @@ def make_accelerator(settings: TrainingSettings) -> Accelerator:
     Raises UserError for what the device, its software or a package that is missing cannot do, and for a launch that
     would share a network out over devices.
     """
-    refuse_sharding()
+    check_launch()
     if use_cpu(settings.device):
         keep_freed_memory()
     refuse_precision(settings.mixed_precision or "no", settings.device)

@@ -169,7 +169,7 @@ def test_a_trial_runs_the_teacher_and_estimates_the_time(teacher, monkeypatch, c
     )
     reset_accelerate()
     assert result.exit_code == 0, result.output
-    line = result.output.splitlines()[-1]
+    line = result.stdout.splitlines()[-1]
     told = re.fullmatch(
         r"time: about (\S+) (\w+) at (\S+) entries per second, measured with one process on cpu in batches of 2", line
     )

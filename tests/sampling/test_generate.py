@@ -90,3 +90,14 @@ def test_a_vae_may_state_two_sides_as_well():
     pipe = tiny_pipeline(sample_size=None)
     pipe.vae.register_to_config(sample_size=[32, 49])
     assert image_size(pipe) == (32, 48)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "remedy"),
+    [(torch.float32, "Check the weights and configs"), (torch.bfloat16, "Use --dtype fp32 or bf16, or another VAE")],
+)
+def test_images_of_nan_are_refused_and_not_saved_as_black(dtype, remedy):
+    pipe = tiny_pipeline().to(dtype=dtype)
+    pipe.vae.decoder.conv_out.weight.data.fill_(torch.nan)
+    with pytest.raises(UserError, match=f"the image of 'a red cat' is NaN.*{remedy}"):
+        generate(pipe, ["a red cat"], Sampler(steps=2), None)

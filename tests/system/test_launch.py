@@ -1,0 +1,53 @@
+"""What the environment says about a launch: what is left from another one is named instead of waited for."""
+
+import pytest
+
+from pipeline.system.device import LAUNCH, check_launch
+from pipeline.system.errors import UserError
+
+WHOLE = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    for name in (*LAUNCH, "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    return lambda **variables: [monkeypatch.setenv(name, value) for name, value in variables.items()]
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"LOCAL_RANK": "1"}, "LOCAL_RANK is set and WORLD_SIZE, RANK, MASTER_ADDR, MASTER_PORT is not"),
+        ({"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}, "unset WORLD_SIZE, RANK, LOCAL_RANK"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not"),
+        ({"WORLD_SIZE": "abc"}, "WORLD_SIZE is 'abc', which is not a number"),
+        (WHOLE | {"RANK": "2"}, "RANK is 2, but WORLD_SIZE is 2"),
+        ({"ACCELERATE_USE_CPU": "maybe"}, "ACCELERATE_USE_CPU is 'maybe'; it must be true or false"),
+        ({"ACCELERATE_USE_FSDP": "perhaps"}, "ACCELERATE_USE_FSDP is 'perhaps'"),
+        ({"ACCELERATE_TORCH_DEVICE": "gpu"}, "ACCELERATE_TORCH_DEVICE is 'gpu'"),
+    ],
+)
+def test_a_launch_that_is_not_one_is_refused(environment, variables, message):
+    environment(**variables)
+    with pytest.raises(UserError, match=message):
+        check_launch()
+
+
+@pytest.mark.parametrize(
+    "variables", [{}, {"WORLD_SIZE": "1", "RANK": "0"}, {"MASTER_ADDR": "node", "MASTER_PORT": "1"}]
+)
+def test_what_does_no_harm_is_accepted(environment, variables, capsys):
+    """Schedulers set some of it for single processes too."""
+    environment(**variables)
+    check_launch()
+    assert capsys.readouterr().err == ""
+
+
+def test_waiting_for_processes_that_may_not_come_is_said(environment, capsys):
+    environment(**WHOLE)
+    check_launch()
+    assert "waiting for the other processes: WORLD_SIZE is 2, and this is number 1." in capsys.readouterr().err
+    environment(TORCHELASTIC_RUN_ID="of torchrun")
+    check_launch()
+    assert capsys.readouterr().err == ""
