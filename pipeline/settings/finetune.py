@@ -24,7 +24,7 @@ class FinetuneSettings(TrainingSettings, HubOptions):
 
     model: str = option(REQUIRED, "Pipeline whose U-Net is trained: a student's folder, a name on the hub, or demo.")
     latents: Path = option(REQUIRED, "Directory that `encode` wrote, with the model's own VAE and text encoder.")
-    lora_rank: int | None = option(None, "Train LoRA adapters of this rank instead of the whole U-Net.", ge=1)
+    lora_rank: int | None = option(None, "Train LoRA adapters of this rank instead of the whole U-Net.", ge=1, le=4096)
     lora_format: str = option(
         "diffusers", "Names of the adapters' tensors; kohya's are for ComfyUI and web UIs.", choices=LORA_FORMATS
     )

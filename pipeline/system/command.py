@@ -62,9 +62,11 @@ def stage_command(settings_class: type[Settings]) -> click.Command:
     and exit status 2. A bug keeps its traceback and ends with exit status 1.
     """
 
-    def callback(dry_run: bool = False, **values: Any) -> None:
+    def callback(dry_run: bool = False, check: bool = False, **values: Any) -> None:
         try:
             settings = settings_class(**values)
+            if check:
+                return
             work = work_of(settings_class)
             if dry_run:
                 lines = work.plan(settings)
@@ -80,13 +82,14 @@ def stage_command(settings_class: type[Settings]) -> click.Command:
         except Exception as error:
             os_error = fixable_os_error(error)
             if os_error is not None:
-                where = os_error.filename or "the output directory"
+                where = os_error.filename or "a file or directory that this command uses"
                 _stop(f"Error: {where}: {os_error.strerror}. Fix this and rerun the same command.", USER_STATUS)
             if is_out_of_memory(error):
                 _stop(f"Error: out of memory ({first_line(error)}). {memory_remedy(settings_class)}", USER_STATUS)
             raise
 
     params = [*click_options(settings_class), *config_options(settings_class)]
+    params.append(click.Option(["--check"], is_flag=True, help="Check the options alone, and start nothing."))
     if settings_class.has_plan:
         params.append(
             click.Option(["--dry-run"], is_flag=True, help="Print the settings and the plan without writing anything.")

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import unicodedata
 
 import click
 
+from pipeline.system.errors import UserError
+
 
 def say(text: str, err: bool = False) -> None:
-    """Print text. Characters that would control the terminal are shown as escapes, such as `\\x1b`."""
-    click.echo(printable(text), err=err)
+    """Print text. Characters that would control the terminal are shown as escapes, such as `\\x1b`.
+
+    The work goes on when nobody reads what it prints, as after `| head`. Raises UserError if printing fails otherwise.
+    """
+    stream = sys.stderr if err else sys.stdout
+    try:
+        click.echo(printable(text), err=err)
+    except BrokenPipeError:
+        # Whatever is printed from now on, also at the end of the process, goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    except OSError as error:
+        raise UserError(f"what is printed cannot be written ({error.strerror}). Send it elsewhere.") from None
 
 
 def printable(text: str) -> str:

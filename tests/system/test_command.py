@@ -83,6 +83,14 @@ def test_a_dry_run_that_fails_prints_the_error_alone():
     assert (result.exit_code, result.stdout) == (2, "")
 
 
+def test_check_looks_at_the_options_and_starts_nothing():
+    assert CliRunner().invoke(command_doing(None, settings=BatchSettings), ["--check"]).exit_code == 0
+    result = CliRunner().invoke(
+        main, ["distill", "--cache", "c", "--out", "o", "--level", "sd_tiny", "--seed", "-1", "--check"]
+    )
+    assert (result.exit_code, result.stderr) == (2, "Error: --seed is -1; it must be at least 0\n")
+
+
 def test_a_mistyped_command_is_answered_with_the_nearest_one():
     result = CliRunner().invoke(main, ["distil"])
     assert result.exit_code == 2
