@@ -124,7 +124,7 @@ def test_dry_runs_print_the_plan_and_write_nothing(road, teacher, images, tmp_pa
     encode = invoke("encode", "--teacher", teacher, "--data", images, "--out", out, "--resolution", 32, "--dry-run")
     cache = invoke("teacher-cache", "--teacher", teacher, "--latents", work / "latents", "--out", out, "--dry-run")
     distill = invoke("distill", "--cache", work / "cache", "--out", out, "--level", "sd_small", "--dry-run")
-    assert "entries: 13 in 1 shards, 1 of them still to write" in encode.output
+    assert "entries: 13 in 1 shard, 1 of them still to write" in encode.output
     assert "13 images x 4 rounds = 52" in cache.output
     assert "teacher forward passes: 52" in cache.output
     assert "steps: 15000, 0 of them done" in distill.output
@@ -169,7 +169,8 @@ FIXABLE = {
     ENCODE + "--resolution 33": "--resolution 33 is not a multiple of 2",
     ENCODE + "--batch-size 0": "--batch-size is 0; it must be at least 1",
     ENCODE + "--batch-size many": "'many' is not a valid integer",
-    ENCODE + "--caption-column label": "has no 'label'. It has 'file_name', 'text': choose one with --caption-column",
+    ENCODE
+    + "--caption-column label": "no 'label' in any line. It has 'file_name', 'text': choose one with --caption-column",
     "encode --teacher {teacher} --data {images}": "Missing option '--out'",
     CACHE + "--latents {images}": "has no manifest.json",
     CACHE + "--latents {road}/cache": "describes cache, not latents",

@@ -326,6 +326,21 @@ def test_the_sidecar_counts_what_it_holds(latents):
     assert counts == [5, 5, 3]
 
 
+def test_an_image_without_a_caption_is_skipped_and_a_dry_run_says_so(teacher, tmp_path):
+    data = write_images(tmp_path / "data", 4)
+    rows = [json.loads(line) for line in (data / "metadata.jsonl").read_text().splitlines()]
+    del rows[0]["text"]
+    (data / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"teacher": str(teacher), "data": str(data), "out": tmp_path / "planned", "resolution": 32}
+    lines = encode.plan(EncodeSettings(**settings))
+    assert lines[0] == "entries: 4 in 1 shard, 1 of them still to write"
+    assert lines[-1] == "note: 1 of 4 entries will be skipped. The first is 003.png: there is no caption"
+    out = run_encode(teacher, data, tmp_path / "out")
+    assert len(read_entries(out, "latents", [])) == 3
+    skipped = [json.loads(line) for line in (out / "skipped.jsonl").read_text().splitlines()]
+    assert skipped == [{"source_id": "003.png", "reason": "there is no caption"}]
+
+
 def test_a_dry_run_counts_what_is_still_to_be_written(teacher, images, tmp_path):
     """13 images in shards of 5, 5 and 3; one of 5 is there already."""
     out = run_encode(teacher, images, tmp_path / "out", shard_range="0:1")

@@ -136,13 +136,22 @@ def test_a_caption_that_is_not_text_is_a_problem_of_its_record(tmp_path, caption
     assert source.records[1].problem is None
 
 
+def test_a_line_without_a_caption_is_a_problem_of_its_record(tmp_path):
+    source = open_folder(folder(tmp_path, row("a.png"), {"file_name": "b.png"}))
+    assert [record.problem for record in source.records] == [None, "there is no caption"]
+
+
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
         ((row("a.png"), "{broken"), "metadata.jsonl, line 2 is not JSON .*Fix or delete the line"),
         (("[1]",), "line 1 is not a JSON object"),
-        (({"file_name": "a.png", "caption": "x"},), r"line 1 has no 'text'\. It has 'file_name', .*--caption-column"),
-        (({"text": "x"},), "no 'file_name'.*--image-column"),
+        (
+            ({"file_name": "a.png", "caption": "x"},),
+            r"no 'text' in any line\. It has 'file_name', 'caption': .*--caption-column",
+        ),
+        (({"text": "x"},), "no 'file_name' in any line.*--image-column"),
+        ((row("a.png"), {"text": "x"}), "line 2 has no 'file_name'. Add the file's name or delete the line"),
         ((row(7),), "'file_name' is 7, which is not a file name"),
         ((), "lists no images"),
     ],
@@ -255,7 +264,7 @@ def test_a_metadata_csv_is_a_list_too(tmp_path):
     assert source.read(source.records[1]) == b"xyz"
     assert listed(open_folder(tmp_path, caption_column="more"))[1] == ("b.png", "x")
     (tmp_path / "metadata.csv").write_text("image, caption\na.png,a\n")
-    with pytest.raises(UserError, match=r"csv, line 2 has no 'file_name'\. It has 'image', ' caption': choose"):
+    with pytest.raises(UserError, match=r"csv has no 'file_name' in any line\. It has 'image', ' caption': choose"):
         open_folder(tmp_path)
 
 
