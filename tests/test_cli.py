@@ -164,7 +164,7 @@ DISTILL = "distill --cache {road}/cache --out {o} --level sd_small "
 FIXABLE = {
     ENCODE + "--data nowhere": "--data nowhere does not exist",
     ENCODE + "--teacher nowhere/at/all": "--teacher nowhere/at/all is not a folder",
-    ENCODE + "--teacher some/name": "--teacher some/name is not a folder, and it cannot be downloaded",
+    ENCODE + "--teacher some/name": "--teacher some/name is not a folder, and no hub can be asked",
     ENCODE + "--teacher {images}": "has no model_index.json",
     ENCODE + "--resolution 33": "--resolution 33 is not a multiple of 2",
     ENCODE + "--batch-size 0": "--batch-size is 0; it must be at least 1",
@@ -174,12 +174,14 @@ FIXABLE = {
     "encode --teacher {teacher} --data {images}": "Missing option '--out'",
     CACHE + "--latents {images}": "has no manifest.json",
     CACHE + "--latents {road}/cache": "describes cache, not latents",
-    CACHE + "--students sd_big": "--students 'sd_big' is not one of sd_small",
+    CACHE + "--students sd_smal": "--students 'sd_smal' is not one of sd_small, sd_tiny, bk_base",
+    CACHE + "--students sd_tinny": "bk_tiny. Did you mean sd_tiny?",
     CACHE + "--students ,": "--students names no level",
     CACHE + "--uncond-fraction 1.5": "--uncond-fraction is 1.5; it must be at most 1.0",
     CACHE + "--out {road}/cache --rounds 2 --seed 9": "seed: 0 -> 9",
     DISTILL + "--cache {road}/latents": "describes latents, not cache",
-    DISTILL + "--level sd_huge": "'sd_huge' is not one of",
+    DISTILL + "--level sd_huge": "'sd_huge' is not one of sd_small, sd_tiny, bk_base, bk_small, bk_tiny",
+    DISTILL + "--level sd_smal": "Did you mean sd_small?",
     DISTILL + "--out {road}/student": 'level: "sd_tiny" -> "sd_small"',
     DISTILL + "--lr-warmup-steps 5": "Use constant_with_warmup",
     DISTILL + "--learning-rate nan": "--learning-rate is nan; it must be a finite number",
@@ -319,8 +321,12 @@ def make(*arguments) -> subprocess.CompletedProcess:
     )
 
 
-def test_make_help_lists_every_target():
+def test_make_help_lists_every_target_and_every_variable_with_its_default():
     listed = make("help").stdout
+    for variable in re.findall(r"^(\w+) +\?=", (ROOT / "Makefile").read_text(), re.MULTILINE):
+        assert re.search(rf"^ +{variable} ", listed, re.MULTILINE), variable
+    assert re.search(r"^ +STEPS +750$", listed, re.MULTILINE)
+    assert re.search(r"^ +STEPS +15000$", make("help", "TEACHER=some/sd").stdout, re.MULTILINE)
     for target in ("help", "install", "test", "lint", "encode", "teacher-cache", "distill", "clean"):
         assert re.search(rf"^ +{target} +\S", listed, re.MULTILINE), target
 
@@ -329,7 +335,7 @@ def test_make_refuses_an_unknown_level_before_it_does_anything():
     for variable in ("LEVEL=sd_huge", "STUDENTS=sd_small,sd_huge"):
         result = make("-n", "distill", variable)
         assert result.returncode == 2
-        assert f"sd_huge is not a level. LEVEL= and STUDENTS= take: {' '.join(LEVELS)}." in result.stderr
+        assert f"'sd_huge' is not one of {', '.join(LEVELS)}, which LEVEL= and STUDENTS= take" in result.stderr
 
 
 def test_the_variables_of_make_arrive_in_the_settings():

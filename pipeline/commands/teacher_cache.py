@@ -234,7 +234,7 @@ def checked_taps(settings: TeacherCacheSettings, latents: ShardSet, config: dict
     try:
         family.check(config)
     except ValueError as error:
-        raise UserError(f"--teacher {settings.teacher}: {error}") from None
+        raise UserError(f"--teacher {settings.teacher}: {error}. Pass a teacher of that family.") from None
     taps = teacher_taps(settings.students)
     shapes = tap_shapes(config, spec["latents_shape"], conditioning_shapes(spec), taps, family)
     return tap_specs(settings, shapes)
