@@ -77,7 +77,13 @@ def read_manifest(store: Store, stage: str | None = None) -> Manifest:
         version, stated = content["format"], content["spec_sha256"]
         seal = content.get("sha256")
         manifest = Manifest(dict(content["spec"]), content["rounds"], dict(content["files"]), seal is not None)
-    except (FileNotFoundError, NotADirectoryError):
+    except NotADirectoryError:
+        raise ShardError(f"{store} is a file, not a directory. Check the path.") from None
+    except FileNotFoundError:
+        if not store.list():
+            raise ShardError(
+                f"{store} does not exist or is empty. Check the path, or make it with {commands}."
+            ) from None
         raise ShardError(
             f"{store} has no {MANIFEST}, so it is not a {' or '.join(wanted)} directory. Make one with {commands}."
         ) from None

@@ -588,7 +588,7 @@ def test_an_interrupted_run_leaves_a_checkpoint_and_resumes_bit_for_bit(cache, t
         return real(*arguments)
 
     monkeypatch.setattr(Objective, "losses", interrupting)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="Stopped at step 3 of 5. Rerun the same command to resume from there."):
         run_distill(cache, tmp_path / "out", max_train_steps=5)
     assert [step for step, _ in list_checkpoints(tmp_path / "out" / "checkpoints")] == [3]
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
