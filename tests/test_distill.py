@@ -505,7 +505,7 @@ def test_an_unfinished_cache_is_refused(cache, tmp_path):
     partial = tmp_path / "partial"
     shutil.copytree(cache, partial)
     (partial / "r0001-s00000.json").unlink()
-    with pytest.raises(ShardError, match="unfinished: 1 of 6 shards are missing.*teacher-cache"):
+    with pytest.raises(ShardError, match="unfinished. Missing shards: 1 of 6.*teacher-cache"):
         run_distill(partial, tmp_path / "out")
 
 

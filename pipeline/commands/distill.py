@@ -246,7 +246,7 @@ def plan(settings: DistillSettings) -> list[str]:
     left = max(0, steps - done)
     return [
         f"entries: {len(dataset)}, with the taps {', '.join(dataset.taps) or 'none'}",
-        f"steps: {steps}, {done} of them done, with {batch} entries each per process",
+        f"steps: {steps}, {done} of them done, with {plural(batch, 'entry', 'entries')} each per process",
         f"epochs: {steps * batch / len(dataset):.2f} on one process",
         f"forward passes still to run: {left * settings.gradient_accumulation_steps}",
     ]

@@ -292,7 +292,7 @@ def report(out: Path, manifest: Manifest, prefix: str) -> None:
     with atomic_file(out / SKIPPED) as stream:
         stream.writelines(json.dumps(item, ensure_ascii=False).encode() + b"\n" for item in skipped)
     if not encoded:
-        raise UserError(f"none of the {len(skipped)} images could be read. See {out / SKIPPED} for the reasons.")
+        raise UserError(f"none of the images could be read. See {out / SKIPPED} for the reasons.")
     listed = f", {len(skipped)} skipped (see {out / SKIPPED} for the reasons)" if skipped else ""
     size = sum(sidecar.bytes for sidecar in sidecars)
     held = f"{plural(encoded, 'image')} in {plural(len(sidecars), 'shard')}"

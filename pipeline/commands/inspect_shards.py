@@ -139,7 +139,7 @@ def histogram(values: list[int], end: int) -> list[str]:
         f"{int(low):>5} to {int(high) - 1:<5} {'#' * round(BAR * n / counts.max()):<{BAR}} {n}"
         for low, high, n in zip(edges, edges[1:], counts, strict=False)
     ]
-    return [f"\ntimesteps of {len(values)} entries", *lines]
+    return [f"\ntimesteps of {plural(len(values), 'entry', 'entries')}", *lines]
 
 
 def check_images(directory: Path, out: Path) -> None:

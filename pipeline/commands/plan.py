@@ -63,7 +63,7 @@ def fit(settings: PlanSettings, shapes: TeacherShapes) -> PlanSettings:
             break
     if rounds < 1:
         raise UserError(
-            f"--budget {settings.budget} is less than one round of {settings.images} images, which takes "
+            f"--budget {settings.budget} is less than one round of {plural(settings.images, 'image')}, which takes "
             f"{format_bytes(cost.total(settings.images, 1))}. Use fewer --images or a larger budget."
         )
     return replace(candidate, rounds=min(rounds, max(MOST_ROUNDS, settings.rounds)))

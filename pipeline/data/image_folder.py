@@ -22,6 +22,7 @@ from pipeline.data.files import (
 )
 from pipeline.data.images import is_image_name
 from pipeline.data.records import ListedImage, is_unicode
+from pipeline.system.echo import plural
 from pipeline.system.errors import UserError
 
 # Lists of images, the first that exists is taken; and the endings of captions, likewise.
@@ -124,7 +125,7 @@ def _captions_beside(folder: Path, image: Path) -> tuple[list[str], str | None]:
 
 
 def _nothing_usable(folder: Path, images: list[ListedImage]) -> str:
-    holds = f"contains {len(images)} images, but no captions" if images else "contains no images"
+    holds = f"contains {plural(len(images), 'image')}, but no captions" if images else "contains no images"
     others = sorted(
         path.relative_to(folder).as_posix()
         for pattern in ("*", "*/*")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.system.disk import format_bytes
+from pipeline.system.echo import plural
 from pipeline.system.tables import markdown_table
 
 HEAD = ("", "teacher", "student", "student / teacher", "")
@@ -106,14 +107,14 @@ def quality_rows(quality: dict[str, Any]) -> list[Row]:
     heading = "Quality"
     if "missing" in quality:
         return [Row(heading), missing_row("FID, IS, CLIP score", quality)]
-    rows = [Row(f"{heading}, {quality['pictures']} images, {quality['protocol']}")]
+    rows = [Row(f"{heading}, {plural(quality['pictures'], 'image')}, {quality['protocol']}")]
     for key, (name, show, note) in SCORES.items():
         score = quality["scores"].get(key)
         if score and "missing" in score:
             rows.append(missing_row(name, score))
         elif score:
             few = (
-                f"; {quality['pictures']} images are few, take {FEWEST[key]:,}"
+                f"; of {plural(quality['pictures'], 'image')}, but it takes {FEWEST[key]:,} to be reliable"
                 if quality["pictures"] < FEWEST[key]
                 else ""
             )

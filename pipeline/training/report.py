@@ -68,7 +68,7 @@ def _comparison(rows: dict[str, GeneratedImages], scorer: Scorer) -> str:
             html.escape(samples.device),
         ]
         if scored:
-            cells.append(f"{scores[name]:.1%} over {len(samples.prompts)} images")
+            cells.append(f"{scores[name]:.1%} over {plural(len(samples.prompts), 'image')}")
         lines.append(f"<tr><th>{html.escape(name)}</th>{''.join(f'<td class=number>{c}</td>' for c in cells)}</tr>")
     header = "".join(f"<th class=number>{cell}</th>" for cell in head)
     note = (

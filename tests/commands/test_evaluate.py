@@ -201,8 +201,8 @@ def test_a_score_of_few_images_says_how_many_it_needs():
         return [row.note for row in quality_rows(quality)[1:]]
 
     assert notes(2) == [
-        "lower is better; 2 images are few, take 10,000",
-        "judged by the scenes' oracle; 2 images are few, take 100",
+        "lower is better; of 2 images, but it takes 10,000 to be reliable",
+        "judged by the scenes' oracle; of 2 images, but it takes 100 to be reliable",
     ]
     assert notes(500)[1] == "judged by the scenes' oracle"
     assert notes(10_000)[0] == "lower is better"

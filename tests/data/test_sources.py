@@ -283,7 +283,7 @@ def test_a_list_in_the_folder_of_the_split_is_used(tmp_path):
     [
         ((), "contains no images"),
         (("a.svg", "a.txt"), "contains no images"),
-        (("a.png",), "contains 1 images, but no captions"),
+        (("a.png",), "contains 1 image, but no captions"),
         (("images/a.png", "captions.csv"), "no captions: .*It has captions.csv, which is not read"),
         (("a.png", "metadata.json"), "It has metadata.json, which is not read"),
         (("images/a.png", "images/metadata.jsonl"), "It has images/metadata.jsonl, which is not read there"),
@@ -308,7 +308,7 @@ def test_files_of_other_kinds_and_records_without_a_caption_are_noted(tmp_path):
     (data / "alone.png").write_bytes(b"x")
     (data / "read\x1b[2Jme").write_bytes(b"x")
     assert open_folder(data).notes() == [
-        "note: 5 files of other kinds were passed over: 2 .svg, 1 .eps, 1 .heic, 1 without an ending",
+        "note: passed over 5 files of other kinds: 2 .svg, 1 .eps, 1 .heic, 1 without an ending",
         "note: 1 of 2 entries will be skipped. The first is alone.png: no caption file alone.txt",
     ]
 
