@@ -1,5 +1,5 @@
-# Two-stage offline distillation. `make help` lists the targets. Every variable below can be set on the
-# command line, as in `make distill TEACHER=path/to/checkpoint DATA=path/to/images LEVEL=sd_tiny`.
+# Two-stage offline distillation. `make help` lists the targets and the variables, which are set on the command line,
+# as in `make distill TEACHER=path/to/checkpoint DATA=path/to/images LEVEL=sd_tiny`.
 # Without TEACHER, the stages run on the bundled demo teacher and generated scenes. With CONFIG=run.yaml, each stage
 # takes its options from that file alone, and from ENCODE_FLAGS, CACHE_FLAGS and DISTILL_FLAGS.
 
@@ -51,9 +51,10 @@ endif
 # Checked before anything is encoded.
 LEVELS  := sd_small sd_tiny bk_base bk_small bk_tiny
 comma   := ,
+space   := $(subst ,, )
 unknown := $(filter-out $(LEVELS),$(LEVEL) $(subst $(comma), ,$(STUDENTS)))
 ifneq ($(unknown),)
-$(error $(firstword $(unknown)) is not a level. LEVEL= and STUDENTS= take: $(LEVELS))
+$(error '$(firstword $(unknown))' is not one of $(subst $(space),$(comma) ,$(LEVELS)), which LEVEL= and STUDENTS= take)
 endif
 
 BIN     := $(VENV)/bin
@@ -81,20 +82,29 @@ endif
 .DEFAULT_GOAL := help
 .PHONY: help install test test-gpu lint encode teacher-cache distill data clean
 
-help: ## List the targets.
+# What can be set on the command line, as `make help` shows it.
+VARIABLES := TEACHER DATA LEVEL STUDENTS WORK CONFIG SCENES RESOLUTION ROUNDS CODEC SNR_DB STRIDE TOKEN_MIN \
+  UNCOND SAMPLES GUIDANCE STEPS BATCH LR SEED ENCODE_FLAGS CACHE_FLAGS DISTILL_FLAGS \
+  LATENTS CACHE STUDENT PYTHON VENV TOOLS LAUNCH
+
+help: ## List the targets and the variables.
+	@echo 'Targets:'
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  \1|\2/' | column -t -s '|'
+	@echo 'Variables, and their values with TEACHER=$(TEACHER):'
+	@$(foreach name,$(VARIABLES),printf '  %-13s  %s\n' '$(name)' '$($(name))';)
 
 install: $(READY) ## Create the environment in .venv with the pinned versions.
 
 $(READY): pyproject.toml constraints.txt
+	@echo 'Installing the packages of constraints.txt in $(VENV). They are large, so this takes some minutes.'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 # img2dataset needs an older webdataset than this project, so it gets its own environment.
 $(TOOLS)/bin/img2dataset:
 	$(PYTHON) -m venv $(TOOLS)
-	$(TOOLS)/bin/python -m pip install --quiet 'img2dataset==1.47.0'
+	$(TOOLS)/bin/python -m pip install 'img2dataset==1.47.0'
 
 test: lint $(TOOLS)/bin/img2dataset ## Run the linter, the type checker and the tests.
 	OMP_NUM_THREADS=1 IMG2DATASET='$(abspath $(TOOLS))/bin/img2dataset' $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 20

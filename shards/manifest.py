@@ -10,7 +10,7 @@ from typing import Any
 
 from shards.plan import ShardPlan
 from shards.schema import FORMAT_VERSION, MANIFEST, ShardError, json_bytes
-from shards.store import Store
+from shards.store import LocalStore, Store
 
 # What a set can hold, and the command that writes it.
 STAGE_COMMANDS = {"latents": "encode", "cache": "teacher-cache"}
@@ -77,7 +77,11 @@ def read_manifest(store: Store, stage: str | None = None) -> Manifest:
         version, stated = content["format"], content["spec_sha256"]
         seal = content.get("sha256")
         manifest = Manifest(dict(content["spec"]), content["rounds"], dict(content["files"]), seal is not None)
-    except (FileNotFoundError, NotADirectoryError):
+    except NotADirectoryError:
+        raise ShardError(f"{store} is a file, not a directory. Check the path.") from None
+    except FileNotFoundError:
+        if isinstance(store, LocalStore) and not store.directory.exists():
+            raise ShardError(f"{store} does not exist. Check the path, or make it with {commands}.") from None
         raise ShardError(
             f"{store} has no {MANIFEST}, so it is not a {' or '.join(wanted)} directory. Make one with {commands}."
         ) from None

@@ -96,16 +96,16 @@ class ShardSet:
         manifest = read_manifest(store, stage)
         if rounds is not None and rounds > (manifest.rounds or 0):
             raise ShardError(
-                f"{store} has {manifest.rounds} rounds, not {rounds}. To add rounds, run `teacher-cache --rounds "
-                f"{rounds}` with the other settings unchanged."
+                f"{store} has {manifest.rounds} round{'s' * (manifest.rounds != 1)}, not {rounds}. To add rounds, run "
+                f"`teacher-cache --rounds {rounds}` with the other settings unchanged."
             )
         self.manifest: Manifest = manifest if rounds is None else replace(manifest, rounds=rounds)
         missing = self.manifest.plan.unfinished(store)
         if missing:
             finished = missing[0].round
             raise ShardError(
-                f"{store} is unfinished: {len(missing)} of {len(self.manifest.plan)} shards are missing, the first is "
-                f"{missing[0].name}. Rerun the same `distill-sd {STAGE_COMMANDS[stage]}` to complete it"
+                f"{store} is unfinished. Missing shards: {len(missing)} of {len(self.manifest.plan)}, from "
+                f"{missing[0].name} on. Rerun the same `distill-sd {STAGE_COMMANDS[stage]}` to complete it"
                 + (f", or train on the finished rounds with `distill --rounds {finished}`." if finished else ".")
             )
         self.expected = expected_tensors(self.manifest.spec)

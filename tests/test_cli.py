@@ -124,7 +124,7 @@ def test_dry_runs_print_the_plan_and_write_nothing(road, teacher, images, tmp_pa
     encode = invoke("encode", "--teacher", teacher, "--data", images, "--out", out, "--resolution", 32, "--dry-run")
     cache = invoke("teacher-cache", "--teacher", teacher, "--latents", work / "latents", "--out", out, "--dry-run")
     distill = invoke("distill", "--cache", work / "cache", "--out", out, "--level", "sd_small", "--dry-run")
-    assert "entries: 13 in 1 shards, 1 of them still to write" in encode.output
+    assert "entries: 13 in 1 shard, 1 of them still to write" in encode.output
     assert "13 images x 4 rounds = 52" in cache.output
     assert "teacher forward passes: 52" in cache.output
     assert "steps: 15000, 0 of them done" in distill.output
@@ -164,21 +164,27 @@ DISTILL = "distill --cache {road}/cache --out {o} --level sd_small "
 FIXABLE = {
     ENCODE + "--data nowhere": "--data nowhere does not exist",
     ENCODE + "--teacher nowhere/at/all": "--teacher nowhere/at/all is not a folder",
-    ENCODE + "--teacher some/name": "--teacher some/name is not a folder, and it cannot be downloaded",
+    ENCODE + "--teacher some/name": "--teacher some/name is not a folder, and no hub can be asked",
     ENCODE + "--teacher {images}": "has no model_index.json",
     ENCODE + "--resolution 33": "--resolution 33 is not a multiple of 2",
     ENCODE + "--batch-size 0": "--batch-size is 0; it must be at least 1",
     ENCODE + "--batch-size many": "'many' is not a valid integer",
-    ENCODE + "--caption-column label": "has no 'label'. It has 'file_name', 'text': choose one with --caption-column",
+    ENCODE
+    + "--caption-column label": "no 'label' in any line. It has 'file_name', 'text': choose one with --caption-column",
     "encode --teacher {teacher} --data {images}": "Missing option '--out'",
     CACHE + "--latents {images}": "has no manifest.json",
+    CACHE + "--latents {road}/nowhere": "{road}/nowhere does not exist. Check the path, or make it with",
+    DISTILL + "--cache {road}/nowhere": "{road}/nowhere does not exist. Check the path, or make it with",
+    DISTILL + "--cache {blocked}": "{blocked} is a file, not a directory",
     CACHE + "--latents {road}/cache": "describes cache, not latents",
-    CACHE + "--students sd_big": "--students 'sd_big' is not one of sd_small",
+    CACHE + "--students sd_smal": "--students 'sd_smal' is not one of sd_small, sd_tiny, bk_base",
+    CACHE + "--students sd_tinny": "bk_tiny. Did you mean sd_tiny?",
     CACHE + "--students ,": "--students names no level",
     CACHE + "--uncond-fraction 1.5": "--uncond-fraction is 1.5; it must be at most 1.0",
     CACHE + "--out {road}/cache --rounds 2 --seed 9": "seed: 0 -> 9",
     DISTILL + "--cache {road}/latents": "describes latents, not cache",
-    DISTILL + "--level sd_huge": "'sd_huge' is not one of",
+    DISTILL + "--level sd_huge": "'sd_huge' is not one of sd_small, sd_tiny, bk_base, bk_small, bk_tiny",
+    DISTILL + "--level sd_smal": "Did you mean sd_small?",
     DISTILL + "--out {road}/student": 'level: "sd_tiny" -> "sd_small"',
     DISTILL + "--lr-warmup-steps 5": "Use constant_with_warmup",
     DISTILL + "--learning-rate nan": "--learning-rate is nan; it must be a finite number",
@@ -318,8 +324,12 @@ def make(*arguments) -> subprocess.CompletedProcess:
     )
 
 
-def test_make_help_lists_every_target():
+def test_make_help_lists_every_target_and_every_variable_with_its_default():
     listed = make("help").stdout
+    for variable in re.findall(r"^(\w+) +\?=", (ROOT / "Makefile").read_text(), re.MULTILINE):
+        assert re.search(rf"^ +{variable} ", listed, re.MULTILINE), variable
+    assert re.search(r"^ +STEPS +750$", listed, re.MULTILINE)
+    assert re.search(r"^ +STEPS +15000$", make("help", "TEACHER=some/sd").stdout, re.MULTILINE)
     for target in ("help", "install", "test", "lint", "encode", "teacher-cache", "distill", "clean"):
         assert re.search(rf"^ +{target} +\S", listed, re.MULTILINE), target
 
@@ -328,7 +338,7 @@ def test_make_refuses_an_unknown_level_before_it_does_anything():
     for variable in ("LEVEL=sd_huge", "STUDENTS=sd_small,sd_huge"):
         result = make("-n", "distill", variable)
         assert result.returncode == 2
-        assert f"sd_huge is not a level. LEVEL= and STUDENTS= take: {' '.join(LEVELS)}." in result.stderr
+        assert f"'sd_huge' is not one of {', '.join(LEVELS)}, which LEVEL= and STUDENTS= take" in result.stderr
 
 
 def test_the_variables_of_make_arrive_in_the_settings():

@@ -97,14 +97,27 @@ def test_the_stage_rewrites_a_removed_shard_and_keeps_the_others(kind, teacher, 
 def test_a_sound_set_passes_at_every_depth(teacher, latents, cache):
     status, output = verify(cache)
     assert status == 0
-    assert output.splitlines()[-1].startswith(f"{cache} is fine; 6 of 6 shards intact, 10 entries (2 rounds)")
+    assert output.splitlines()[-1].startswith(
+        f"{cache}: no damage found; 6 of 6 shards intact, 10 entries (2 rounds), "
+    )
+    assert output.endswith("; checked: names, sizes and numbering of the files; the contents with --full\n")
     status, output = verify(cache, "--full", "--recompute", "4", "--teacher", str(teacher), "--device", "cpu")
     assert status == 0, output
     assert "verify: 100%" in output
     rows = [line for line in output.splitlines() if line.startswith(("teacher_pred", "tap."))]
     assert len(rows) == 10
+    assert all(re.fullmatch(r"\S+ +[\d.e-]+ +[\d.e-]+ +\d+%", row) for row in rows)
+    assert output.endswith("files, checksums and contents of all shards, 4 entries with the teacher\n")
     for directory in (latents, cache):
         assert verify(directory, "--full")[0] == 0
+
+
+def test_a_path_that_leads_nowhere_is_called_that(tmp_path):
+    status, output = verify(tmp_path / "nowhere")
+    assert (status, output) == (2, f"Error: {tmp_path}/nowhere does not exist. Check the path.\n")
+    (tmp_path / "file").touch()
+    status, output = verify(tmp_path / "file")
+    assert (status, output) == (2, f"Error: {tmp_path}/file is not a directory. Check the path.\n")
 
 
 def test_every_problem_is_printed_and_the_last_line_counts_them(copy):
@@ -117,7 +130,7 @@ def test_every_problem_is_printed_and_the_last_line_counts_them(copy):
     assert status == 2
     assert re.findall(rf"{copy}/(\S+)", output) == ["r0000-s00000.tar", "r0000-s00002.tar", VICTIM]
     assert re.fullmatch(
-        rf"Error: 3 problems in {copy}; 3 of 6 shards intact, 5 entries \(2 rounds\), 0.1 MB, 2 damaged",
+        rf"Error: 3 problems in {copy}; 3 of 6 shards intact, 5 entries \(2 rounds\), [\d.]+ kB, 2 damaged",
         output.splitlines()[-1],
     )
 
@@ -127,7 +140,7 @@ def test_a_set_that_is_still_being_written_is_unfinished_not_damaged(copy):
         path.unlink()
     status, output = verify(copy, "--full")
     assert status == 2
-    assert f"{copy} is unfinished: 3 of 6 shards are still to be written, the first is r0001-s00000.tar" in output
+    assert f"{copy} is unfinished. Still to be written: 3 of 6 shards, from r0001-s00000.tar on." in output
     assert "Rerun the same `distill-sd teacher-cache`" in output
     assert "no problem in" in output.splitlines()[-1]
     assert "damaged" not in output
@@ -198,9 +211,9 @@ def test_recompute_finds_what_checksums_cannot(teacher, latents, tmp_path, monke
     assert verify(wrong, "--full")[0] == 0
     status, output = verify(wrong, "--recompute", "2", "--teacher", str(teacher), "--device", "cpu")
     assert status == 2
-    assert "BROKEN" in output
+    assert "TOO LARGE" in output
     assert f"{wrong}: tap.mid_block differs from the teacher's output by up to" in output
-    assert not [line for line in output.splitlines() if line.startswith("teacher_pred") and "BROKEN" in line]
+    assert not [line for line in output.splitlines() if line.startswith("teacher_pred") and "TOO LARGE" in line]
 
 
 def test_an_exact_codec_is_held_to_the_rounding_of_its_type(teacher, latents, tmp_path):

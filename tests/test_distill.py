@@ -505,7 +505,7 @@ def test_an_unfinished_cache_is_refused(cache, tmp_path):
     partial = tmp_path / "partial"
     shutil.copytree(cache, partial)
     (partial / "r0001-s00000.json").unlink()
-    with pytest.raises(ShardError, match="unfinished: 1 of 6 shards are missing.*teacher-cache"):
+    with pytest.raises(ShardError, match="unfinished. Missing shards: 1 of 6.*teacher-cache"):
         run_distill(partial, tmp_path / "out")
 
 
@@ -588,7 +588,7 @@ def test_an_interrupted_run_leaves_a_checkpoint_and_resumes_bit_for_bit(cache, t
         return real(*arguments)
 
     monkeypatch.setattr(Objective, "losses", interrupting)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="Stopped at step 3 of 5. Rerun the same command to resume from there."):
         run_distill(cache, tmp_path / "out", max_train_steps=5)
     assert [step for step, _ in list_checkpoints(tmp_path / "out" / "checkpoints")] == [3]
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

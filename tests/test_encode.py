@@ -127,7 +127,7 @@ def test_no_readable_image_is_an_error_that_names_the_file_of_reasons(teacher, t
     for path in data.glob("*.png"):
         path.write_bytes(b"")
     for _ in range(2):
-        with pytest.raises(UserError, match=r"none of the 2 images could be read.*skipped.jsonl"):
+        with pytest.raises(UserError, match=r"none of the images could be read.*skipped.jsonl"):
             run_encode(teacher, data, tmp_path / "out", max_skipped=1.0)
 
 
@@ -324,6 +324,21 @@ def test_the_sidecar_counts_what_it_holds(latents):
     manifest = read_manifest(open_store(latents), "latents")
     counts = [read_sidecar(open_store(latents), s, manifest.spec_sha256).count for s in manifest.plan.names()]
     assert counts == [5, 5, 3]
+
+
+def test_an_image_without_a_caption_is_skipped_and_a_dry_run_says_so(teacher, tmp_path):
+    data = write_images(tmp_path / "data", 4)
+    rows = [json.loads(line) for line in (data / "metadata.jsonl").read_text().splitlines()]
+    del rows[0]["text"]
+    (data / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"teacher": str(teacher), "data": str(data), "out": tmp_path / "planned", "resolution": 32}
+    lines = encode.plan(EncodeSettings(**settings))
+    assert lines[0] == "entries: 4 in 1 shard, 1 of them still to write"
+    assert lines[-1] == "note: 1 of 4 entries will be skipped. The first is 003.png: there is no caption"
+    out = run_encode(teacher, data, tmp_path / "out")
+    assert len(read_entries(out, "latents", [])) == 3
+    skipped = [json.loads(line) for line in (out / "skipped.jsonl").read_text().splitlines()]
+    assert skipped == [{"source_id": "003.png", "reason": "there is no caption"}]
 
 
 def test_a_dry_run_counts_what_is_still_to_be_written(teacher, images, tmp_path):

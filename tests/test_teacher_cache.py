@@ -143,6 +143,15 @@ def test_raising_rounds_adds_shards_and_rewrites_nothing(teacher, latents, tmp_p
     assert shard_files(out) == after
 
 
+def test_a_level_that_is_added_to_a_finished_cache_is_told(teacher, latents, tmp_path, capsys):
+    out = run_teacher_cache(teacher, latents, tmp_path / "c", rounds=1)
+    capsys.readouterr()
+    run_teacher_cache(teacher, latents, out, rounds=1, students=["sd_small", "bk_base"])
+    assert capsys.readouterr().out.startswith(
+        f"wrote students/bk_base, all else was there: {out} holds 13 entries (1 round)"
+    )
+
+
 def test_a_missing_shard_is_written_again_with_the_same_bytes(teacher, latents, tmp_path):
     out = run_teacher_cache(teacher, latents, tmp_path / "c")
     before = shard_files(out)

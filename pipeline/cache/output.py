@@ -10,7 +10,7 @@ from typing import Any
 from accelerate import PartialState
 
 from pipeline.cache.parts import checksums_of_parts, existing_parts, is_bound
-from pipeline.system.echo import say
+from pipeline.system.echo import plural, say
 from pipeline.system.options import range_of
 from shards.files import remove_leftovers
 from shards.manifest import Manifest, read_manifest, refuse_other_spec, write_manifest
@@ -97,6 +97,6 @@ def finished_sidecars(out: Path, manifest: Manifest) -> list[Sidecar] | None:
     left = plan.unfinished(store)
     if left:
         done = len(plan) - len(left)
-        say(f"{out} holds {done} of {len(plan)} shards so far; the next one to write is {left[0].name}")
+        say(f"{out} holds {done} of {plural(len(plan), 'shard')} so far; the next one to write is {left[0].name}")
         return None
     return [read_sidecar(store, shard.name, manifest.spec_sha256) for shard in plan]

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.cache.output import existing_manifest
-from pipeline.system.echo import printable
+from pipeline.system.echo import plural, printable
 from pipeline.system.errors import UserError
 from pipeline.system.options import range_of
 from shards.manifest import Manifest, sha256_of_json
@@ -37,10 +37,11 @@ def refuse_replaced(out: Path, spec: dict[str, Any], latents: ShardSet, shard_ra
         return
     shard, image = found[0]
     names = list(dict.fromkeys(shard for shard, _ in found))
+    count = f"{plural(len(found), 'entry', 'entries')} in {plural(len(names), 'shard')}"
     raise UserError(
         printable(
             f"the latents of {image} in {latents.store} were written again, for another image, after {out}/{shard} was "
-            f"made from them. That is so for {len(found)} entries in {len(names)} shards. To make them again, delete "
+            f"made from them. That is so for {count}. To make them again, delete "
             f"{files_of(names)} in {out}, and rerun the same command. The other shards are kept."
         )
     )

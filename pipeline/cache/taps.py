@@ -25,4 +25,8 @@ def sampling_lines(taps: Mapping[str, Mapping[str, Any]]) -> list[str]:
         stride = spec["stride"]
         if stride > 1:
             lines.append(f"  {tap}: {height // stride} x {width // stride} of {height} x {width}, stride {stride}")
-    return ["positions kept, all of the other taps:", *lines] if lines else ["positions kept: all of every tap"]
+    return (
+        ["positions kept of these taps (the others are kept completely):", *lines]
+        if lines
+        else ["positions kept: all of every tap"]
+    )

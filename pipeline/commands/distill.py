@@ -26,14 +26,14 @@ from pipeline.sampling.teacher_samples import teacher_samples
 from pipeline.settings.distill import DistillSettings
 from pipeline.settings.training import resolve_steps_and_lr, resume_fingerprint
 from pipeline.system.device import DTYPES, leave_processes, resolve_dtype
-from pipeline.system.echo import say
+from pipeline.system.echo import plural, say
 from pipeline.system.errors import UserError, attempt_all, failing_with
 from pipeline.system.jsonl import read_jsonl
 from pipeline.system.lock import OutputLock
 from pipeline.system.page import REPORT
 from pipeline.training.accelerator import make_accelerator, resolve_precision
 from pipeline.training.held_out import held_out_of
-from pipeline.training.initial_student import initial_student, weights_sha256s
+from pipeline.training.initial_student import initial_student, unet_folder, weights_sha256s
 from pipeline.training.loader import batches
 from pipeline.training.loop import Training, prepare_training, run_training, start
 from pipeline.training.objective import Objective
@@ -117,7 +117,7 @@ def finish(settings: DistillSettings, device: torch.device, problems: list[str])
     def tell() -> None:
         seen = f"; see {settings.out / REPORT}" if (settings.out / REPORT).is_file() else ""
         say(
-            f"{settings.out} holds the {settings.level} student of {finished_step(settings.out)} steps "
+            f"{settings.out} holds the {settings.level} student of {plural(finished_step(settings.out), 'step')} "
             f"as a diffusers pipeline{seen}"
         )
 
@@ -176,15 +176,12 @@ def save_student(settings: DistillSettings, training: Training) -> None:
 
 
 def save_report(settings: DistillSettings, device: torch.device) -> None:
-    """report.html, with the student's images next to the teacher's from the cache and the untrained student's."""
+    """report.html, with images by the teacher, from the cache, and by the student before and after the training."""
     rows = {}
     samples = teacher_samples(settings.cache)
     if samples:
         rows["teacher"], sampler = samples
-        folders = {
-            "untrained student": settings.cache / student_part(settings.level),
-            "student": settings.out / "unet",
-        }
+        folders = {**folder_before(settings), "student": settings.out / "unet"}
         dtype = DTYPES[resolve_dtype("auto", device)]
         for name, folder in folders.items():
             pipeline = PipelineRef(settings.cache / BASE, folder, device, dtype)
@@ -192,6 +189,13 @@ def save_report(settings: DistillSettings, device: torch.device) -> None:
     title = f"{settings.level}, distilled from {settings.cache.resolve().name}"
     lines = read_jsonl(settings.out / METRICS)
     write_report(settings.out, title, settings.for_others(), lines, rows, score_scenes)
+
+
+def folder_before(settings: DistillSettings) -> dict[str, Path]:
+    """The U-Net that the training started from, by its name in the report."""
+    if settings.init_from is None:
+        return {"untrained student": settings.cache / student_part(settings.level)}
+    return {"student of --init-from": unet_folder(settings.init_from)}
 
 
 def open_cache(settings: DistillSettings) -> CacheDataset:
@@ -242,7 +246,7 @@ def plan(settings: DistillSettings) -> list[str]:
     left = max(0, steps - done)
     return [
         f"entries: {len(dataset)}, with the taps {', '.join(dataset.taps) or 'none'}",
-        f"steps: {steps}, {done} of them done, with {batch} entries each per process",
+        f"steps: {steps}, {done} of them done, with {plural(batch, 'entry', 'entries')} each per process",
         f"epochs: {steps * batch / len(dataset):.2f} on one process",
         f"forward passes still to run: {left * settings.gradient_accumulation_steps}",
     ]

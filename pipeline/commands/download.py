@@ -24,7 +24,7 @@ import numpy as np
 
 from pipeline.data import web_guard
 from pipeline.settings.download import DownloadSettings
-from pipeline.system.echo import printable, say
+from pipeline.system.echo import plural, printable, say
 from pipeline.system.errors import UserError
 from pipeline.system.extras import install_command
 from pipeline.system.json_files import read_json
@@ -245,7 +245,8 @@ def cause_of(error: str) -> str:
 
 def summary(out: Path, counts: Tally, tars: int) -> str:
     """The results as text. Raises UserError if tars are missing or if all downloads failed."""
-    lines = [f"{out} holds {counts.images} images from {counts.urls} URLs, in {counts.tars} tars"]
+    found = f"{plural(counts.images, 'image')} from {plural(counts.urls, 'URL')}, in {plural(counts.tars, 'tar')}"
+    lines = [f"{out} holds {found}"]
     causes = counts.causes.most_common()
     lines += [f"  {count} x {cause}" for cause, count in causes[:CAUSES]]
     if causes[CAUSES:]:

@@ -32,7 +32,7 @@ from pipeline.settings.encode import EncodeSettings
 from pipeline.system.compiling import compile_failures, compile_networks
 from pipeline.system.device import DTYPES, is_accelerator, leave_processes, process_state
 from pipeline.system.disk import format_bytes, free_bytes, require_space
-from pipeline.system.echo import printable, say
+from pipeline.system.echo import plural, printable, say
 from pipeline.system.errors import UserError
 from pipeline.system.lock import OutputLock
 from pipeline.system.options import range_of
@@ -113,7 +113,7 @@ def write_latents(settings: EncodeSettings, lock: OutputLock) -> None:
     require_space(settings.out, needed, "use a smaller --resolution")
     if state.is_main_process:
         write_settings(settings.out, "encode", settings)
-        for line in [*source.notes(), *preview(source, settings.resolution, settings.min_size)]:
+        for line in [*preview(source, settings.resolution, settings.min_size), *source.notes()]:
             say(line)
         warn_truncated_captions(source, base, family)
     bar = tqdm(total=count_entries(own), unit="image", desc="encode", disable=not state.is_main_process)
@@ -298,10 +298,11 @@ def report(out: Path, manifest: Manifest, prefix: str) -> None:
     with atomic_file(out / SKIPPED) as stream:
         stream.writelines(json.dumps(item, ensure_ascii=False).encode() + b"\n" for item in skipped)
     if not encoded:
-        raise UserError(f"none of the {len(skipped)} images could be read. See {out / SKIPPED} for the reasons.")
+        raise UserError(f"none of the images could be read. See {out / SKIPPED} for the reasons.")
     listed = f", {len(skipped)} skipped (see {out / SKIPPED} for the reasons)" if skipped else ""
     size = sum(sidecar.bytes for sidecar in sidecars)
-    say(f"{prefix}{out} holds {encoded} images in {len(sidecars)} shards, {size / 1e6:.1f} MB{listed}")
+    held = f"{plural(encoded, 'image')} in {plural(len(sidecars), 'shard')}"
+    say(f"{prefix}{out} holds {held}, {format_bytes(size)}{listed}")
 
 
 def plan(settings: EncodeSettings) -> list[str]:
@@ -316,11 +317,11 @@ def plan(settings: EncodeSettings) -> list[str]:
     shards = ShardPlan(spec["entries"], spec["entries_per_shard"])
     left = shards.unfinished(open_store(settings.out), range_of(settings.shard_range))
     return [
-        *source.notes(),
-        f"entries: {spec['entries']} in {len(shards)} shards, {len(left)} of them still to write",
+        f"entries: {spec['entries']} in {plural(len(shards), 'shard')}, {len(left)} of them still to write",
         *sizes.lines(entry_sizes(spec), count_entries(left)),
         f"free on that disk: {format_bytes(free_bytes(settings.out))}",
         *preview(source, settings.resolution, settings.min_size),
+        *source.notes(),
     ]
 
 

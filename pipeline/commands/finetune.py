@@ -27,7 +27,7 @@ from pipeline.sampling.generate import Sampler, check_sampler
 from pipeline.settings.finetune import FinetuneSettings
 from pipeline.settings.training import resolve_steps_and_lr, resume_fingerprint
 from pipeline.system.device import leave_processes
-from pipeline.system.echo import say
+from pipeline.system.echo import plural, say
 from pipeline.system.errors import UserError, attempt_all
 from pipeline.system.lock import OutputLock
 from pipeline.training.accelerator import make_accelerator, resolve_precision
@@ -116,7 +116,7 @@ def train_model(settings: FinetuneSettings, lock: OutputLock) -> None:
 def finish(settings: FinetuneSettings, problems: list[str]) -> None:
     """Tell what was trained and upload it. Raises UserError, at the end, for `problems` and if the upload fails."""
     what = "LoRA weights" if settings.lora_rank else "a diffusers pipeline"
-    say(f"{settings.out} holds {what} of {finished_step(settings.out)} steps")
+    say(f"{settings.out} holds {what} of {plural(finished_step(settings.out), 'step')}")
 
     def publish() -> None:
         if settings.push_to_hub:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from pipeline.models.load import load_base
 from pipeline.settings.inspect_shards import InspectSettings
-from pipeline.system.echo import say
+from pipeline.system.echo import plural, say
 from pipeline.system.errors import UserError
 from pipeline.system.output import check_new
 from shards.expected import expected_tensors
@@ -57,7 +57,8 @@ def run(settings: InspectSettings) -> None:
     (entry,) = inventory.spread(1)
     say(f"\nentry {entry.key}\n  caption: {entry.meta['caption']}\n  source: {entry.meta['source_id']}")
     if settings.images:
-        say(f"Wrote {save_images(settings.directory, inventory, settings.images)} images to {settings.images}.")
+        count = save_images(settings.directory, inventory, settings.images)
+        say(f"Wrote {plural(count, 'image')} to {settings.images}.")
 
 
 @dataclass
@@ -138,7 +139,7 @@ def histogram(values: list[int], end: int) -> list[str]:
         f"{int(low):>5} to {int(high) - 1:<5} {'#' * round(BAR * n / counts.max()):<{BAR}} {n}"
         for low, high, n in zip(edges, edges[1:], counts, strict=False)
     ]
-    return [f"\ntimesteps of {len(values)} entries", *lines]
+    return [f"\ntimesteps of {plural(len(values), 'entry', 'entries')}", *lines]
 
 
 def check_images(directory: Path, out: Path) -> None:

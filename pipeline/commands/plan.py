@@ -17,11 +17,12 @@ from pipeline.models.students import teacher_taps
 from pipeline.settings.plan import LADDER, PlanSettings, bytes_of
 from pipeline.system.device import DTYPES, device_name, process_state, resolve_dtype
 from pipeline.system.disk import format_bytes, free_bytes
-from pipeline.system.echo import say
+from pipeline.system.echo import plural, say
 from pipeline.system.errors import UserError
 
 PERIODS = (("days", 86400), ("hours", 3600), ("minutes", 60), ("seconds", 1))
-VISITS = {1: "one visit", 2: "two", 4: "four"}
+# How often a student uses each entry.
+USES = {1: "if each entry is used once", 2: "if twice", 4: "if four times"}
 # After so many rounds, an image has been seen at each timestep of the usual schedule.
 MOST_ROUNDS = 1000
 
@@ -62,7 +63,7 @@ def fit(settings: PlanSettings, shapes: TeacherShapes) -> PlanSettings:
             break
     if rounds < 1:
         raise UserError(
-            f"--budget {settings.budget} is less than one round of {settings.images} images, which takes "
+            f"--budget {settings.budget} is less than one round of {plural(settings.images, 'image')}, which takes "
             f"{format_bytes(cost.total(settings.images, 1))}. Use fewer --images or a larger budget."
         )
     return replace(candidate, rounds=min(rounds, max(MOST_ROUNDS, settings.rounds)))
@@ -77,13 +78,13 @@ def plan(settings: PlanSettings) -> list[str]:
     entries = chosen.images * chosen.rounds
     flags = f"--rounds {chosen.rounds} --snr-db {chosen.snr_db:g} --token-stride {chosen.token_stride}"
     return [
-        *([f"chosen for {settings.budget}: teacher-cache {flags}"] if settings.budget else []),
-        f"entries: {chosen.images} images x {chosen.rounds} rounds = {entries}",
+        *([f"options that fill {settings.budget}: teacher-cache {flags}"] if settings.budget else []),
+        f"entries: {plural(chosen.images, 'image')} x {plural(chosen.rounds, 'round')} = {entries}",
         *sizes.lines(cost.entry, entries),
         *sampling_lines(tap_specs(chosen, shapes.taps)),
         f"latents: {cost.latents:,} bytes per image, {format_bytes(chosen.images * cost.latents)}",
         f"latents and cache: {format_bytes(cost.total(chosen.images, chosen.rounds))}; "
-        f"{format_bytes(free_bytes(chosen.out))} are free in {chosen.out}",
+        f"the disk of {chosen.out} has {format_bytes(free_bytes(chosen.out))} free",
         f"teacher forward passes: {entries}",
         *training_lines(training_cost(folder, chosen.resolution, shapes, chosen.students), chosen),
         *([time_of(chosen, folder, shapes, entries)] if chosen.trial else []),
@@ -93,11 +94,11 @@ def plan(settings: PlanSettings) -> list[str]:
 def training_lines(cost: TrainingCost, settings: PlanSettings) -> list[str]:
     """Both stages beside online training, by arithmetic."""
     students = " and ".join(settings.students)
-    shares = [f"{cost.share_of_online(settings.rounds, visits):.2f} with {word}" for visits, word in VISITS.items()]
+    shares = [f"{cost.share_of_online(settings.rounds, uses):.2f} {often}" for uses, often in USES.items()]
     samples = cost.break_even(settings.images, settings.rounds)
     return [
-        f"training {students}: {', '.join(shares)} to each entry, as a share of online training's arithmetic",
-        f"break-even: online training takes more than both stages from {samples} samples per student on",
+        f"arithmetic of both stages for {students}, where online training is 1: {', '.join(shares)}",
+        f"the cache pays off when each student trains on more than {samples} samples",
     ]
 
 

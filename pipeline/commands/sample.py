@@ -6,12 +6,12 @@ import math
 
 from PIL import Image, ImageDraw, ImageFont
 
-from pipeline.models.load import find_pipeline
+from pipeline.models.load import find_pipeline, load_scheduler
 from pipeline.sampling.generate import Sampler, check_sampler, generate, save_images
 from pipeline.sampling.process import PipelineRef, load_pipeline
 from pipeline.settings.sample import SampleSettings
 from pipeline.system.device import DTYPES, process_state, resolve_dtype
-from pipeline.system.echo import say
+from pipeline.system.echo import plural, say
 from pipeline.system.output import check_new
 from pipeline.system.prompts import gather_prompts
 
@@ -29,7 +29,6 @@ def run(settings: SampleSettings) -> None:
     folder = find_pipeline(settings.model, settings.revision, settings.variant, "--model")
     device = process_state(settings.device).device
     dtype = DTYPES[resolve_dtype(settings.dtype, device)]
-    pipe = load_pipeline(PipelineRef(folder, folder / "unet", device, dtype, settings.variant, settings.variant))
     sampler = Sampler(
         settings.num_inference_steps,
         settings.guidance_scale,
@@ -39,11 +38,13 @@ def run(settings: SampleSettings) -> None:
         (settings.height, settings.width) if settings.height and settings.width else None,
         settings.seed,
     )
-    check_sampler(pipe.scheduler, sampler, f"--model {settings.model}")
+    check_sampler(load_scheduler(folder), sampler, f"--model {settings.model}")
+    pipe = load_pipeline(PipelineRef(folder, folder / "unet", device, dtype, settings.variant, settings.variant))
     samples = generate(pipe, prompts, sampler, "sample")
     save_images(samples, sampler, settings.out)
     contact_sheet(samples.images, samples.prompts).save(settings.out / SHEET)
-    say(f"Wrote {len(prompts)} images and {SHEET} to {settings.out}, {samples.seconds:.2f} seconds per image.")
+    written = f"{plural(len(prompts), 'image')} and {SHEET} to {settings.out}"
+    say(f"Wrote {written}, {samples.seconds:.2f} seconds per image.")
 
 
 def contact_sheet(images: list[Image.Image], prompts: list[str]) -> Image.Image:

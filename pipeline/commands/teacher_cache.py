@@ -40,7 +40,7 @@ from pipeline.settings.teacher_cache import TeacherCacheSettings
 from pipeline.system.compiling import compile_failures, compile_networks
 from pipeline.system.device import DTYPES, is_accelerator, leave_processes, process_state, resolve_dtype
 from pipeline.system.disk import format_bytes, free_bytes, require_space
-from pipeline.system.echo import say
+from pipeline.system.echo import plural, say
 from pipeline.system.errors import UserError, attempt_all, failing_with
 from pipeline.system.lock import OutputLock
 from pipeline.system.options import range_of
@@ -99,7 +99,10 @@ def write_cache(settings: TeacherCacheSettings, lock: OutputLock) -> None:
     if not unfinished and not wants_samples:
         leave_processes(state)
         if state.is_main_process:
-            report(settings.out, manifest, "already finished, nothing to do: ")
+            wrote = (
+                f"wrote {' and '.join(saved)}, all else was there: " if saved else "already finished, nothing to do: "
+            )
+            report(settings.out, manifest, wrote)
         return
 
     if state.is_main_process:
@@ -234,7 +237,7 @@ def checked_taps(settings: TeacherCacheSettings, latents: ShardSet, config: dict
     try:
         family.check(config)
     except ValueError as error:
-        raise UserError(f"--teacher {settings.teacher}: {error}") from None
+        raise UserError(f"--teacher {settings.teacher}: {error}. Pass a teacher of that family.") from None
     taps = teacher_taps(settings.students)
     shapes = tap_shapes(config, spec["latents_shape"], conditioning_shapes(spec), taps, family)
     return tap_specs(settings, shapes)
@@ -355,10 +358,8 @@ def report(out: Path, manifest: Manifest, prefix: str) -> None:
         return
     count, size = sum(s.count for s in sidecars), sum(s.bytes for s in sidecars)
     per_entry = f", {size / count:,.0f} bytes per entry" if count else ""
-    say(
-        f"{prefix}{out} holds {count} entries ({manifest.rounds} rounds) in {len(sidecars)} shards, "
-        f"{size / 1e6:.1f} MB{per_entry}"
-    )
+    held = f"{plural(count, 'entry', 'entries')} ({plural(manifest.rounds or 0, 'round')})"
+    say(f"{prefix}{out} holds {held} in {plural(len(sidecars), 'shard')}, {format_bytes(size)}{per_entry}")
 
 
 def plan(settings: TeacherCacheSettings) -> list[str]:
@@ -381,8 +382,8 @@ def plan(settings: TeacherCacheSettings) -> list[str]:
     left = shards_left(settings, len(latents), found)
     entries = count_entries(left)
     return [
-        f"entries: {len(latents)} images x {rounds} rounds = {len(latents) * rounds}",
-        f"still to write: {entries} entries in {len(left)} shards",
+        f"entries: {plural(len(latents), 'image')} x {plural(rounds, 'round')} = {len(latents) * rounds}",
+        f"still to write: {plural(entries, 'entry', 'entries')} in {plural(len(left), 'shard')}",
         *sizes.lines(entry_sizes(latents.manifest.spec, taps, settings), entries),
         *sampling_lines(taps),
         f"free on that disk: {format_bytes(free_bytes(settings.out))}",

@@ -32,7 +32,8 @@ from pipeline.models.provenance import read_origin
 from pipeline.sampling.teacher_samples import teacher_samples
 from pipeline.settings.verify import VerifySettings
 from pipeline.system.device import DTYPES, process_state
-from pipeline.system.echo import say
+from pipeline.system.disk import format_bytes
+from pipeline.system.echo import plural, say
 from pipeline.system.errors import UserError
 from pipeline.system.lock import OutputLock
 from shards.expected import expected_tensors
@@ -42,18 +43,17 @@ from shards.schema import ShardError
 from shards.store import Store, open_store
 from shards.survey import Problem, Survey, check_contents, remove_shard, survey, unreadable
 
-LEGEND = (
-    "errors: stored values against the teacher's output now; codec allows: what storing may cost the value that uses "
-    "the largest share; with rounding: the same, and what two machines may differ by; share used: of that, at most 100%"
-)
-
 
 def run(settings: VerifySettings) -> None:
     """Check latents or a cache for damage. DIR is what `encode` or `teacher-cache` wrote.
 
-    Prints every problem as one line with its remedy, then a summary. Exits with status 0 if all is fine, else 2.
+    Prints every problem as one line with its remedy, then a summary. Exits with status 0 if there is none, else 2.
     """
     directory, store = settings.directory, open_store(settings.directory)
+    if not directory.is_dir():
+        raise UserError(
+            f"{directory} {'is not a directory' if directory.exists() else 'does not exist'}. Check the path."
+        )
     try:
         manifest = read_manifest(store)
     except ShardError as error:
@@ -155,11 +155,10 @@ def recompute(settings: VerifySettings, count: int, teacher: str) -> list[Proble
     entries = (shards.read(index, names) for index in tqdm(chosen, unit="entry", desc="recompute"))
     rows = deviations(entries, spec, unet, alphas_cumprod)
     say("\n".join(table(rows)))
-    say(LEGEND)
     return [
         Problem(
             f"{settings.directory}: {row.name} differs from the teacher's output by up to {row.largest:.3g}, which is "
-            "more than the codec allows. Do not train on this cache. Regenerate it with `distill-sd teacher-cache`."
+            "more than storing it explains. Do not train on this cache. Make it again with `distill-sd teacher-cache`."
         )
         for row in rows
         if row.share > 1
@@ -167,27 +166,27 @@ def recompute(settings: VerifySettings, count: int, teacher: str) -> list[Proble
 
 
 def conclude(settings: VerifySettings, manifest: Manifest, found: Survey) -> None:
-    """Print the summary as the last line. Raises UserError unless all is fine."""
+    """Print the summary as the last line. Raises UserError if there is a problem or anything left to write."""
     directory, planned = settings.directory, len(manifest.plan)
     intact = found.intact()
     entries, size = sum(s.entries for s in intact), sum(s.bytes for s in intact)
-    rounds = f" ({manifest.rounds} rounds)" if manifest.rounds else ""
-    held = f"{len(intact)} of {planned} shards intact, {entries} entries{rounds}, {size / 1e6:.1f} MB"
+    rounds = f" ({plural(manifest.rounds, 'round')})" if manifest.rounds else ""
+    held = f"{len(intact)} of {plural(planned, 'shard')} intact, {plural(entries, 'entry', 'entries')}{rounds}, "
+    held += format_bytes(size)
     if found.unfinished:
         command = STAGE_COMMANDS[manifest.spec["stage"]]
         say(
-            f"{directory} is unfinished: {len(found.unfinished)} of {planned} shards are still to be written, the "
-            f"first is {found.unfinished[0]}. Rerun the same `distill-sd {command}` to complete it."
+            f"{directory} is unfinished. Still to be written: {len(found.unfinished)} of {plural(planned, 'shard')}, "
+            f"from {found.unfinished[0]} on. Rerun the same `distill-sd {command}` to complete it."
         )
     if manifest.spec["stage"] == "cache":
         tell_unchecked(directory, manifest)
     if found.problems:
-        count = len(found.problems)
         damaged = f"{len(found.damaged_shards())} damaged"
-        raise UserError(f"{count} problem{'s' if count > 1 else ''} in {directory}; {held}, {damaged}")
+        raise UserError(f"{plural(len(found.problems), 'problem')} in {directory}; {held}, {damaged}")
     if found.unfinished:
         raise UserError(f"{directory} is unfinished; {held}; no problem in what is there")
-    say(f"{directory} is fine; {held}; checked: {depth(settings, entries)}")
+    say(f"{directory}: no damage found; {held}; checked: {depth(settings, entries)}")
 
 
 def tell_unchecked(directory: Path, manifest: Manifest) -> None:
@@ -203,8 +202,9 @@ def tell_unchecked(directory: Path, manifest: Manifest) -> None:
 
 
 def depth(settings: VerifySettings, entries: int) -> str:
-    """What was checked, of a directory with so many intact entries."""
-    done = ["manifest, sidecars and sizes"]
-    done += ["every byte and member"] if settings.full else []
-    done += [f"{min(settings.recompute, entries)} entries with the teacher"] if settings.recompute else []
-    return ", ".join(done)
+    """What was checked of so many entries, and how to check more."""
+    done = ["names, sizes and numbering of the files"]
+    done += ["checksums and contents of all shards"] if settings.full else []
+    if settings.recompute:
+        done.append(f"{plural(min(settings.recompute, entries), 'entry', 'entries')} with the teacher")
+    return ", ".join(done) + ("" if settings.full else "; the contents with --full")

@@ -22,6 +22,7 @@ from pipeline.data.files import (
 )
 from pipeline.data.images import is_image_name
 from pipeline.data.records import ListedImage, is_unicode
+from pipeline.system.echo import plural
 from pipeline.system.errors import UserError
 
 # Lists of images, the first that exists is taken; and the endings of captions, likewise.
@@ -124,7 +125,7 @@ def _captions_beside(folder: Path, image: Path) -> tuple[list[str], str | None]:
 
 
 def _nothing_usable(folder: Path, images: list[ListedImage]) -> str:
-    holds = f"contains {len(images)} images, but no captions" if images else "contains no images"
+    holds = f"contains {plural(len(images), 'image')}, but no captions" if images else "contains no images"
     others = sorted(
         path.relative_to(folder).as_posix()
         for pattern in ("*", "*/*")
@@ -141,13 +142,28 @@ def _nothing_usable(folder: Path, images: list[ListedImage]) -> str:
 
 
 def _listed_in(metadata: Path, image_column: str, caption_column: str) -> list[ListedImage]:
+    """The images of a list. One without a caption has None in its place; a line without a file name is refused."""
     rows = _csv_rows(metadata) if metadata.suffix == ".csv" else _json_rows(metadata)
-    images = [_image_of(row, metadata, number, image_column, caption_column) for number, row in rows]
-    if not images:
+    images, columns, nameless = [], dict[str, None](), 0
+    for number, row in rows:
+        columns |= dict.fromkeys(row)
+        if image_column in row:
+            images.append(_image_of(row, metadata, number, image_column, caption_column))
+        else:
+            nameless = nameless or number
+    if not columns:
         raise UserError(
             f"{metadata} lists no images. Write one JSON object per line, such as "
             f'{{"{image_column}": "0001.jpg", "{caption_column}": "a caption"}}'
         )
+    for column, flag in ((image_column, "--image-column"), (caption_column, "--caption-column")):
+        if column not in columns:
+            raise UserError(
+                f"{metadata} has no {column!r} in any line. It has {', '.join(map(repr, columns))}: "
+                f"choose one with {flag}."
+            )
+    if nameless:
+        raise UserError(f"{metadata}, line {nameless} has no {image_column!r}. Add the file's name or delete the line.")
     return images
 
 
@@ -192,12 +208,7 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 def _image_of(row: dict[str, Any], path: Path, number: int, image_column: str, caption_column: str) -> ListedImage:
-    for column, flag in ((image_column, "--image-column"), (caption_column, "--caption-column")):
-        if column not in row:
-            raise UserError(
-                f"{path}, line {number} has no {column!r}. It has {', '.join(map(repr, row))}: choose one with {flag}."
-            )
     name = row[image_column]
     if not isinstance(name, str) or not name or not is_unicode(name):
         raise UserError(f"{path}, line {number}: {image_column!r} is {name!r}, which is not a file name")
-    return ListedImage(name, name, row[caption_column], size=regular_size(path.parent / name))
+    return ListedImage(name, name, row.get(caption_column), size=regular_size(path.parent / name))

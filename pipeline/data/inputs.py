@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from pipeline.data.records import Record, inputs_sha256
-from pipeline.system.echo import printable
+from pipeline.system.echo import plural, printable
 from pipeline.system.errors import UserError
 from shards.manifest import Manifest
 from shards.plan import PlannedShard
@@ -143,7 +143,7 @@ def _refuse_changes(store: Store, changes: Iterator[Changed], same: bool, entrie
         count = 1 + sum(change.record is not None and change.record.source_id == change.source_id for change in changes)
         now = repr(first.record.caption) if not first.record.problem else f"cannot be used ({first.record.problem})"
         what = (
-            f"{count} captions changed. The first is that of {first.source_id}: "
+            f"{plural(count, 'caption')} changed. The first is that of {first.source_id}: "
             f"{_short(repr(first.caption))} -> {_short(now)}"
         )
     if entries != records:
@@ -163,11 +163,12 @@ def _refuse_replaced(store: Store, manifest: Manifest, finished: list[PlannedSha
         return
     shard, record, size = replaced[0]
     names = list(dict.fromkeys(shard.name for shard, _, _ in replaced))
+    count = f"{plural(len(replaced), 'image')} in {plural(len(names), 'shard')}"
     raise UserError(
         printable(
             f"the image {record.source_id} was replaced after {store}/{shard.name} was written: it had {size} bytes "
-            f"and has {record.size} now. That is so for {len(replaced)} images in {len(names)} shards. To encode them "
-            f"again, delete {files_of(names)} in {store}, and rerun the same command. The other shards are kept."
+            f"and has {record.size} now. That is so for {count}. To encode them again, "
+            f"delete {files_of(names)} in {store}, and rerun the same command. The other shards are kept."
         )
     )
 

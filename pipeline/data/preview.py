@@ -2,25 +2,44 @@
 
 from __future__ import annotations
 
+from pipeline.data.files import reason_of
 from pipeline.data.images import open_image
 from pipeline.data.records import Record
 from pipeline.data.source import OpenSource
-from pipeline.system.echo import printable
+from pipeline.system.echo import plural, printable
 
 CAPTIONS, LOOKED_AT = 3, 200
 CAPTION_LENGTH = 100
 
 
 def preview(source: OpenSource, resolution: int, min_size: int) -> list[str]:
-    """Three captions; and of LOOKED_AT images, spread over all, how many are too small, enlarged, or much cropped."""
+    """Three captions; and of LOOKED_AT images, spread over all, how many cannot be read, are too small, enlarged, or
+    much cropped."""
     usable = [record for record in source.records if record.problem is None]
     lines = [f"caption of {printable(record.source_id)}: {_caption(record)}" for record in _spread(usable, CAPTIONS)]
-    sizes = [size for record in _spread(usable, LOOKED_AT) if (size := _size(source, record))]
-    looked_at = f"of {len(sizes)} images looked at"
+    sizes, unreadable = [], []
+    for record in _spread(usable, LOOKED_AT):
+        try:
+            sizes.append(open_image(source.read(record)).size)
+        except OSError as error:
+            unreadable.append(printable(f"{record.source_id}: {reason_of(error)}"))
+        except ValueError as error:
+            unreadable.append(printable(f"{record.source_id}: {error}"))
+    looked_at = f"of {plural(len(sizes) + len(unreadable), 'image')} looked at"
+    if unreadable:
+        lines.append(
+            f"note: {len(unreadable)} {looked_at} cannot be read and will be skipped. The first is {unreadable[0]}"
+        )
     kept = [size for size in sizes if min(size) >= min_size]
     if len(kept) < len(sizes):
         lines.append(f"note: {len(sizes) - len(kept)} {looked_at} have a side under {min_size} px and are skipped")
-    if small := sum(min(size) < resolution for size in kept):
+    small = sum(min(size) < resolution for size in kept)
+    if small and small == len(kept):
+        lines.append(
+            f"note: all images looked at have a side under {resolution} px and are enlarged; the shorter side of the "
+            f"largest has {max(map(min, kept))} px. Give a smaller --resolution to leave them as they are"
+        )
+    elif small:
         lines.append(
             f"note: {small} {looked_at} have a side under {resolution} px and are enlarged. "
             f"--min-size {resolution} skips them"
@@ -39,11 +58,3 @@ def _spread(records: list[Record], count: int) -> list[Record]:
 def _caption(record: Record) -> str:
     caption = record.caption
     return printable(repr(caption if len(caption) <= CAPTION_LENGTH else caption[:CAPTION_LENGTH] + "..."))
-
-
-def _size(source: OpenSource, record: Record) -> tuple[int, int] | None:
-    """(width, height) of an image from its header; None if it cannot be read, which `encode` will say."""
-    try:
-        return open_image(source.read(record)).size
-    except (OSError, ValueError):
-        return None

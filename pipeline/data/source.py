@@ -15,7 +15,7 @@ from pipeline.data.records import Record, Source, inputs_sha256, records_of
 from pipeline.data.tables import Table, is_saved, tables_in
 from pipeline.data.tars import Tars, tars_named
 from pipeline.settings.data import DataSettings
-from pipeline.system.echo import printable
+from pipeline.system.echo import plural, printable
 from pipeline.system.errors import UserError
 
 __all__ = ["DataSettings", "OpenSource", "Record", "inputs_sha256", "open_source"]
@@ -42,7 +42,7 @@ class OpenSource:
             kinds = ", ".join(
                 f"{count} {kind}" for kind, count in sorted(over.items(), key=lambda kind: (-kind[1], kind))[:5]
             )
-            lines.append(f"note: {over.total()} files of other kinds were passed over: {printable(kinds)}")
+            lines.append(f"note: passed over {plural(over.total(), 'file')} of other kinds: {printable(kinds)}")
         unusable = [record for record in self.records if record.problem]
         if unusable:
             first = printable(f"{unusable[0].source_id}: {unusable[0].problem}")

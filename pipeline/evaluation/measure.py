@@ -28,6 +28,7 @@ from pipeline.evaluation.quality import (
     read_batches,
 )
 from pipeline.models.schedule import load_noise_scheduler
+from pipeline.models.weights import stored_precisions
 from pipeline.sampling.generate import Sampler, Scorer
 from pipeline.settings.evaluate import EvaluateSettings
 from pipeline.system.device import device_name
@@ -96,6 +97,7 @@ def measure_cost(settings: EvaluateSettings, task: Task) -> dict[str, Any]:
             "picture_seconds": images[name]["seconds"],
             "peak_memory": images[name]["peak_memory"],
             "unet_bytes": folder_bytes(loaded.folder / "unet"),
+            "precision": " and ".join(stored_precisions(loaded.folder / "unet")) or "unknown precision",
             "pipeline_bytes": pipeline_bytes(loaded.folder),
         }
     return cost

@@ -20,7 +20,7 @@ from pipeline.evaluation.table import markdown, rows_of
 from pipeline.models.levels import LEVELS
 from pipeline.models.provenance import CARD, read_origin
 from pipeline.settings.evaluate import EVALUATION
-from pipeline.system.echo import printable
+from pipeline.system.echo import plural, printable
 from pipeline.system.jsonl import read_jsonl
 from shards.files import write_bytes, write_json
 from shards.manifest import read_manifest
@@ -172,7 +172,7 @@ def _made(inputs: CardInputs) -> dict[str, Any]:
         "prediction type": cache["prediction_type"],
         **_named("data", inline(inputs.origin.get("data", {}).get("name", ""))),
         "images": f"{cache['entries']:,} at {latents['resolution']} px",
-        "entries": f"{cache['entries'] * inputs.rounds:,} in {inputs.rounds} rounds",
+        "entries": f"{cache['entries'] * inputs.rounds:,} in {plural(inputs.rounds, 'round')}",
         "empty captions": f"{cache['uncond_fraction']:.0%}",
         "features stored as": stored,
         "level": inputs.settings["level"],

@@ -26,6 +26,7 @@ from transformers import CLIPModel, CLIPProcessor
 
 from pipeline.data.files import MAX_IMAGE_BYTES, read_regular
 from pipeline.data.images import ImageProblem, decode, is_image_name
+from pipeline.system.echo import plural
 from pipeline.system.errors import UserError, first_line
 from pipeline.system.extras import install_command
 
@@ -157,7 +158,7 @@ def open_reference(path: Path) -> Statistics | list[Path]:
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if is_image_name(file.name))
         if len(files) < 2:
-            raise UserError(f"--reference {path} holds {len(files)} images. Pass a folder with at least two.")
+            raise UserError(f"--reference {path} holds {plural(len(files), 'image')}. Pass a folder with at least two.")
         return files
     try:
         stored = read_arrays(path)

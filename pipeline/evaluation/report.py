@@ -23,7 +23,8 @@ def write_evaluation(out: Path, evaluation: dict[str, Any], prompts: list[str], 
             for name, folder in folders.items()
         }
         sections += ["<h2>Images</h2>", grid(prompts, shown)]
-    title = f"{evaluation['student']['model']} compared with {evaluation['teacher']['model']}"
+    student, teacher = (evaluation[name]["model"].rstrip("/") for name in ("student", "teacher"))
+    title = f"{student} compared with {teacher}"
     write_page(out, title, [*sections, folded_settings(evaluation["settings"])])
 
 

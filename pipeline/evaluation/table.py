@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import html
+import re
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline.system.disk import format_bytes
+from pipeline.system.echo import plural
 from pipeline.system.tables import markdown_table
 
 HEAD = ("", "teacher", "student", "student / teacher", "")
@@ -35,6 +37,9 @@ SCORES: dict[str, tuple[str, Callable[[Any], str], str]] = {
     "clip_score": ("CLIP score, 100 cos", "{:.2f}".format, "higher is better"),
     "facts": ("caption facts that hold", "{:.1%}".format, "judged by the scenes' oracle"),
 }
+# With fewer images a score depends too much on which images they are. For FID its authors advise 10,000 at least, and
+# the mean of 100 values is uncertain by a tenth of their spread.
+FEWEST = {"fid": 10_000, "inception_score": 10_000, "clip_score": 100, "facts": 100}
 
 
 @dataclass(frozen=True)
@@ -63,8 +68,17 @@ def rows_of(evaluation: dict[str, Any]) -> list[Row]:
 
 def cost_rows(cost: dict[str, Any]) -> list[Row]:
     teacher, student = cost["teacher"], cost["student"]
-    rows = [comparison_row(name, show, note, teacher[key], student[key]) for key, (name, show, note) in COSTS.items()]
+    rows = [
+        comparison_row(name, show, stored_as(cost) if key == "unet_bytes" else note, teacher[key], student[key])
+        for key, (name, show, note) in COSTS.items()
+    ]
     return [Row(f"Cost, {cost['device']}, batch of {cost['batch_size']}"), *rows]
+
+
+def stored_as(cost: dict[str, Any]) -> str:
+    """The precision of the weights in the U-Nets' files. Earlier versions did not record it."""
+    teacher, student = (cost[name].get("precision", "") for name in ("teacher", "student"))
+    return teacher if teacher == student else f"teacher in {teacher}, student in {student}"
 
 
 def comparison_row(name: str, show: Callable[[Any], str], note: str, teacher: float, student: float) -> Row:
@@ -93,13 +107,18 @@ def quality_rows(quality: dict[str, Any]) -> list[Row]:
     heading = "Quality"
     if "missing" in quality:
         return [Row(heading), missing_row("FID, IS, CLIP score", quality)]
-    rows = [Row(f"{heading}, {quality['pictures']} images, {quality['protocol']}")]
+    rows = [Row(f"{heading}, {plural(quality['pictures'], 'image')}, {quality['protocol']}")]
     for key, (name, show, note) in SCORES.items():
         score = quality["scores"].get(key)
         if score and "missing" in score:
             rows.append(missing_row(name, score))
         elif score:
-            rows.append(comparison_row(name, show, note, score["teacher"], score["student"]))
+            few = (
+                f"; of {plural(quality['pictures'], 'image')}, but it takes {FEWEST[key]:,} to be reliable"
+                if quality["pictures"] < FEWEST[key]
+                else ""
+            )
+            rows.append(comparison_row(name, show, note + few, score["teacher"], score["student"]))
     return rows
 
 
@@ -151,6 +170,7 @@ def as_html(rows: Iterable[Row]) -> str:
 
 def _html_row(row: Row) -> str:
     name, *numbers, note = map(html.escape, row.cells)
+    note = re.sub(r"`([^`]+)`", r"<code>\1</code>", note)
     if is_heading(row):
         return f"<tr><th colspan=5>{name}</th></tr>"
     return f"<tr><td>{name}</td>{''.join(f'<td class=number>{n}</td>' for n in numbers)}<td>{note}</td></tr>"

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import huggingface_hub.errors
 import torch
 import transformers
 from diffusers import DiffusionPipeline, UNet2DConditionModel
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 from torch import nn
 
 from pipeline.models.bundled import teacher_folder
@@ -19,7 +19,8 @@ from pipeline.models.reading import read_json, read_part, reading
 from pipeline.models.schedule import no_betas
 from pipeline.models.single_file import SINGLE_FILES, converted
 from pipeline.models.weights import has_weights, load_network
-from pipeline.system.errors import UserError, first_line
+from pipeline.system.errors import UserError, did_you_mean, first_line
+from pipeline.system.output import writer_of
 
 # Their bars and hints about this package's own calls would hide the stages' one line of progress.
 diffusers.utils.logging.set_verbosity_error()
@@ -28,6 +29,9 @@ transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
 MODEL_INDEX = "model_index.json"
+# The commands whose output becomes a model when it is finished; and what diffusers and peft write next to LoRA weights.
+TRAININGS = ("distill", "finetune")
+LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_config.json")
 LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
 
 
@@ -45,7 +49,7 @@ def find_pipeline(
     if not folder.is_dir():
         folder = _download(name, revision, variant, flag)
     if not (folder / MODEL_INDEX).is_file():
-        raise UserError(f"{flag} {name} has no {MODEL_INDEX}. {_instead(folder, flag)}.")
+        raise UserError(f"{flag} {name} {_instead(folder, flag)}")
     for holds, problem in check_index(folder):
         if not holds:
             raise UserError(f"{flag} {name}: {problem}")
@@ -56,11 +60,19 @@ def find_pipeline(
 
 
 def _instead(folder: Path, flag: str) -> str:
+    """What a folder without a model_index.json is, and what to do: the rest of a sentence, and another one."""
+    command = writer_of(folder)
+    if any((folder / name).is_file() for name in LORA_FILES):
+        return "holds LoRA weights, not a model. Give the model that they were trained on."
+    if command in TRAININGS:
+        return f"is the output of a `{command}` that is not finished. Rerun that command to finish it."
+    if command:
+        return f"is the output of `{command}`, not a model. Use a checkpoint in diffusers layout."
     files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".ckpt"))
     # A part of a pipeline has a config, and its weights are no whole pipeline.
     if files and not (folder / "config.json").exists():
-        return f"To use the single file in it, give {flag} {files[0]}"
-    return "Use a checkpoint in diffusers layout"
+        return f"has no {MODEL_INDEX}. To use the single file in it, give {flag} {files[0]}."
+    return f"has no {MODEL_INDEX}. Use a checkpoint in diffusers layout."
 
 
 def family_of(folder: Path) -> Family:
@@ -114,18 +126,38 @@ def part_classes(folder: Path) -> dict[str, Any]:
 
 def _download(name: str, revision: str | None, variant: str | None, flag: str) -> Path:
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(SINGLE_FILES):
-        raise UserError(f"{flag} {name} is not a folder. Give one in diffusers layout, or a name on the hub.")
+        raise UserError(
+            f"{flag} {name} is not a folder. Give one in diffusers layout, or a name on the hub.{_similar(name)}"
+        )
     try:
         folder = Path(DiffusionPipeline.download(name, revision=revision, variant=variant))
         if variant is None and not has_weights(folder / "unet"):
             # The repository may hold files in half precision alone.
             folder = Path(DiffusionPipeline.download(name, revision=revision, variant="fp16"))
         return folder
-    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
+    except (OSError, ValueError, HTTPError) as error:
         # The hub's own errors say what is wrong. diffusers' error only refers to its cause.
-        from_hub = isinstance(error, huggingface_hub.errors.HfHubHTTPError)
-        reason = first_line(error if from_hub or error.__cause__ is None else error.__cause__)
-        raise UserError(f"{flag} {name} is not a folder, and it cannot be downloaded from a hub: {reason}") from None
+        from_hub = isinstance(error, HfHubHTTPError) or error.__cause__ is None
+        reason = _hub_problem(error if from_hub else error.__cause__)
+        raise UserError(f"{flag} {name} is not a folder, and {reason}.{_similar(name)}") from None
+
+
+def _hub_problem(error: BaseException | None) -> str:
+    if isinstance(error, OfflineModeIsEnabled):
+        return "no hub can be asked, because HF_HUB_OFFLINE is set"
+    if isinstance(error, RepositoryNotFoundError):
+        return "the hub has no model of that name, or shows it only to those who are logged in (`hf auth login`)"
+    if isinstance(error, (ConnectionError, HTTPError)) and not isinstance(error, HfHubHTTPError):
+        return "the hub cannot be reached"
+    return f"it cannot be downloaded from a hub: {first_line(error or ValueError()).rstrip('.')}"
+
+
+def _similar(name: str) -> str:
+    """A question, if there is a model with a similar name: demo, or a folder or single file in the same place."""
+    place = Path(name)
+    beside = place.parent.iterdir() if place.parent.is_dir() else ()
+    names = [path.name for path in beside if path.is_dir() or path.suffix in SINGLE_FILES]
+    return did_you_mean(place.name, [*names, "demo"] if place.name == name else names)
 
 
 def load_base(folder: Path, variant: str | None = None, unet: UNet2DConditionModel | None = None) -> DiffusionPipeline:

@@ -64,6 +64,6 @@ def teacher_shapes(folder: Path, resolution: int, taps: list[str]) -> TeacherSha
     try:
         family.check(config)
     except ValueError as error:
-        raise UserError(f"--teacher {folder}: {error}") from None
+        raise UserError(f"--teacher {folder}: {error}. Pass a teacher of that family.") from None
     latents = latents_shape(vae, resolution)
     return TeacherShapes(latents, conditioning, tap_shapes(config, latents, conditioning, taps, family))

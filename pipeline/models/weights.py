@@ -35,6 +35,8 @@ FALLBACKS = ("fp32", "fp16", "bf16")
 # The names of dtypes in a safetensors header.
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
+PRECISIONS = {"F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16", "I8": "int8"}
+
 
 @dataclass(frozen=True)
 class WeightFiles:
@@ -123,6 +125,15 @@ def refuse_incomplete(folder: Path, weights: WeightFiles, network: nn.Module, in
             f"{source} lacks {len(missing)} of the network's {len(network.state_dict())} tensors, such as "
             f"{missing[0]}. Copy or download the pipeline again."
         )
+
+
+def stored_precisions(folder: Path) -> list[str]:
+    """The precisions of the floats in a folder's safetensors files, such as fp16; int8 if there are any of those."""
+    found = set()
+    for path in sorted(folder.rglob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            found |= {file.get_slice(name).get_dtype() for name in list(file.keys())}
+    return [name for dtype, name in PRECISIONS.items() if dtype in found]
 
 
 def _and_others(names: list[str]) -> str:

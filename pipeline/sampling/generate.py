@@ -10,7 +10,7 @@ import inspect
 import json
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from pipeline.models.schedule import SCHEDULE
 from pipeline.system.device import DTYPES, device_name
-from pipeline.system.echo import printable
+from pipeline.system.echo import plural, printable
 from pipeline.system.errors import UserError, first_line
 from shards.files import atomic_directory, write_json
 
@@ -52,6 +52,9 @@ SCHEDULERS = {
 SCHEDULE_KEYS = (*SCHEDULE, "timestep_spacing", "steps_offset", "rescale_betas_zero_snr", "set_alpha_to_one")
 # Those that all of SCHEDULERS compute.
 COMMON_BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+
+# Every sampler takes so many steps, if the schedule has them.
+ENOUGH_STEPS = 10
 
 # Images and their prompts -> how well they match, 0 to 1; None for prompts that the scorer cannot judge.
 Scorer = Callable[[Iterable[Image.Image], list[str]], float | None]
@@ -175,8 +178,28 @@ def sampling_scheduler(own: SchedulerMixin, name: str) -> SchedulerMixin:
 def check_sampler(own: SchedulerMixin, sampler: Sampler, model: str) -> None:
     """Raise UserError unless `sampler` works with the noise schedule of `own`, the scheduler of the pipeline `model`.
 
-    A whole sampling is tried on latents of one value, with a network that predicts zero.
+    If another number of steps would do, the message says which.
     """
+    problem = sampling_problem(own, sampler)
+    if problem is None:
+        return
+    train_steps = own.config.get("num_train_timesteps") or 0
+    for steps in (*range(sampler.steps + 1, ENOUGH_STEPS + 1), train_steps, train_steps // 2):
+        if steps and sampling_problem(own, replace(sampler, steps=steps)) is None:
+            raise UserError(
+                f"the scheduler {sampler.scheduler} cannot sample from {model} in {plural(sampler.steps, 'step')}, "
+                f"but it can in {steps}. Choose another number of steps, or another scheduler."
+            )
+    raise UserError(
+        f"the scheduler {sampler.scheduler} cannot sample from {model} in {plural(sampler.steps, 'step')}: "
+        f"{problem.rstrip('.')}. The pipeline's own is a {type(own).__name__} with prediction type "
+        f"{own.config.get('prediction_type')}, {own.config.get('beta_schedule')} betas and "
+        f"{own.config.get('num_train_timesteps')} timesteps. Use another scheduler, or correct its config."
+    )
+
+
+def sampling_problem(own: SchedulerMixin, sampler: Sampler) -> str | None:
+    """Why a sampling fails; None if it does not. Latents of one value are tried, with a network that predicts zero."""
     try:
         scheduler = sampling_scheduler(own, sampler.scheduler)
         scheduler.set_timesteps(sampler.steps)
@@ -184,16 +207,9 @@ def check_sampler(own: SchedulerMixin, sampler: Sampler, model: str) -> None:
         for timestep in scheduler.timesteps:
             scaled = scheduler.scale_model_input(latents, timestep)
             latents = scheduler.step(torch.zeros_like(scaled), timestep, latents).prev_sample
-        problem = None if torch.isfinite(latents).all() else "it gives NaN or Inf"
+        return None if torch.isfinite(latents).all() else "it gives NaN or Inf"
     except Exception as error:
-        problem = first_line(error)
-    if problem:
-        raise UserError(
-            f"the scheduler {sampler.scheduler} cannot sample from {model} in {sampler.steps} steps: "
-            f"{problem.rstrip('.')}. The pipeline's own is a {type(own).__name__} with prediction type "
-            f"{own.config.get('prediction_type')}, {own.config.get('beta_schedule')} betas and "
-            f"{own.config.get('num_train_timesteps')} timesteps. Use another scheduler, or correct its config."
-        )
+        return first_line(error)
 
 
 def save_images(samples: GeneratedImages, sampler: Sampler, out: Path) -> None:

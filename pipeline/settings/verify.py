@@ -15,7 +15,7 @@ from pipeline.system.settings import REQUIRED, option
 class VerifySettings(DeviceOptions, HubOptions):
     """Check latents or a cache for damage. DIR is what `encode` or `teacher-cache` wrote.
 
-    Prints every problem as one line with its remedy, then a summary. Exits with status 0 if all is fine, else 2.
+    Prints every problem as one line with its remedy, then a summary. Exits with status 0 if there is none, else 2.
     """
 
     command: ClassVar[str] = "verify"

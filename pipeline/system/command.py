@@ -77,8 +77,8 @@ def stage_command(settings_class: type[Settings]) -> click.Command:
                 work.run(settings)
         except (UserError, ShardError) as error:
             _stop(f"Error: {error}", USER_STATUS)
-        except KeyboardInterrupt:
-            _stop("Interrupted. Rerun the same command to resume.", INTERRUPTED_STATUS)
+        except KeyboardInterrupt as stop:
+            _stop(str(stop) or "Interrupted. Rerun the same command to resume.", INTERRUPTED_STATUS)
         except Exception as error:
             os_error = fixable_os_error(error)
             if os_error is not None:

@@ -8,7 +8,6 @@ A file holds the options of one command, as --dry-run prints them, or of several
 
 from __future__ import annotations
 
-import difflib
 import reprlib
 import typing
 from dataclasses import fields
@@ -17,6 +16,7 @@ from typing import Any
 
 import click
 
+from pipeline.system.errors import did_you_mean
 from pipeline.system.settings import Settings, flag, kind_of
 from pipeline.system.yaml_file import parse_yaml
 
@@ -69,8 +69,7 @@ def section_of(file: Path, settings: type[Settings]) -> dict[str, Any]:
     for key, value in content.items():
         name = str(key).replace("-", "_")
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            meant = f" Did you mean {flag(close[0])[2:]}?" if close else ""
+            meant = did_you_mean(name.replace("_", "-"), [flag(setting)[2:] for setting in known])
             raise click.UsageError(f"--config {file}: {command} has no option {key!r}.{meant}")
         if value is not None:
             expected = mismatch(value, kind_of(hints[name]))

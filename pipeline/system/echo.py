@@ -1,4 +1,4 @@
-"""Printing text that may hold anything, such as captions and file names."""
+"""Printing: text that may hold anything, such as captions and file names, and counts in words."""
 
 from __future__ import annotations
 
@@ -33,6 +33,11 @@ def printable(text: str) -> str:
     since emoji need it.
     """
     return "".join(character if _is_harmless(character) else ascii(character)[1:-1] for character in text)
+
+
+def plural(count: int, one: str, several: str | None = None) -> str:
+    """A count with its noun: `1 shard`, `2 shards`; `several` is the plural of a noun that takes more than an s."""
+    return f"{count} {one if count == 1 else several or one + 's'}"
 
 
 def _is_harmless(character: str) -> bool:

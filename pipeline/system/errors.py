@@ -1,6 +1,7 @@
-"""The error for problems that a user can fix, and a short form of any error's text."""
+"""The error for problems that a user can fix, and pieces of messages."""
 
-from collections.abc import Callable, Iterator
+import difflib
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 # What a step after the main work may fail with: disk, network, memory, a process that was killed, a damaged file.
@@ -14,6 +15,12 @@ class UserError(Exception):
 def first_line(error: BaseException) -> str:
     """The first line of an error's text, or the name of its class if the text is empty."""
     return str(error).strip().split("\n")[0] or type(error).__name__
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A question, as a further sentence of a message, for the known name that is most like `name`; may be empty."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" Did you mean {close[0]}?" if close else ""
 
 
 @contextmanager

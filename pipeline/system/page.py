@@ -17,6 +17,8 @@ REPORT = "report.html"
 # Images per row of a grid, and the side in pixels above which an image is shrunk.
 GRID_PICTURES = 8
 GRID_SIDE = 192
+# Points that a curve marks one by one. A line alone would not show a single one.
+FEW_POINTS = 20
 # Legible on white and on black.
 INK = "#808890"
 STYLE = """
@@ -66,18 +68,20 @@ def grid(prompts: list[str], rows: dict[str, list[Image.Image]]) -> str:
 def curves(plots: dict[str, dict[str, tuple[list[float], list[float]]]], xlabel: str, alt: str) -> str:
     """Plots next to each other as an inlined SVG. `plots` is {title: {label: (x, y)}}.
 
-    The y axis of a plot is logarithmic if all its values are positive.
+    The x axis counts something. The y axis of a plot is logarithmic if all its values are positive.
     """
     # Imported where it is used: most commands draw nothing.
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import MaxNLocator
 
     figure, axes = pyplot.subplots(1, len(plots), figsize=(6 * len(plots), 4.4), squeeze=False, layout="constrained")
     for axis, (title, lines) in zip(axes[0], plots.items(), strict=True):
         for label, (x, y) in lines.items():
-            axis.plot(x, y, label=label, linewidth=1.3)
+            axis.plot(x, y, label=label, linewidth=1.3, marker="o" if len(x) <= FEW_POINTS else "", markersize=3)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         positive = all(value > 0 for _, y in lines.values() for value in y)
         axis.set(title=title, xlabel=xlabel, yscale="log" if positive else "linear")
         axis.legend(fontsize=7, frameon=False, labelcolor=INK, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16))

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 import click
 
-from pipeline.system.errors import UserError
+from pipeline.system.errors import UserError, did_you_mean
 from shards.files import write_json
 
 REQUIRED = dataclasses.MISSING
@@ -89,7 +89,7 @@ def _check(name: str, value: Any, limits: typing.Mapping[str, Any]) -> None:
     choices, ge, le, gt, lt = (limits.get(key) for key in ("choices", "ge", "le", "gt", "lt"))
     for item in value if isinstance(value, tuple) else (value,):
         if choices and item not in choices:
-            raise UserError(f"{name} {item!r} is not one of {', '.join(choices)}")
+            raise UserError(f"{name} {not_one_of(item, choices)}")
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{name} is {value}; it must be a finite number")
     if isinstance(value, int) and value > LARGEST_INT:
@@ -104,10 +104,24 @@ def _check(name: str, value: Any, limits: typing.Mapping[str, Any]) -> None:
         raise UserError(f"{name} is {value}; it must be less than {lt}")
 
 
+def not_one_of(value: object, choices: tuple[str, ...]) -> str:
+    """The end of a message about a value that is none of the choices."""
+    return f"{value!r} is not one of {', '.join(choices)}.{did_you_mean(str(value), choices)}"
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     return list(value) if isinstance(value, tuple) else value
+
+
+class Choice(click.Choice):
+    """One of several names. The message about another one asks whether a similar name was meant."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value not in self.choices:
+            self.fail(not_one_of(value, tuple(self.choices)), param, ctx)
+        return super().convert(value, param, ctx)
 
 
 class CommaSeparated(click.ParamType):
@@ -165,7 +179,7 @@ def _parameter_type(kind: Any, setting: dataclasses.Field[Any]) -> Any:
     if typing.get_origin(kind) is tuple:
         return CommaSeparated()
     choices = setting.metadata["choices"]
-    return click.Choice(choices) if choices else kind
+    return Choice(choices) if choices else kind
 
 
 def kind_of(hint: Any) -> Any:

@@ -196,7 +196,7 @@ def prepare_training(
     if state is not None:
         with reading_checkpoint(list_checkpoints(settings.out / CHECKPOINTS)[-1][1]):
             training.load_state(state)
-        accelerator.print(f"resuming from the checkpoint of step {training.step}")
+        accelerator.print(f"resuming from step {training.step} of {settings.max_train_steps}")
     if ema:
         ema.to(accelerator.device)
     return training
@@ -235,7 +235,7 @@ def run_training(
 def train(settings: TrainingSettings, accelerator: Accelerator, training: Training, stream: Iterator[Batch]) -> None:
     """Step until `max_train_steps`, with metrics and checkpoints. The last step leaves a checkpoint.
 
-    Ctrl-C leaves one too, in all processes at the same step, then raises KeyboardInterrupt.
+    Ctrl-C leaves one too, in all processes at the same step, then raises KeyboardInterrupt, which names the step.
     """
     total_steps = settings.max_train_steps
     assert total_steps is not None
@@ -263,7 +263,8 @@ def train(settings: TrainingSettings, accelerator: Accelerator, training: Traini
                     for active in accelerator.trackers:
                         active.finish()
                     leave_processes(accelerator)
-                    raise KeyboardInterrupt
+                    done = f"Stopped at step {training.step} of {total_steps}"
+                    raise KeyboardInterrupt(f"{done}. Rerun the same command to resume from there.")
 
 
 def step_losses(training: Training, batch: Batch) -> dict[str, Tensor]:
@@ -288,7 +289,7 @@ def after_step(
         training.ema.step(training.trained)
     metrics.advance()
     interval = training.step == settings.max_train_steps or training.step % settings.checkpointing_steps == 0
-    logging = interval or training.step % settings.logging_steps == 0
+    logging = interval or training.step == 1 or training.step % settings.logging_steps == 0
     if logging or stop:
         means = metrics.means()
         # A gradient scaler finds its scale by infinite norms, and skips those steps.

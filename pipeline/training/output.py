@@ -14,6 +14,7 @@ from accelerate import Accelerator
 
 from pipeline.models.hub import open_repository
 from pipeline.settings.training import TrainingSettings
+from pipeline.system.echo import plural
 from pipeline.system.errors import UserError
 from pipeline.system.json_files import read_json
 from pipeline.system.lock import OutputLock
@@ -68,7 +69,7 @@ def nothing_left(settings: TrainingSettings, accelerator: Accelerator, what: str
     done = finished_step(settings.out)
     if done >= (settings.max_train_steps or 0) and complete and not settings.push_to_hub:
         accelerator.print(
-            f"already finished, nothing to do: {settings.out} holds a {what} of {done} steps. "
+            f"already finished, nothing to do: {settings.out} holds a {what} of {plural(done, 'step')}. "
             "Raise --max-train-steps to train it further."
         )
         return True

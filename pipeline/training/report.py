@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.sampling.generate import GeneratedImages, Scorer
+from pipeline.system.echo import plural
 from pipeline.system.page import curves, folded_settings, grid, write_page
 
 
@@ -47,7 +48,7 @@ def _lead(metrics: list[dict[str, Any]]) -> str:
     if not metrics:
         return "The metrics of this training are lost."
     last = metrics[-1]
-    return f"{last['step']:,} steps, {last['epoch']:.1f} epochs over the cache; last loss {last['loss']:.4g}."
+    return f"{plural(last['step'], 'step')}, {last['epoch']:.1f} epochs over the cache; last loss {last['loss']:.4g}."
 
 
 def _comparison(rows: dict[str, GeneratedImages], scorer: Scorer) -> str:
@@ -67,7 +68,7 @@ def _comparison(rows: dict[str, GeneratedImages], scorer: Scorer) -> str:
             html.escape(samples.device),
         ]
         if scored:
-            cells.append(f"{scores[name]:.1%} over {len(samples.prompts)} images")
+            cells.append(f"{scores[name]:.1%} over {plural(len(samples.prompts), 'image')}")
         lines.append(f"<tr><th>{html.escape(name)}</th>{''.join(f'<td class=number>{c}</td>' for c in cells)}</tr>")
     header = "".join(f"<th class=number>{cell}</th>" for cell in head)
     note = (

@@ -20,7 +20,8 @@ from pipeline.demo.evaluate import judge
 from pipeline.demo.oracle import score_scenes
 from pipeline.demo.scenes import make_scene
 from pipeline.evaluation import measure
-from pipeline.evaluation.table import HEAD, WIDTH, Row, as_html, markdown, plain_text, rows_of
+from pipeline.evaluation.report import write_evaluation
+from pipeline.evaluation.table import COSTS, HEAD, WIDTH, Row, as_html, markdown, plain_text, quality_rows, rows_of
 from pipeline.models.students import student_config, student_weights
 from pipeline.sampling import folder
 from pipeline.sampling.generate import Sampler, generate
@@ -103,6 +104,7 @@ def test_the_table_compares_the_costs_of_student_and_teacher(done, place):
         assert 1e6 < cost[name]["peak_memory"] < 2e9
         weights = place / name / "unet" / "diffusion_pytorch_model.safetensors"
         assert weights.stat().st_size < cost[name]["unet_bytes"] < cost[name]["pipeline_bytes"]
+    assert cells(output, "U-Net files")[4] == "fp32"
     for key in ("unet_parameters", "pipeline_parameters", "macs", "unet_bytes", "pipeline_bytes"):
         assert cost["student"][key] < cost["teacher"][key], key
 
@@ -170,6 +172,40 @@ def test_the_report_shows_the_table_the_curves_and_the_images(done):
     for name in ("U-Net parameters", "mid_block, all timesteps", "CLIP score, 100 cos", "num_inference_steps"):
         assert name in page
     assert set(re.findall(r"""(?:src|href)=["']?(.{5})""", page)) == {"data:"}
+
+
+def test_the_page_has_no_marks_of_markdown_and_of_the_shell(tmp_path):
+    result = {"missing": "needs --latents DIR, images encoded with `distill-sd encode`"}
+    numbers = dict.fromkeys(COSTS, 1)
+    cost = {"device": "cpu", "batch_size": 1, "teacher": numbers, "student": {**numbers, "precision": "fp16"}}
+    evaluation = {
+        "teacher": {"model": "some/teacher/"},
+        "student": {"model": "student/", "level": "sd_small"},
+        "cost": cost,
+        "fidelity": result,
+        "quality": result,
+        "settings": {},
+    }
+    write_evaluation(tmp_path, evaluation, [], {})
+    page = (tmp_path / "report.html").read_text()
+    assert "<h1>student compared with some/teacher</h1>" in page
+    assert "encoded with <code>distill-sd encode</code>" in page
+    assert "`" not in page
+
+
+def test_a_score_of_few_images_says_how_many_it_needs():
+    scores = {"fid": {"teacher": 1.0, "student": 2.0}, "facts": {"teacher": 1.0, "student": 0.5}}
+
+    def notes(pictures):
+        quality = {"pictures": pictures, "protocol": "p", "scores": scores}
+        return [row.note for row in quality_rows(quality)[1:]]
+
+    assert notes(2) == [
+        "lower is better; of 2 images, but it takes 10,000 to be reliable",
+        "judged by the scenes' oracle; of 2 images, but it takes 100 to be reliable",
+    ]
+    assert notes(500)[1] == "judged by the scenes' oracle"
+    assert notes(10_000)[0] == "lower is better"
 
 
 def test_the_images_are_those_of_the_pipelines(done, place):

@@ -123,7 +123,10 @@ def test_images_need_a_vae(latents, tmp_path):
 
 
 def test_a_directory_without_shards_is_refused(tmp_path):
-    for directory in (tmp_path, tmp_path / "nowhere"):
+    for directory, message in (
+        (tmp_path, "has no manifest.json, so it is not a latents or cache directory"),
+        (tmp_path / "nowhere", "nowhere does not exist. Check the path"),
+    ):
         status, output = inspect(directory)
         assert status == 2
-        assert "has no manifest.json, so it is not a latents or cache directory" in output
+        assert message in output

@@ -152,7 +152,7 @@ def test_an_image_whose_caption_was_added_is_taken_up(teacher, data, tmp_path, c
     run_encode(teacher, data, out)
     assert "already finished" in capsys.readouterr().out
     caption(data, {"006.png": "changed"})
-    assert "1 captions changed. The first is that of 006.png: 'picture 6' -> 'changed'" in refusal(teacher, data, out)
+    assert "1 caption changed. The first is that of 006.png: 'picture 6' -> 'changed'" in refusal(teacher, data, out)
     caption(data, {"006.png": "picture 6", "007.png": "picture 7"})
     run_encode(teacher, data, out, retry_skipped=True)
     undisturbed = run_encode(teacher, write_images(tmp_path / "whole", 13), tmp_path / "undisturbed")
@@ -179,5 +179,5 @@ def test_notes_are_printed_by_the_run_and_its_plan(teacher, tmp_path):
     for more in (["--dry-run"], []):
         result = CliRunner().invoke(main, ["encode", *map(str, options), *more])
         assert result.exit_code == 0, result.output
-        assert "note: 1 files of other kinds were passed over: 1 .svg" in result.output
+        assert "note: passed over 1 file of other kinds: 1 .svg" in result.output
         assert "note: 1 of 3 entries will be skipped. The first is 002.png: no caption file 002.txt" in result.output

@@ -35,14 +35,32 @@ def test_captions_and_sizes_are_told(sizes):
         "caption of a.png: 'caption a'",
         "caption of b.png: 'caption b'",
         "caption of d.png: 'caption d'",
-        "note: 2 of 4 images looked at have a side under 32 px and are enlarged. --min-size 32 skips them",
-        "note: 2 of 4 images looked at lose more than a third to the square crop",
+        "note: 1 of 5 images looked at cannot be read and will be skipped. The first is e.png: "
+        "not decodable: not an image of a known format",
+        "note: 2 of 5 images looked at have a side under 32 px and are enlarged. --min-size 32 skips them",
+        "note: 2 of 5 images looked at lose more than a third to the square crop",
     ]
-    assert lines(sizes, 32, 30)[3:] == [
-        "note: 1 of 4 images looked at have a side under 30 px and are skipped",
-        "note: 1 of 4 images looked at have a side under 32 px and are enlarged. --min-size 32 skips them",
-        "note: 1 of 4 images looked at lose more than a third to the square crop",
+    assert lines(sizes, 32, 30)[4:] == [
+        "note: 1 of 5 images looked at have a side under 30 px and are skipped",
+        "note: 1 of 5 images looked at have a side under 32 px and are enlarged. --min-size 32 skips them",
+        "note: 1 of 5 images looked at lose more than a third to the square crop",
     ]
+
+
+def test_a_resolution_above_all_images_is_told_with_theirs(sizes):
+    assert lines(sizes, 512, 0)[4] == (
+        "note: all images looked at have a side under 512 px and are enlarged; the shorter side of the largest has "
+        "64 px. Give a smaller --resolution to leave them as they are"
+    )
+
+
+def test_images_that_a_list_names_and_that_are_missing_are_told(tmp_path):
+    folder = write_images(tmp_path / "images", 3)
+    (folder / "001.png").unlink()
+    assert lines(folder, 32, 0)[3] == (
+        "note: 1 of 3 images looked at cannot be read and will be skipped. The first is 001.png: "
+        "No such file or directory"
+    )
 
 
 def test_nothing_is_said_of_sizes_that_fit_and_long_captions_are_cut(tmp_path):

@@ -136,13 +136,22 @@ def test_a_caption_that_is_not_text_is_a_problem_of_its_record(tmp_path, caption
     assert source.records[1].problem is None
 
 
+def test_a_line_without_a_caption_is_a_problem_of_its_record(tmp_path):
+    source = open_folder(folder(tmp_path, row("a.png"), {"file_name": "b.png"}))
+    assert [record.problem for record in source.records] == [None, "there is no caption"]
+
+
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
         ((row("a.png"), "{broken"), "metadata.jsonl, line 2 is not JSON .*Fix or delete the line"),
         (("[1]",), "line 1 is not a JSON object"),
-        (({"file_name": "a.png", "caption": "x"},), r"line 1 has no 'text'\. It has 'file_name', .*--caption-column"),
-        (({"text": "x"},), "no 'file_name'.*--image-column"),
+        (
+            ({"file_name": "a.png", "caption": "x"},),
+            r"no 'text' in any line\. It has 'file_name', 'caption': .*--caption-column",
+        ),
+        (({"text": "x"},), "no 'file_name' in any line.*--image-column"),
+        ((row("a.png"), {"text": "x"}), "line 2 has no 'file_name'. Add the file's name or delete the line"),
         ((row(7),), "'file_name' is 7, which is not a file name"),
         ((), "lists no images"),
     ],
@@ -255,7 +264,7 @@ def test_a_metadata_csv_is_a_list_too(tmp_path):
     assert source.read(source.records[1]) == b"xyz"
     assert listed(open_folder(tmp_path, caption_column="more"))[1] == ("b.png", "x")
     (tmp_path / "metadata.csv").write_text("image, caption\na.png,a\n")
-    with pytest.raises(UserError, match=r"csv, line 2 has no 'file_name'\. It has 'image', ' caption': choose"):
+    with pytest.raises(UserError, match=r"csv has no 'file_name' in any line\. It has 'image', ' caption': choose"):
         open_folder(tmp_path)
 
 
@@ -274,7 +283,7 @@ def test_a_list_in_the_folder_of_the_split_is_used(tmp_path):
     [
         ((), "contains no images"),
         (("a.svg", "a.txt"), "contains no images"),
-        (("a.png",), "contains 1 images, but no captions"),
+        (("a.png",), "contains 1 image, but no captions"),
         (("images/a.png", "captions.csv"), "no captions: .*It has captions.csv, which is not read"),
         (("a.png", "metadata.json"), "It has metadata.json, which is not read"),
         (("images/a.png", "images/metadata.jsonl"), "It has images/metadata.jsonl, which is not read there"),
@@ -299,7 +308,7 @@ def test_files_of_other_kinds_and_records_without_a_caption_are_noted(tmp_path):
     (data / "alone.png").write_bytes(b"x")
     (data / "read\x1b[2Jme").write_bytes(b"x")
     assert open_folder(data).notes() == [
-        "note: 5 files of other kinds were passed over: 2 .svg, 1 .eps, 1 .heic, 1 without an ending",
+        "note: passed over 5 files of other kinds: 2 .svg, 1 .eps, 1 .heic, 1 without an ending",
         "note: 1 of 2 entries will be skipped. The first is alone.png: no caption file alone.txt",
     ]
 

@@ -254,7 +254,7 @@ def test_members_that_are_no_files_are_noted(tmp_path):
     assert open_tars(write_tar(tmp_path / "a.tar", *members)).notes() == []
     tar = write_tar(tmp_path / "a.tar", *members, link("b.jpg", "/etc/hostname"))
     assert open_tars(tar).notes() == [
-        "note: 1 files of other kinds were passed over: 1 link, device or sparse file",
+        "note: passed over 1 file of other kinds: 1 link, device or sparse file",
     ]
 
 

@@ -107,10 +107,16 @@ def test_the_command_makes_a_folder_once_and_refuses_one_with_other_scenes(tmp_p
     made = (tmp_path / "scenes" / "metadata.jsonl").stat().st_mtime_ns
     assert scenes().exit_code == 0
     assert (tmp_path / "scenes" / "metadata.jsonl").stat().st_mtime_ns == made
-    for other in (["--count", "6"], ["--seed", "1"], ["--split", "heldout"]):
+    folder = f"Error: --out {tmp_path / 'scenes'}"
+    remedy = "To have others written, delete the folder or choose another one.\n"
+    assert scenes("--count", "6").stderr == (
+        f"{folder} holds 5 scenes, but --count is 6. To use them, give --count 5 (SCENES=5 with make). {remedy}"
+    )
+    for other in (["--seed", "1"], ["--split", "heldout"]):
         refused = scenes(*other)
         assert refused.exit_code == 2
-        assert "already exists and does not hold scenes 0 to" in refused.output
+        assert refused.stderr.startswith(f"{folder} holds other images than the scenes of --seed ")
+        assert refused.stderr.endswith(remedy)
     (tmp_path / "scenes" / "metadata.jsonl").write_text("not json")
     assert scenes().exit_code == 2
 

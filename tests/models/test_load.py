@@ -7,7 +7,9 @@ import shutil
 import pytest
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline
+from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 from safetensors.torch import load_file, save_file
+from support.stages import run_encode
 from support.tiny import tiny_pipeline, tiny_unet
 
 from pipeline.models.hashing import weights_sha256
@@ -218,15 +220,55 @@ def test_a_download_of_half_precision_alone_is_found(model, monkeypatch):
     assert find_pipeline("someone/model", None, None) == model
 
 
-def test_a_failed_download_states_the_cause_and_not_that_there_is_one(monkeypatch):
+@pytest.mark.parametrize(
+    ("cause", "message"),
+    [
+        (ConnectionError("[Errno 111] Connection refused"), "the hub cannot be reached."),
+        (HTTPError("[Errno -2] Name or service not known"), "the hub cannot be reached."),
+        (OfflineModeIsEnabled("an essay"), "no hub can be asked, because HF_HUB_OFFLINE is set."),
+        (ValueError("no such variant.\nAn essay"), "it cannot be downloaded from a hub: no such variant."),
+    ],
+)
+def test_a_failed_download_states_the_cause_in_a_sentence(monkeypatch, cause, message):
     def download(name, revision, variant):
-        raise OSError("Check out the root cause in the stacktrace above.") from ConnectionError(
-            "offline mode is enabled"
-        )
+        raise OSError("Check out the root cause in the stacktrace above.") from cause
 
     monkeypatch.setattr(DiffusionPipeline, "download", download)
     assert refusal(lambda: find_pipeline("someone/model", None, None)) == (
-        "--teacher someone/model is not a folder, and it cannot be downloaded from a hub: offline mode is enabled"
+        f"--teacher someone/model is not a folder, and {message}"
+    )
+
+
+def test_a_mistyped_name_is_answered_with_a_similar_one(tmp_path, monkeypatch):
+    def download(name, revision, variant):
+        raise ConnectionError
+
+    monkeypatch.setattr(DiffusionPipeline, "download", download)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "student").mkdir()
+    (tmp_path / "studnets").touch()
+    assert refusal(lambda: find_pipeline("demoo", None, None)).endswith("cannot be reached. Did you mean demo?")
+    for name in ("studnet", "./studnet", f"{tmp_path}/studnet"):
+        assert refusal(lambda name=name: find_pipeline(name, None, None)).endswith(" Did you mean student?")
+
+
+def test_an_output_that_is_no_model_is_called_what_it_is(tmp_path):
+    spec = {"seed": 0, "learning_rate": 1e-5}
+    (tmp_path / "spec.json").write_text(json.dumps({**spec, "cache": "0"}))
+    unfinished = f"--model {tmp_path} is the output of a `%s` that is not finished. Rerun that command to finish it."
+    assert refusal(lambda: find_pipeline(str(tmp_path), None, None, "--model")) == unfinished % "distill"
+    (tmp_path / "spec.json").write_text(json.dumps(spec))
+    assert refusal(lambda: find_pipeline(str(tmp_path), None, None, "--model")) == unfinished % "finetune"
+    (tmp_path / "pytorch_lora_weights.safetensors").touch()
+    assert refusal(lambda: find_pipeline(str(tmp_path), None, None, "--model")) == (
+        f"--model {tmp_path} holds LoRA weights, not a model. Give the model that they were trained on."
+    )
+
+
+def test_latents_are_no_model(teacher, images, tmp_path):
+    latents = run_encode(teacher, images, tmp_path / "latents")
+    assert refusal(lambda: find_pipeline(str(latents), None, None)) == (
+        f"--teacher {latents} is the output of `encode`, not a model. Use a checkpoint in diffusers layout."
     )
 
 

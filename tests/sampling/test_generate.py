@@ -76,7 +76,17 @@ def test_a_prediction_type_that_the_sampler_lacks_is_refused(name):
 
 def test_a_schedule_that_gives_nan_or_too_few_timesteps_is_refused():
     assert "it gives NaN or Inf" in refusal(DDIMScheduler(beta_start=0.0, beta_end=0.0))
-    assert "cannot be larger" in refusal(DDIMScheduler(num_train_timesteps=4), scheduler="ddim")
+    own = DDIMScheduler(num_train_timesteps=4)
+    assert "cannot sample from --model M in 25 steps, but it can in 4." in refusal(own, scheduler="ddim")
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_a_sampler_that_needs_more_steps_says_how_many(steps):
+    """PNDM begins with four Runge-Kutta steps, unless the pipeline says that it skips them."""
+    assert refusal(DDIMScheduler(**BETAS), scheduler="pndm", steps=steps).endswith(
+        ", but it can in 4. Choose another number of steps, or another scheduler."
+    )
+    check_sampler(PNDMScheduler(**BETAS, skip_prk_steps=True), Sampler(scheduler="pndm", steps=steps), "--model M")
 
 
 @pytest.mark.parametrize("size", [16, [16, 24], None])

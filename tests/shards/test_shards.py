@@ -104,7 +104,7 @@ def test_an_exception_while_writing_leaves_no_shard(tmp_path):
 
 def test_a_tar_without_its_sidecar_is_unfinished(directory):
     (directory / "s00001.json").unlink()
-    with pytest.raises(ShardError, match=r"1 of 2 shards are missing, the first is s00001.tar.*Rerun the same"):
+    with pytest.raises(ShardError, match=r"Missing shards: 1 of 2, from s00001.tar on.*Rerun the same"):
         ShardSet(open_store(directory), "latents")
 
 

@@ -1,5 +1,6 @@
 """Generated images and the report: independent of the batch size, self-contained, and shown by a real browser."""
 
+import base64
 import mmap
 import os
 import re
@@ -13,7 +14,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
 from PIL import Image
-from support.stages import run_distill, run_encode, run_teacher_cache
+from support.stages import metrics, run_distill, run_encode, run_teacher_cache
 from support.tiny import tiny_pipeline
 
 from pipeline.demo.oracle import score_scenes
@@ -21,6 +22,7 @@ from pipeline.demo.scenes import make_scene
 from pipeline.sampling.generate import GeneratedImages, Sampler, generate, load_images, save_images
 from pipeline.sampling.process import PipelineRef, generate_in_process
 from pipeline.system.memory import peak_memory
+from pipeline.system.page import curves
 from pipeline.training.report import write_report
 
 PROMPTS = [f"image {i}" for i in range(5)]
@@ -102,6 +104,31 @@ def test_the_report_shows_teacher_untrained_student_and_student(student):
     assert "4 steps" in page
     assert "learning_rate" in page
     assert "facts that hold" not in page
+
+
+def test_a_student_that_started_from_a_saved_one_is_shown_next_to_that(student, tmp_path):
+    cache = student.parent / "cache"
+    out = run_distill(cache, tmp_path / "out", report=True, init_from=student, max_train_steps=1)
+    page = (out / "report.html").read_text()
+    assert re.findall(r"<tr><th>([^<]+)</th><td><img", page) == ["teacher", "student of --init-from", "student"]
+    shown = re.findall(r'<img alt="student: [^"]*" src="([^"]+)"', (student / "report.html").read_text())
+    assert re.findall(r'<img alt="student of --init-from: [^"]*" src="([^"]+)"', page) == shown
+    assert "1 step, " in page
+
+
+def test_the_first_step_is_logged_too(student, tmp_path):
+    out = run_distill(student.parent / "cache", tmp_path / "out", max_train_steps=3, logging_steps=10)
+    assert [line["step"] for line in metrics(out)] == [1, 3]
+
+
+def test_the_points_of_a_short_curve_are_marked(monkeypatch):
+    def marks():
+        uri = re.search(r'base64,([^"]+)', curves({"loss": {"task": ([1, 2], [3.0, 2.0])}}, "step", "loss"))[1]
+        return base64.b64decode(uri).decode().count("<use ")
+
+    marked = marks()
+    monkeypatch.setattr("pipeline.system.page.FEW_POINTS", 1)
+    assert marked >= marks() + 2
 
 
 def test_the_cost_of_all_three_is_measured_and_compared_with_the_teachers(student):
