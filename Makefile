@@ -48,14 +48,8 @@ LR         ?= 1e-5
 DISTILL_FLAGS ?=
 endif
 
-# Checked before anything is encoded.
-LEVELS  := sd_small sd_tiny bk_base bk_small bk_tiny
-comma   := ,
-space   := $(subst ,, )
-unknown := $(filter-out $(LEVELS),$(LEVEL) $(subst $(comma), ,$(STUDENTS)))
-ifneq ($(unknown),)
-$(error '$(firstword $(unknown))' is not one of $(subst $(space),$(comma) ,$(LEVELS)), which LEVEL= and STUDENTS= take)
-endif
+# A value in quotes, whatever it holds.
+q = '$(subst ','\'',$(1))'
 
 BIN     := $(VENV)/bin
 READY   := $(VENV)/.ready
@@ -65,22 +59,22 @@ CACHE   ?= $(WORK)/cache
 STUDENT ?= $(WORK)/$(LEVEL)
 
 ifneq ($(CONFIG),)
-ENCODE_OPTIONS  := --config '$(CONFIG)'
-CACHE_OPTIONS   := --config '$(CONFIG)'
-DISTILL_OPTIONS := --config '$(CONFIG)'
+ENCODE_OPTIONS  := --config $(call q,$(CONFIG))
+CACHE_OPTIONS   := --config $(call q,$(CONFIG))
+DISTILL_OPTIONS := --config $(call q,$(CONFIG))
 DISTILL_FLAGS   :=
 else
-ENCODE_OPTIONS  := --teacher '$(TEACHER)' --data '$(DATA)' --out '$(LATENTS)' \
+ENCODE_OPTIONS  := --teacher $(call q,$(TEACHER)) --data $(call q,$(DATA)) --out $(call q,$(LATENTS)) \
   --resolution $(RESOLUTION) --seed $(SEED)
-CACHE_OPTIONS   := --teacher '$(TEACHER)' --latents '$(LATENTS)' --out '$(CACHE)' --rounds $(ROUNDS) \
-  --codec $(CODEC) --snr-db $(SNR_DB) --token-stride $(STRIDE) --token-min $(TOKEN_MIN) --students $(STUDENTS) \
-  --samples $(SAMPLES) --samples-guidance $(GUIDANCE) --uncond-fraction $(UNCOND) --seed $(SEED)
-DISTILL_OPTIONS := --cache '$(CACHE)' --out '$(STUDENT)' --level $(LEVEL) --max-train-steps $(STEPS) \
-  --train-batch-size $(BATCH) --learning-rate $(LR) --seed $(SEED)
+CACHE_OPTIONS   := --teacher $(call q,$(TEACHER)) --latents $(call q,$(LATENTS)) --out $(call q,$(CACHE)) \
+  --rounds $(ROUNDS) --codec $(CODEC) --snr-db $(SNR_DB) --token-stride $(STRIDE) --token-min $(TOKEN_MIN) \
+  --students $(STUDENTS) --samples $(SAMPLES) --samples-guidance $(GUIDANCE) --uncond-fraction $(UNCOND) --seed $(SEED)
+DISTILL_OPTIONS := --cache $(call q,$(CACHE)) --out $(call q,$(STUDENT)) --level $(LEVEL) \
+  --max-train-steps $(STEPS) --train-batch-size $(BATCH) --learning-rate $(LR) --seed $(SEED)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-gpu lint encode teacher-cache distill data clean
+.PHONY: help install test test-gpu lint encode teacher-cache distill data check-teacher-cache check-distill clean
 
 # What can be set on the command line, as `make help` shows it.
 VARIABLES := TEACHER DATA LEVEL STUDENTS WORK CONFIG SCENES RESOLUTION ROUNDS CODEC SNR_DB STRIDE TOKEN_MIN \
@@ -91,7 +85,7 @@ help: ## List the targets and the variables.
 	@echo 'Targets:'
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  \1|\2/' | column -t -s '|'
 	@echo 'Variables, and their values with TEACHER=$(TEACHER):'
-	@$(foreach name,$(VARIABLES),printf '  %-13s  %s\n' '$(name)' '$($(name))';)
+	@$(foreach name,$(VARIABLES),printf '  %-13s  %s\n' $(name) $(call q,$($(name)));)
 
 install: $(READY) ## Create the environment in .venv with the pinned versions.
 
@@ -126,14 +120,24 @@ teacher-cache: encode ## Run the teacher on the latents: ROUNDS=, CODEC=, SNR_DB
 distill: teacher-cache ## Train the student of LEVEL= for STEPS= steps, to a diffusers pipeline and a report.
 	$(LAUNCH) -m pipeline.distill $(DISTILL_OPTIONS) $(DISTILL_FLAGS)
 
-data: $(READY)
+# The options of the later stages are checked before anything is encoded.
+CHECKS := $(if $(filter distill teacher-cache,$(MAKECMDGOALS)),check-teacher-cache) \
+  $(if $(filter distill,$(MAKECMDGOALS)),check-distill)
+
+check-teacher-cache: $(READY)
+	@$(BIN)/distill-sd teacher-cache $(CACHE_OPTIONS) $(CACHE_FLAGS) --check
+
+check-distill: $(READY)
+	@$(BIN)/distill-sd distill $(DISTILL_OPTIONS) $(DISTILL_FLAGS) --check
+
+data: $(READY) $(CHECKS)
 ifneq ($(CONFIG),)
-	@test -f '$(CONFIG)' || { echo 'Error: CONFIG=$(CONFIG) is not a file' >&2; exit 2; }
+	@test -f $(call q,$(CONFIG)) || { echo Error: CONFIG=$(call q,$(CONFIG)) is not a file >&2; exit 2; }
 else ifeq ($(TEACHER),demo)
-	$(BIN)/distill-sd demo-scenes --out '$(DATA)' --count $(SCENES) --seed $(SEED)
+	$(BIN)/distill-sd demo-scenes --out $(call q,$(DATA)) --count $(SCENES) --seed $(SEED)
 else
-	@test -n '$(DATA)' || { echo 'Error: set DATA= to a folder of images with captions, or another input that --data accepts' >&2; exit 2; }
+	@test -n $(call q,$(DATA)) || { echo 'Error: set DATA= to a folder of images with captions, or another input that --data accepts' >&2; exit 2; }
 endif
 
 clean: ## Delete WORK= and the caches of the tools. Keeps .venv.
-	rm -rf '$(WORK)' .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(call q,$(WORK)) .pytest_cache .ruff_cache .mypy_cache .hypothesis

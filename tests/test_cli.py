@@ -334,11 +334,29 @@ def test_make_help_lists_every_target_and_every_variable_with_its_default():
         assert re.search(rf"^ +{target} +\S", listed, re.MULTILINE), target
 
 
-def test_make_refuses_an_unknown_level_before_it_does_anything():
-    for variable in ("LEVEL=sd_huge", "STUDENTS=sd_small,sd_huge"):
-        result = make("-n", "distill", variable)
-        assert result.returncode == 2
-        assert f"'sd_huge' is not one of {', '.join(LEVELS)}, which LEVEL= and STUDENTS= take" in result.stderr
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        (["LEVEL=sd_huge"], f"--students 'sd_huge' is not one of {', '.join(LEVELS)}"),
+        (["LEVEL=sd_huge", "STUDENTS=sd_small"], "'sd_huge' is not one of"),
+        (["STUDENTS=sd_small,sd_huge"], "--students 'sd_huge' is not one of"),
+        (["STEPS=0"], "--max-train-steps is 0; it must be at least 1"),
+        (["LR=fast"], "'fast' is not a valid float"),
+        (["CODEC=zip"], "'zip' is not one of"),
+        (["DISTILL_FLAGS=--use-emma"], "No such option '--use-emma'"),
+    ],
+)
+def test_make_checks_the_options_of_every_stage_before_it_does_anything(tmp_path, variables, message):
+    result = make("-o", f"{sys.prefix}/.ready", f"VENV={sys.prefix}", "distill", f"WORK={tmp_path / 'w'}", *variables)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert not (tmp_path / "w").exists()
+
+
+def test_make_takes_any_path(tmp_path):
+    shown = make("-n", "distill", "WORK=it's here").stdout
+    (arguments,) = re.findall(r"-m pipeline\.encode (.*)", re.sub(r"\s*\\\n\s*", " ", shown))
+    assert "it's here/latents" in shlex.split(arguments)
 
 
 def test_the_variables_of_make_arrive_in_the_settings():
@@ -350,7 +368,9 @@ def test_the_variables_of_make_arrive_in_the_settings():
     for module, arguments in lines:
         command = main.get_command(None, module.replace("_", "-"))
         values = command.make_context(module, shlex.split(arguments)).params
-        given[module] = STAGES[module.replace("_", "-")](**{k: v for k, v in values.items() if k != "dry_run"})
+        given[module] = STAGES[module.replace("_", "-")](
+            **{k: v for k, v in values.items() if k not in ("dry_run", "check")}
+        )
     assert list(given) == ["encode", "teacher_cache", "distill"]
     encode, cache, distill = given.values()
     assert (encode.teacher, encode.data, encode.out, encode.resolution) == ("some/sd", "images", Path("w/latents"), 256)
