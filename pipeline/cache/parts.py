@@ -18,12 +18,15 @@ from pipeline.models.levels import LEVELS
 from pipeline.models.reading import reading
 from pipeline.models.shapes import tap_shapes
 from pipeline.system.errors import UserError
-from shards.files import file_sha256
+from pipeline.system.json_files import read_json
+from shards.files import file_sha256, write_json
 from shards.manifest import Manifest
 from shards.schema import conditioning_shapes
 
 BASE, STUDENTS = "base", "students"
 REMEDY = "Copy it from an intact cache, or delete the folder and rerun the same `distill-sd teacher-cache`."
+# The config of the teacher's U-Net, without weights.
+TEACHER = "teacher.json"
 
 
 def student_part(level: str) -> str:
@@ -47,6 +50,18 @@ def checksums_of_parts(cache: Path, parts: Iterable[str]) -> dict[str, str]:
 def bound_parts(manifest: Manifest) -> list[str]:
     """The folders of weights whose checksums the manifest states."""
     return [name.removesuffix(f"/{CHECKSUMS}") for name in manifest.files if name.endswith(f"/{CHECKSUMS}")]
+
+
+def write_teacher_config(cache: Path, unet: UNet2DConditionModel) -> None:
+    """Keep the config of the teacher's U-Net, from which one can be made to measure how long a pass takes."""
+    if not (cache / TEACHER).is_file():
+        write_json(cache / TEACHER, {key: value for key, value in unet.config.items() if not key.startswith("_")})
+
+
+def teacher_config(cache: Path) -> dict[str, Any] | None:
+    """The config of the teacher's U-Net; None in a cache of an earlier version. Raises UserError if it is damaged."""
+    path = cache / TEACHER
+    return read_json(path, "Delete it and rerun the same `distill-sd teacher-cache`.") if path.is_file() else None
 
 
 def is_bound(manifest: Manifest, part: str) -> bool:

@@ -6,27 +6,29 @@ A step: batch of entries -> noisy latents -> student U-Net -> three losses -> ba
 from __future__ import annotations
 
 from contextlib import closing
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, UNet2DConditionModel
 
-from pipeline.cache.parts import BASE, check_part, check_student, is_bound, student_part
+from pipeline.cache.parts import BASE, check_part, check_student, is_bound, student_part, teacher_config
 from pipeline.demo.oracle import score_scenes
+from pipeline.evaluation.cost import forward_seconds
 from pipeline.evaluation.model_card import write_model_card
 from pipeline.models.families import family_of_spec
 from pipeline.models.hub import upload
 from pipeline.models.levels import LEVELS
-from pipeline.models.load import MODEL_INDEX
+from pipeline.models.load import MODEL_INDEX, family_of, load_unet_folder
 from pipeline.models.provenance import CARD, read_origin
 from pipeline.sampling.process import PipelineRef, generate_in_process
 from pipeline.sampling.teacher_samples import teacher_samples
 from pipeline.settings.distill import DistillSettings
 from pipeline.settings.training import resolve_steps_and_lr, resume_fingerprint
-from pipeline.system.device import DTYPES, leave_processes, resolve_dtype
-from pipeline.system.echo import plural, say
+from pipeline.system.device import DTYPES, device_name, leave_processes, resolve_dtype
+from pipeline.system.echo import format_duration, plural, say
 from pipeline.system.errors import UserError, attempt_all, failing_with
 from pipeline.system.jsonl import read_jsonl
 from pipeline.system.lock import OutputLock
@@ -39,6 +41,7 @@ from pipeline.training.loop import Training, prepare_training, run_training, sta
 from pipeline.training.objective import Objective
 from pipeline.training.output import (
     METRICS,
+    VALIDATION,
     check_out,
     checkpointed_step,
     claim,
@@ -46,11 +49,15 @@ from pipeline.training.output import (
     nothing_left,
     refuse_damaged_result,
 )
-from pipeline.training.report import write_report
+from pipeline.training.report import Report, write_report
 from pipeline.training.transform import Transform
+from pipeline.training.validation import validation_images
 from shards.dataset import CacheDataset
 from shards.manifest import Manifest, read_manifest
 from shards.store import open_store
+
+# The passes of each U-Net that are timed for the report.
+TURNS = 5
 
 
 def run(settings: DistillSettings) -> None:
@@ -186,9 +193,50 @@ def save_report(settings: DistillSettings, device: torch.device) -> None:
         for name, folder in folders.items():
             pipeline = PipelineRef(settings.cache / BASE, folder, device, dtype)
             rows[name] = generate_in_process(pipeline, rows["teacher"].prompts, sampler, name)
-    title = f"{settings.level}, distilled from {settings.cache.resolve().name}"
     lines = read_jsonl(settings.out / METRICS)
-    write_report(settings.out, title, settings.for_others(), lines, rows, score_scenes)
+    report = Report(
+        title=f"{settings.level}, distilled from {settings.cache.resolve().name}",
+        about=about(settings, device, lines),
+        settings=settings.for_others(),
+        metrics=lines,
+        rows=rows,
+        validation=validation_images(settings.out / VALIDATION),
+        passes=pass_seconds(settings, device),
+        scorer=score_scenes,
+    )
+    write_report(settings.out, report)
+
+
+def about(settings: DistillSettings, device: torch.device, metrics: list[dict[str, Any]]) -> dict[str, str]:
+    """What the report says of a training's circumstances, as far as they are known."""
+    spec, origin = read_manifest(open_store(settings.cache), "cache").spec, read_origin(settings.cache)
+    teacher, data = (origin.get(name, {}).get("name", "not known") for name in ("teacher", "data"))
+    seconds = next((line["seconds"] for line in reversed(metrics) if "seconds" in line), None)
+    return {
+        "teacher": teacher,
+        "data": f"{data}: {plural(spec['entries'], 'image')} at {spec['latents']['resolution']} px",
+        "student": f"{settings.level}: it has {LEVELS[settings.level].summary}",
+        "device": f"{device_name(device)}, mixed precision {settings.mixed_precision}",
+        **({"duration": format_duration(seconds)} if seconds is not None else {}),
+        "finished": date.today().isoformat(),
+    }
+
+
+def pass_seconds(settings: DistillSettings, device: torch.device) -> dict[str, float]:
+    """Seconds per forward pass of one image by U-Nets like the teacher's and the student's, which take turns.
+
+    Time does not depend on weights, so the teacher's are random ones. Empty if the cache does not say what it was like.
+    """
+    config = teacher_config(settings.cache)
+    if config is None:
+        return {}
+    dtype = DTYPES[resolve_dtype("auto", device)]
+    unets = {
+        "teacher": UNet2DConditionModel.from_config(config).to(device, dtype),
+        "student": load_unet_folder(settings.out / "unet", None, dtype).to(device),
+    }
+    base = settings.cache / BASE
+    return forward_seconds(unets, 1, family_of(base).conditioning_shapes(base), family_of(base), TURNS)
 
 
 def folder_before(settings: DistillSettings) -> dict[str, Path]:
@@ -233,6 +281,7 @@ def check_parts(settings: DistillSettings, manifest: Manifest) -> None:
     read_origin(settings.cache)
     if settings.report:
         teacher_samples(settings.cache)
+        teacher_config(settings.cache)
 
 
 def plan(settings: DistillSettings) -> list[str]:

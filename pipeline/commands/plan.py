@@ -17,10 +17,9 @@ from pipeline.models.students import teacher_taps
 from pipeline.settings.plan import LADDER, PlanSettings, bytes_of
 from pipeline.system.device import DTYPES, device_name, process_state, resolve_dtype
 from pipeline.system.disk import format_bytes, free_bytes
-from pipeline.system.echo import plural, say
+from pipeline.system.echo import format_duration, plural, say
 from pipeline.system.errors import UserError
 
-PERIODS = (("days", 86400), ("hours", 3600), ("minutes", 60), ("seconds", 1))
 # How often a student uses each entry.
 USES = {1: "if each entry is used once", 2: "if twice", 4: "if four times"}
 # After so many rounds, an image has been seen at each timestep of the usual schedule.
@@ -115,12 +114,6 @@ def time_of(settings: PlanSettings, folder: Path, shapes: TeacherShapes, entries
         f"time: about {format_duration(trial.seconds(entries))} at {rate:.3g} entries per second, measured with one "
         f"process on {device_name(device)} in batches of {settings.batch_size}"
     )
-
-
-def format_duration(seconds: float) -> str:
-    """45 -> '45 seconds'; 5000 -> '1.4 hours'."""
-    name, length = next((n, s) for n, s in PERIODS if seconds >= 2 * s or s == 1)
-    return f"{seconds / length:.3g} {name}"
 
 
 def run(settings: PlanSettings) -> None:

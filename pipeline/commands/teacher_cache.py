@@ -20,7 +20,7 @@ from tqdm import tqdm
 from pipeline.cache import sizes
 from pipeline.cache.latents import check_encoders, open_latents, unconditional_conditioning
 from pipeline.cache.output import bind_parts, claim, existing_manifest, finished_sidecars, share_unfinished
-from pipeline.cache.parts import BASE, student_part
+from pipeline.cache.parts import BASE, student_part, write_teacher_config
 from pipeline.cache.replaced import refuse_replaced
 from pipeline.cache.taps import sampling_lines, tap_specs
 from pipeline.cache.targets import BatchTargets, Teacher, compress_targets, run_teacher
@@ -91,6 +91,7 @@ def write_cache(settings: TeacherCacheSettings, lock: OutputLock) -> None:
         manifest = claim(settings.out, "cache", spec, alone=alone, rounds=settings.rounds)
         saved = save_students(settings, folder, unet, noise_scheduler)
         manifest = bind_parts(settings.out, manifest, saved)
+        write_teacher_config(settings.out, unet)
         write_origin(settings.out, settings.teacher, folder, settings.revision, settings.latents)
     del base
     unfinished, own = share_unfinished(settings.out, manifest, state, settings.shard_range)

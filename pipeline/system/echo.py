@@ -10,6 +10,8 @@ import click
 
 from pipeline.system.errors import UserError
 
+PERIODS = (("days", 86400), ("hours", 3600), ("minutes", 60), ("seconds", 1))
+
 
 def say(text: str, err: bool = False) -> None:
     """Print text. Characters that would control the terminal are shown as escapes, such as `\\x1b`.
@@ -42,3 +44,9 @@ def plural(count: int, one: str, several: str | None = None) -> str:
 
 def _is_harmless(character: str) -> bool:
     return character in "\n\t\u200d" or unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
+
+
+def format_duration(seconds: float) -> str:
+    """45 -> '45 seconds'; 5000 -> '1.4 hours'."""
+    name, length = next((n, s) for n, s in PERIODS if seconds >= 2 * s or s == 1)
+    return f"{seconds / length:.3g} {name}"

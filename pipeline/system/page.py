@@ -33,7 +33,9 @@ table { border-collapse: collapse; } td, th { padding: .3rem .9rem .3rem 0; text
        font-variant-numeric: tabular-nums; }
 .wide { overflow-x: auto; } .grid td { border: 0; padding: .2rem .3rem .2rem 0; max-width: 7.2rem; font-size: .8rem;
        color: var(--soft); } .grid th { border: 0; font-weight: 600; font-size: .85rem; white-space: nowrap; }
-img { max-width: 100%; } .grid img { width: 7rem; height: auto; aspect-ratio: 1; border-radius: 4px; display: block; }
+h1 { overflow-wrap: anywhere; } .plots { display: flex; flex-wrap: wrap; gap: 1rem; }
+.plots img { flex: 1 1 20rem; min-width: 0; } img { max-width: 100%; }
+.grid img { width: 7rem; height: auto; aspect-ratio: 1; border-radius: 4px; display: block; }
 details { margin-top: 1rem; } code { font-size: .85rem; overflow-wrap: anywhere; }
 """
 
@@ -66,7 +68,7 @@ def grid(prompts: list[str], rows: dict[str, list[Image.Image]]) -> str:
 
 
 def curves(plots: dict[str, dict[str, tuple[list[float], list[float]]]], xlabel: str, alt: str) -> str:
-    """Plots next to each other as an inlined SVG. `plots` is {title: {label: (x, y)}}.
+    """Plots, each an inlined SVG: next to each other, or below on a narrow screen. `plots` is {title: {label: (x, y)}}.
 
     The x axis counts something. The y axis of a plot is logarithmic if all its values are positive.
     """
@@ -77,8 +79,9 @@ def curves(plots: dict[str, dict[str, tuple[list[float], list[float]]]], xlabel:
     from matplotlib import pyplot
     from matplotlib.ticker import MaxNLocator
 
-    figure, axes = pyplot.subplots(1, len(plots), figsize=(6 * len(plots), 4.4), squeeze=False, layout="constrained")
-    for axis, (title, lines) in zip(axes[0], plots.items(), strict=True):
+    images = []
+    for title, lines in plots.items():
+        figure, axis = pyplot.subplots(figsize=(6, 4.4), layout="constrained")
         for label, (x, y) in lines.items():
             axis.plot(x, y, label=label, linewidth=1.3, marker="o" if len(x) <= FEW_POINTS else "", markersize=3)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -92,11 +95,23 @@ def curves(plots: dict[str, dict[str, tuple[list[float], list[float]]]], xlabel:
         for side, spine in axis.spines.items():
             spine.set_visible(side in ("left", "bottom"))
             spine.set_color(INK)
-    stream = io.BytesIO()
-    figure.savefig(stream, format="svg", transparent=True)
-    pyplot.close(figure)
-    encoded = base64.b64encode(stream.getvalue()).decode()
-    return f'<img alt="{html.escape(alt)}" src="data:image/svg+xml;base64,{encoded}">'
+        stream = io.BytesIO()
+        figure.savefig(stream, format="svg", transparent=True)
+        pyplot.close(figure)
+        encoded = base64.b64encode(stream.getvalue()).decode()
+        images.append(f'<img alt="{html.escape(f"{alt}: {title}")}" src="data:image/svg+xml;base64,{encoded}">')
+    return f"<div class=plots>{''.join(images)}</div>"
+
+
+def facts(rows: dict[str, str]) -> str:
+    """A table of names and texts."""
+    lines = (f"<tr><td>{html.escape(name)}</td><td>{html.escape(text)}</td></tr>" for name, text in rows.items())
+    return f"<table>{''.join(lines)}</table>"
+
+
+def folded(title: str, content: str) -> str:
+    """A section that opens at a click."""
+    return f"<details><summary>{html.escape(title)}</summary>{content}</details>"
 
 
 def folded_settings(settings: dict[str, Any]) -> str:
@@ -104,7 +119,7 @@ def folded_settings(settings: dict[str, Any]) -> str:
         f"<tr><td>{html.escape(str(name))}</td><td><code>{html.escape(json.dumps(value))}</code></td></tr>"
         for name, value in settings.items()
     )
-    return f"<details><summary>Settings</summary><table>{''.join(lines)}</table></details>"
+    return folded("Settings", f"<table>{''.join(lines)}</table>")
 
 
 def _data_uri(image: Image.Image) -> str:

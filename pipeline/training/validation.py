@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from diffusers import UNet2DConditionModel
@@ -12,7 +12,7 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 
 from pipeline.models.load import load_base
-from pipeline.sampling.generate import Sampler, generate, save_images
+from pipeline.sampling.generate import GeneratedImages, Sampler, generate, load_images, save_images
 
 
 @contextmanager
@@ -40,3 +40,12 @@ def generate_validation(student: UNet2DConditionModel, base: Path, prompts: list
     images = generate(pipe, prompts, sampler, name)
     shutil.rmtree(folder, ignore_errors=True)
     save_images(images, sampler, folder)
+
+
+def validation_images(folder: Path) -> dict[int, GeneratedImages]:
+    """The images in the folders that `generate_validation` wrote, by step. Damaged ones are left out."""
+    found = {}
+    for path in sorted(folder.glob("step-*")):
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            found[int(path.name.removeprefix("step-"))] = load_images(path)[0]
+    return found

@@ -14,13 +14,14 @@ from support.stages import reset_accelerate
 from pipeline.cache import sizes, trial
 from pipeline.cache.trial import Trial
 from pipeline.cli import main
-from pipeline.commands.plan import PERIODS, cost_of, fit, format_duration
+from pipeline.commands.plan import cost_of, fit
 from pipeline.evaluation.cost import count_macs
 from pipeline.evaluation.training_cost import TrainingCost, training_cost
 from pipeline.models.shapes import TeacherShapes, teacher_shapes
 from pipeline.models.students import teacher_taps
 from pipeline.settings.plan import LADDER, PlanSettings, bytes_of
 from pipeline.system.disk import format_bytes, require_space
+from pipeline.system.echo import PERIODS, format_duration
 from pipeline.system.errors import UserError
 from shards.codec import encode_npy, pack_quantised, quantise
 from shards.store import open_store
@@ -135,7 +136,7 @@ def test_the_command_needs_no_weights(teacher, tmp_path):
         main, ["plan", "--teacher", str(bare), "--images", "100", "--resolution", "32", "--budget", "50MB"]
     )
     assert result.exit_code == 0, result.output
-    assert re.search(r"chosen for 50MB: teacher-cache --rounds \d+ --snr-db 10 --token-stride 4", result.output)
+    assert re.search(r"options that fill 50MB: teacher-cache --rounds \d+ --snr-db 10 --token-stride 4", result.output)
 
 
 def test_a_disk_that_is_too_small_is_reported_before_anything_is_computed(tmp_path):
@@ -240,7 +241,7 @@ def test_the_plan_counts_what_the_networks_compute(teacher):
     vae = AutoencoderKL.from_pretrained(teacher, subfolder="vae").to("meta")
     assert cost.vae_encoder == count_macs(vae.encode, torch.zeros(1, 3, 32, 32, device="meta"))
     result = CliRunner().invoke(main, ["plan", "--teacher", str(teacher), "--images", "100", "--resolution", "32"])
-    assert f"from {cost_of_sd_small(cost).break_even(100, 4)} samples per student on" in result.output
+    assert f"when each student trains on more than {cost_of_sd_small(cost).break_even(100, 4)} samples" in result.output
 
 
 def cost_of_sd_small(cost: TrainingCost) -> TrainingCost:

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
 from PIL import Image
 from support.stages import metrics, run_distill, run_encode, run_teacher_cache
-from support.tiny import tiny_pipeline
+from support.tiny import tiny_pipeline, write_images
 
 from pipeline.demo.oracle import score_scenes
 from pipeline.demo.scenes import make_scene
@@ -23,7 +24,7 @@ from pipeline.sampling.generate import GeneratedImages, Sampler, generate, load_
 from pipeline.sampling.process import PipelineRef, generate_in_process
 from pipeline.system.memory import peak_memory
 from pipeline.system.page import curves
-from pipeline.training.report import write_report
+from pipeline.training.report import Report, write_report
 
 PROMPTS = [f"image {i}" for i in range(5)]
 METRICS = [
@@ -33,6 +34,12 @@ METRICS = [
 BROWSER = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
 )
+
+
+def write(out, title="title", metrics=METRICS, rows=None, **more):
+    report = {"about": {}, "settings": {}, "validation": {}, "passes": {}, "scorer": score_scenes, **more}
+    write_report(out, Report(title=title, metrics=metrics, rows=rows or {}, **report))
+    return (out / "report.html").read_text()
 
 
 def pixels(samples):
@@ -100,7 +107,7 @@ def test_the_report_shows_teacher_untrained_student_and_student(student):
     page = (student / "report.html").read_text()
     rows = re.findall(r"<tr><th>([^<]+)</th><td><img", page)
     assert rows == ["teacher", "untrained student", "student"]
-    assert page.count("<img") == 3 * 3 + 1
+    assert page.count("<img") == 3 * 3 + 2
     assert "4 steps" in page
     assert "learning_rate" in page
     assert "facts that hold" not in page
@@ -129,6 +136,56 @@ def test_the_points_of_a_short_curve_are_marked(monkeypatch):
     marked = marks()
     monkeypatch.setattr("pipeline.system.page.FEW_POINTS", 1)
     assert marked >= marks() + 2
+
+
+def test_the_report_says_what_it_is_about(student):
+    page = (student / "report.html").read_text()
+    told = dict(re.findall(r"<tr><td>([^<]+)</td><td>([^<]+)</td></tr>", page))
+    assert told["teacher"].startswith("teacher")
+    assert told["data"].endswith(": 13 images at 32 px")
+    assert told["student"] == "sd_small: it has one layer per block instead of two"
+    assert told["device"] == "cpu, mixed precision no"
+    assert re.fullmatch(r"[\d.]+ seconds", told["duration"])
+    assert told["finished"] == date.today().isoformat()
+    assert "error against the teacher" in told["output"]
+
+
+def test_passes_of_a_network_like_the_teachers_are_timed_in_turns(student, tmp_path):
+    page = (student / "report.html").read_text()
+    columns = re.findall(r"<th class=number>([^<]*)</th>", page)
+    rows = re.findall(r"<tr><th>([^<]+)</th>((?:<td class=number>[^<]*</td>)+)</tr>", page)
+    cells = {name: re.findall(r">([^<]*)</td>", row)[columns.index("seconds per U-Net pass") - 1] for name, row in rows}
+    assert cells["teacher"].endswith(" (100%)")
+    assert cells["untrained student"] == ""
+    assert float(cells["student"].split()[0]) > 0
+    # A cache of an earlier version does not say what its teacher was like.
+    cache = tmp_path / "cache"
+    shutil.copytree(student.parent / "cache", cache)
+    (cache / "teacher.json").unlink()
+    out = run_distill(cache, tmp_path / "out", report=True, max_train_steps=1)
+    assert "seconds per U-Net pass" not in (out / "report.html").read_text()
+
+
+def test_validation_is_shown(student, tmp_path, teacher):
+    cache, prompts = student.parent / "cache", tmp_path / "prompts.txt"
+    prompts.write_text("a cat\na dog\n")
+    held_out = run_encode(teacher, write_images(tmp_path / "images", 5, seed=3), tmp_path / "latents")
+    more = {"validation_prompts": prompts, "validation_latents": held_out, "validation_steps": 1}
+    out = run_distill(cache, tmp_path / "out", report=True, max_train_steps=2, **more)
+    page = (out / "report.html").read_text()
+    assert re.findall(r"<tr><th>(step \d)</th><td><img", page) == ["step 1", "step 2"]
+    assert 'alt="loss curves: held-out error"' in page
+    first, last = ([m for m in metrics(out) if "held_out/task" in m][i]["held_out/task"] for i in (0, -1))
+    told = f"Error against the added noise on images that were held out: {last:.4g}, {first:.4g} before the training."
+    assert told in page
+
+
+def test_few_of_many_validations_are_shown(tmp_path):
+    images = GeneratedImages([Image.new("RGB", (8, 8))], ["a cat"], 0.5, 1000, "cpu")
+    page = write(tmp_path, validation=dict.fromkeys(range(100, 2100, 100), images))
+    shown = [int(step.replace(",", "")) for step in re.findall(r"<th>step ([\d,]+)</th>", page)]
+    assert (len(shown), shown[0], shown[-1]) == (6, 100, 2000)
+    assert shown == sorted(set(shown))
 
 
 def test_the_cost_of_all_three_is_measured_and_compared_with_the_teachers(student):
@@ -165,19 +222,16 @@ def test_the_report_is_self_contained(student):
 def test_scenes_are_scored_in_the_report(tmp_path):
     scenes = [make_scene(5, i) for i in range(4)]
     samples = GeneratedImages([Image.fromarray(s.image) for s in scenes], [s.caption for s in scenes], 0.5, 1000, "cpu")
-    write_report(tmp_path, "title", {}, METRICS, {"teacher": samples, "student": samples}, score_scenes)
-    page = (tmp_path / "report.html").read_text()
+    page = write(tmp_path, rows={"teacher": samples, "student": samples})
     assert "facts that hold" in page
     assert "100.0% over 4 images" in page
 
 
 def test_a_report_without_images_has_only_the_curves(tmp_path):
-    write_report(tmp_path, "<script>", {"level": "<b>"}, METRICS, {}, score_scenes)
-    page = (tmp_path / "report.html").read_text()
+    page = write(tmp_path, "<script>", settings={"level": "<b>"}, about={"teacher": "<i>"})
     assert "<h2>Images" not in page
-    assert 'alt="loss curves"' in page
-    assert "<script>" not in page
-    assert "<b>" not in page
+    assert 'alt="loss curves: loss and its terms"' in page
+    assert not re.search("<script>|<b>|<i>", page)
 
 
 @pytest.mark.skipif(BROWSER is None and "CI" not in os.environ, reason="no Chromium on this machine")
@@ -210,4 +264,4 @@ def test_a_browser_shows_every_image_and_logs_nothing(student, tmp_path, theme):
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert "CONSOLE" not in result.stderr
     title = re.search(r"<title>(.*?)</title>", result.stdout)[1].replace("&quot;", '"')
-    assert title == f'[[{",".join(["true"] * 10)}],"rgb({"255, 255, 255" if theme == "light" else "22, 24, 27"})"]'
+    assert title == f'[[{",".join(["true"] * 11)}],"rgb({"255, 255, 255" if theme == "light" else "22, 24, 27"})"]'
