@@ -125,7 +125,7 @@ def test_a_report_that_fails_keeps_the_student_and_is_written_by_the_same_comman
         patch.setattr(distill, "generate_in_process", failing(error))
         with pytest.raises(UserError, match="holds the finished student, but its report could not be .*same command"):
             run_distill(work / "cache", out, report=True, max_train_steps=1)
-    assert "student of 1 steps" in capsys.readouterr().out
+    assert "student of 1 step " in capsys.readouterr().out
     assert json.loads((out / "finished.json").read_text())["step"] == 1
     monkeypatch.setattr(distill, "generate_in_process", lambda *arguments: tiny_images(1))
     run_distill(work / "cache", out, report=True, max_train_steps=1)
