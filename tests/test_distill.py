@@ -624,7 +624,7 @@ def test_a_signal_that_is_ignored_stays_so():
 
 def test_min_snr_weights_task_and_output_of_each_entry(cache, tmp_path):
     settings, training = prepared(cache, tmp_path / "out", level="sd_small", snr_gamma=0.5, train_batch_size=1)
-    plain = replace(training, objective=replace(settings.objective, snr_gamma=None))
+    plain = replace(training, objective=replace(training.objective, snr_gamma=None))
     for index in range(3):
         batch = training.dataset.collate([training.dataset[index]])
         weight = min_snr_weights(batch.timesteps, training.alphas_cumprod, 0.5, "epsilon")

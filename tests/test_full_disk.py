@@ -66,7 +66,7 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_shard(stage, share, teacher, im
             0,
         ]
     # There was room when the stage began; another program took it meanwhile.
-    monkeypatch.setattr(f"pipeline.{stage.replace('-', '_')}.require_space", lambda *_: None)
+    monkeypatch.setattr(f"pipeline.commands.{stage.replace('-', '_')}.require_space", lambda *_: None)
     shards = sum(len(data) for data in shard_files(whole).values())
     out = disk(bytes_of(whole) - int((1 - share) * shards)) / "out"
 
