@@ -109,7 +109,13 @@ def test_a_training_resumes_from_its_checkpoint(made):
 def test_a_finished_student_is_finetuned_and_its_training_is_known(made, capsys):
     run_distill(Path("cache"), Path("student"), max_train_steps=2, **STUDENT)
     assert "already finished" in capsys.readouterr().out
-    settings = {"train_batch_size": 2, "max_train_steps": 1, "dataloader_num_workers": 0, "device": "cpu"}
+    settings = {
+        "train_batch_size": 2,
+        "max_train_steps": 1,
+        "dataloader_num_workers": 0,
+        "device": "cpu",
+        "report": False,
+    }
     finetune.run(FinetuneSettings(model="student", latents=Path("latents"), out=Path("polished"), **settings))
     reset_accelerate()
     assert (made / "polished" / "model_index.json").is_file()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from diffusers import DiffusionPipeline
@@ -23,6 +25,18 @@ def open_latents(directory: Path) -> ShardSet:
     if not len(latents):
         raise UserError(f"{directory} holds no images: all were skipped. See its skipped.jsonl for the reasons.")
     return latents
+
+
+def captions_of(latents: ShardSet, count: int) -> list[str]:
+    """Up to `count` captions, evenly spread over the images."""
+    chosen = np.linspace(0, len(latents) - 1, min(count, len(latents))).astype(int)
+    return [latents.read(int(i), ()).meta["caption"] for i in chosen]
+
+
+def sampling_size(latents: ShardSet, config: Mapping[str, Any]) -> tuple[int, int] | None:
+    """The size in pixels of images by a U-Net of this config: None for its own, or as large as the data."""
+    resolution = latents.manifest.spec["resolution"]
+    return None if config["sample_size"] else (resolution, resolution)
 
 
 def check_encoders(latents: ShardSet, base: DiffusionPipeline, model: str) -> None:

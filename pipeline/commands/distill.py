@@ -23,6 +23,7 @@ from pipeline.models.hub import upload
 from pipeline.models.levels import LEVELS
 from pipeline.models.load import MODEL_INDEX, family_of, load_unet_folder
 from pipeline.models.provenance import CARD, read_origin
+from pipeline.models.save import write_fp16_variant
 from pipeline.sampling.process import PipelineRef, generate_in_process
 from pipeline.sampling.teacher_samples import teacher_samples
 from pipeline.settings.distill import DistillSettings
@@ -46,6 +47,7 @@ from pipeline.training.output import (
     checkpointed_step,
     claim,
     finished_step,
+    has_extras,
     nothing_left,
     refuse_damaged_result,
 )
@@ -89,8 +91,7 @@ def train_student(settings: DistillSettings, lock: OutputLock) -> None:
     done = finished_step(settings.out)
     if done >= (settings.max_train_steps or 0) and accelerator.is_main_process:
         refuse_damaged_result(settings.out)
-    reported = not settings.report or (settings.out / REPORT).is_file()
-    if nothing_left(settings, accelerator, "student", reported):
+    if nothing_left(settings, accelerator, "student", has_extras(settings)):
         leave_processes(accelerator)
         return
 
@@ -121,6 +122,10 @@ def finish(settings: DistillSettings, device: torch.device, problems: list[str])
             ):
                 save_report(settings, device)
 
+    def halve() -> None:
+        if settings.fp16_variant:
+            write_fp16_variant(settings.out, settings.out)
+
     def tell() -> None:
         seen = f"; see {settings.out / REPORT}" if (settings.out / REPORT).is_file() else ""
         say(
@@ -139,12 +144,12 @@ def finish(settings: DistillSettings, device: torch.device, problems: list[str])
         if problems:
             raise UserError("\n".join(problems))
 
-    attempt_all(report, tell, publish, tell_problems)
+    attempt_all(report, halve, tell, publish, tell_problems)
 
 
 def training_spec(settings: DistillSettings, processes: int) -> dict[str, Any]:
     """What the training is, for a later run that continues it."""
-    spec = resume_fingerprint(settings, processes, free=("cache", "report"))
+    spec = resume_fingerprint(settings, processes, free=("cache",))
     if settings.init_from is not None:
         spec["init_from"] = weights_sha256s(settings.init_from)
     manifest = read_manifest(open_store(settings.cache), "cache")

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import closing
+from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +18,34 @@ from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
 from torch.utils.data import Dataset
 
-from pipeline.cache.latents import check_encoders, open_latents, unconditional_conditioning
+from pipeline.cache.latents import (
+    captions_of,
+    check_encoders,
+    open_latents,
+    sampling_size,
+    unconditional_conditioning,
+)
 from pipeline.core import draws
+from pipeline.demo.oracle import score_scenes
+from pipeline.evaluation.finetune_card import FinetuneCard, write_finetune_card
 from pipeline.models.families import family_of_spec
 from pipeline.models.hashing import weights_sha256
 from pipeline.models.hub import upload
-from pipeline.models.load import find_pipeline, load_base, load_unet
+from pipeline.models.load import find_pipeline, load_base, load_unet, unet_config
+from pipeline.models.provenance import data_origin, teacher_origin
+from pipeline.models.save import write_fp16_variant
 from pipeline.models.schedule import load_noise_scheduler
 from pipeline.sampling.generate import Sampler, check_sampler
+from pipeline.sampling.process import PipelineRef, generate_in_process
 from pipeline.settings.finetune import FinetuneSettings
 from pipeline.settings.training import resolve_steps_and_lr, resume_fingerprint
-from pipeline.system.device import leave_processes
-from pipeline.system.echo import plural, say
-from pipeline.system.errors import UserError, attempt_all
+from pipeline.system.device import DTYPES, device_name, leave_processes, resolve_dtype
+from pipeline.system.echo import format_duration, plural, say
+from pipeline.system.errors import UserError, attempt_all, failing_with
+from pipeline.system.json_files import read_json
+from pipeline.system.jsonl import read_jsonl
 from pipeline.system.lock import OutputLock
+from pipeline.system.page import GRID_PICTURES, REPORT
 from pipeline.training.accelerator import make_accelerator, resolve_precision
 from pipeline.training.held_out import held_out_of
 from pipeline.training.loader import collated_batches
@@ -37,14 +53,21 @@ from pipeline.training.loop import Training, prepare_training, run_training, sta
 from pipeline.training.lora import Lora
 from pipeline.training.objective import Objective
 from pipeline.training.output import (
+    METRICS,
+    SPEC,
+    SPEC_REMEDY,
+    VALIDATION,
     check_out,
     checkpointed_step,
     claim,
     finished_step,
+    has_extras,
     nothing_left,
     refuse_damaged_result,
 )
+from pipeline.training.report import Report, write_report
 from pipeline.training.transform import Transform
+from pipeline.training.validation import validation_images
 from shards.dataset import Batch, stack_tensors
 from shards.reader import StoredEntry
 from shards.schema import LATENTS, conditioning_shapes
@@ -96,7 +119,7 @@ def train_model(settings: FinetuneSettings, lock: OutputLock) -> None:
     done = finished_step(settings.out)
     if done >= (settings.max_train_steps or 0) and accelerator.is_main_process:
         refuse_damaged_result(settings.out)
-    if nothing_left(settings, accelerator, "model"):
+    if nothing_left(settings, accelerator, "model", has_extras(settings)):
         leave_processes(accelerator)
         return
 
@@ -107,16 +130,35 @@ def train_model(settings: FinetuneSettings, lock: OutputLock) -> None:
         del unet
         stream = batches(settings, dataset, accelerator, training.position, len(training.alphas_cumprod))
         with closing(stream):
-            problems = run_training(settings, accelerator, training, stream, lambda: save(settings, training))
+            problems = run_training(
+                settings, accelerator, training, stream, lambda: save(settings, training, folder, dataset)
+            )
     leave_processes(accelerator)
     if accelerator.is_main_process:
-        finish(settings, problems)
+        finish(settings, folder, dataset, accelerator.device, problems)
 
 
-def finish(settings: FinetuneSettings, problems: list[str]) -> None:
-    """Tell what was trained and upload it. Raises UserError, at the end, for `problems` and if the upload fails."""
-    what = "LoRA weights" if settings.lora_rank else "a diffusers pipeline"
-    say(f"{settings.out} holds {what} of {plural(finished_step(settings.out), 'step')}")
+def finish(
+    settings: FinetuneSettings, folder: Path, dataset: LatentsDataset, device: torch.device, problems: list[str]
+) -> None:
+    """The report and the upload of a finished model. Raises UserError, at the end, for `problems` and what fails."""
+
+    def report() -> None:
+        if settings.report:
+            with failing_with(
+                f"{settings.out} holds the finished model, but its report could not be written",
+                "Rerun the same command to write it, or add --no-report.",
+            ):
+                save_report(settings, folder, dataset, device)
+
+    def halve() -> None:
+        if settings.fp16_variant:
+            write_fp16_variant(settings.out, settings.out)
+
+    def tell() -> None:
+        what = "LoRA weights" if settings.lora_rank else "a diffusers pipeline"
+        seen = f"; see {settings.out / REPORT}" if (settings.out / REPORT).is_file() else ""
+        say(f"{settings.out} holds {what} of {plural(finished_step(settings.out), 'step')}{seen}")
 
     def publish() -> None:
         if settings.push_to_hub:
@@ -126,7 +168,56 @@ def finish(settings: FinetuneSettings, problems: list[str]) -> None:
         if problems:
             raise UserError("\n".join(problems))
 
-    attempt_all(publish, tell_problems)
+    attempt_all(report, halve, tell, publish, tell_problems)
+
+
+def save_report(settings: FinetuneSettings, folder: Path, dataset: LatentsDataset, device: torch.device) -> None:
+    """report.html, with images of some captions by the model before and after."""
+    prompts, dtype = captions_of(dataset.shards, GRID_PICTURES), DTYPES[resolve_dtype("auto", device)]
+    before = PipelineRef(folder, folder / "unet", device, dtype, settings.variant, settings.variant)
+    after = (
+        replace(before, lora=settings.out)
+        if settings.lora_rank
+        else PipelineRef(settings.out, settings.out / "unet", device, dtype)
+    )
+    sampler = Sampler(size=sampling_size(dataset.shards, unet_config(folder)))
+    lines, origin = read_jsonl(settings.out / METRICS), teacher_origin(settings.model, folder, settings.revision)
+    seconds = next((line["seconds"] for line in reversed(lines) if "seconds" in line), None)
+    spec, data = dataset.shards.manifest.spec, data_origin(settings.latents).get("name", "not known")
+    with_lora = f" with LoRA of rank {settings.lora_rank}" if settings.lora_rank else ""
+    report = Report(
+        title=f"{origin['name']}, finetuned{with_lora}",
+        about={
+            "model": origin["name"],
+            "data": f"{data}: {plural(len(dataset), 'image')} at {spec['resolution']} px",
+            "device": f"{device_name(device)}, mixed precision {settings.mixed_precision}",
+            **({"duration": format_duration(seconds)} if seconds is not None else {}),
+            "finished": date.today().isoformat(),
+        },
+        settings=settings.for_others(),
+        metrics=lines,
+        rows={
+            name: generate_in_process(model, prompts, sampler, name)
+            for name, model in {"before": before, "after": after}.items()
+        },
+        validation=validation_images(settings.out / VALIDATION),
+        passes={},
+        scorer=score_scenes,
+    )
+    write_report(settings.out, report)
+
+
+def save_card(settings: FinetuneSettings, folder: Path, dataset: LatentsDataset) -> None:
+    lines = [line for line in read_jsonl(settings.out / METRICS) if "loss" in line]
+    spec = read_json(settings.out / SPEC, SPEC_REMEDY)
+    card = FinetuneCard(
+        settings={**settings.as_json(), "global_batch_size": spec["global_batch_size"]},
+        latents=dataset.shards.manifest.spec,
+        model=teacher_origin(settings.model, folder, settings.revision),
+        data=data_origin(settings.latents),
+        metrics=lines[-1] if lines else {},
+    )
+    write_finetune_card(settings.out, card)
 
 
 def finetune_spec(
@@ -229,11 +320,14 @@ def draw_inputs(
     return timestep, noise, added, unconditional
 
 
-def save(settings: FinetuneSettings, training: Training) -> None:
+def save(settings: FinetuneSettings, training: Training, folder: Path, dataset: LatentsDataset) -> None:
+    """The finished pipeline or LoRA weights, and their model card."""
+    (settings.out / REPORT).unlink(missing_ok=True)
     # A folder's path is nobody else's business.
     name = Path(settings.model).resolve().name if Path(settings.model).is_dir() else settings.model
     training.student.register_to_config(_name_or_path=name)
     training.transform.convert(training.student, training.base, settings.out)
+    save_card(settings, folder, dataset)
 
 
 def plan(settings: FinetuneSettings) -> list[str]:

@@ -11,14 +11,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from torch import nn
 from tqdm import tqdm
 
 from pipeline.cache import sizes
-from pipeline.cache.latents import check_encoders, open_latents, unconditional_conditioning
+from pipeline.cache.latents import captions_of, check_encoders, open_latents, sampling_size, unconditional_conditioning
 from pipeline.cache.output import bind_parts, claim, existing_manifest, finished_sidecars, share_unfinished
 from pipeline.cache.parts import BASE, student_part, write_teacher_config
 from pipeline.cache.replaced import refuse_replaced
@@ -159,8 +158,7 @@ def save_teacher_samples(
 
     Students' reports show them next to their own.
     """
-    chosen = np.linspace(0, len(latents) - 1, min(settings.samples, len(latents))).astype(int)
-    prompts = [latents.read(int(i), ()).meta["caption"] for i in chosen]
+    prompts = captions_of(latents, settings.samples)
     sampler = samples_sampler(settings, latents, folder)
     images = generate_in_process(pipeline, prompts, sampler, "teacher's samples")
     # Another job may have made the same images meanwhile.
@@ -170,8 +168,7 @@ def save_teacher_samples(
 
 def samples_sampler(settings: TeacherCacheSettings, latents: ShardSet, folder: Path) -> Sampler:
     """How the teacher's samples are generated. Those of a U-Net without a size of its own are as large as the data."""
-    resolution = latents.manifest.spec["resolution"]
-    size = None if unet_config(folder)["sample_size"] else (resolution, resolution)
+    size = sampling_size(latents, unet_config(folder))
     return Sampler(guidance_scale=settings.samples_guidance, batch_size=settings.samples_batch_size, size=size)
 
 

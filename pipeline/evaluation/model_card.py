@@ -30,6 +30,7 @@ from shards.store import open_store
 TAGS = ["stable-diffusion", "stable-diffusion-diffusers", "text-to-image", "distillation", "distill-sd"]
 SOURCE = "https://github.com/segmind/distill-sd"
 PAPER = "https://arxiv.org/abs/2305.15798"
+STUDENTS = "The student's weights are"
 # The characters that mean something within a line of Markdown.
 MARKDOWN = re.compile(r"([\\`*_\[\]<>#&!~])")
 # The settings that affect the student; the others are paths and matters of the machine.
@@ -113,9 +114,9 @@ def model_card(inputs: CardInputs) -> str:
         f"# {inputs.settings['level']}, distilled from {_teacher_name(inputs)}",
         _lead(inputs),
         _usage(inputs),
-        f"## How it was made\n\n{_table(_made(inputs))}",
+        f"## How it was made\n\n{settings_table(_made(inputs))}",
         f"## Results\n\n{_results(inputs)}",
-        f"## Licence\n\n{_licence(inputs)}",
+        f"## Licence\n\n{licence_text(inputs.origin.get('teacher', {}), 'teacher', STUDENTS)}",
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -123,15 +124,18 @@ def model_card(inputs: CardInputs) -> str:
 def head(inputs: CardInputs) -> dict[str, Any]:
     """The fields that the hub reads. Licence, base model and data sets are left out if they are not known."""
     teacher, data = inputs.origin.get("teacher", {}), inputs.origin.get("data", {})
-    licence = {key: value for key, value in teacher.items() if key.startswith("license")}
     return {
-        **licence,
+        **licence_fields(teacher),
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image",
         **({"base_model": teacher["name"]} if teacher.get("hub") else {}),
         **({"datasets": [data["name"]]} if data.get("hub") else {}),
         "tags": TAGS,
     }
+
+
+def licence_fields(origin: dict[str, Any]) -> dict[str, str]:
+    return {key: value for key, value in origin.items() if key.startswith("license")}
 
 
 def _teacher_name(inputs: CardInputs) -> str:
@@ -187,33 +191,37 @@ def _named(name: str, value: str | None) -> dict[str, str]:
 
 def _results(inputs: CardInputs) -> str:
     """The evaluation, if there is one, and the last losses."""
-    losses = {name: value for name, value in inputs.metrics.items() if name in ("loss", "task", "output")}
-    feature = sum(value for name, value in inputs.metrics.items() if name.startswith("feature/"))
-    parts = []
-    if inputs.evaluation:
-        parts.append(markdown(rows_of(inputs.evaluation)))
-    if losses:
-        parts.append(
-            f"Training losses at step {inputs.metrics['step']:,} (mean square errors: `task` against the noise "
-            "schedule's target, `output` against the teacher's prediction):"
-        )
-        parts.append(_table({**losses, **({"features, summed": feature} if feature else {})}))
+    parts = [markdown(rows_of(inputs.evaluation))] if inputs.evaluation else []
+    if losses := training_losses(inputs.metrics):
+        parts.append(losses)
     return "\n\n".join(parts) or "Nothing was measured."
 
 
-def _licence(inputs: CardInputs) -> str:
-    teacher = inputs.origin.get("teacher", {})
-    name = teacher.get("license_name") or teacher.get("license")
+def training_losses(metrics: dict[str, Any]) -> str:
+    """The losses of the last line of metrics.jsonl, as a table with its heading; empty if there are none."""
+    losses = {name: value for name, value in metrics.items() if name in ("loss", "task", "output")}
+    feature = sum(value for name, value in metrics.items() if name.startswith("feature/"))
+    if not losses:
+        return ""
+    against = "the noise schedule's target"
+    against += ", `output` against the teacher's prediction" if "output" in losses else ""
+    heading = f"Training losses at step {metrics['step']:,} (mean square errors: `task` against {against}):"
+    return f"{heading}\n\n{settings_table({**losses, **({'features, summed': feature} if feature else {})})}"
+
+
+def licence_text(origin: dict[str, Any], source: str, derived: str) -> str:
+    """What applies to weights that are `derived`, "The student's weights are", from those of `source`, "teacher"."""
+    name = origin.get("license_name") or origin.get("license")
     if not name:
         return (
-            "The teacher's licence is not known. The student's weights are derived from the teacher's, so the "
-            "teacher's licence applies to them: check it before redistributing them."
+            f"The {source}'s licence is not known. {derived} derived from the {source}'s, so the {source}'s licence "
+            "applies to them: check it before redistributing them."
         )
-    link = web_address(teacher.get("license_link", ""))
+    link = web_address(origin.get("license_link", ""))
     name = inline(name)
     return (
-        f"The teacher's licence is {f'[{name}]({link})' if link else name}. The student's weights are derived "
-        "from the teacher's, so it applies to them too."
+        f"The {source}'s licence is {f'[{name}]({link})' if link else name}. {derived} derived "
+        f"from the {source}'s, so it applies to them too."
     )
 
 
@@ -227,7 +235,7 @@ def web_address(link: str) -> str | None:
     return link if re.fullmatch(r"https?://[^\s<>()\"\\\x00-\x1f]+", link) else None
 
 
-def _table(rows: dict[str, Any]) -> str:
+def settings_table(rows: dict[str, Any]) -> str:
     """A Markdown table without padding: one cell may be a long hash."""
     lines = [f"| {_escaped(name)} | {_escaped(_cell(value))} |" for name, value in rows.items()]
     return "\n".join(["| | |", "|---|---|", *lines])

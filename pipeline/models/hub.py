@@ -11,6 +11,8 @@ from typing import Any
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError
 
+from pipeline.models.load import MODEL_INDEX
+from pipeline.models.save import write_fp16_variant
 from pipeline.system.errors import FAILURES, UserError, first_line
 from shards.files import write_json
 
@@ -36,10 +38,15 @@ def open_repository(name: str) -> None:
 
 
 def upload(folder: Path, name: str) -> str:
-    """Upload a student's folder and return the address of the commit. Raises UserError if that fails."""
+    """Upload a student's folder, with its weights in fp16 too, and return the address of the commit.
+
+    Raises UserError if that fails.
+    """
     try:
         with TemporaryDirectory() as temporary:
             link_without_paths(folder, Path(temporary))
+            if (folder / MODEL_INDEX).is_file():
+                write_fp16_variant(folder, Path(temporary))
             commit = HfApi().upload_folder(
                 repo_id=name,
                 folder_path=Path(temporary),

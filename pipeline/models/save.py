@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
+from safetensors.torch import save_file
 
 from pipeline.models.checksums import write_checksums
 from pipeline.models.load import MODEL_INDEX, family_of
 from pipeline.models.reading import read_json
 from pipeline.models.schedule import CONFIG
-from pipeline.models.weights import copy_weights, has_weights
-from shards.files import atomic_directory, write_json
+from pipeline.models.weights import copy_weights, find_weights, has_weights, read_tensors
+from shards.files import atomic_directory, atomic_file, write_json
 
 # Keys under which diffusers and transformers note the folder that a part was loaded from.
 PATH_KEYS = {"_name_or_path", "name_or_path", "special_tokens_map_file", "tokenizer_file"}
@@ -149,6 +150,25 @@ def save_pipeline(base: Path, unet: UNet2DConditionModel, out: Path, dtype: torc
         _replace_directory(out / part, functools.partial(copy_part, base / part, None, dtype=dtype))
     _replace_directory(out / "unet", unet.save_pretrained)
     write_json(out / MODEL_INDEX, index, indent=2)
+
+
+def write_fp16_variant(folder: Path, out: Path) -> None:
+    """Write the networks of the pipeline in `folder` to `out` in fp16, as diffusers' variant fp16: without configs.
+
+    `out` may be the same folder. What is there already is kept.
+    """
+    for part in (*parts_to_keep(folder), "unet"):
+        if not has_weights(folder / part):
+            continue
+        weights = find_weights(folder / part, None)
+        path = out / part / f"{weights.stem}.fp16.safetensors"
+        if path.is_file():
+            continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {name: t.half() if t.is_floating_point() else t for name, t in read_tensors(weights).items()}
+        with atomic_file(path) as stream:
+            # safetensors wants a path: this is the temporary file next to the final one.
+            save_file(tensors, stream.name, metadata={"format": "pt"})
 
 
 def _replace_directory(path: Path, fill: Callable[[Path], Any]) -> None:

@@ -23,7 +23,8 @@ from pipeline.system.memory import give_back_freed_memory, peak_memory
 class PipelineRef:
     """Where a complete pipeline is, and how to run it: the folders of `base` and of the U-Net that it is run with.
 
-    `variant` names the U-Net's weight files and `base_variant` those of the other parts.
+    `variant` names the U-Net's weight files and `base_variant` those of the other parts. `lora` is a folder of LoRA
+    weights for the U-Net.
     """
 
     base: Path
@@ -32,6 +33,7 @@ class PipelineRef:
     dtype: torch.dtype
     variant: str | None = None
     base_variant: str | None = None
+    lora: Path | None = None
 
 
 def generate_in_process(model: PipelineRef, prompts: list[str], sampler: Sampler, description: str) -> GeneratedImages:
@@ -68,6 +70,8 @@ def load_pipeline(model: PipelineRef) -> DiffusionPipeline:
         if isinstance(part, nn.Module):
             part.to(model.device) if part is unet else part.to(model.device, model.dtype)
     unet.to(memory_format=torch.channels_last)
+    if model.lora:
+        pipe.load_lora_weights(model.lora)
     return pipe
 
 

@@ -38,7 +38,6 @@ class DistillSettings(TrainingSettings):
         "Loss per tap: mean square error, or its share of the teacher's mean square.",
         choices=FEATURE_LOSSES,
     )
-    report: bool = option(True, "Write report.html at the end: loss curves, images, cost.")
 
     @property
     def entries(self) -> Path:

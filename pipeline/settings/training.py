@@ -65,6 +65,10 @@ class TrainingSettings(DeviceOptions):
         "Latents of held-out images, or a cache of them, to measure the error on before, during and after training.",
     )
     validation_steps: int = option(500, "Optimiser steps between validation images and held-out errors.", ge=1)
+    report: bool = option(True, "Write report.html at the end: loss curves, images, cost.")
+    fp16_variant: bool = option(
+        False, "Write the weights in fp16 too, next to those in fp32: diffusers loads them as the variant fp16."
+    )
     report_to: str = option("none", "Also log the metrics to this tracker.", choices=("none", *TRACKERS))
     push_to_hub: str | None = option(None, "Repository on the model hub, as owner/name, to upload the student to.")
     dataloader_num_workers: int | None = option(
@@ -104,6 +108,8 @@ MAY_CHANGE_ON_RESUME = (
     "report_to",
     "validation_prompts",
     "validation_latents",
+    "report",
+    "fp16_variant",
     "validation_steps",
     "push_to_hub",
 )

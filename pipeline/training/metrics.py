@@ -96,8 +96,10 @@ class Metrics:
         line["seconds"] = round(self._elapsed(), 3)
         self._sums, self._summed, self._batches = {}, 0, []
         self._write(line)
-        feature = sum(mean for name, mean in line.items() if name.startswith("feature/"))
-        shown = {k: line[k] for k in ("loss", "task", "output") if k in line} | {"feature": feature}
+        shown = {k: line[k] for k in ("loss", "task", "output") if k in line}
+        features = [mean for name, mean in line.items() if name.startswith("feature/")]
+        if features:
+            shown["feature"] = sum(features)
         self._bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()})
 
     def note(self, step: int, values: dict[str, float]) -> None:

@@ -19,6 +19,7 @@ from pipeline.system.errors import UserError
 from pipeline.system.json_files import read_json
 from pipeline.system.lock import OutputLock
 from pipeline.system.output import check_output, made_by
+from pipeline.system.page import REPORT
 from pipeline.system.settings import write_settings
 from pipeline.training.checkpoint import list_checkpoints
 from shards.files import file_sha256, remove_leftovers, write_json
@@ -77,6 +78,12 @@ def nothing_left(settings: TrainingSettings, accelerator: Accelerator, what: str
         open_repository(settings.push_to_hub)
     accelerator.wait_for_everyone()
     return False
+
+
+def has_extras(settings: TrainingSettings) -> bool:
+    """Whether what is asked for besides the finished weights is there."""
+    has_variant = any((settings.out / "unet").glob("*.fp16.safetensors"))
+    return (not settings.report or (settings.out / REPORT).is_file()) and (not settings.fp16_variant or has_variant)
 
 
 def finished_step(out: Path) -> int:

@@ -1,11 +1,13 @@
 """finetune: the plain diffusion loss on latents, of a student or a teacher, whole or by LoRA; exact when stopped."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from accelerate import Accelerator
 from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
@@ -45,6 +47,7 @@ def student(teacher, latents, tmp_path_factory):
 
 def settings_of(model, latents, out, **changes):
     quick = {"max_train_steps": 4, "train_batch_size": 3, "learning_rate": 1e-3, "logging_steps": 1, "device": "cpu"}
+    quick["report"] = False
     return FinetuneSettings(model=str(model), latents=latents, out=out, **{**quick, **changes})
 
 
@@ -166,7 +169,7 @@ def test_lora_trains_the_adapter_alone_and_is_loaded_by_the_pipeline(student, la
     changed = {name for name, value in training.student.state_dict().items() if not torch.equal(before[name], value)}
     assert changed
     assert all("lora_" in name for name in changed)
-    finetune.save(settings, training)
+    training.transform.convert(training.student, training.base, settings.out)
 
     pipe = StableDiffusionPipeline.from_pretrained(student, safety_checker=None)
     pipe.load_lora_weights(settings.out)
@@ -244,3 +247,44 @@ def test_lora_weights_have_the_names_of_kohyas_scripts_on_request(student, laten
 def test_a_students_folder_is_not_named_by_its_path(student, latents, tmp_path):
     out = run(student, latents, tmp_path / "out", max_train_steps=1)
     assert json.loads((out / "unet" / "config.json").read_text())["_name_or_path"] == student.name
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_it_ends_with_a_report_and_a_card(teacher, latents, tmp_path, rank, capsys):
+    (teacher / "README.md").write_text("---\nlicense: openrail++\n---\n")
+    out = run(teacher, latents, tmp_path / "out", lora_rank=rank, report=True, max_train_steps=2)
+    page, card = (out / "report.html").read_text(), (out / "README.md").read_text()
+    assert re.findall(r"<tr><th>([^<]+)</th><td><img", page) == ["before", "after"]
+    assert f"see {out}/report.html" in capsys.readouterr().out
+    name = teacher.name
+    assert f"<h1>{name}, finetuned{' with LoRA of rank 2' if rank else ''}</h1>" in page
+    assert f"| base model | {name} |" in card
+    assert "The base model's licence is openrail++. These weights are derived" in card
+    assert ("lora" in yaml.safe_load(card.split("---")[1])["tags"]) == bool(rank)
+    assert ("load_lora_weights" in card) == bool(rank)
+    assert str(tmp_path) not in page + card
+    shown = re.findall(r'<img alt="(before|after): picture 0" src="([^"]+)"', page)
+    assert len({uri for _, uri in shown}) == 2, "training changed nothing"
+    (teacher / "README.md").unlink()
+
+
+def test_a_missing_report_is_written_by_the_same_command(student, latents, tmp_path):
+    out = run(student, latents, tmp_path / "out", max_train_steps=1)
+    assert not (out / "report.html").exists()
+    weights = (out / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+    run(student, latents, out, max_train_steps=1, report=True, fp16_variant=True)
+    assert (out / "report.html").is_file()
+    assert (out / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == weights
+    whole, half = (DiffusionPipeline.from_pretrained(out, variant=variant) for variant in (None, "fp16"))
+    for part in ("unet", "vae", "text_encoder"):
+        assert list((out / part).glob("*.fp16.safetensors"))
+        pairs = zip(getattr(whole, part).parameters(), getattr(half, part).parameters(), strict=True)
+        assert all(torch.equal(a.half(), b.half()) for a, b in pairs)
+    assert sum(f.stat().st_size for f in out.rglob("*.fp16.safetensors")) < 0.6 * sum(
+        f.stat().st_size for f in out.glob("[utv]*/*model.safetensors")
+    )
+
+
+def test_lora_weights_have_no_variant(student, latents, tmp_path):
+    with pytest.raises(UserError, match="--fp16-variant is for a whole pipeline"):
+        settings_of(student, latents, tmp_path / "out", lora_rank=2, fp16_variant=True)

@@ -239,7 +239,7 @@ def test_no_path_of_this_machine_is_uploaded(work, teacher, tmp_path, monkeypatc
     assert named_here(kept, [tmp_path, work, teacher]) == []
     assert not [name for name in kept if name.startswith(("checkpoints", "logs", "validation"))]
     kept.clear()
-    settings = {"max_train_steps": 1, "device": "cpu", "push_to_hub": "me/s"}
+    settings = {"max_train_steps": 1, "device": "cpu", "push_to_hub": "me/s", "report": False}
     finetune.run(FinetuneSettings(model=str(init_from), latents=work / "latents", out=tmp_path / "tuned", **settings))
     assert "model_index.json" in kept
     assert named_here(kept, [tmp_path, work, teacher]) == []

@@ -98,7 +98,13 @@ def test_it_changes_nothing_in_the_training_and_survives_a_resume(work, tmp_path
 
 def test_finetune_measures_it_too(work, teacher, tmp_path):
     latents, held_out = work / "train-latents", work / "held_out-latents"
-    settings = {"max_train_steps": 2, "train_batch_size": 2, "device": "cpu", "dataloader_num_workers": 0}
+    settings = {
+        "max_train_steps": 2,
+        "train_batch_size": 2,
+        "device": "cpu",
+        "dataloader_num_workers": 0,
+        "report": False,
+    }
     out = tmp_path / "out"
     finetune.run(FinetuneSettings(model=teacher, latents=latents, out=out, validation_latents=held_out, **settings))
     assert [*lines_of(out)] == [0, 2]
