@@ -96,7 +96,7 @@ class Metrics:
         line["seconds"] = round(self._elapsed(), 3)
         self._sums, self._summed, self._batches = {}, 0, []
         self._write(line)
-        shown = {k: line[k] for k in ("loss", "task", "output") if k in line}
+        shown: dict[str, float] = {k: line[k] for k in ("loss", "task", "output") if k in line}
         features = [mean for name, mean in line.items() if name.startswith("feature/")]
         if features:
             shown["feature"] = sum(features)
