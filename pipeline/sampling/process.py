@@ -64,6 +64,8 @@ def generating_process(model: PipelineRef) -> Iterator[Callable[[list[str], Samp
 
 def load_pipeline(model: PipelineRef) -> DiffusionPipeline:
     """The pipeline with its U-Net, on its device and in its precision."""
+    if model.device.type == "cuda" and model.device.index is not None:
+        torch.cuda.set_device(model.device)
     unet = load_unet_folder(model.unet, model.variant, model.dtype)
     pipe = load_base(model.base, model.base_variant, unet)
     for part in pipe.components.values():

@@ -50,7 +50,7 @@ def process_state(device: str) -> PartialState:
 
     Raises UserError for a launch that asks for something else.
     """
-    check_launch()
+    check_launch(device)
     if use_cpu(device):
         keep_freed_memory()
     state = PartialState(cpu=use_cpu(device), timeout=PATIENCE)
@@ -58,17 +58,36 @@ def process_state(device: str) -> PartialState:
     return state
 
 
-def check_launch() -> None:
-    """Check what the environment says about the launch, which may be left from another one. Raises UserError."""
+def check_launch(device: str) -> None:
+    """Check what the environment says about the launch, which may be left from another one, and take --device.
+
+    Raises UserError.
+    """
     is_set("ACCELERATE_USE_CPU")
     refuse_sharding()
     refuse_incomplete_launch()
+    if device.startswith("cuda:"):
+        take_gpu(device)
     wanted = os.environ.get("ACCELERATE_TORCH_DEVICE")
     if wanted is not None:
         try:
             torch.empty(0, device=wanted)
         except Exception as error:
             raise UserError(f"ACCELERATE_TORCH_DEVICE is {wanted!r}: {first_line(error)}. Unset it.") from None
+
+
+def take_gpu(device: str) -> None:
+    """Make one GPU of several the one that this process runs on. Raises UserError if there is no such GPU."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError(
+            f"--device {device} is for one process. The processes of a launch have a GPU each: leave it out."
+        )
+    index, count = int(device.removeprefix("cuda:")), torch.cuda.device_count()
+    if index >= count:
+        there = f"are cuda:0 to cuda:{count - 1}" if count > 1 else "is cuda:0 alone" if count else "is no CUDA GPU"
+        raise UserError(f"--device {device} does not exist: there {there}.")
+    torch.cuda.set_device(index)
+    os.environ["ACCELERATE_TORCH_DEVICE"] = device
 
 
 def refuse_sharding() -> None:

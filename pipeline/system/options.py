@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pipeline.system.errors import UserError
 from pipeline.system.settings import Settings, option
 
-DEVICES = ("auto", "cpu")
 DTYPE_NAMES = ("fp32", "fp16", "bf16")
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 SAMPLERS = ("dpm", "ddim", "euler", "euler-ancestral", "heun", "pndm", "unipc")
@@ -24,7 +23,14 @@ class HubOptions(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceOptions(Settings):
-    device: str = option("auto", "Device to run on; auto uses the GPU if there is one.", choices=DEVICES)
+    device: str = option(
+        "auto", "Device to run on: auto (a GPU if there is one), cpu, or one GPU of several, such as cuda:1."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not re.fullmatch(r"auto|cpu|cuda:\d{1,3}", self.device):
+            raise UserError(f"--device {self.device!r} is none of auto, cpu, and a GPU such as cuda:1")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -56,7 +56,7 @@ def make_accelerator(settings: TrainingSettings) -> Accelerator:
     Raises UserError for what the device, its software or a package that is missing cannot do, and for a launch that
     would share a network out over devices.
     """
-    check_launch()
+    check_launch(settings.device)
     if use_cpu(settings.device):
         keep_freed_memory()
     refuse_precision(settings.mixed_precision or "no", settings.device)
