@@ -14,6 +14,8 @@ from shards.store import LocalStore, Store
 
 # What a set can hold, and the command that writes it.
 STAGE_COMMANDS = {"latents": "encode", "cache": "teacher-cache"}
+# Fields of specs that earlier versions did not state.
+ADDED_LATER = ("configs", "tokenizer_sha256", "teacher_config", "model_config", "noise_scheduler")
 RESTORE = "Restore it from a backup or regenerate the directory"
 
 
@@ -120,12 +122,21 @@ def difference(old: Any, new: Any, name: str = "") -> list[str]:
     return [] if old == new else [f"{name}: {json.dumps(old)} -> {json.dumps(new)}"]
 
 
+def known_to(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """`new` without the fields that the version which wrote `old` did not know. What `old` has there is unknown."""
+    return {
+        key: known_to(old[key], value) if isinstance(value, dict) and isinstance(old.get(key), dict) else value
+        for key, value in new.items()
+        if key in old or key not in ADDED_LATER
+    }
+
+
 def refuse_other_spec(place: object, old: dict[str, Any], new: dict[str, Any]) -> None:
     """Raise ShardError with the difference if `place`, written for spec `old`, is to be used with spec `new`.
 
-    Both are compared as JSON, in which a tuple is a list.
+    Both are compared as JSON, in which a tuple is a list, and without what an earlier version did not state in `old`.
     """
-    lines = difference(old, json.loads(json.dumps(new)))
+    lines = difference(old, json.loads(json.dumps(known_to(old, new))))
     if lines:
         shown = "\n".join(f"  {line}" for line in lines)
         raise ShardError(

@@ -27,7 +27,7 @@ from pipeline.commands import finetune
 from pipeline.commands.finetune import FinetuneSettings
 from shards.codec import dequantise
 from shards.expected import expected_tensors
-from shards.manifest import read_manifest
+from shards.manifest import Manifest, known_to, read_manifest
 from shards.store import open_store
 
 ARCHIVE = Path(__file__).parent / "support" / "made_by_0_1_0.tar.xz"
@@ -49,6 +49,10 @@ def made(tmp_path, monkeypatch):
     return tmp_path
 
 
+def manifest(name: str) -> Manifest:
+    return read_manifest(open_store(name))
+
+
 def test_finished_latents_and_caches_stay_as_they_are(made):
     before = {name: tree(made / name) for name in ("latents", "cache")}
     run_encode("teacher", "images", Path("latents"), entries_per_shard=3)
@@ -65,7 +69,18 @@ def test_the_same_input_gives_the_same_entries(made):
     for left, right in zip(old, new, strict=True):
         for name, tensor in left.tensors.items():
             np.testing.assert_allclose(right.tensors[name].values, tensor.values, rtol=1e-2, atol=1e-3)
-    assert (made / "again" / "manifest.json").read_bytes() == (made / "latents" / "manifest.json").read_bytes()
+    assert known_to(manifest("latents").spec, manifest("again").spec) == manifest("latents").spec
+    assert manifest("again").files == manifest("latents").files
+
+
+def test_latents_are_gone_on_with(made):
+    before = tree(made / "latents")
+    for name in ("s00001.tar", "s00001.json"):
+        (made / "latents" / name).unlink()
+    run_encode("teacher", "images", Path("latents"), entries_per_shard=3)
+    after = tree(made / "latents")
+    assert after["manifest.json"] == before["manifest.json"]
+    assert verify(made / "latents", "--full")[0] == 0
 
 
 def test_a_cache_is_given_the_round_that_the_version_before_would_have_written(made):
@@ -74,7 +89,7 @@ def test_a_cache_is_given_the_round_that_the_version_before_would_have_written(m
     assert kept.items() <= shard_files(made / "cache").items()
     assert verify(made / "cache", "--full", "--recompute", "10", "--teacher", "teacher", "--device", "cpu")[0] == 0
 
-    spec = read_manifest(open_store("cache"), "cache").spec
+    spec = manifest("cache").spec
     new = {entry.key: entry for entry in read_entries(Path("cache"), "cache", list(expected_tensors(spec)))}
     for shard in (made / "later-round").iterdir():
         shutil.copy(shard, made / "cache" / shard.name)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import webdataset
 from click.testing import CliRunner
-from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditionModel
 from PIL import Image
 from support.stages import read_entries, reset_accelerate, run_distill, run_encode, run_teacher_cache, shard_files, tree
 from support.tiny import tiny_pipeline, tiny_unet, write_images
@@ -429,6 +429,31 @@ def test_a_scheduler_that_cannot_be_sampled_is_refused_before_the_first_shard(la
         run_teacher_cache(tmp_path / "short", latents, tmp_path / "c", samples=1)
     assert not (tmp_path / "c").exists()
     run_teacher_cache(tmp_path / "short", latents, tmp_path / "c", samples=0)
+
+
+def test_samples_that_could_not_be_decoded_are_refused_before_the_first_shard(teacher, latents, tmp_path, monkeypatch):
+    def decode(self, *arguments, **options):
+        raise NotImplementedError("this VAE has no decoder")
+
+    monkeypatch.setattr(AutoencoderKL, "decode", decode)
+    with pytest.raises(
+        UserError, match=r"the VAE of --teacher .* cannot decode \(this VAE has no decoder\). Fix it, or"
+    ):
+        run_teacher_cache(teacher, latents, tmp_path / "c", samples=1)
+    assert not (tmp_path / "c").exists()
+
+
+def test_samples_of_a_size_that_cannot_be_generated_are_refused_before_the_first_shard(teacher, images, tmp_path):
+    """A U-Net without a size of its own generates images as large as the data."""
+    model = shutil.copytree(teacher, tmp_path / "model")
+    path = model / "unet/config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "sample_size": None}))
+    latents = run_encode(model, images, tmp_path / "latents", resolution=36)
+    with pytest.raises(UserError, match=r"have 36 pixels, which is no multiple of 8, so no samples can be generated"):
+        run_teacher_cache(model, latents, tmp_path / "c", samples=1)
+    reset_accelerate()
+    assert not (tmp_path / "c").exists()
+    run_teacher_cache(model, latents, tmp_path / "c", samples=0, rounds=1)
 
 
 def test_targets_of_an_image_that_was_replaced_are_refused_with_what_to_delete(teacher, tmp_path, monkeypatch):

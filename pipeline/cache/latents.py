@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from diffusers import DiffusionPipeline
 
-from pipeline.models.families import family_of_spec
-from pipeline.models.hashing import weights_sha256
+from pipeline.models.families import Family, family_of_spec
+from pipeline.models.hashing import config_of, tokenizer_sha256, weights_sha256
 from pipeline.system.errors import UserError
 from shards.codec import decode_npy
-from shards.manifest import read_file
+from shards.manifest import difference, read_file
 from shards.reader import ShardSet
 from shards.schema import conditioning_shapes, empty_prompt_file
 from shards.store import open_store
@@ -40,18 +40,46 @@ def sampling_size(latents: ShardSet, config: Mapping[str, Any]) -> tuple[int, in
 
 
 def check_encoders(latents: ShardSet, base: DiffusionPipeline, model: str) -> None:
-    """Raise UserError if the latents were made with another VAE or text encoder than those of `base`.
+    """Raise UserError if the latents were made with another VAE, text encoder or tokenizer than those of `base`.
 
     `model` is how the message calls the pipeline, such as `--teacher path`.
     """
     spec = latents.manifest.spec
-    for part in family_of_spec(spec).encoders:
-        if weights_sha256(getattr(base, part)) != spec[f"{part}_sha256"]:
-            name = {"vae": "VAE"}.get(part, part.replace("_", " "))
-            raise UserError(
-                f"{latents.store} was encoded with another {name} than the one of {model}. "
-                "Use the pipeline that it was encoded with, or encode again."
-            )
+    other = other_part(spec, encoders_spec(base, family_of_spec(spec)))
+    if other:
+        raise UserError(
+            f"{latents.store} was encoded with another {other[0]} than the one of {model}{other[1]}. "
+            "Use the pipeline that it was encoded with, or encode again."
+        )
+
+
+def encoders_spec(base: DiffusionPipeline, family: Family) -> dict[str, Any]:
+    """What the spec of latents states of the parts that made them."""
+    return {
+        "scaling_factor": base.vae.config.scaling_factor,
+        **{f"{part}_sha256": weights_sha256(getattr(base, part)) for part in family.encoders},
+        **{f"{part}_sha256": tokenizer_sha256(getattr(base, part)) for part in family.tokenizers},
+        "configs": {part: config_of(getattr(base, part)) for part in family.encoders},
+    }
+
+
+def other_part(spec: dict[str, Any], used: dict[str, Any]) -> tuple[str, str] | None:
+    """The first part that the specs of two latents state differently, and in what if that is its config.
+
+    What only one of them states, because an earlier version wrote the other, counts as the same.
+    """
+    family = family_of_spec(spec)
+    for part in (*family.encoders, *family.tokenizers):
+        name, key = {"vae": "VAE"}.get(part, part.replace("_", " ")), f"{part}_sha256"
+        if key in spec and key in used and spec[key] != used[key]:
+            return name, ""
+        stated = [latents["configs"].get(part) for latents in (spec, used) if "configs" in latents]
+        keys = [line.split(":")[0] for line in difference(*stated)] if len(stated) == 2 else []
+        if part == "vae" and spec["scaling_factor"] != used["scaling_factor"]:
+            keys = list(dict.fromkeys([*keys, "scaling_factor"]))
+        if keys:
+            return name, f": their config.json differ in {', '.join(keys)}"
+    return None
 
 
 def unconditional_conditioning(latents: ShardSet) -> dict[str, np.ndarray]:

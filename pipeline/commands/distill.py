@@ -183,7 +183,7 @@ def prepare(settings: DistillSettings, dataset: CacheDataset, accelerator: Accel
 def save_student(settings: DistillSettings, training: Training) -> None:
     """The finished pipeline and its model card."""
     (settings.out / REPORT).unlink(missing_ok=True)
-    training.transform.convert(training.student, training.base, settings.out)
+    training.transform.convert(training.student, training.base, settings.out, training.prediction_type)
     write_model_card(settings.out, settings.as_json())
 
 

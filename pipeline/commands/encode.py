@@ -17,6 +17,7 @@ from diffusers import DiffusionPipeline
 from tqdm import tqdm
 
 from pipeline.cache import sizes
+from pipeline.cache.latents import encoders_spec
 from pipeline.cache.output import claim, existing_manifest, finished_sidecars, share_unfinished
 from pipeline.core import draws
 from pipeline.data.inputs import remember, settled_spec
@@ -26,7 +27,7 @@ from pipeline.data.records import Record, inputs_sha256
 from pipeline.data.source import OpenSource, open_source
 from pipeline.models.encoders import encode_images, latents_shape
 from pipeline.models.families import Family, Shapes
-from pipeline.models.hashing import library_versions, weights_sha256
+from pipeline.models.hashing import library_versions
 from pipeline.models.load import family_of, find_pipeline, load_base
 from pipeline.settings.encode import EncodeSettings
 from pipeline.system.compiling import compile_failures, compile_networks
@@ -43,7 +44,7 @@ from pipeline.system.threads import in_background
 from shards.codec import encode_npy
 from shards.files import atomic_file
 from shards.kept import Kept, read_kept
-from shards.manifest import Manifest, refuse_other_spec
+from shards.manifest import Manifest, known_to, refuse_other_spec
 from shards.plan import PlannedShard, ShardPlan, count_entries
 from shards.reader import read_sidecar
 from shards.schema import (
@@ -158,8 +159,7 @@ def latents_spec(settings: EncodeSettings, source: OpenSource, folder: Path, bas
         **({"min_size": settings.min_size} if settings.min_size else {}),
         "dtype": settings.dtype,
         **stated_shapes(latents_shape(base.vae, settings.resolution), family.conditioning_shapes(folder)),
-        "scaling_factor": base.vae.config.scaling_factor,
-        **{f"{part}_sha256": weights_sha256(getattr(base, part)) for part in family.encoders},
+        **encoders_spec(base, family),
         "libraries": library_versions(),
     }
 
@@ -167,7 +167,9 @@ def latents_spec(settings: EncodeSettings, source: OpenSource, folder: Path, bas
 def settled(settings: EncodeSettings, source: OpenSource, spec: dict[str, Any]) -> dict[str, Any]:
     """The spec as existing latents in the output state it, if the inputs are theirs. See `settled_spec`."""
     found = existing_manifest(settings.out, "latents")
-    return spec if found is None else settled_spec(open_store(settings.out), found, spec, source.records)
+    if found is None:
+        return spec
+    return settled_spec(open_store(settings.out), found, known_to(found.spec, spec), source.records)
 
 
 def shard_records(source: OpenSource, shard: PlannedShard) -> list[tuple[int, Record]]:

@@ -29,12 +29,12 @@ from pipeline.core import draws
 from pipeline.demo.oracle import score_scenes
 from pipeline.evaluation.finetune_card import FinetuneCard, write_finetune_card
 from pipeline.models.families import family_of_spec
-from pipeline.models.hashing import weights_sha256
+from pipeline.models.hashing import config_of, weights_sha256
 from pipeline.models.hub import upload
 from pipeline.models.load import find_pipeline, load_base, load_unet, unet_config
 from pipeline.models.provenance import data_origin, teacher_origin
 from pipeline.models.save import write_fp16_variant
-from pipeline.models.schedule import load_noise_scheduler
+from pipeline.models.schedule import load_noise_scheduler, read_noise_scheduler, schedule_of, set_prediction_type
 from pipeline.sampling.generate import Sampler, check_sampler
 from pipeline.sampling.process import PipelineRef, generate_in_process
 from pipeline.settings.finetune import FinetuneSettings
@@ -115,7 +115,7 @@ def train_model(settings: FinetuneSettings, lock: OutputLock) -> None:
     unet = load_unet(folder, settings.variant)
     with accelerator.main_process_first():
         if accelerator.is_main_process:
-            claim(settings, finetune_spec(settings, unet, dataset, accelerator.num_processes), lock)
+            claim(settings, finetune_spec(settings, folder, unet, dataset, accelerator.num_processes), lock)
     done = finished_step(settings.out)
     if done >= (settings.max_train_steps or 0) and accelerator.is_main_process:
         refuse_damaged_result(settings.out)
@@ -159,6 +159,12 @@ def finish(
         what = "LoRA weights" if settings.lora_rank else "a diffusers pipeline"
         seen = f"; see {settings.out / REPORT}" if (settings.out / REPORT).is_file() else ""
         say(f"{settings.out} holds {what} of {plural(finished_step(settings.out), 'step')}{seen}")
+        trained = settings.prediction_type
+        if settings.lora_rank and trained not in (None, read_noise_scheduler(folder).config.prediction_type):
+            say(
+                f"note: with these LoRA weights the model predicts {trained}, which their file cannot state. Set "
+                f"prediction_type to {trained} in the scheduler of the pipeline that loads them."
+            )
 
     def publish() -> None:
         if settings.push_to_hub:
@@ -176,7 +182,7 @@ def save_report(settings: FinetuneSettings, folder: Path, dataset: LatentsDatase
     prompts, dtype = captions_of(dataset.shards, GRID_PICTURES), DTYPES[resolve_dtype("auto", device)]
     before = PipelineRef(folder, folder / "unet", device, dtype, settings.variant, settings.variant)
     after = (
-        replace(before, lora=settings.out)
+        replace(before, lora=settings.out, prediction_type=settings.prediction_type)
         if settings.lora_rank
         else PipelineRef(settings.out, settings.out / "unet", device, dtype)
     )
@@ -221,11 +227,17 @@ def save_card(settings: FinetuneSettings, folder: Path, dataset: LatentsDataset)
 
 
 def finetune_spec(
-    settings: FinetuneSettings, unet: UNet2DConditionModel, dataset: LatentsDataset, processes: int
+    settings: FinetuneSettings, folder: Path, unet: UNet2DConditionModel, dataset: LatentsDataset, processes: int
 ) -> dict[str, Any]:
-    """What the training is, for a later run that continues it."""
+    """What the training of the `unet` of the pipeline in `folder` is, for a later run that continues it."""
     spec = resume_fingerprint(settings, processes, free=("model", "latents", "revision", "variant", "lora_format"))
-    return {"latents": dataset.shards.manifest.spec_sha256, "model": weights_sha256(unet), **spec}
+    return {
+        "latents": dataset.shards.manifest.spec_sha256,
+        "model": weights_sha256(unet),
+        "model_config": config_of(unet),
+        "noise_scheduler": schedule_of(load_noise_scheduler(folder, settings.prediction_type)),
+        **spec,
+    }
 
 
 def prepare(
@@ -259,8 +271,9 @@ def check_model(settings: FinetuneSettings, folder: Path, dataset: LatentsDatase
     """Raise UserError for a pipeline that cannot be trained on these latents, or cannot generate validation images."""
     base, model = load_base(folder, settings.variant), f"--model {settings.model}"
     check_encoders(dataset.shards, base, model)
-    load_noise_scheduler(folder, settings.prediction_type)
+    noise_scheduler = load_noise_scheduler(folder, settings.prediction_type)
     if settings.validation_prompts:
+        set_prediction_type(base.scheduler, noise_scheduler.config.prediction_type)
         check_sampler(base.scheduler, Sampler(), model)
 
 
@@ -326,7 +339,7 @@ def save(settings: FinetuneSettings, training: Training, folder: Path, dataset: 
     # A folder's path is nobody else's business.
     name = Path(settings.model).resolve().name if Path(settings.model).is_dir() else settings.model
     training.student.register_to_config(_name_or_path=name)
-    training.transform.convert(training.student, training.base, settings.out)
+    training.transform.convert(training.student, training.base, settings.out, training.prediction_type)
     save_card(settings, folder, dataset)
 
 

@@ -26,11 +26,11 @@ from pipeline.cache.targets import BatchTargets, Teacher, compress_targets, run_
 from pipeline.core.taps import Taps
 from pipeline.models.checksums import write_checksums
 from pipeline.models.families import family_of_spec
-from pipeline.models.hashing import library_versions, weights_sha256
+from pipeline.models.hashing import config_of, deciding, library_versions, weights_sha256
 from pipeline.models.load import find_pipeline, load_base, load_unet, unet_config
 from pipeline.models.provenance import write_origin
 from pipeline.models.save import save_base
-from pipeline.models.schedule import load_noise_scheduler
+from pipeline.models.schedule import load_noise_scheduler, set_prediction_type
 from pipeline.models.shapes import tap_shapes
 from pipeline.models.students import initialised_student, meta_student, teacher_taps
 from pipeline.sampling.generate import SAMPLES, Sampler, check_sampler, save_images
@@ -49,7 +49,7 @@ from pipeline.system.signals import sigterm_interrupts
 from pipeline.system.threads import in_background, ordered_map
 from shards.files import atomic_directory
 from shards.kept import Kept, read_kept
-from shards.manifest import Manifest, refuse_other_spec
+from shards.manifest import Manifest, known_to, refuse_other_spec
 from shards.plan import PlannedShard, ShardPlan, count_entries
 from shards.reader import ShardSet
 from shards.schema import LATENTS, MANIFEST, conditioning_shapes
@@ -182,7 +182,7 @@ def cache_spec(
     """What the entries are. `strata` is the number of rounds of the first run and never changes."""
     found = existing_manifest(settings.out, "cache")
     config = dict(noise_scheduler.config)
-    return {
+    spec = {
         "stage": "cache",
         "entries": len(latents),
         "entries_per_shard": settings.entries_per_shard,
@@ -197,9 +197,11 @@ def cache_spec(
         "noise_scheduler": {key: config[key] for key in sorted(config) if not key.startswith("_")},
         "dtype": resolve_dtype(settings.dtype, device),
         "teacher_sha256": weights_sha256(unet),
+        "teacher_config": config_of(unet),
         "latents": latents.manifest.spec,
         "libraries": library_versions(),
     }
+    return known_to(found.spec, spec) if found else spec
 
 
 def check_samples(
@@ -210,9 +212,18 @@ def check_samples(
     noise_scheduler: DDPMScheduler,
 ) -> None:
     """Raise UserError if the teacher's samples could not be generated after the last shard."""
-    base.scheduler.register_to_config(prediction_type=noise_scheduler.config.prediction_type)
-    if settings.samples:
-        check_sampler(base.scheduler, samples_sampler(settings, latents, folder), f"--teacher {settings.teacher}")
+    set_prediction_type(base.scheduler, noise_scheduler.config.prediction_type)
+    if not settings.samples:
+        return
+    model, sampler = f"--teacher {settings.teacher}", samples_sampler(settings, latents, folder)
+    check_sampler(base.scheduler, sampler, model)
+    if sampler.size and any(side % 8 for side in sampler.size):
+        raise UserError(
+            f"{model} states no size of its images, and those of {settings.latents} have {sampler.size[0]} pixels, "
+            "which is no multiple of 8, so no samples can be generated. Add --samples 0."
+        )
+    with failing_with(f"the VAE of {model} cannot decode", "Fix it, or add --samples 0."), torch.inference_mode():
+        base.vae.decode(torch.zeros(1, base.vae.config.latent_channels, 4, 4))
 
 
 def wanted_taps(taps: dict[str, Any], found: Manifest | None, token_stride: int) -> dict[str, Any]:
@@ -369,9 +380,11 @@ def plan(settings: TeacherCacheSettings) -> list[str]:
     check_encoders(latents, base, f"--teacher {settings.teacher}")
     check_samples(settings, latents, folder, base, load_noise_scheduler(folder, settings.prediction_type))
     found = existing_manifest(settings.out, "cache")
-    taps = wanted_taps(checked_taps(settings, latents, unet_config(folder)), found, settings.token_stride)
+    config = unet_config(folder)
+    taps = wanted_taps(checked_taps(settings, latents, config), found, settings.token_stride)
     if found is not None:
         stated = {"latents": latents.manifest.spec, "entries": len(latents), "taps": taps}
+        stated = known_to(found.spec, {**stated, "teacher_config": deciding(UNet2DConditionModel, config)})
         names = ("entries_per_shard", "seed", "noise_offset", "input_perturbation", "uncond_fraction")
         wanted = {**stated, **{name: getattr(settings, name) for name in names}}
         refuse_other_spec(settings.out, {name: found.spec[name] for name in wanted}, wanted)

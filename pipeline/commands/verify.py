@@ -25,7 +25,7 @@ from pipeline.cache.parts import (
 )
 from pipeline.cache.recompute import deviations, table
 from pipeline.models.checksums import has_checksums
-from pipeline.models.hashing import weights_sha256
+from pipeline.models.hashing import config_of, weights_sha256
 from pipeline.models.levels import LEVELS
 from pipeline.models.load import MODEL_INDEX, find_pipeline, load_unet
 from pipeline.models.provenance import read_origin
@@ -37,7 +37,7 @@ from pipeline.system.echo import plural, say
 from pipeline.system.errors import UserError
 from pipeline.system.lock import OutputLock
 from shards.expected import expected_tensors
-from shards.manifest import STAGE_COMMANDS, Manifest, read_manifest
+from shards.manifest import STAGE_COMMANDS, Manifest, difference, read_manifest
 from shards.reader import REWRITE, ShardSet
 from shards.schema import ShardError
 from shards.store import Store, open_store
@@ -146,6 +146,12 @@ def recompute(settings: VerifySettings, count: int, teacher: str) -> list[Proble
     unet = load_unet(folder, settings.variant)
     if weights_sha256(unet) != spec["teacher_sha256"]:
         raise UserError(f"{settings.directory} was made with another U-Net than the one of --teacher {teacher}")
+    keys = [line.split(":")[0] for line in difference(spec.get("teacher_config", config_of(unet)), config_of(unet))]
+    if keys:
+        raise UserError(
+            f"{settings.directory} was made with another unet/config.json than that of --teacher {teacher}: they "
+            f"differ in {', '.join(keys)}. Restore the config that the cache was made with."
+        )
     device = process_state(settings.device).device
     unet.to(device, DTYPES[spec["dtype"]], memory_format=torch.channels_last).eval().requires_grad_(False)
     alphas_cumprod = DDPMScheduler.from_config(spec["noise_scheduler"]).alphas_cumprod.to(device)

@@ -222,6 +222,6 @@ def export(teacher: DiffusionPipeline, out: Path) -> None:
     dtype = teacher.dtype
     with tempfile.TemporaryDirectory(dir=out.parent) as temporary:
         teacher.to(torch.float16).save_pretrained(temporary)
-        save_pipeline(Path(temporary), teacher.unet, out, torch.float16)
+        save_pipeline(Path(temporary), teacher.unet, out, dtype=torch.float16)
     teacher.to(dtype)
     write_checksums(out, "*.safetensors")

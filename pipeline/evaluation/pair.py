@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 
 from pipeline.evaluation.fidelity import levels_of
 from pipeline.models.families import Family
-from pipeline.models.hashing import weights_sha256
+from pipeline.models.hashing import config_of, tokenizer_sha256, weights_sha256
 from pipeline.models.load import family_of, find_pipeline, load_base, load_unet_folder
 from pipeline.sampling.process import PipelineRef
 from pipeline.system.errors import UserError
@@ -36,9 +36,12 @@ class LoadedPipeline:
     @property
     def spec(self) -> dict[str, Any]:
         """Everything that determines the pipeline's images, independent of the folder's name."""
-        parts = {part: weights_sha256(getattr(self.pipe, part)) for part in ("unet", *self.family.encoders)}
+        networks = {part: getattr(self.pipe, part) for part in ("unet", *self.family.encoders)}
+        parts = {part: weights_sha256(network) for part, network in networks.items()}
+        tokenizers = {f"{part}_sha256": tokenizer_sha256(getattr(self.pipe, part)) for part in self.family.tokenizers}
+        configs = {part: config_of(network) for part, network in networks.items()}
         config = {key: value for key, value in self.pipe.scheduler.config.items() if not key.startswith("_")}
-        return {**parts, "scheduler": config}
+        return {**parts, **tokenizers, "configs": configs, "scheduler": config}
 
 
 def load_named_pipeline(

@@ -1,16 +1,37 @@
-"""The identity of a network, whatever its files: hashes, shapes, and the versions of the libraries that run it."""
+"""The identity of what computes: hashes of weights and tokenizers, what configs decide, versions of libraries."""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import diffusers
 import numpy
 import torch
 import transformers
 from torch import nn
+
+from pipeline.models.reading import defaults_of
+
+# Keys of configs that decide nothing of what is stored: the size of generated images, how weights are drawn, what
+# training drops in a frozen network, and what only the pooled output of a text encoder depends on.
+DECIDES_NOTHING = {
+    "sample_size",
+    "force_upcast",
+    "initializer_range",
+    "initializer_factor",
+    "attention_dropout",
+    "projection_dim",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+}
+# Keys that a family reads from a text encoder's config, though its class does not know them.
+READ_BY_FAMILIES = {"use_attention_mask": False}
+SPECIAL_TOKENS = ("bos", "eos", "pad", "unk")
 
 
 def weights_sha256(module: nn.Module) -> str:
@@ -30,6 +51,45 @@ def plain_tensors(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.
         return
     for part in tensor.__tensor_flatten__()[0]:
         yield from plain_tensors(f"{name}.{part}", getattr(tensor, part))
+
+
+def config_of(network: Any) -> dict[str, Any]:
+    """What a network of diffusers or transformers computes besides its weights; see `deciding`."""
+    config = network.config
+    if isinstance(config, transformers.PretrainedConfig):
+        return deciding(type(config), config.to_dict())
+    return deciding(type(network), config)
+
+
+def deciding(kind: Any, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a config that decide what its network computes, as JSON has them, sorted.
+
+    Keys with the default of the class `kind`, whose parameters they are, are left out. So it is the same whether a file
+    states a default, and in versions of the libraries that know more keys.
+    """
+    known = defaults_of(kind)
+    if issubclass(kind, transformers.PretrainedConfig):
+        general = defaults_of(transformers.PretrainedConfig)
+        known = {key: value for key, value in known.items() if key not in general} | READ_BY_FAMILIES
+    stated = {key: config[key] for key in sorted(known) if key in config and key not in DECIDES_NOTHING}
+    # JSON has neither tuples nor NaN.
+    plain, defaults = (json.loads(json.dumps(value, default=str), parse_constant=str) for value in (stated, known))
+    return {key: value for key, value in plain.items() if value != defaults[key]}
+
+
+def tokenizer_sha256(tokenizer: Any) -> str:
+    """A hash of what decides the numbers of a text's tokens: vocabulary, merges, special tokens, and the sides that are
+    padded and cut off. It does not depend on the files."""
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    stated = {
+        "vocabulary": tokenizer.get_vocab(),
+        # A pair in newer versions, and a string with a space in older ones.
+        "merges": [pair if isinstance(pair, str) else " ".join(pair) for pair in model.get("merges", ())],
+        "added": sorted(tokenizer.get_added_vocab()),
+        "special": {name: getattr(tokenizer, f"{name}_token_id") for name in SPECIAL_TOKENS},
+        "sides": [tokenizer.padding_side, tokenizer.truncation_side],
+    }
+    return hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()
 
 
 def library_versions() -> dict[str, str]:

@@ -54,7 +54,7 @@ def read_part(kind: Any, folder: Path, part: str) -> Any:
 
 def read_config(kind: Any, folder: Path) -> dict[str, Any]:
     """The config.json of a network of class `kind`, with the class's defaults filled in."""
-    return {**_defaults(kind), **read_json(folder / "config.json")}
+    return {**defaults_of(kind), **read_json(folder / "config.json")}
 
 
 def null_keys(kind: Any, folder: Path) -> list[str]:
@@ -62,12 +62,12 @@ def null_keys(kind: Any, folder: Path) -> list[str]:
     config = read_json(folder / "config.json")
     numbers = [
         key
-        for key, value in _defaults(kind).items()
+        for key, value in defaults_of(kind).items()
         if isinstance(value, int | float | tuple) and not isinstance(value, bool)
     ]
     return [key for key in numbers if config.get(key, 0) is None]
 
 
-def _defaults(kind: Any) -> dict[str, Any]:
+def defaults_of(kind: Any) -> dict[str, Any]:
     parameters = inspect.signature(kind.__init__).parameters.values()
     return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}

@@ -5,11 +5,11 @@ What is written loads in transformers 4 and 5, and it does not say where the tea
 
 from __future__ import annotations
 
-import functools
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from pipeline.models.checksums import write_checksums
 from pipeline.models.load import MODEL_INDEX, family_of
 from pipeline.models.reading import read_json
-from pipeline.models.schedule import CONFIG
+from pipeline.models.schedule import CONFIG, stated_prediction_type
 from pipeline.models.weights import copy_weights, find_weights, has_weights, read_tensors
 from shards.files import atomic_directory, atomic_file, write_json
 
@@ -45,11 +45,15 @@ def save_base(folder: Path, variant: str | None, noise_scheduler: DDPMScheduler,
     """
     with atomic_directory(out, exist_ok=True) as temporary:
         copy_parts(folder, variant, temporary, torch.float32)
-        path = temporary / "scheduler" / CONFIG
-        config, prediction_type = read_json(path), noise_scheduler.config.prediction_type
-        if config.get("prediction_type", "epsilon") != prediction_type:
-            write_json(path, {**config, "prediction_type": prediction_type}, indent=2)
+        state_prediction_type(temporary / "scheduler" / CONFIG, noise_scheduler.config.prediction_type)
         write_checksums(temporary)
+
+
+def state_prediction_type(path: Path, prediction_type: str) -> None:
+    """Have a scheduler's config file state a prediction type. One that does so already stays as it is."""
+    config = read_json(path)
+    if stated_prediction_type(config) != prediction_type:
+        write_json(path, {**config, "prediction_type": prediction_type}, indent=2)
 
 
 def copy_parts(folder: Path, variant: str | None, out: Path, dtype: torch.dtype) -> None:
@@ -139,16 +143,27 @@ def complete_tokenizer(folder: Path) -> None:
         write_json(folder / "added_tokens.json", more)
 
 
-def save_pipeline(base: Path, unet: UNet2DConditionModel, out: Path, dtype: torch.dtype = torch.float32) -> None:
+def save_pipeline(
+    base: Path,
+    unet: UNet2DConditionModel,
+    out: Path,
+    prediction_type: str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> None:
     """Write a complete pipeline to `out`: the parts of `base`, with networks in `dtype`, and the U-Net as it is.
 
+    Its scheduler states `prediction_type`, what the U-Net predicts; None is what that of `base` states.
     model_index.json is removed first and written last, so a folder that has one is complete.
     """
     index = index_to_keep(base)
     (out / MODEL_INDEX).unlink(missing_ok=True)
     for part in parts_to_keep(base):
-        _replace_directory(out / part, functools.partial(copy_part, base / part, None, dtype=dtype))
-    _replace_directory(out / "unet", unet.save_pretrained)
+        with replaced_directory(out / part) as folder:
+            copy_part(base / part, None, folder, dtype=dtype)
+            if part == "scheduler" and prediction_type:
+                state_prediction_type(folder / CONFIG, prediction_type)
+    with replaced_directory(out / "unet") as folder:
+        unet.save_pretrained(folder)
     write_json(out / MODEL_INDEX, index, indent=2)
 
 
@@ -171,7 +186,9 @@ def write_fp16_variant(folder: Path, out: Path) -> None:
             save_file(tensors, stream.name, metadata={"format": "pt"})
 
 
-def _replace_directory(path: Path, fill: Callable[[Path], Any]) -> None:
+@contextmanager
+def replaced_directory(path: Path) -> Iterator[Path]:
+    """A new directory, to be filled, in place of `path`."""
     shutil.rmtree(path, ignore_errors=True)
     with atomic_directory(path) as folder:
-        fill(folder)
+        yield folder

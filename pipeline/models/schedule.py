@@ -49,7 +49,7 @@ def load_noise_scheduler(folder: Path, prediction_type: str | None) -> DDPMSched
     """
     noise_scheduler = read_noise_scheduler(folder)
     if prediction_type:
-        noise_scheduler.register_to_config(prediction_type=prediction_type)
+        set_prediction_type(noise_scheduler, prediction_type)
     stated = noise_scheduler.config.prediction_type
     if stated not in PREDICTION_TYPES:
         raise UserError(
@@ -57,6 +57,22 @@ def load_noise_scheduler(folder: Path, prediction_type: str | None) -> DDPMSched
             f"Set --prediction-type to one of {', '.join(PREDICTION_TYPES)}."
         )
     return noise_scheduler
+
+
+def schedule_of(noise_scheduler: DDPMScheduler) -> dict[str, Any]:
+    """The keys of a noise schedule's config that decide how training noises latents and what is predicted."""
+    return {key: noise_scheduler.config[key] for key in (*SCHEDULE, "rescale_betas_zero_snr")}
+
+
+def stated_prediction_type(config: dict[str, Any]) -> str:
+    """What a scheduler's config file says that the network predicts."""
+    return config.get("prediction_type", "epsilon")
+
+
+def set_prediction_type(scheduler: Any, prediction_type: str) -> None:
+    """Have a scheduler's config state a prediction type, also where its file leaves it out."""
+    defaults = [key for key in scheduler.config.get("_use_default_values", ()) if key != "prediction_type"]
+    scheduler.register_to_config(prediction_type=prediction_type, _use_default_values=defaults)
 
 
 def read_noise_scheduler(folder: Path) -> DDPMScheduler:

@@ -26,9 +26,15 @@ from pipeline.system.errors import UserError
 
 NAME = re.compile(
     r"(?P<stem>diffusion_pytorch_model|pytorch_model|model)"
-    r"(\.(?P<variant>[A-Za-z]\w*))?(-\d{5}-of-\d{5})?(\.(?P<old_variant>[A-Za-z]\w*))?"
+    r"(\.(?P<variant>[A-Za-z]\w*))?(-\d{5}-of-(?P<pieces>\d{5}))?(\.(?P<old_variant>[A-Za-z]\w*))?"
     r"\.(?P<format>safetensors|bin)"
 )
+INDEX = re.compile(
+    r"(?P<stem>diffusion_pytorch_model|pytorch_model|model)\.(?P<format>safetensors|bin)\.index"
+    r"(\.(?P<variant>[A-Za-z]\w*))?\.json"
+)
+# Weights that a file may hold besides the network's: the parts of CLIP that are not its text encoder.
+SPARE = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")
 FORMATS = ("safetensors", "bin")
 # Looked for in this order where no variant is asked for and the plain files are missing.
 FALLBACKS = ("fp32", "fp16", "bf16")
@@ -57,7 +63,7 @@ def find_weights(folder: Path, variant: str | None, fallback: bool = True) -> We
     """The files that a network is loaded from: of `variant` if there are any, else the plain ones.
 
     If `variant` is None and there are no plain files, those of another variant. Without `fallback`, a `variant` that is
-    asked for must exist. Raises UserError if there are no such files.
+    asked for must exist. Raises UserError if there are no such files, or more than one set of them.
     """
     found = _weights_in(folder)
     others = sorted({name for name, _ in found if name} - set(FALLBACKS))
@@ -65,6 +71,7 @@ def find_weights(folder: Path, variant: str | None, fallback: bool = True) -> We
     for name in order:
         for format in FORMATS:
             if (name, format) in found:
+                refuse_several_sets(folder, name, format, found[name, format])
                 return WeightFiles(name, format, tuple(sorted(found[name, format])))
     if not found:
         raise UserError(f"{folder} holds no weights. Copy or download the pipeline again.")
@@ -84,10 +91,38 @@ def _weights_in(folder: Path) -> dict[tuple[str | None, str], list[Path]]:
     return dict(found)
 
 
+def refuse_several_sets(folder: Path, variant: str | None, format: str, files: list[Path]) -> None:
+    """Raise UserError unless weight files of one variant and format are one file, or all pieces of one network.
+
+    Of two sets, each library would load another one.
+    """
+    sets = defaultdict(list)
+    for path in sorted(files):
+        if match := NAME.fullmatch(path.name):
+            sets[match["stem"], match["pieces"]].append(path.name)
+    in_pieces = {stem: int(pieces) for stem, pieces in sets if pieces}
+    for path in sorted(folder.iterdir()):
+        match = INDEX.fullmatch(path.name)
+        if match and (match["variant"], match["format"]) == (variant, format) and match["stem"] not in in_pieces:
+            sets[match["stem"], "index"].append(path.name)
+    names = [name for of_set in sets.values() for name in of_set]
+    if len(sets) > 1:
+        raise UserError(
+            f"{folder} holds {len(sets)} sets of weights: {', '.join(names)}. Delete those that are not the network's."
+        )
+    for pieces in in_pieces.values():
+        if len(names) != pieces:
+            raise UserError(
+                f"{folder} holds {len(names)} of {pieces} pieces of its weights: {', '.join(names)}. "
+                "Copy or download the pipeline again."
+            )
+
+
 def load_network(kind: Any, folder: Path, variant: str | None, fallback: bool = True, **options: Any) -> Any:
     """The network of class `kind` in a folder, with every tensor from its files.
 
-    Raises UserError if a tensor is missing or has another shape: the libraries would leave it random.
+    Raises UserError if a tensor is missing or has another shape, which the libraries would leave random, and if the
+    files hold others, which they would ignore.
     """
     read_json(folder / "config.json")
     weights = find_weights(folder, variant, fallback)
@@ -106,12 +141,12 @@ def load_network(kind: Any, folder: Path, variant: str | None, fallback: bool = 
         ),
         kind,
     )
-    refuse_incomplete(folder, weights, network, info)
+    refuse_unfitting(folder, weights, network, info)
     return network
 
 
-def refuse_incomplete(folder: Path, weights: WeightFiles, network: nn.Module, info: dict[str, Any]) -> None:
-    """Raise UserError if `info`, a library's account of loading, has a tensor that is not from the files."""
+def refuse_unfitting(folder: Path, weights: WeightFiles, network: nn.Module, info: dict[str, Any]) -> None:
+    """Raise UserError if `info`, a library's account of loading, has tensors that only the files or the network has."""
     source = weights.files[0] if len(weights.files) == 1 else folder
     misshapen = sorted(item if isinstance(item, str) else item[0] for item in info["mismatched_keys"])
     if misshapen:
@@ -124,6 +159,13 @@ def refuse_incomplete(folder: Path, weights: WeightFiles, network: nn.Module, in
         raise UserError(
             f"{source} lacks {len(missing)} of the network's {len(network.state_dict())} tensors, such as "
             f"{missing[0]}. Copy or download the pipeline again."
+        )
+    spare = sorted(name for name in info["unexpected_keys"] if not name.startswith(SPARE))
+    more = f" and {len(spare) - 1} other tensors" if len(spare) > 1 else ""
+    if spare:
+        raise UserError(
+            f"{source} holds {spare[0]}{more}, which its config.json has no place for. "
+            "Correct the config, or copy or download the pipeline again."
         )
 
 

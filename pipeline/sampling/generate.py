@@ -10,6 +10,7 @@ import inspect
 import json
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -101,7 +102,8 @@ def generate(pipe: DiffusionPipeline, prompts: list[str], sampler: Sampler, desc
     """
     height, width = sampler.size or image_size(pipe)
     original_scheduler, pipe.scheduler = pipe.scheduler, sampling_scheduler(pipe.scheduler, sampler.scheduler)
-    if hasattr(pipe.vae, "enable_slicing"):
+    # Some VAEs have no such method, and others have one that only says so.
+    with suppress(AttributeError, NotImplementedError):
         pipe.vae.enable_slicing()
     pipe.set_progress_bar_config(disable=True)
     images: list[Image.Image] = []

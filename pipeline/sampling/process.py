@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from pipeline.models.load import load_base, load_unet_folder
+from pipeline.models.schedule import set_prediction_type
 from pipeline.sampling.generate import GeneratedImages, Sampler, generate
 from pipeline.system.children import bound_children, forkserver
 from pipeline.system.memory import give_back_freed_memory, peak_memory
@@ -24,7 +25,7 @@ class PipelineRef:
     """Where a complete pipeline is, and how to run it: the folders of `base` and of the U-Net that it is run with.
 
     `variant` names the U-Net's weight files and `base_variant` those of the other parts. `lora` is a folder of LoRA
-    weights for the U-Net.
+    weights for the U-Net, and `prediction_type` what it predicts where that is not what the base states.
     """
 
     base: Path
@@ -34,6 +35,7 @@ class PipelineRef:
     variant: str | None = None
     base_variant: str | None = None
     lora: Path | None = None
+    prediction_type: str | None = None
 
 
 def generate_in_process(model: PipelineRef, prompts: list[str], sampler: Sampler, description: str) -> GeneratedImages:
@@ -74,6 +76,8 @@ def load_pipeline(model: PipelineRef) -> DiffusionPipeline:
     unet.to(memory_format=torch.channels_last)
     if model.lora:
         pipe.load_lora_weights(model.lora)
+    if model.prediction_type:
+        set_prediction_type(pipe.scheduler, model.prediction_type)
     return pipe
 
 

@@ -18,9 +18,10 @@ from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
+from pipeline.cache.latents import other_part
 from pipeline.core import draws
 from pipeline.core.diffusion import add_noise
-from pipeline.models.families import Family, denoise, family_of_spec
+from pipeline.models.families import Family, denoise
 from pipeline.settings.training import TrainingSettings
 from pipeline.system.errors import UserError
 from pipeline.training.objective import Objective
@@ -91,13 +92,13 @@ def check(directory: Path, spec: dict[str, Any], trained_on: dict[str, Any]) -> 
     latents, others = (stated.get("latents", stated) for stated in (spec, trained_on))
     if latents == others:
         raise UserError(f"{FLAG} {directory} holds the images that are trained on. Encode images that are held out.")
-    for part in family_of_spec(trained_on).encoders:
-        if latents[f"{part}_sha256"] != others[f"{part}_sha256"]:
-            raise UserError(
-                f"{FLAG} {directory} was encoded with another {part.replace('_', ' ')} than the training data. "
-                "Encode it with the same pipeline."
-            )
-    for name in ("teacher_sha256", "noise_scheduler", "prediction_type"):
+    other = other_part(others, latents)
+    if other:
+        raise UserError(
+            f"{FLAG} {directory} was encoded with another {other[0]} than the training data{other[1]}. "
+            "Encode it with the same pipeline."
+        )
+    for name in ("teacher_sha256", "teacher_config", "noise_scheduler", "prediction_type"):
         if name in spec and name in trained_on and spec[name] != trained_on[name]:
             raise UserError(
                 f"{FLAG} {directory} was made with another {name.removesuffix('_sha256').replace('_', ' ')} than the "

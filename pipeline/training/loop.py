@@ -27,6 +27,7 @@ from pipeline.core.diffusion import add_noise
 from pipeline.core.taps import Taps
 from pipeline.models.families import Family, denoise
 from pipeline.models.load import load_scheduler
+from pipeline.models.schedule import set_prediction_type
 from pipeline.sampling.generate import Sampler, check_sampler
 from pipeline.settings.training import TrainingSettings
 from pipeline.system.compiling import compile_failures
@@ -155,7 +156,9 @@ def prepare_training(
     """Everything that trains the student, on the device; with the `state` of a checkpoint if there is one."""
     prompts = read_prompts(settings.validation_prompts) if settings.validation_prompts else []
     if prompts:
-        check_sampler(load_scheduler(base), Sampler(), str(base))
+        scheduler = load_scheduler(base)
+        set_prediction_type(scheduler, noise_scheduler.config.prediction_type)
+        check_sampler(scheduler, Sampler(), str(base))
     # On a CPU, channels_last would have the gradients of convolutions copied.
     on_gpu = accelerator.device.type == "cuda"
     student.to(accelerator.device, memory_format=torch.channels_last if on_gpu else torch.contiguous_format).train()
@@ -319,7 +322,12 @@ def validate(settings: TrainingSettings, accelerator: Accelerator, training: Tra
         try:
             with evaluated(training.student, training.trained, training.ema):
                 generate_validation(
-                    training.student, training.base, training.prompts, settings.out / VALIDATION / name, name
+                    training.student,
+                    training.prediction_type,
+                    training.base,
+                    training.prompts,
+                    settings.out / VALIDATION / name,
+                    name,
                 )
         except (UserError, *FAILURES) as error:
             training.problems.append(

@@ -62,10 +62,11 @@ class Lora(Transform):
         set_peft_model_state_dict(student, load_file(folder / ADAPTER))
         return student
 
-    def convert(self, student: UNet2DConditionModel, base: Path, out: Path) -> None:
+    def convert(self, student: UNet2DConditionModel, base: Path, out: Path, prediction_type: str) -> None:
         """Write the adapters as pytorch_lora_weights.safetensors, for `load_lora_weights`.
 
-        The format kohya has the names of kohya's scripts, which ComfyUI and web UIs read as well.
+        The file has no place for the prediction type. The format kohya has the names of kohya's scripts, which ComfyUI
+        and web UIs read as well.
         """
         from peft.utils import get_peft_model_state_dict
 

@@ -24,6 +24,6 @@ class Transform:
         """The prepared student with the weights of a checkpoint's folder. `initial` loads the one trained at first."""
         return UNet2DConditionModel.from_pretrained(folder)
 
-    def convert(self, student: UNet2DConditionModel, base: Path, out: Path) -> None:
+    def convert(self, student: UNet2DConditionModel, base: Path, out: Path, prediction_type: str) -> None:
         """Write the trained student to `out` in its final form. `base` is the pipeline that it belongs to."""
-        save_pipeline(base, student, out)
+        save_pipeline(base, student, out, prediction_type)

@@ -12,6 +12,7 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 
 from pipeline.models.load import load_base
+from pipeline.models.schedule import set_prediction_type
 from pipeline.sampling.generate import GeneratedImages, Sampler, generate, load_images, save_images
 
 
@@ -30,12 +31,15 @@ def evaluated(student: UNet2DConditionModel, trained: list[nn.Parameter], ema: E
             ema.restore(trained)
 
 
-def generate_validation(student: UNet2DConditionModel, base: Path, prompts: list[str], folder: Path, name: str) -> None:
+def generate_validation(
+    student: UNet2DConditionModel, prediction_type: str, base: Path, prompts: list[str], folder: Path, name: str
+) -> None:
     """Generate an image per prompt with the student, as it is, into `folder`.
 
     The other parts of the pipeline are loaded from `base` and dropped afterwards.
     """
     pipe = load_base(base, unet=student).to(student.device)
+    set_prediction_type(pipe.scheduler, prediction_type)
     sampler = Sampler()
     images = generate(pipe, prompts, sampler, name)
     shutil.rmtree(folder, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import yaml
 from accelerate import Accelerator
 from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
+from support.edited import change_json
 from support.stages import (
     first,
     metrics,
@@ -26,11 +28,15 @@ from pipeline.commands import finetune
 from pipeline.commands.finetune import FinetuneSettings, LatentsDataset
 from pipeline.core.losses import mse
 from pipeline.models.load import load_unet
+from pipeline.sampling.generate import sampling_scheduler
 from pipeline.system.errors import UserError
+from pipeline.training import validation
 from pipeline.training.loop import step_losses, train
 from pipeline.training.lora import WEIGHTS
 from pipeline.training.objective import Objective
 from shards.schema import ShardError
+
+V = {"prediction_type": "v_prediction"}
 
 
 @pytest.fixture(scope="module")
@@ -242,6 +248,37 @@ def test_lora_weights_have_the_names_of_kohyas_scripts_on_request(student, laten
         pipe.fuse_lora()
     weights = [pipe.unet.state_dict() for pipe in pipes]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0] if "lora" not in name)
+
+
+@pytest.mark.parametrize("stated", ["epsilon", None])
+def test_a_model_trained_towards_v_says_so_and_shows_it(student, latents, tmp_path, monkeypatch, stated):
+    model = shutil.copytree(student, tmp_path / "model")
+    change_json(model / "scheduler/scheduler_config.json", prediction_type=stated)
+    (tmp_path / "prompts.txt").write_text("a picture\n")
+    seen, real = [], validation.generate
+
+    def generate(pipe, *arguments):
+        scheduler = sampling_scheduler(pipe.scheduler, "dpm")
+        seen.append((pipe.scheduler.config.prediction_type, scheduler.config.prediction_type))
+        return real(pipe, *arguments)
+
+    monkeypatch.setattr(validation, "generate", generate)
+    validated = {"validation_prompts": tmp_path / "prompts.txt", "validation_steps": 1, "max_train_steps": 1}
+    out = run(model, latents, tmp_path / "out", prediction_type="v_prediction", **validated)
+    assert seen == [("v_prediction", "v_prediction")]
+    pipe = StableDiffusionPipeline.from_pretrained(out)
+    assert pipe.scheduler.config.prediction_type == "v_prediction"
+    config = json.loads((out / "scheduler/scheduler_config.json").read_text())
+    assert config == {**json.loads((model / "scheduler/scheduler_config.json").read_text()), **V}
+
+
+def test_lora_weights_cannot_say_so_which_is_told(student, latents, tmp_path, capsys):
+    run(student, latents, tmp_path / "same", lora_rank=2, max_train_steps=1, prediction_type="epsilon")
+    assert "note:" not in capsys.readouterr().out
+    run(student, latents, tmp_path / "other", lora_rank=2, max_train_steps=1, **V)
+    assert "note: with these LoRA weights the model predicts v_prediction, which their file cannot state. Set" in (
+        capsys.readouterr().out
+    )
 
 
 def test_a_students_folder_is_not_named_by_its_path(student, latents, tmp_path):

@@ -9,6 +9,7 @@ import torch
 from diffusers import DDPMScheduler, DiffusionPipeline
 from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 from safetensors.torch import load_file, save_file
+from support.edited import change_json
 from support.stages import run_encode
 from support.tiny import tiny_pipeline, tiny_unet
 
@@ -30,12 +31,6 @@ def model(teacher, tmp_path):
     return shutil.copytree(teacher, tmp_path / "model")
 
 
-def change_json(path, **changes):
-    """Set keys of a JSON file; None removes one."""
-    value = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({key: item for key, item in value.items() if item is not None}))
-
-
 def refusal(act):
     with pytest.raises(UserError) as caught:
         act()
@@ -55,6 +50,25 @@ def load(folder):
         ("unet/config.json", {"time_cond_proj_dim": 16}, "time_cond_proj_dim is 16"),
         ("unet/config.json", {"addition_embed_type": "text_time"}, "addition_embed_type is 'text_time'"),
         ("unet/config.json", {"encoder_hid_dim_type": "image_proj"}, "encoder_hid_dim_type is 'image_proj'"),
+        ("unet/config.json", {"dual_cross_attention": True}, "dual_cross_attention is True"),
+        ("unet/config.json", {"sample_size": -1}, "sample_size in its unet/config.json is -1, not a positive integer"),
+        ("unet/config.json", {"sample_size": "16"}, "sample_size in its unet/config.json is '16', not a positive"),
+        ("unet/config.json", {"sample_size": True}, "sample_size in its unet/config.json is True, not a positive"),
+        ("unet/config.json", {"sample_size": [16, 16, 16]}, "is [16, 16, 16], not a positive integer"),
+        (
+            "unet/config.json",
+            {"sample_size": 17},
+            "sample_size in its unet/config.json is 17, which makes images of 34",
+        ),
+        ("unet/config.json", {"sample_size": [16, 18]}, "is [16, 18], which makes images of 32 x 36 pixels"),
+        ("unet/config.json", {"sample_size": 100000}, "images of 200000 pixels. Correct it: the sides of images must"),
+        ("vae/config.json", {"scaling_factor": True}, "scaling_factor in its vae/config.json is True"),
+        ("vae/config.json", {"shift_factor": 0.1}, "shift_factor in its vae/config.json is 0.1, which SD has not"),
+        ("vae/config.json", {"latents_mean": [0, 0, 0, 0]}, "the latents_mean in its vae/config.json is [0, 0, 0, 0]"),
+        ("vae/config.json", {"latents_std": [1, 1, 1, 1]}, "the latents_std in its vae/config.json is [1, 1, 1, 1]"),
+        ("vae/config.json", {"block_out_channels": 8}, "block_out_channels in its vae/config.json is 8, not a list"),
+        ("tokenizer/tokenizer_config.json", {"model_max_length": "77"}, "model_max_length is '77', not an integer"),
+        ("tokenizer/tokenizer_config.json", {"model_max_length": 7.5}, "model_max_length is 7.5, not an integer"),
         ("unet/config.json", {"in_channels": 9}, "in_channels of its U-Net are 9, but its VAE's latents have 4"),
         ("unet/config.json", {"out_channels": 8}, "out_channels of its U-Net are 8"),
         ("unet/config.json", {"_class_name": "UNetMotionModel"}, "its U-Net is a UNetMotionModel"),
@@ -105,6 +119,30 @@ def test_a_pipeline_that_would_be_misunderstood_is_refused_from_its_configs(mode
     assert str(model) in message
 
 
+@pytest.mark.parametrize("token", ["bos_token", "eos_token", "pad_token"])
+def test_a_tokenizer_without_a_token_that_prompts_need_is_refused(model, token):
+    path = model / "tokenizer/tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {token: None}))
+    message = refusal(lambda: find_pipeline(str(model), None, None))
+    assert message == f"--teacher {model}: {path} has null for {token}. Name the token there, as CLIP's does."
+
+
+@pytest.mark.parametrize("size", [16, [16, 20], None])
+def test_a_size_that_images_can_have_is_taken(model, size):
+    path = model / "unet/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"sample_size": size}))
+    assert find_pipeline(str(model), None, None) == model
+
+
+def test_without_a_size_of_the_u_nets_that_of_the_vae_counts(model):
+    path = model / "unet/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"sample_size": None}))
+    change_json(model / "vae/config.json", sample_size=36)
+    assert "the sample_size in its vae/config.json is 36, which makes images of 36 pixels" in refusal(
+        lambda: find_pipeline(str(model), None, None)
+    )
+
+
 def test_an_inpainting_u_net_is_taken_where_it_need_not_denoise_latents(model):
     change_json(model / "unet/config.json", in_channels=9)
     assert find_pipeline(str(model), None, None, "--model", any_channels=True) == model
@@ -142,6 +180,113 @@ def test_a_network_is_never_filled_with_random_tensors(model, part, how):
     assert "\n" not in message
     if how in ("missing", "misshapen"):
         assert name in message
+
+
+@pytest.mark.parametrize("part", NETWORKS)
+def test_weights_that_the_config_has_no_place_for_are_refused(model, part):
+    path = model / NETWORKS[part]
+    save_file({**load_file(path), "extra.weight": torch.zeros(2)}, path, metadata={"format": "pt"})
+    message = refusal(lambda: load(model))
+    assert message == (
+        f"{path} holds extra.weight, which its config.json has no place for. "
+        "Correct the config, or copy or download the pipeline again."
+    )
+
+
+def test_a_layer_that_the_config_leaves_out_is_not_lost(model):
+    path = model / NETWORKS["text_encoder"]
+    layer = {name: tensor for name, tensor in load_file(path).items() if "layers.0." in name}
+    more = {name.replace("layers.0.", "layers.1."): tensor for name, tensor in layer.items()}
+    save_file({**load_file(path), **more}, path, metadata={"format": "pt"})
+    message = refusal(lambda: load(model))
+    assert message.startswith(
+        f"{path} holds encoder.layers.1.layer_norm1.bias and {len(more) - 1} other tensors, which"
+    )
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "text_model.embeddings.position_ids",
+        "embeddings.position_ids",
+        "vision_model.embeddings.class_embedding",
+        "visual_projection.weight",
+        "text_projection.weight",
+        "logit_scale",
+    ],
+)
+def test_what_checkpoints_hold_of_clip_besides_its_text_encoder_is_left_aside(model, name):
+    expected = weights_sha256(load_base(model).text_encoder)
+    path = model / NETWORKS["text_encoder"]
+    save_file({**load_file(path), name: torch.zeros(2)}, path, metadata={"format": "pt"})
+    assert weights_sha256(load_base(model).text_encoder) == expected
+
+
+def test_the_attention_of_a_vae_may_have_its_names_of_old(model):
+    expected, path = weights_sha256(load_base(model).vae), model / NETWORKS["vae"]
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    weights = load_file(path)
+    for new, name in old.items():
+        weights = {key.replace(f".{new}.", f".{name}."): tensor for key, tensor in weights.items()}
+    assert "decoder.mid_block.attentions.0.query.weight" in weights
+    save_file(weights, path, metadata={"format": "pt"})
+    assert weights_sha256(load_base(model).vae) == expected
+
+
+def in_pieces(path, count, keep=False):
+    """Split a weight file into pieces with an index; `keep` leaves the plain file."""
+    weights, stem = load_file(path), path.name.removesuffix(".safetensors")
+    names = {name: f"{stem}-{1 + i % count:05d}-of-{count:05d}.safetensors" for i, name in enumerate(sorted(weights))}
+    for file in set(names.values()):
+        piece = {name: tensor.clone() for name, tensor in weights.items() if names[name] == file}
+        save_file(piece, path.with_name(file), metadata={"format": "pt"})
+    index = {"metadata": {"total_size": 0}, "weight_map": names}
+    path.with_name(f"{path.name}.index.json").write_text(json.dumps(index))
+    if not keep:
+        path.unlink()
+
+
+@pytest.mark.parametrize("part", NETWORKS)
+def test_one_set_of_weights_is_loaded_and_two_are_refused(model, part):
+    expected, path = weights_sha256(load_base(model).vae), model / NETWORKS[part]
+    stem = path.name.removesuffix(".safetensors")
+    plain = path.read_bytes()
+    in_pieces(path, 2)
+    load(model)
+    path.write_bytes(plain)
+    message = refusal(lambda: load(model))
+    assert f"{path.parent} holds 2 sets of weights: " in message
+    assert f"{stem}-00001-of-00002.safetensors, {stem}-00002-of-00002.safetensors" in message
+    assert f", {path.name}" in message
+    for piece in path.parent.glob("*-of-*"):
+        piece.unlink()
+    # The libraries would still look for the pieces.
+    assert f"holds 2 sets of weights: {path.name}, {path.name}.index.json. Delete" in refusal(lambda: load(model))
+    path.with_name(f"{path.name}.index.json").unlink()
+    load(model)
+    assert weights_sha256(load_base(model).vae) == expected
+
+
+def test_pieces_of_two_sets_and_missing_pieces_are_refused(model):
+    path = model / NETWORKS["vae"]
+    in_pieces(path, 3, keep=True)
+    in_pieces(path, 2)
+    assert "holds 2 sets of weights: diffusion_pytorch_model-00001-of-00002.safetensors" in refusal(lambda: load(model))
+    for piece in path.parent.glob("*-of-00003*"):
+        piece.unlink()
+    load(model)
+    next(path.parent.glob("*-00001-of-00002*")).unlink()
+    assert "holds 1 of 2 pieces of its weights: diffusion_pytorch_model-00002-of" in refusal(lambda: load(model))
+
+
+def test_a_variant_beside_plain_weights_is_no_second_set(model):
+    path = model / NETWORKS["vae"]
+    half = {name: tensor.half() for name, tensor in load_file(path).items()}
+    variant = path.with_name("diffusion_pytorch_model.fp16.safetensors")
+    save_file(half, variant, metadata={"format": "pt"})
+    in_pieces(path, 2)
+    assert load_base(model).vae.dtype == torch.float32
+    assert torch.equal(load_base(model, "fp16").vae.quant_conv.weight, half["quant_conv.weight"].float())
 
 
 @pytest.mark.parametrize(

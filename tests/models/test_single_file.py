@@ -7,7 +7,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
-from support.stages import pruned_pipeline, reset_accelerate, run_encode, shard_files
+from support.stages import pruned_pipeline, reset_accelerate, run_encode, run_teacher_cache, shard_files
 from support.tiny import tiny_pipeline
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -18,6 +18,8 @@ from pipeline.models.families.sd import LEVELS
 from pipeline.models.families.sd_single_file import pipeline_weights
 from pipeline.models.load import find_pipeline, load_base, load_unet
 from pipeline.system.errors import UserError
+from shards.manifest import read_manifest
+from shards.store import open_store
 
 PARTS = ("unet", "vae", "text_encoder")
 
@@ -203,3 +205,18 @@ def test_the_tokens_are_those_of_clip(tmp_path):
     assert clip("a photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
     text = "naïve café 日本 🚀!"
     assert clip.decode(clip(text, add_special_tokens=False).input_ids).replace(" ", "") == text.replace(" ", "")
+
+
+def test_a_file_and_the_folder_it_was_made_from_are_the_same_teacher(tmp_path, images):
+    pipe = with_clip_tokens(tiny_pipeline())
+    file, folder = write(pipe, tmp_path / "x.safetensors"), tmp_path / "folder"
+    pipe.register_modules(tokenizer=found(file)[1].tokenizer)
+    pipe.save_pretrained(folder)
+    specs = []
+    for name, teacher in (("a", file), ("b", folder)):
+        latents = run_encode(teacher, images, tmp_path / f"latents-{name}")
+        cache = run_teacher_cache(teacher, latents, tmp_path / f"cache-{name}", rounds=1)
+        specs.append(read_manifest(open_store(cache)).spec)
+    fields = ("latents", "teacher_sha256", "teacher_config")
+    assert [specs[0][name] for name in fields] == [specs[1][name] for name in fields]
+    run_teacher_cache(file, tmp_path / "latents-b", tmp_path / "cache", rounds=1)

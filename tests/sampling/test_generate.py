@@ -3,6 +3,7 @@
 import pytest
 import torch
 from diffusers import (
+    AsymmetricAutoencoderKL,
     DDIMScheduler,
     DDPMScheduler,
     DEISMultistepScheduler,
@@ -111,3 +112,18 @@ def test_images_of_nan_are_refused_and_not_saved_as_black(dtype, remedy):
     pipe.vae.decoder.conv_out.weight.data.fill_(torch.nan)
     with pytest.raises(UserError, match=f"the image of 'a red cat' is NaN.*{remedy}"):
         generate(pipe, ["a red cat"], Sampler(steps=2), None)
+
+
+def test_a_vae_that_cannot_decode_in_slices_decodes_at_once():
+    pipe = tiny_pipeline()
+    pipe.register_modules(
+        vae=AsymmetricAutoencoderKL(
+            down_block_out_channels=(8, 8),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_out_channels=(8, 8),
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            norm_num_groups=4,
+        )
+    )
+    found = generate(pipe, ["a"], Sampler(steps=1, size=(16, 16)), None)
+    assert found.images[0].size == (16, 16)

@@ -12,6 +12,7 @@ from shards.files import write_bytes
 from shards.manifest import (
     Manifest,
     difference,
+    known_to,
     read_file,
     read_manifest,
     refuse_other_spec,
@@ -193,6 +194,20 @@ def test_a_file_next_to_the_shards_is_read_only_unchanged(tmp_path):
         damage(tmp_path / "extra.npy")
         with pytest.raises(ShardError, match="extra.npy is missing or was changed"):
             read_file(open_store(tmp_path), manifest, "extra.npy")
+
+
+def test_what_an_earlier_version_did_not_state_is_no_difference():
+    stated = {"seed": 0, "teacher": {"unet": "a"}}
+    now = {"seed": 0, "configs": {"vae": {}}, "teacher": {"unet": "a", "configs": {"unet": {"act_fn": "relu"}}}}
+    assert known_to(stated, now) == stated
+    refuse_other_spec("here", stated, now)
+    with pytest.raises(ShardError, match=r'teacher\.unet: "a" -> "b"'):
+        refuse_other_spec("here", stated, {**now, "teacher": {**now["teacher"], "unet": "b"}})
+    with pytest.raises(ShardError, match=r'configs\.vae\.act_fn: null -> "relu"'):
+        refuse_other_spec("here", now, {**now, "configs": {"vae": {"act_fn": "relu"}}})
+    # A field that every version stated.
+    with pytest.raises(ShardError, match="seed: null -> 0"):
+        refuse_other_spec("here", {}, {"seed": 0})
 
 
 def test_the_difference_names_each_field():

@@ -122,7 +122,7 @@ def test_entries_of_another_teacher_and_other_folders_are_refused(work, images, 
     torch.manual_seed(5)
     tiny_pipeline(seed=5).save_pretrained(tmp_path / "other")
     other = run_encode(tmp_path / "other", images, tmp_path / "latents")
-    with pytest.raises(UserError, match="encoded with another vae"):
+    with pytest.raises(UserError, match="encoded with another VAE"):
         run_distill(work / "train-cache", tmp_path / "out", validation_latents=other)
     with pytest.raises(ShardError, match="has no manifest"):
         run_distill(work / "train-cache", tmp_path / "out", validation_latents=images)

@@ -65,6 +65,11 @@ class Family:
     ]
     spec: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def tokenizers(self) -> tuple[str, ...]:
+        """The parts that turn captions into the numbers that text encoders take."""
+        return tuple(part for part in self.parts if part.startswith("tokenizer"))
+
 
 def denoise(unet: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, family: Family) -> Tensor:
     """What a U-Net predicts: (B, C, H, W), in the U-Net's dtype and on its device, to which all inputs are moved.
