@@ -33,7 +33,8 @@ from shards.dataset import CacheDataset
 from shards.store import open_store
 
 ROOT = Path(__file__).parent.parent
-DOCS = [f"pipeline/docs/{name}.md" for name in ("data", "stages", "recipes", "disk", "trust", "scaling", "api")]
+NAMES = ("data", "teachers", "stages", "recipes", "deployment", "disk", "trust", "scaling", "api", "troubleshooting")
+DOCS = [f"pipeline/docs/{name}.md" for name in NAMES]
 FORMAT, CONTRIBUTING, ARCHITECTURE = "shards/README.md", ".github/CONTRIBUTING.md", "pipeline/README.md"
 PAGES = ["README.md", *DOCS, FORMAT, CONTRIBUTING, ARCHITECTURE]
 BENCHMARKS = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests" / "benchmarks").glob("*.md"))]
