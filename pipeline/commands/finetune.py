@@ -30,6 +30,7 @@ from pipeline.system.device import leave_processes
 from pipeline.system.echo import plural, say
 from pipeline.system.errors import UserError, attempt_all
 from pipeline.system.lock import OutputLock
+from pipeline.system.names import public_name
 from pipeline.training.accelerator import make_accelerator, resolve_precision
 from pipeline.training.held_out import held_out_of
 from pipeline.training.loader import collated_batches
@@ -45,6 +46,7 @@ from pipeline.training.output import (
     refuse_damaged_result,
 )
 from pipeline.training.transform import Transform
+from pipeline.training.validation import planned_images
 from shards.dataset import Batch, stack_tensors
 from shards.reader import StoredEntry
 from shards.schema import LATENTS, conditioning_shapes
@@ -230,9 +232,7 @@ def draw_inputs(
 
 
 def save(settings: FinetuneSettings, training: Training) -> None:
-    # A folder's path is nobody else's business.
-    name = Path(settings.model).resolve().name if Path(settings.model).is_dir() else settings.model
-    training.student.register_to_config(_name_or_path=name)
+    training.student.register_to_config(_name_or_path=public_name(settings.model))
     training.transform.convert(training.student, training.base, settings.out)
 
 
@@ -251,4 +251,5 @@ def plan(settings: FinetuneSettings) -> list[str]:
         f"images: {len(dataset)}",
         f"parameters: {trained:,} trained of {sum(p.numel() for p in unet.parameters()):,}",
         f"steps: {settings.max_train_steps}, {checkpointed_step(settings.out)} of them done",
+        *planned_images(settings),
     ]
