@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+from shards.regular import open_regular
 from shards.schema import json_bytes
 
 # The name carries host and process id, and a random number: containers may share both host name and process id.
@@ -170,7 +171,7 @@ def write_json(path: Path, value: Any, *, indent: int | None = 1) -> None:
 def file_sha256(path: Path) -> str:
     """The sha256 of a file, read a megabyte at a time."""
     digest = hashlib.sha256()
-    with open(path, "rb") as stream:
+    with open_regular(path) as stream:
         while chunk := stream.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()

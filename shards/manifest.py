@@ -8,8 +8,9 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from shards.plan import ShardPlan
-from shards.schema import FORMAT_VERSION, MANIFEST, ShardError, json_bytes
+from shards.plan import MAX_ENTRIES, ShardPlan, counts_problem
+from shards.regular import NotRegularError
+from shards.schema import FORMAT_VERSION, MANIFEST, SHAPE_SUFFIX, ShardError, json_bytes
 from shards.store import LocalStore, Store
 
 # What a set can hold, and the command that writes it.
@@ -79,6 +80,8 @@ def read_manifest(store: Store, stage: str | None = None) -> Manifest:
         version, stated = content["format"], content["spec_sha256"]
         seal = content.get("sha256")
         manifest = Manifest(dict(content["spec"]), content["rounds"], dict(content["files"]), seal is not None)
+    except NotRegularError:
+        raise ShardError(f"{path} is not a regular file. {RESTORE}.") from None
     except NotADirectoryError:
         raise ShardError(f"{store} is a file, not a directory. Check the path.") from None
     except FileNotFoundError:
@@ -99,9 +102,39 @@ def read_manifest(store: Store, stage: str | None = None) -> Manifest:
     rounds = manifest.rounds
     if not (rounds is None if found == "latents" else type(rounds) is int and rounds >= 1):
         raise ShardError(f"{path} has an invalid number of rounds, {rounds!r}. {RESTORE}.")
+    if problem := _spec_problem(manifest.spec, rounds):
+        raise ShardError(f"{path} cannot be used: {problem}. {RESTORE}.")
     if seal not in (None, manifest.seal):
         raise ShardError(f"{path} was edited: its rounds or files do not match its own hash. {RESTORE}.")
     return manifest
+
+
+def _spec_problem(spec: dict[str, Any], rounds: int | None) -> str | None:
+    """Why no command can have written a spec: counts and shapes that cannot be. None if one can."""
+    if problem := counts_problem(spec.get("entries"), spec.get("entries_per_shard"), rounds):
+        return problem
+    latents = spec.get("latents", spec)
+    if not isinstance(latents, dict):
+        return "its latents are not described"
+    images = latents.get("entries", spec["entries"])
+    if type(images) is not int or not spec["entries"] <= images <= MAX_ENTRIES:
+        return f"it has {spec['entries']} entries of {images!r:.40} images"
+    for name, shape in latents.items():
+        if name.endswith(SHAPE_SUFFIX) and not (isinstance(shape, list) and all(map(_is_side, shape))):
+            return f"its {name} is {shape!r:.80}"
+    try:
+        for tap, stated in spec.get("taps", {}).items():
+            if len(stated["shape"]) != 3 or not all(map(_is_side, [*stated["shape"], stated["stride"]])):
+                return f"its tap {tap} is {stated!r:.80}"
+        if not _is_side(spec.get("noise_scheduler", {}).get("num_train_timesteps", 1)):
+            return "its noise scheduler has no number of timesteps"
+    except (AttributeError, KeyError, TypeError) as error:
+        return f"its taps or its noise scheduler are not described ({error!r})"
+    return None
+
+
+def _is_side(value: Any) -> bool:
+    return type(value) is int and 0 < value <= MAX_ENTRIES
 
 
 def read_file(store: Store, manifest: Manifest, name: str) -> bytes:

@@ -6,12 +6,14 @@ The plan follows from three counts alone, so every process knows the same one, a
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from shards.schema import shard_name, sidecar_name
+from shards.schema import ShardError, shard_name, sidecar_name
 from shards.store import Store
 
 EVERYTHING = slice(None)
+# A key has nine digits. A plan of so many shards takes 270 MB and several seconds.
+MAX_ENTRIES, MAX_SHARDS, LARGEST = 10**9, 1_000_000, 2**63 - 1
 
 
 class PlannedShard(NamedTuple):
@@ -23,9 +25,14 @@ class PlannedShard(NamedTuple):
 
 
 class ShardPlan:
-    """The shards of a finished set, in order; each round has shards of its own. Built in one pass over them."""
+    """The shards of a finished set, in order; each round has shards of its own. Built in one pass over them.
+
+    Raises ShardError for counts that no set has.
+    """
 
     def __init__(self, entries: int, entries_per_shard: int, rounds: int | None = None) -> None:
+        if problem := counts_problem(entries, entries_per_shard, rounds):
+            raise ShardError(problem)
         starts = range(0, entries, entries_per_shard)
         self.shards = [
             PlannedShard(shard_name(place, number), number, range(start, min(start + entries_per_shard, entries)))
@@ -46,6 +53,19 @@ class ShardPlan:
         """The shards of a part of the plan that have no sidecar yet."""
         existing = set(store.list())
         return [shard for shard in self.shards[part] if sidecar_name(shard.name) not in existing]
+
+
+def counts_problem(entries: Any, entries_per_shard: Any, rounds: Any = None) -> str | None:
+    """Why no set has these counts, in words; None if one may."""
+    limits = {"entries": (entries, 0, MAX_ENTRIES), "entries per shard": (entries_per_shard, 1, LARGEST)}
+    limits |= {} if rounds is None else {"rounds": (rounds, 1, LARGEST)}
+    for name, (count, least, most) in limits.items():
+        if type(count) is not int or not least <= count <= most:
+            return f"the number of {name} is {count!r:.40}, not one from {least} to {most}"
+    shards = -(-entries // entries_per_shard) * (rounds or 1)
+    if shards > MAX_SHARDS:
+        return f"the plan has {shards} shards, more than {MAX_SHARDS}; more entries per shard make fewer of them"
+    return None
 
 
 def share(shards: list[PlannedShard], process: int, processes: int) -> list[PlannedShard]:

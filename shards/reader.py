@@ -17,6 +17,7 @@ from shards.codec import decode_npy, unpack_quantised
 from shards.expected import Expected, check_key, expected_tensors
 from shards.manifest import STAGE_COMMANDS, Manifest, read_manifest
 from shards.plan import PlannedShard
+from shards.regular import NotRegularError
 from shards.schema import BLOCK, COLUMNS, FORMAT_VERSION, MANIFEST, ShardError, image_of, round_of, sidecar_name
 from shards.store import Store
 
@@ -245,6 +246,8 @@ def read_sidecar(store: Store, shard: str, spec_sha256: str) -> Sidecar:
         raise damaged(path, str(error)) from None
     except (FileNotFoundError, IsADirectoryError) as error:
         raise damaged(path, "it is missing" if isinstance(error, FileNotFoundError) else "it is a directory") from None
+    except NotRegularError:
+        raise damaged(path, "it is not a regular file") from None
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise damaged(path, f"{error!r}") from None
 

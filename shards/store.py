@@ -16,14 +16,17 @@ from pathlib import Path
 from typing import IO, Protocol
 
 from shards.files import atomic_file
+from shards.regular import open_descriptor, read_regular
 
 # Bytes per read where a file is read from end to end.
 CHUNK = 1 << 20
+# Of a file that is read at once. Sidecars and manifests have megabytes at most.
+MAX_READ_BYTES = 1 << 30
 
 
 class Store(Protocol):
-    """Reads raise FileNotFoundError for a name that does not exist, and OSError, which names the file, for one that
-    cannot be read now. `str(store)` names the place in messages."""
+    """Reads raise FileNotFoundError for a name that does not exist, NotRegularError for one that is not a file's, and
+    another OSError, which names the file, for one that cannot be read now. `str(store)` names the place in messages."""
 
     def read(self, name: str) -> bytes:
         """All bytes of a file."""
@@ -58,11 +61,11 @@ class LocalStore:
 
     def read(self, name: str) -> bytes:
         with _naming(self.directory / name) as path:
-            return path.read_bytes()
+            return read_regular(path, MAX_READ_BYTES)
 
     def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         with _naming(self.directory / name) as path:
-            descriptor = os.open(path, os.O_RDONLY)
+            descriptor = open_descriptor(path)
             try:
                 return [_read_at(descriptor, offset, length) for offset, length in ranges]
             finally:

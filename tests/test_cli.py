@@ -136,6 +136,28 @@ def test_dry_runs_print_the_plan_and_write_nothing(road, teacher, images, tmp_pa
     assert tree(work) == before
 
 
+def test_a_dry_run_of_a_training_reads_its_prompts(road, tmp_path):
+    work, _ = road
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
+    os.mkfifo(tmp_path / "fifo")
+    common = ["--out", tmp_path / "out", "--validation-steps", 5, "--dry-run", "--validation-prompts"]
+    for training in (
+        ["distill", "--cache", work / "cache", "--level", "sd_small"],
+        ["finetune", "--latents", work / "latents", "--model", work / "student"],
+    ):
+        result = invoke(*training, *common, tmp_path / "prompts.txt")
+        assert "validation images: 2 every 5 steps" in result.output, result.output
+        for name, problem in (
+            ("latin.txt", "latin.txt is not UTF-8"),
+            ("missing.txt", "missing.txt cannot be read (No such file"),
+            ("fifo", "--validation-prompts"),
+        ):
+            result = invoke(*training, *common, tmp_path / name)
+            assert result.exit_code == 2
+            assert problem in result.output
+
+
 def test_the_dry_runs_bytes_are_those_of_a_real_entry(road, teacher, tmp_path):
     work, _ = road
     cache = ["teacher-cache", "--teacher", teacher, "--latents", work / "latents", "--out", tmp_path / "out"]

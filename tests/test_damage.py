@@ -6,19 +6,22 @@ import os
 import random
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from PIL import Image
 from support.damage import DAMAGES, VICTIM, Place, bomb, flip, look, read_all, same, verify
 from support.stages import as_an_earlier_version_wrote_it, run_distill, run_encode, run_teacher_cache, shard_files, tree
 from support.tiny import tiny_pipeline, tiny_unet, write_images
 
+from pipeline.cli import main
 from pipeline.sampling.generate import GeneratedImages, Sampler, save_images
 from pipeline.system.errors import UserError
 from pipeline.system.lock import OutputLock
 from shards import codec
-from shards.manifest import read_manifest
+from shards.manifest import read_manifest, write_manifest
 from shards.schema import MANIFEST, ShardError, sidecar_name
 from shards.store import open_store
 
@@ -419,7 +422,7 @@ def test_a_damaged_origin_is_named_before_work_begins(content, copy, tmp_path):
         run_distill(copy, tmp_path / "student")
 
 
-@pytest.mark.parametrize("damage", ["index", "image", "key"])
+@pytest.mark.parametrize("damage", ["index", "image", "key", "fifo"])
 def test_damaged_samples_are_named_before_work_begins(damage, copy, tmp_path):
     sampler = Sampler()
     image = Image.effect_noise((32, 32), 50).convert("RGB")
@@ -431,6 +434,9 @@ def test_damaged_samples_are_named_before_work_begins(damage, copy, tmp_path):
     elif damage == "image":
         picture = copy / "samples" / "0000.png"
         picture.write_bytes(picture.read_bytes()[:500])
+    elif damage == "fifo":
+        (copy / "samples" / "0000.png").unlink()
+        os.mkfifo(copy / "samples" / "0000.png")
     else:
         index.write_text(json.dumps({"prompts": ["a tree"]}))
     status, output = verify(copy)
@@ -483,15 +489,50 @@ def test_a_damaged_file_next_to_the_latents_is_named(latents, tmp_path):
     assert "empty_prompt_embeds.npy is missing or was changed. Restore it" in output
 
 
-@pytest.mark.parametrize("content", [None, "", "[]", '{"format": 1}'])
+@pytest.mark.parametrize("content", [None, "", "[]", '{"format": 1}', "a FIFO"])
 def test_without_its_manifest_nothing_else_is_judged(copy, content):
     path = copy / MANIFEST
-    path.unlink() if content is None else path.write_text(content)
+    path.unlink()
+    if content == "a FIFO":
+        os.mkfifo(path)
+    elif content is not None:
+        path.write_text(content)
     status, output = verify(copy, "--full", "--remove-damaged")
     assert status == 2
     assert "manifest.json" in output
     assert "Traceback" not in output
     assert len(list(copy.glob("*.tar"))) == 6
+
+
+def test_a_sidecar_or_a_shard_that_is_no_file_is_damaged(copy, tmp_path):
+    for name in ("r0000-s00001.json", "r0001-s00001.tar"):
+        (copy / name).unlink()
+        os.mkfifo(copy / name)
+    status, output = verify(copy, "--full")
+    assert status == 2
+    assert "r0000-s00001.json is damaged: it is not a regular file. Delete this shard's" in output
+    assert "r0001-s00001.tar is damaged: it is missing. Delete this shard's" in output
+    with pytest.raises(ShardError, match="r0000-s00001.json is damaged"):
+        run_distill(copy, tmp_path / "student")
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"entries": 10**12}, "entries is 1000000000000, not one from 0 to"),
+        ({"entries": "48"}, "entries is '48'"),
+        ({"entries_per_shard": 0}, "entries per shard is 0"),
+    ],
+)
+def test_a_forged_manifest_is_refused_by_every_reader(copy, tmp_path, changes, problem):
+    """Its hashes are right, and a plan made of it would take all memory, or fail."""
+    manifest = read_manifest(open_store(copy))
+    write_manifest(open_store(copy), replace(manifest, spec={**manifest.spec, **changes}))
+    for arguments in (["verify", copy], ["inspect", copy], ["distill", "--cache", copy, "--level", "sd_small"]):
+        more = ["--out", tmp_path / "out"] if arguments[0] == "distill" else []
+        result = CliRunner().invoke(main, list(map(str, [*arguments, *more])))
+        assert result.exit_code == 2
+        assert f"manifest.json cannot be used: the number of {problem}" in result.output
 
 
 def test_invalid_rounds_are_refused(copy):

@@ -53,7 +53,7 @@ from pipeline.training.output import (
 )
 from pipeline.training.report import Report, write_report
 from pipeline.training.transform import Transform
-from pipeline.training.validation import validation_images
+from pipeline.training.validation import planned_images, validation_images
 from shards.dataset import CacheDataset
 from shards.manifest import Manifest, read_manifest
 from shards.store import open_store
@@ -303,4 +303,5 @@ def plan(settings: DistillSettings) -> list[str]:
         f"steps: {steps}, {done} of them done, with {plural(batch, 'entry', 'entries')} each per process",
         f"epochs: {steps * batch / len(dataset):.2f} on one process",
         f"forward passes still to run: {left * settings.gradient_accumulation_steps}",
+        *planned_images(settings),
     ]

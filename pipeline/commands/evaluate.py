@@ -46,6 +46,7 @@ from pipeline.system.disk import format_bytes, free_bytes, require_space
 from pipeline.system.echo import say
 from pipeline.system.errors import UserError
 from pipeline.system.lock import OutputLock
+from pipeline.system.names import public_name
 from pipeline.system.output import check_output, made_by
 from pipeline.system.page import REPORT
 from pipeline.system.prompts import read_prompts
@@ -93,12 +94,12 @@ def measure(settings: EvaluateSettings, lock: OutputLock) -> None:
         files = {name: generate_images(settings, task, name) for name in task.pipelines}
         quality = measure_quality(settings, task, files, inception, clip, score_scenes)
     evaluation = {
-        "teacher": {"model": settings.teacher},
-        "student": {"model": settings.student, "level": task.level},
+        "teacher": {"model": public_name(settings.teacher)},
+        "student": {"model": public_name(settings.student), "level": task.level},
         "cost": cost,
         "fidelity": fidelity,
         "quality": quality,
-        "settings": settings.as_json(),
+        "settings": settings.for_others(),
     }
     write_json(settings.out / EVALUATION, evaluation)
     folders = {name: settings.out / IMAGES / name for name in task.pipelines}
@@ -205,7 +206,7 @@ def generate_images(settings: EvaluateSettings, task: Task, name: str) -> list[P
     """The files of one model's images. Generates those that are missing."""
     folder, loaded = settings.out / IMAGES / name, task.pipelines[name]
     require_space(folder, missing_bytes(settings, task, name), "pass fewer prompts")
-    cached_result(folder / IMAGES_INDEX, task.specs[name], lambda: {"model": loaded.name})
+    cached_result(folder / IMAGES_INDEX, task.specs[name], lambda: {"model": public_name(loaded.name)})
     sampler = sampler_of(settings, settings.batch_size)
     return generate_missing(folder, lambda: load_pipeline(loaded.model), task.prompts, sampler, f"{name}'s images")
 

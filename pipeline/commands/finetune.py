@@ -45,6 +45,7 @@ from pipeline.system.errors import UserError, attempt_all, failing_with
 from pipeline.system.json_files import read_json
 from pipeline.system.jsonl import read_jsonl
 from pipeline.system.lock import OutputLock
+from pipeline.system.names import public_name
 from pipeline.system.page import GRID_PICTURES, REPORT
 from pipeline.training.accelerator import make_accelerator, resolve_precision
 from pipeline.training.held_out import held_out_of
@@ -67,7 +68,7 @@ from pipeline.training.output import (
 )
 from pipeline.training.report import Report, write_report
 from pipeline.training.transform import Transform
-from pipeline.training.validation import validation_images
+from pipeline.training.validation import planned_images, validation_images
 from shards.dataset import Batch, stack_tensors
 from shards.reader import StoredEntry
 from shards.schema import LATENTS, conditioning_shapes
@@ -336,9 +337,7 @@ def draw_inputs(
 def save(settings: FinetuneSettings, training: Training, folder: Path, dataset: LatentsDataset) -> None:
     """The finished pipeline or LoRA weights, and their model card."""
     (settings.out / REPORT).unlink(missing_ok=True)
-    # A folder's path is nobody else's business.
-    name = Path(settings.model).resolve().name if Path(settings.model).is_dir() else settings.model
-    training.student.register_to_config(_name_or_path=name)
+    training.student.register_to_config(_name_or_path=public_name(settings.model))
     training.transform.convert(training.student, training.base, settings.out, training.prediction_type)
     save_card(settings, folder, dataset)
 
@@ -358,4 +357,5 @@ def plan(settings: FinetuneSettings) -> list[str]:
         f"images: {len(dataset)}",
         f"parameters: {trained:,} trained of {sum(p.numel() for p in unet.parameters()):,}",
         f"steps: {settings.max_train_steps}, {checkpointed_step(settings.out)} of them done",
+        *planned_images(settings),
     ]

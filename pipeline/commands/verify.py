@@ -36,6 +36,7 @@ from pipeline.system.disk import format_bytes
 from pipeline.system.echo import plural, say
 from pipeline.system.errors import UserError
 from pipeline.system.lock import OutputLock
+from pipeline.system.text_files import read_text
 from shards.expected import expected_tensors
 from shards.manifest import STAGE_COMMANDS, Manifest, difference, read_manifest
 from shards.reader import REWRITE, ShardSet
@@ -114,7 +115,7 @@ def missing_parts(directory: Path) -> list[Problem]:
 def stated_levels(directory: Path) -> list[str]:
     """The levels in the cache's settings; none if they cannot be read."""
     try:
-        settings = json.loads((directory / "teacher-cache.json").read_text(encoding="utf-8"))
+        settings = json.loads(read_text(directory / "teacher-cache.json"))
         return [level for level in settings["students"] if level in LEVELS]
     except (OSError, ValueError, KeyError, TypeError):
         return []

@@ -1,38 +1,19 @@
-"""Reading files that may be anything: only regular ones, and never more than a limit."""
+"""Reading a user's files, which may be anything."""
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import re
 import stat
+from collections.abc import Iterable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from pipeline.system.errors import UserError
 
 # No more than this is read for one image, or for one caption.
 MAX_IMAGE_BYTES = 1 << 29
 MAX_TEXT_BYTES = 1 << 20
-
-
-def open_regular(path: Path) -> IO[bytes]:
-    """The regular file at `path`, opened to be read. Raises OSError for anything else, and never waits for a FIFO."""
-    if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    if path.exists() and not path.is_file():
-        raise OSError(f"{path.name} is not a regular file")
-    return open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))
-
-
-def read_regular(path: Path, limit: int) -> bytes:
-    """All bytes of a regular file. Raises OSError for anything else and for more bytes than `limit`."""
-    with open_regular(path) as stream:
-        data = stream.read(min(limit, os.fstat(stream.fileno()).st_size) + 1)
-    if len(data) > limit:
-        raise OSError(f"{path.name} has more than {limit} bytes")
-    return data
 
 
 def regular_size(path: Path) -> int | None:
@@ -66,17 +47,38 @@ def is_mac_metadata(name: str) -> bool:
     return os.path.basename(name).startswith("._") or "__MACOSX" in name.split("/")
 
 
-def captions_in(text: str) -> list[str]:
-    """The captions in a text file: its lines, stripped, without the blank ones."""
-    return [line.strip() for line in re.split(r"\r\n|\r|\n", text) if line.strip()]
+class TwiceError(ValueError):
+    """An object in a JSON text has two values under one key."""
 
 
 def parse_json(text: str) -> Any:
-    """The value of a JSON text. Raises ValueError if it is not JSON or is nested too deeply."""
+    """The value of a JSON text. Raises ValueError, whose message goes on from the text's name, if it is not JSON, is
+    nested too deeply, or has a key twice in one object."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_object)
+    except TwiceError:
+        raise
     except RecursionError:
-        raise ValueError("nested too deeply") from None
+        raise ValueError("is not JSON (nested too deeply)") from None
+    except ValueError as error:
+        raise ValueError(f"is not JSON ({error})") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        raise TwiceError(f"has the key {twice(key for key, _ in pairs)!r} twice")
+    return content
+
+
+def twice(names: Iterable[str]) -> str | None:
+    """The first of the names that was there before; None if each is there once."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
 
 
 def reason_of(error: OSError) -> str:

@@ -12,18 +12,18 @@ from typing import Any
 from pipeline.data.files import (
     MAX_IMAGE_BYTES,
     MAX_TEXT_BYTES,
-    captions_in,
     is_mac_metadata,
-    open_regular,
     parse_json,
-    read_regular,
     reason_of,
     regular_size,
+    twice,
 )
 from pipeline.data.images import is_image_name
-from pipeline.data.records import ListedImage, is_unicode
+from pipeline.data.records import ListedImage
 from pipeline.system.echo import plural
 from pipeline.system.errors import UserError
+from pipeline.system.text_files import is_unicode, lines_in
+from shards.regular import open_regular, read_regular
 
 # Lists of images, the first that exists is taken; and the endings of captions, likewise.
 METADATA = ("metadata.jsonl", "metadata.csv")
@@ -33,7 +33,7 @@ MAX_LINE_BYTES = 1 << 24
 
 
 class ImageFolder:
-    """The images of a folder, sorted by file name. An image's name is its file name.
+    """The images of a folder, sorted by file name. An image's name is its file name, relative to the folder.
 
     With a metadata.jsonl (one JSON object per line, with a file name and a caption) or a metadata.csv, these are the
     images that it lists; a file listed twice, with another caption, counts as two images. Without one, these are all
@@ -99,7 +99,7 @@ def _inside(folder: Path, location: str | Path) -> Path:
     path = folder / location
     # Path.resolve would raise RuntimeError, not OSError, for a link to itself.
     if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
-        raise OSError(f"{location} lies outside the folder")
+        raise OSError("it lies outside the folder")
     return path
 
 
@@ -115,7 +115,7 @@ def _captions_beside(folder: Path, image: Path) -> tuple[list[str], str | None]:
     candidates = [image.with_suffix(ending) for ending in CAPTION_ENDINGS]
     file = next((path for path in candidates if os.path.lexists(folder / path)), candidates[0])
     try:
-        return captions_in(read_regular(_inside(folder, file), MAX_TEXT_BYTES).decode("utf-8-sig")), None
+        return lines_in(read_regular(_inside(folder, file), MAX_TEXT_BYTES).decode("utf-8-sig")), None
     except UnicodeDecodeError as error:
         return [], f"the caption in {file} is not UTF-8 (byte {error.start})"
     except FileNotFoundError:
@@ -175,7 +175,7 @@ def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         try:
             row = parse_json(line)
         except ValueError as error:
-            raise UserError(f"{path}, line {number} is not JSON ({error}). Fix or delete the line.") from None
+            raise UserError(f"{path}, line {number} {error}. Fix or delete the line.") from None
         if not isinstance(row, dict):
             raise UserError(f"{path}, line {number} is not a JSON object: {line[:80]}. Fix or delete the line.")
         yield number, row
@@ -185,8 +185,17 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, fields by column) of each row. The first row names the columns."""
     reader = csv.DictReader(_lines(path))
     try:
+        columns = reader.fieldnames or []
+        # Spreadsheets add columns without a name.
+        if name := twice(filter(None, columns)):
+            raise UserError(f"{path} names the column {name!r} twice. Rename or delete one of them.")
         for row in reader:
-            yield reader.line_num, {column: value for column, value in row.items() if column is not None}
+            if more := row.pop(None, None):
+                raise UserError(
+                    f"{path}, line {reader.line_num} has {len(columns) + len(more)} fields, not {len(columns)}. "
+                    'Put a caption that holds a comma in quotes: 0001.jpg,"red, round".'
+                )
+            yield reader.line_num, row
     except csv.Error as error:
         raise UserError(f"{path}, line {reader.line_num} is not CSV ({error}). Fix or delete the line.") from None
 
@@ -211,4 +220,18 @@ def _image_of(row: dict[str, Any], path: Path, number: int, image_column: str, c
     name = row[image_column]
     if not isinstance(name, str) or not name or not is_unicode(name):
         raise UserError(f"{path}, line {number}: {image_column!r} is {name!r}, which is not a file name")
-    return ListedImage(name, name, row.get(caption_column), size=regular_size(path.parent / name))
+    return ListedImage(
+        _own_name(path.parent, name), name, row.get(caption_column), size=regular_size(path.parent / name)
+    )
+
+
+def _own_name(folder: Path, name: str) -> str:
+    """The name of a listed file, which is the same wherever the folder lies: as it is listed, if that is relative.
+
+    Of an absolute path, what comes after the folder; of a file elsewhere, which is never read, the last part.
+    """
+    if not os.path.isabs(name):
+        return name
+    place = Path(os.path.realpath(os.path.dirname(name)), os.path.basename(name))
+    folder = Path(os.path.realpath(folder))
+    return place.relative_to(folder).as_posix() if place.is_relative_to(folder) else place.name

@@ -98,6 +98,8 @@ def open_image(data: bytes) -> Image.Image:
         # Pillow itself raises an error from twice the limit on, and only warns below.
         if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
             raise Image.DecompressionBombError
+        if image.mode == "F":
+            raise ImageProblem("its pixels are floats, of which nobody says what is white. Save it with 8 or 16 bits")
         return image
 
 
@@ -105,6 +107,7 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     """The pixels of an opened image, as `decode` returns them. Raises ImageProblem as `decode` does."""
     with _problems():
         image.load()
+        _refuse_wide(image)
         to_srgb = _srgb_conversion(image)
         image = _upright(image)
         if image.mode == "RGB" and not image.has_transparency_data and to_srgb is None:
@@ -129,6 +132,8 @@ def _problems() -> Iterator[None]:
         yield
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ImageProblem(f"too large: more than {Image.MAX_IMAGE_PIXELS} pixels") from None
+    except ImageProblem:
+        raise
     except UnidentifiedImageError:
         raise ImageProblem("not decodable: not an image of a known format") from None
     # Pillow's decoders raise many kinds of error on damaged data (OSError, SyntaxError, struct.error, ...).
@@ -136,6 +141,16 @@ def _problems() -> Iterator[None]:
         # The text of an object holds its address, which is another one in every run.
         text = re.sub(r" at 0x[0-9a-fA-F]+", "", str(error))
         raise ImageProblem(f"not decodable: {type(error).__name__}: {text}") from None
+
+
+def _refuse_wide(image: Image.Image) -> None:
+    """Raise ImageProblem for 32-bit integers that are not those of a 16-bit image."""
+    if image.mode != "I":
+        return
+    extremes: Any = image.getextrema()
+    least, most = extremes
+    if least < 0 or most > 65535:
+        raise ImageProblem(f"its pixels go from {least} to {most}, not from 0 to 65535. Save it with 8 or 16 bits")
 
 
 def _upright(image: Image.Image) -> Image.Image:

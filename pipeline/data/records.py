@@ -14,6 +14,7 @@ import numpy as np
 from pipeline.core import draws
 from pipeline.data.files import MAX_TEXT_BYTES
 from pipeline.settings.data import DataSettings
+from pipeline.system.text_files import is_unicode
 
 # With `--captions all`, each caption is an entry.
 MAX_CAPTIONS = 1000
@@ -111,11 +112,6 @@ def inputs_sha256(records: list[Record]) -> str:
     for record in records:
         digest.update(json.dumps([record.source_id, record.caption], ensure_ascii=True).encode() + b"\n")
     return digest.hexdigest()
-
-
-def is_unicode(text: str) -> bool:
-    """False for text with unpaired surrogates, which JSON can express and UTF-8 cannot."""
-    return not any(0xD800 <= ord(character) < 0xE000 for character in text)
 
 
 def _texts(captions: Any) -> tuple[list[str], str | None]:

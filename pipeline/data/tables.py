@@ -7,11 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.files import MAX_IMAGE_BYTES, files_in, read_regular, refuse_special, regular_size
+from pipeline.data.files import MAX_IMAGE_BYTES, files_in, refuse_special, regular_size
 from pipeline.data.records import ListedImage
 from pipeline.settings.data import DataSettings
 from pipeline.system.errors import UserError, first_line
 from pipeline.system.extras import install_command
+from shards.regular import read_regular
 
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow"}
 # The files by which to know a folder that `save_to_disk` wrote, for one dataset and for several splits.
@@ -65,10 +66,13 @@ class Table:
 
     @classmethod
     def of_files(cls, tables: list[Path], settings: DataSettings) -> Table:
-        files = [str(path.resolve()) for path in tables]
         load_dataset = _datasets(settings).load_dataset
         for table in tables:
             _refuse_bomb(table)
+        # The library fails for a file without rows.
+        files = [str(path.resolve()) for path in tables if _has_rows(path)]
+        if not files:
+            raise UserError(f"--data {settings.data} has no rows. Give a table with images and captions.")
         builder = BUILDERS[tables[0].suffix]
         dataset = _opened(settings, lambda: load_dataset(builder, data_files=files, split="train"))
         return cls(dataset, settings, may_read_paths=False)
@@ -105,11 +109,13 @@ class Table:
         image = self.rows[row][self.image_column]
         data, path = (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (image, None)
         if data is not None:
+            if not isinstance(data, bytes):
+                raise OSError(f"the row has {type(data).__name__} in place of the image's bytes")
             if len(data) > MAX_IMAGE_BYTES:
                 raise OSError(f"the image has {len(data)} bytes, more than {MAX_IMAGE_BYTES}")
             return data
-        if path is None:
-            raise OSError("the row has no image")
+        if not isinstance(path, str):
+            raise OSError("the row has no image" if path is None else f"the row has the path {path!r:.80}")
         if not self.may_read_paths:
             raise OSError(f"the row has a path ({path}), not the image's bytes")
         return read_regular(Path(path), MAX_IMAGE_BYTES)
@@ -194,6 +200,20 @@ def _names(dataset: Any, paths: list[Any]) -> list[str]:
         os.path.basename(path) if path and isinstance(path, str) else str(name) if name is not None else f"{row:09d}"
         for row, (path, name) in enumerate(zip(paths, named, strict=True))
     ]
+
+
+def _has_rows(table: Path) -> bool:
+    """Whether a table has rows. A file that cannot be read counts, since the library says what is wrong with it."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        if table.suffix == ".parquet":
+            return pyarrow.parquet.read_metadata(table).num_rows > 0
+        with pyarrow.memory_map(str(table)) as source:
+            return any(batch.num_rows for batch in pyarrow.ipc.open_stream(source))
+    except (pyarrow.ArrowException, OSError, ValueError):
+        return True
 
 
 def _refuse_bomb(table: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -15,21 +16,26 @@ from webdataset.shardlists import expand_urls
 from pipeline.data.files import (
     MAX_IMAGE_BYTES,
     MAX_TEXT_BYTES,
-    captions_in,
     files_in,
     is_mac_metadata,
-    open_regular,
     parse_json,
     refuse_special,
 )
 from pipeline.data.images import is_image_name
 from pipeline.data.records import ListedImage
 from pipeline.system.errors import UserError
+from pipeline.system.text_files import lines_in
+from shards.regular import open_regular
 
 TEXT_ENDINGS = ("txt", "caption", "json")
 # More than any header takes, however long its names are.
 MAX_HEADER_BYTES = 1 << 20
 END_OF_ARCHIVE = bytes(1024)
+# Of one pattern. The largest public data sets have fewer.
+MAX_TARS = 1_000_000
+# What matters in a brace pattern: an escaped character, a range of numbers, one of letters, and the signs themselves.
+BRACES = re.compile(r"\\.|\{(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?\}|\{[A-Za-z]\.\.[A-Za-z](?:\.\.-?\d+)?\}|[{},]")
+LETTERS = 52
 
 
 class Member(NamedTuple):
@@ -115,7 +121,14 @@ def tars_named(data: str) -> list[Path]:
 def _expand(pattern: str) -> list[Path]:
     if ":" in pattern.split("{")[0]:
         raise UserError(f"--data {pattern}: tars can be read only from a local disk. Download them first.")
-    tars = [Path(name) for name in expand_urls(pattern)]
+    if (count := count_expansions(pattern)) > MAX_TARS:
+        raise UserError(f"--data {pattern} stands for {count} tars, more than {MAX_TARS}. Correct the numbers in it.")
+    try:
+        tars = [Path(name) for name in expand_urls(pattern)]
+    except ValueError as error:
+        raise UserError(
+            f"--data {pattern} is not a pattern ({error}). Write it as tars/{{00000..00012}}.tar."
+        ) from None
     for tar in tars:
         refuse_special(tar)
     missing = [tar for tar in tars if not tar.is_file()]
@@ -125,6 +138,30 @@ def _expand(pattern: str) -> list[Path]:
             "Fix the pattern or restore the tars."
         )
     return tars
+
+
+def count_expansions(pattern: str) -> int:
+    """At most so many names does a brace pattern stand for. To expand it, as `expand_urls` does, may take all memory.
+
+    In a brace the alternatives add up, and what stands side by side multiplies.
+    """
+    sums, products = [0], [1]
+    for token in BRACES.finditer(pattern):
+        start, end, step = token.groups()
+        if start:
+            products[-1] *= abs(int(end) - int(start)) // max(1, abs(int(step or 1))) + 1
+        elif token[0] == "{":
+            sums.append(0)
+            products.append(1)
+        elif len(sums) > 1 and token[0] in ",}":
+            sums[-1] += products[-1]
+            products[-1] = 1
+            if token[0] == "}":
+                products.pop()
+                products[-1] *= sums.pop()
+        elif ".." in token[0]:
+            products[-1] *= LETTERS
+    return products[0]
 
 
 class _Headers(io.BufferedReader):
@@ -245,14 +282,14 @@ def _captions(sample: dict[str, Member], column: str | None, fd: int) -> Any:
     """The captions of a sample, or None if it has none. Raises ValueError with the problem if they cannot be read."""
     for ending in ("txt", "caption") if column is None else (column,):
         if ending in sample:
-            return captions_in(_text(sample[ending], fd))
+            return lines_in(_text(sample[ending], fd))
     if "json" not in sample:
         return None
     text = _text(sample["json"], fd)
     try:
         fields = parse_json(text)
     except ValueError as error:
-        raise ValueError(f"the .json is not JSON ({error})") from None
+        raise ValueError(f"the .json {error}") from None
     return fields.get(column or "caption") if isinstance(fields, dict) else None
 
 

@@ -24,11 +24,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPModel, CLIPProcessor
 
-from pipeline.data.files import MAX_IMAGE_BYTES, read_regular
+from pipeline.data.files import MAX_IMAGE_BYTES, reason_of
 from pipeline.data.images import ImageProblem, decode, is_image_name
+from pipeline.models.load import refuse_special_files
 from pipeline.system.echo import plural
 from pipeline.system.errors import UserError, first_line
 from pipeline.system.extras import install_command
+from shards.regular import read_regular
 
 FILTERS = {filter.name.lower(): filter for filter in Image.Resampling}
 # The number in Salimans et al. 2016 and in published tables since.
@@ -139,6 +141,7 @@ def load_clip(folder: Path | None, device: torch.device) -> Clip | Missing:
     missing = missing_torchmetrics()
     if missing:
         return missing
+    refuse_special_files(folder, f"--clip {folder}")
     try:
         model = CLIPModel.from_pretrained(folder, local_files_only=True).eval().requires_grad_(False).to(device)
         processor = CLIPProcessor.from_pretrained(folder, local_files_only=True)
@@ -204,7 +207,8 @@ def read_image(file: Path) -> Image.Image:
     try:
         return decode(read_regular(file, MAX_IMAGE_BYTES))
     except (OSError, ImageProblem) as error:
-        raise UserError(f"{file} cannot be used ({error}). Fix or remove the file.") from None
+        reason = reason_of(error) if isinstance(error, OSError) else error
+        raise UserError(f"{file} cannot be used ({reason}). Fix or remove the file.") from None
 
 
 def center_square(image: Image.Image, side: int, filter: str) -> Image.Image:

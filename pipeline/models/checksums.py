@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from pipeline.system.text_files import read_text
 from shards.files import file_sha256, write_json
 
 CHECKSUMS = "checksums.json"
@@ -32,7 +33,7 @@ def changed_files(folder: Path, *, contents: bool = True) -> list[str]:
     if not path.is_file():
         return []
     try:
-        checksums = dict(json.loads(path.read_text(encoding="utf-8")))
+        checksums = dict(json.loads(read_text(path)))
     except (ValueError, TypeError, RecursionError) as error:
         return [f"{CHECKSUMS} cannot be read ({error})"]
     if not checksums:

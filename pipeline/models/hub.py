@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,6 +13,7 @@ from huggingface_hub.errors import HTTPError
 from pipeline.models.load import MODEL_INDEX
 from pipeline.models.save import write_fp16_variant
 from pipeline.system.errors import FAILURES, UserError, first_line
+from pipeline.system.names import public_name
 from shards.files import write_json
 
 # Files of the training rather than of the student. The settings name folders of this machine.
@@ -23,7 +23,6 @@ LEFT_OUT = ("checkpoints/*", "logs/*", "validation/*", ".*", "distill.json", "fi
 HUB_FAILURES = (HTTPError, *FAILURES)
 # Where diffusers says in a config what it was loaded from.
 ORIGIN_KEY = "_name_or_path"
-NAME_ON_HUB = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def open_repository(name: str) -> None:
@@ -82,6 +81,6 @@ def _read_config(file: Path) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     origin = config.get(ORIGIN_KEY) if isinstance(config, dict) else None
-    if not isinstance(origin, str) or (NAME_ON_HUB.fullmatch(origin) and not Path(origin).exists()):
+    if not isinstance(origin, str) or public_name(origin) == origin:
         return None
-    return {**config, ORIGIN_KEY: Path(origin).name}
+    return {**config, ORIGIN_KEY: public_name(origin)}

@@ -21,6 +21,7 @@ from pipeline.models.single_file import SINGLE_FILES, converted
 from pipeline.models.weights import has_weights, load_network
 from pipeline.system.errors import UserError, did_you_mean, first_line
 from pipeline.system.output import writer_of
+from shards.regular import is_special
 
 # Their bars and hints about this package's own calls would hide the stages' one line of progress.
 diffusers.utils.logging.set_verbosity_error()
@@ -50,6 +51,7 @@ def find_pipeline(
         folder = _download(name, revision, variant, flag)
     if not (folder / MODEL_INDEX).is_file():
         raise UserError(f"{flag} {name} {_instead(folder, flag)}")
+    refuse_special_files(folder, f"{flag} {name}")
     for holds, problem in check_index(folder):
         if not holds:
             raise UserError(f"{flag} {name}: {problem}")
@@ -57,6 +59,19 @@ def find_pipeline(
         if not holds:
             raise UserError(f"{flag} {name}: {problem}")
     return folder
+
+
+def refuse_special_files(folder: Path, named: str) -> None:
+    """Raise UserError if a FIFO, a socket or a device lies among a pipeline's files: the libraries would wait for it.
+
+    `named` is how messages call the pipeline.
+    """
+    for pattern in ("*", "*/*"):
+        for path in sorted(folder.glob(pattern)):
+            if is_special(path):
+                raise UserError(
+                    f"{named}: {path.relative_to(folder)} is not a regular file. Copy it again or remove it."
+                )
 
 
 def _instead(folder: Path, flag: str) -> str:

@@ -1,7 +1,7 @@
 """origin.json in a cache: the names of the teacher and the data, and the teacher's licence, as far as they are known.
 
-The student's model card is made from it, possibly on a machine that has neither. Only the last part of a local
-folder's path is kept, so that no one's paths are published.
+The student's model card is made from it, possibly on a machine that has neither. Only the last part of a local path is
+kept, so that no one's paths are published.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from pipeline.system.errors import UserError
 from pipeline.system.json_files import read_json
+from pipeline.system.names import is_on_hub, public_name
+from pipeline.system.output import DEMO
+from pipeline.system.text_files import read_text
 from shards.files import write_json
 
 ORIGIN, CARD = "origin.json", "README.md"
@@ -50,8 +53,8 @@ def _is_plain(value: Any) -> bool:
 
 def teacher_origin(teacher: str, folder: Path, revision: str | None) -> dict[str, Any]:
     """The teacher's `name`, whether that is a name on a hub (`hub`), its `revision`, and the licence on its card."""
-    hub = teacher != "demo" and not Path(teacher).is_dir()
-    name = teacher if hub or teacher == "demo" else folder.resolve().name
+    hub = teacher != DEMO and is_on_hub(teacher)
+    name = public_name(teacher)
     origin = {"name": name, "hub": hub, **({"revision": revision} if revision else {})}
     return origin | licence(card_text(teacher, folder, revision, hub))
 
@@ -62,7 +65,7 @@ def card_text(teacher: str, folder: Path, revision: str | None, hub: bool) -> st
     try:
         if hub and not path.is_file():
             path = Path(hf_hub_download(teacher, CARD, revision=revision))
-        return path.read_text(encoding="utf-8")
+        return read_text(path)
     except (OSError, ValueError, HfHubHTTPError):
         return ""
 
@@ -86,5 +89,5 @@ def data_origin(latents: Path) -> dict[str, Any]:
     data = read_json(path, "Delete it, and rerun the same `distill-sd encode` on these latents.").get("data")
     if not isinstance(data, str):
         return {}
-    hub = not Path(data).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", data) is not None
-    return {"name": data if hub else Path(data).name, "hub": hub}
+    # A name without an owner may just as well be that of a folder which is gone.
+    return {"name": public_name(data), "hub": "/" in data and is_on_hub(data)}

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline.system.errors import UserError, first_line
+from pipeline.system.text_files import read_text
+from shards.regular import NotRegularError
 
 Part = TypeVar("Part")
 
@@ -35,9 +37,11 @@ def reading(folder: Path, load: Callable[[], Part], kind: Any = None) -> Part:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises UserError if the file is missing or holds none."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_text(path))
     except FileNotFoundError:
         raise UserError(f"{path} is missing. Copy or download the pipeline again.") from None
+    except NotRegularError:
+        raise UserError(f"{path} is not a regular file. Copy or download the pipeline again.") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is corrupt ({first_line(error)}). Copy or download the pipeline again.") from None
     if not isinstance(value, dict):

@@ -7,6 +7,7 @@ samples/0000.png ...   one image per prompt
 from __future__ import annotations
 
 import inspect
+import io
 import json
 import time
 from collections.abc import Callable, Iterable
@@ -34,10 +35,14 @@ from pipeline.models.schedule import SCHEDULE
 from pipeline.system.device import DTYPES, device_name
 from pipeline.system.echo import plural, printable
 from pipeline.system.errors import UserError, first_line
+from pipeline.system.text_files import read_text
 from shards.files import atomic_directory, write_json
+from shards.regular import read_regular
 
 SAMPLES = "samples"
 INDEX = "samples.json"
+# More than any image that a pipeline generates.
+MAX_PNG_BYTES = 1 << 29
 # By their usual short names; dpm is DPM-Solver++ (Lu et al. 2022), and BK-SDM's published results use pndm.
 SCHEDULERS = {
     "dpm": DPMSolverMultistepScheduler,
@@ -225,10 +230,11 @@ def save_images(samples: GeneratedImages, sampler: Sampler, out: Path) -> None:
 
 def load_images(folder: Path) -> tuple[GeneratedImages, Sampler]:
     """Read what `save_images` wrote."""
-    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    index = json.loads(read_text(folder / INDEX))
     options = index.pop("sampler")
     sampler = Sampler(**{**options, "size": tuple(options["size"]) if options.get("size") else None})
-    images = [Image.open(folder / f"{i:04d}.png").convert("RGB") for i in range(len(index["prompts"]))]
+    files = [folder / f"{i:04d}.png" for i in range(len(index["prompts"]))]
+    images = [Image.open(io.BytesIO(read_regular(file, MAX_PNG_BYTES))).convert("RGB") for file in files]
     return GeneratedImages(images, **index), sampler
 
 

@@ -14,6 +14,7 @@ class DataSettings(Settings):
     data: str = option(
         REQUIRED,
         "Images and captions: a folder, tars, a parquet or arrow file, a saved dataset's folder, or a dataset's name.",
+        place=True,
     )
     image_column: str | None = option(
         None,
@@ -31,5 +32,5 @@ class DataSettings(Settings):
     dataset_config_name: str | None = option(None, "Configuration of a dataset on the hub.")
     dataset_revision: str | None = option(None, "Revision of a dataset on the hub.")
     max_samples: int | None = option(None, "Use only this many images, drawn at random.", ge=1)
-    views: int = option(1, "Crops (and flips) per image, one entry each.", ge=1)
+    views: int = option(1, "Crops (and flips) per image, one entry each.", ge=1, le=1000)
     seed: int = option(0, "Seed for crops, flips, posterior samples and random selections.", ge=0)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from pipeline.models.bundled import TEACHER
+from pipeline.system.options import MAX_BATCH
 from pipeline.system.settings import Settings, option
 
 
@@ -23,15 +24,15 @@ class DemoTeacherSettings(Settings):
     scenes: int = option(24000, "Scenes to train on.", ge=1)
     seed: int = option(0, "Seed for scenes, weights and noise.", ge=0)
     autoencoder_steps: int = option(3800, "Training steps of the autoencoder.", ge=1)
-    autoencoder_batch: int = option(16, "Images per step of the autoencoder.", ge=1)
+    autoencoder_batch: int = option(16, "Images per step of the autoencoder.", ge=1, le=MAX_BATCH)
     autoencoder_learning_rate: float = option(2e-3, "Peak learning rate of the autoencoder.", gt=0)
     kl_weight: float = option(2e-4, "Loss weight of the latents' divergence from N(0, 1).", ge=0)
     text_steps: int = option(1200, "Training steps of the text encoder.", ge=1)
-    text_batch: int = option(128, "Captions per step of the text encoder.", ge=1)
+    text_batch: int = option(128, "Captions per step of the text encoder.", ge=1, le=MAX_BATCH)
     text_learning_rate: float = option(1e-3, "Peak learning rate of the text encoder.", gt=0)
     init_from: Path | None = option(None, "Pipeline whose autoencoder is kept and whose U-Net is trained further.")
     steps: int = option(7300, "Training steps of the U-Net.", ge=1)
-    batch: int = option(32, "Latents per step of the U-Net.", ge=1)
+    batch: int = option(32, "Latents per step of the U-Net.", ge=1, le=MAX_BATCH)
     learning_rate: float = option(1.2e-3, "Peak learning rate of the U-Net.", gt=0)
     caption_dropout: float = option(0.1, "Share of captions left empty for classifier-free guidance.", ge=0, le=1)
     min_snr_gamma: float = option(5.0, "Signal-to-noise ratio above which timesteps get less weight.", gt=0)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from pipeline.system.options import MAX_WORKERS
 from pipeline.system.settings import REQUIRED, Settings, option
 
 DISTRIBUTORS = ("multiprocessing", "pyspark", "ray")
@@ -27,8 +28,8 @@ class DownloadSettings(Settings):
     entries_per_tar: int = option(10_000, "URLs per tar.", ge=2)
     max_samples: int | None = option(None, "Use only this many URLs, drawn at random.", ge=1)
     seed: int = option(0, "Seed for the order of the URLs.", ge=0)
-    processes: int = option(os.cpu_count() or 1, "Processes that download and resize.", ge=1)
-    threads: int = option(64, "Concurrent downloads per process.", ge=1)
+    processes: int = option(os.cpu_count() or 1, "Processes that download and resize.", ge=1, le=MAX_WORKERS)
+    threads: int = option(64, "Concurrent downloads per process.", ge=1, le=MAX_WORKERS)
     timeout: int = option(10, "Seconds to wait for a server to respond.", ge=1)
     retries: int = option(1, "Retries per URL.", ge=0)
     distributor: str = option("multiprocessing", "How img2dataset distributes the work.", choices=DISTRIBUTORS)

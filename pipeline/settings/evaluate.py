@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from pipeline.models.levels import LEVELS
 from pipeline.system.errors import UserError
-from pipeline.system.options import SAMPLERS, HubOptions, PrecisionOptions
+from pipeline.system.options import MAX_BATCH, MAX_SAMPLING_STEPS, MAX_SIDE, SAMPLERS, HubOptions, PrecisionOptions
 from pipeline.system.settings import REQUIRED, option
 
 # The files that an evaluation writes.
@@ -25,8 +25,8 @@ class EvaluateSettings(PrecisionOptions, HubOptions):
     work_module: ClassVar[str] = "pipeline.commands.evaluate"
     has_plan: ClassVar[bool] = True
 
-    student: str = option(REQUIRED, "Student pipeline: a folder or a name on the hub.")
-    teacher: str = option(REQUIRED, "Teacher pipeline: a folder, a name on the hub, or demo.")
+    student: str = option(REQUIRED, "Student pipeline: a folder or a name on the hub.", place=True)
+    teacher: str = option(REQUIRED, "Teacher pipeline: a folder, a name on the hub, or demo.", place=True)
     out: Path = option(REQUIRED, "Directory for the table, the report and the images.")
     level: str | None = option(None, "The student's level; by default detected from its layers.", choices=tuple(LEVELS))
     latents: Path | None = option(None, "Held-out latents that `encode` wrote; without them fidelity is not measured.")
@@ -35,10 +35,12 @@ class EvaluateSettings(PrecisionOptions, HubOptions):
         10, "Number of equal parts of the noise schedule; each image is compared once per part.", ge=1, le=100
     )
     prompts: Path | None = option(None, "Text file with one prompt per line; without it quality is not measured.")
-    num_inference_steps: int = option(25, "Sampling steps.", ge=1)
+    num_inference_steps: int = option(25, "Sampling steps.", ge=1, le=MAX_SAMPLING_STEPS)
     guidance_scale: float = option(7.5, "Scale of classifier-free guidance; 1 turns it off.", ge=1.0)
     scheduler: str = option("pndm", "Scheduler to sample with.", choices=SAMPLERS)
-    picture_size: int = option(256, "Side in pixels that images are resized to before they are scored.", ge=8)
+    picture_size: int = option(
+        256, "Side in pixels that images are resized to before they are scored.", ge=8, le=MAX_SIDE
+    )
     resize_filter: str = option("bicubic", "Pillow filter to resize with.", choices=FILTERS)
     reference: Path | None = option(
         None, "Reference for FID: a folder of images, or an .npz or .safetensors file with mu and sigma."
@@ -48,8 +50,8 @@ class EvaluateSettings(PrecisionOptions, HubOptions):
     )
     clip: Path | None = option(None, "Folder of a CLIP model saved by transformers, for the CLIP score.")
     repeats: int = option(5, "Timing repeats, with student and teacher alternating; the median is reported.", ge=1)
-    timing_batch_size: int = option(1, "Images per forward pass while timing.", ge=1)
-    batch_size: int = option(8, "Images per forward pass otherwise.", ge=1)
+    timing_batch_size: int = option(1, "Images per forward pass while timing.", ge=1, le=MAX_BATCH)
+    batch_size: int = option(8, "Images per forward pass otherwise.", ge=1, le=MAX_BATCH)
     seed: int = option(0, "Seed of the held-out noise and of the first image; each further image adds one.", ge=0)
     update_card: bool = option(False, "Add the figures to the model card of a student that `distill` wrote.")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from pipeline.settings.training import TrainingSettings
 from pipeline.system.errors import UserError
@@ -22,7 +22,9 @@ class FinetuneSettings(TrainingSettings, HubOptions):
     work_module: ClassVar[str] = "pipeline.commands.finetune"
     has_plan: ClassVar[bool] = True
 
-    model: str = option(REQUIRED, "Pipeline whose U-Net is trained: a student's folder, a name on the hub, or demo.")
+    model: str = option(
+        REQUIRED, "Pipeline whose U-Net is trained: a student's folder, a name on the hub, or demo.", place=True
+    )
     latents: Path = option(REQUIRED, "Directory that `encode` wrote, with the model's own VAE and text encoder.")
     lora_rank: int | None = option(None, "Train LoRA adapters of this rank instead of the whole U-Net.", ge=1, le=4096)
     lora_format: str = option(
@@ -45,6 +47,3 @@ class FinetuneSettings(TrainingSettings, HubOptions):
     @property
     def entries(self) -> Path:
         return self.latents
-
-    def for_others(self) -> dict[str, Any]:
-        return {**super().for_others(), "model": Path(self.model).name if Path(self.model).exists() else self.model}

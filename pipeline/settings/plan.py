@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from pipeline.settings.cache_format import CacheFormat
 from pipeline.system.errors import UserError
-from pipeline.system.options import HubOptions, PrecisionOptions
+from pipeline.system.options import MAX_BATCH, MAX_SIDE, HubOptions, PrecisionOptions
 from pipeline.system.settings import REQUIRED, option
 from shards.codec import MAX_SNR_DB
 
@@ -45,10 +45,12 @@ class PlanSettings(CacheFormat, PrecisionOptions, HubOptions):
     work_module: ClassVar[str] = "pipeline.commands.plan"
     has_plan: ClassVar[bool] = True
 
-    teacher: str = option(REQUIRED, "The teacher: a folder (its configs are enough), a name on the hub, or demo.")
+    teacher: str = option(
+        REQUIRED, "The teacher: a folder (its configs are enough), a name on the hub, or demo.", place=True
+    )
     images: int = option(REQUIRED, "Images to train on.", ge=1)
     rounds: int = option(4, "Passes over the images; with a budget, the minimum to aim for.", ge=1)
-    resolution: int = option(512, "Side of the images, in pixels.", ge=8, le=16384)
+    resolution: int = option(512, "Side of the images, in pixels.", ge=8, le=MAX_SIDE)
     budget: str | None = option(
         None,
         "Bytes for latents and cache, such as 500GB; chooses rounds, and decibels and stride if they are not given.",
@@ -62,7 +64,7 @@ class PlanSettings(CacheFormat, PrecisionOptions, HubOptions):
     trial: bool = option(
         False, "Run the teacher on a few batches on this machine to estimate the time; needs its weights."
     )
-    batch_size: int = option(8, "Entries per forward pass of the trial.", ge=1)
+    batch_size: int = option(8, "Entries per forward pass of the trial.", ge=1, le=MAX_BATCH)
     out: Path = option(Path("."), "Where the cache would go, to show its free space.")
 
     def __post_init__(self) -> None:

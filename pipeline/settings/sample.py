@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from pipeline.system.errors import UserError
-from pipeline.system.options import SAMPLERS, HubOptions, PrecisionOptions
+from pipeline.system.options import MAX_BATCH, MAX_SAMPLING_STEPS, MAX_SIDE, SAMPLERS, HubOptions, PrecisionOptions
 from pipeline.system.settings import REQUIRED, option
 
 
@@ -18,18 +18,18 @@ class SampleSettings(PrecisionOptions, HubOptions):
     command: ClassVar[str] = "sample"
     work_module: ClassVar[str] = "pipeline.commands.sample"
 
-    model: str = option(REQUIRED, "Pipeline to generate with: a folder, a name on the hub, or demo.")
+    model: str = option(REQUIRED, "Pipeline to generate with: a folder, a name on the hub, or demo.", place=True)
     prompts: tuple[str, ...] = option(
         REQUIRED, "A prompt, or a text file with one prompt per line; may be repeated.", repeated=True
     )
     out: Path = option(REQUIRED, "New folder for the images.")
-    num_inference_steps: int = option(25, "Sampling steps.", ge=1)
+    num_inference_steps: int = option(25, "Sampling steps.", ge=1, le=MAX_SAMPLING_STEPS)
     guidance_scale: float = option(7.0, "Scale of classifier-free guidance; 1 turns it off.", ge=1.0)
     negative_prompt: str | None = option(None, "What the images must not show.")
     scheduler: str = option("dpm", "Scheduler to sample with.", choices=SAMPLERS)
-    height: int | None = option(None, "Height of the images in pixels; by default the model's own.", ge=8)
-    width: int | None = option(None, "Width of the images in pixels; by default the model's own.", ge=8)
-    batch_size: int = option(4, "Images per forward pass; does not change the images.", ge=1)
+    height: int | None = option(None, "Height of the images in pixels; by default the model's own.", ge=8, le=MAX_SIDE)
+    width: int | None = option(None, "Width of the images in pixels; by default the model's own.", ge=8, le=MAX_SIDE)
+    batch_size: int = option(4, "Images per forward pass; does not change the images.", ge=1, le=MAX_BATCH)
     seed: int = option(0, "Seed of the first image; each further image adds one.", ge=0)
 
     def __post_init__(self) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from pipeline.settings.cache_format import CacheFormat
-from pipeline.system.options import PREDICTION_TYPES, HubOptions, PrecisionOptions, ShardRangeOptions
+from pipeline.system.options import MAX_BATCH, PREDICTION_TYPES, HubOptions, PrecisionOptions, ShardRangeOptions
 from pipeline.system.settings import REQUIRED, option
 
 
@@ -20,15 +20,17 @@ class TeacherCacheSettings(CacheFormat, PrecisionOptions, HubOptions, ShardRange
     has_plan: ClassVar[bool] = True
 
     teacher: str = option(
-        REQUIRED, "The pipeline that the latents were made with: a folder, a name on the hub, or demo."
+        REQUIRED, "The pipeline that the latents were made with: a folder, a name on the hub, or demo.", place=True
     )
     latents: Path = option(REQUIRED, "Directory that `encode` wrote.")
     out: Path = option(REQUIRED, "Directory to write the cache to.")
     rounds: int = option(4, "Passes over the latents, each with its own noise and timesteps.", ge=1)
-    samples: int = option(8, "Images to generate with the teacher for the students' reports; 0 for none.", ge=0)
+    samples: int = option(
+        8, "Images to generate with the teacher for the students' reports; 0 for none.", ge=0, le=10_000
+    )
     samples_guidance: float = option(7.0, "Classifier-free guidance of those images.", ge=1.0)
-    samples_batch_size: int = option(4, "Images per forward pass of those images.", ge=1)
-    batch_size: int = option(8, "Entries per forward pass.", ge=1)
+    samples_batch_size: int = option(4, "Images per forward pass of those images.", ge=1, le=MAX_BATCH)
+    batch_size: int = option(8, "Entries per forward pass.", ge=1, le=MAX_BATCH)
     seed: int = option(0, "Seed for noise, timesteps, dither and all other random draws.", ge=0)
     noise_offset: float = option(0.0, "Standard deviation of an offset added to each channel of the noise.", ge=0.0)
     input_perturbation: float = option(0.0, "Strength of extra input noise that is not part of the target.", ge=0.0)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline.system.errors import UserError
-from pipeline.system.options import DeviceOptions
+from pipeline.system.options import MAX_BATCH, MAX_WORKERS, DeviceOptions
 from pipeline.system.settings import REQUIRED, option
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
@@ -24,8 +24,8 @@ class TrainingSettings(DeviceOptions):
     out: Path = option(REQUIRED, "Directory to write the student's pipeline to.")
     max_train_steps: int | None = option(None, "Optimiser steps; 15000 unless epochs are given.", ge=1)
     num_train_epochs: int | None = option(None, "Passes over the entries, in place of --max-train-steps.", ge=1)
-    train_batch_size: int = option(8, "Entries per forward pass and process.", ge=1)
-    gradient_accumulation_steps: int = option(1, "Forward passes per optimiser step.", ge=1)
+    train_batch_size: int = option(8, "Entries per forward pass and process.", ge=1, le=MAX_BATCH)
+    gradient_accumulation_steps: int = option(1, "Forward passes per optimiser step.", ge=1, le=MAX_BATCH)
     snr_gamma: float | None = option(None, "Gamma of Min-SNR weights for task and output; 5.0 is usual.", gt=0.0)
     learning_rate: float = option(1e-5, "Learning rate after warm-up.", gt=0.0)
     scale_lr: bool = option(False, "Multiply the learning rate by the entries per step, over all processes.")
@@ -72,7 +72,10 @@ class TrainingSettings(DeviceOptions):
     report_to: str = option("none", "Also log the metrics to this tracker.", choices=("none", *TRACKERS))
     push_to_hub: str | None = option(None, "Repository on the model hub, as owner/name, to upload the student to.")
     dataloader_num_workers: int | None = option(
-        None, "Processes that read and decompress; 0 reads in the training loop. Default: 2, or 0 on a CPU.", ge=0
+        None,
+        "Processes that read and decompress; 0 reads in the training loop. Default: 2, or 0 on a CPU.",
+        ge=0,
+        le=MAX_WORKERS,
     )
     seed: int = option(0, "Seed for the order of entries.", ge=0)
 

@@ -18,6 +18,7 @@ import click
 
 from pipeline.system.errors import did_you_mean
 from pipeline.system.settings import Settings, flag, kind_of
+from pipeline.system.text_files import read_text
 from pipeline.system.yaml_file import parse_yaml
 
 # Lists of lists by aliases can be without end.
@@ -54,9 +55,10 @@ def section_of(file: Path, settings: type[Settings]) -> dict[str, Any]:
     """The options of a command that a file holds, by the names of its settings. Raises click.UsageError."""
     command = settings.command
     try:
-        content = parse_yaml(file.read_text(encoding="utf-8")) or {}
+        content = parse_yaml(read_text(file)) or {}
     except (OSError, ValueError) as error:
-        raise click.UsageError(f"--config {file} cannot be read: {error}") from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise click.UsageError(f"--config {file} cannot be read: {reason}") from None
     if not isinstance(content, dict):
         raise click.UsageError(f"--config {file} is not a list of options. Write lines such as `seed: 0`.")
     if content and all(isinstance(value, dict) for value in content.values()):

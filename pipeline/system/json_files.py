@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.system.errors import UserError
+from pipeline.system.text_files import read_text
 
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
     """The object in a JSON file. Raises UserError, which ends with the remedy, if it holds something else."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is corrupt ({error}). {remedy}") from None
     if not isinstance(content, dict):

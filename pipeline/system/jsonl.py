@@ -6,12 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pipeline.system.text_files import lines_in
+
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The objects in a file, without lines that hold none, such as one that was cut short. Empty without a file."""
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = lines_in(path.read_text(encoding="utf-8", errors="replace"))
     return [value for value in map(_value, lines) if isinstance(value, dict)]
 
 

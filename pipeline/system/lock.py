@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pipeline.system.errors import UserError
+from pipeline.system.text_files import read_text
 
 WRITING, CLAIMING = ".lock", ".claim.lock"
 # Seconds between two tries for a lock that another job holds while it claims the directory, and the longest wait.
@@ -56,7 +57,7 @@ class FileLock:
     def holder(self) -> str:
         """Who took the lock last, as `process 12 on host`."""
         with suppress(OSError, UnicodeDecodeError):
-            return self.path.read_text().strip() or "another process"
+            return read_text(self.path).strip() or "another process"
         return "another process"
 
     def release(self) -> None:

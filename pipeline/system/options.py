@@ -10,6 +10,8 @@ from pipeline.system.settings import Settings, option
 
 DTYPE_NAMES = ("fp32", "fp16", "bf16")
 PREDICTION_TYPES = ("epsilon", "v_prediction")
+# Limits that no real run reaches. Beyond them a number too many would fill the memory, or never come to an end.
+MAX_BATCH, MAX_SIDE, MAX_WORKERS, MAX_SAMPLING_STEPS = 1 << 16, 1 << 14, 1 << 12, 10_000
 SAMPLERS = ("dpm", "ddim", "euler", "euler-ancestral", "heun", "pndm", "unipc")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.system.errors import UserError
+from pipeline.system.text_files import read_text
 from shards.manifest import STAGE_COMMANDS
 from shards.schema import MANIFEST
 
@@ -152,7 +153,7 @@ def made_by(directory: Path, command: str, mark: str) -> bool:
 def _json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty if there is none."""
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -18,7 +18,10 @@ from typing import Any, ClassVar
 import click
 
 from pipeline.system.errors import UserError, did_you_mean
+from pipeline.system.names import public_name
+from pipeline.system.text_files import is_unicode
 from shards.files import write_json
+from shards.regular import is_special
 
 REQUIRED = dataclasses.MISSING
 # numpy and torch hold counts and seeds in 64 bits with a sign.
@@ -36,19 +39,22 @@ def option(
     lt: float | None = None,
     argument: bool = False,
     repeated: bool = False,
+    place: bool = False,
 ) -> Any:
     """A settings field. The limits have annotated-types' names: `ge` (at least), `le` (at most), `gt`, `lt`.
 
-    An `argument` is positional on the command line. A `repeated` option is a tuple with one value per use.
+    An `argument` is positional on the command line. A `repeated` option is a tuple with one value per use. A `place` is
+    text that may be a path or a name on a hub.
     """
     metadata = {"help": help, "choices": choices, "ge": ge, "le": le, "gt": gt, "lt": lt}
-    metadata |= {"argument": argument, "repeated": repeated}
+    metadata |= {"argument": argument, "repeated": repeated, "place": place}
     return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Base class of every stage's settings. Checks the limits of each field at construction.
+    """Base class of every stage's settings. Checks each field at construction: its limits, that text can be written
+    as UTF-8, that neither a path nor anything required is empty, and that a path leads to no FIFO or device.
 
     Paths may be given as strings, and tuples as lists. Raises UserError with the option, its value and the allowed
     values. The docstring of a subclass is its command's help. `work_module` holds `run(settings)`, and
@@ -63,7 +69,13 @@ class Settings:
         hints = typing.get_type_hints(type(self))
         for setting in fields(self):
             value = getattr(self, setting.name)
-            if isinstance(value, str) and kind_of(hints[setting.name]) is Path:
+            is_path = kind_of(hints[setting.name]) is Path
+            _check_text(flag(setting.name), value, needed=is_path or setting.default is REQUIRED)
+            if is_path and value is not None and is_special(Path(value)):
+                raise UserError(
+                    f"{flag(setting.name)} {value} is neither a regular file nor a directory. Choose another one."
+                )
+            if isinstance(value, str) and is_path:
                 object.__setattr__(self, setting.name, Path(value))
             elif isinstance(value, list):
                 value = tuple(value)
@@ -76,13 +88,25 @@ class Settings:
 
     def for_others(self) -> dict[str, Any]:
         """`as_json`, for files and logs that are published: of each path only its last part."""
-        values = ((setting.name, getattr(self, setting.name)) for setting in _ordered(type(self)))
-        return {name: value.name if isinstance(value, Path) else _plain(value) for name, value in values}
+        return {setting.name: _public(setting, getattr(self, setting.name)) for setting in _ordered(type(self))}
 
 
 def flag(name: str) -> str:
     """The command-line name of a field: `batch_size` -> `--batch-size`."""
     return "--" + name.replace("_", "-")
+
+
+def _check_text(name: str, value: Any, needed: bool) -> None:
+    """Raise UserError for text or a path that UTF-8 cannot express or that holds a NUL, and for an empty one that is
+    `needed`."""
+    for item in value if isinstance(value, tuple | list) else (value,):
+        text = str(item) if isinstance(item, str | Path) else ""
+        if not is_unicode(text):
+            raise UserError(f"{name} {text} holds bytes that are not UTF-8. Rename the file, or correct the value.")
+        if "\0" in text:
+            raise UserError(f"{name} {text} holds a NUL. Remove it.")
+    if isinstance(value, str) and needed and not value.strip():
+        raise UserError(f"{name} is empty. Give a value, or leave the option out if it has a default.")
 
 
 def _check(name: str, value: Any, limits: typing.Mapping[str, Any]) -> None:
@@ -115,6 +139,12 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
+def _public(setting: dataclasses.Field[Any], value: Any) -> Any:
+    if isinstance(value, Path):
+        return value.name
+    return public_name(value) if setting.metadata["place"] and value is not None else _plain(value)
+
+
 class Choice(click.Choice):
     """One of several names. The message about another one asks whether a similar name was meant."""
 
@@ -122,6 +152,15 @@ class Choice(click.Choice):
         if value not in self.choices:
             self.fail(not_one_of(value, tuple(self.choices)), param, ctx)
         return super().convert(value, param, ctx)
+
+
+class PathText(click.ParamType):
+    """A path as text, which the settings check and convert: as a Path, an empty one would be the current directory."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value
 
 
 class CommaSeparated(click.ParamType):
@@ -154,7 +193,7 @@ def _ordered(settings: type[Settings]) -> list[dataclasses.Field[Any]]:
 def _click_option(setting: dataclasses.Field[Any], hint: Any) -> click.Parameter:
     kind = kind_of(hint)
     if setting.metadata["argument"]:
-        return click.Argument([setting.name], type=kind, metavar="DIR")
+        return click.Argument([setting.name], type=_parameter_type(kind, setting), metavar="DIR")
     name, help = flag(setting.name), setting.metadata["help"]
     if setting.metadata["repeated"]:
         return click.Option([name, setting.name], multiple=True, required=setting.default is REQUIRED, help=help)
@@ -178,6 +217,8 @@ def _click_option(setting: dataclasses.Field[Any], hint: Any) -> click.Parameter
 def _parameter_type(kind: Any, setting: dataclasses.Field[Any]) -> Any:
     if typing.get_origin(kind) is tuple:
         return CommaSeparated()
+    if kind is Path:
+        return PathText()
     choices = setting.metadata["choices"]
     return Choice(choices) if choices else kind
 

@@ -9,7 +9,7 @@ from diffusers import UNet2DConditionModel
 
 from pipeline.models.checksums import changed_files
 from pipeline.models.hashing import shapes_of
-from pipeline.models.load import refuse_quantised
+from pipeline.models.load import refuse_quantised, refuse_special_files
 from pipeline.system.errors import UserError, first_line
 from shards.files import file_sha256
 
@@ -25,6 +25,7 @@ def initial_student(cache: Path, level: str, init_from: Path | None) -> UNet2DCo
         )
     if init_from is None:
         return load_student(folder, "Copy it from an intact cache.")
+    refuse_special_files(init_from, f"--init-from {init_from}")
     student = load_student(unet_folder(init_from), "Pass a saved student or its pipeline to --init-from.")
     refuse_quantised(student, init_from)
     with torch.device("meta"):

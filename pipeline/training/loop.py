@@ -34,7 +34,6 @@ from pipeline.system.compiling import compile_failures
 from pipeline.system.device import leave_processes
 from pipeline.system.echo import say
 from pipeline.system.errors import FAILURES, UserError, first_line
-from pipeline.system.prompts import read_prompts
 from pipeline.training.accelerator import start_trackers
 from pipeline.training.checkpoint import (
     keep_newest,
@@ -51,7 +50,7 @@ from pipeline.training.optimizer import check_moments, laid_out_like, make_optim
 from pipeline.training.output import CHECKPOINTS, FINISHED, METRICS, VALIDATION, weights_of
 from pipeline.training.peers import Peers
 from pipeline.training.transform import Transform
-from pipeline.training.validation import evaluated, generate_validation
+from pipeline.training.validation import evaluated, generate_validation, prompts_of
 from shards.dataset import Batch
 from shards.files import write_json
 
@@ -154,7 +153,7 @@ def prepare_training(
     held_out: HeldOut | None = None,
 ) -> Training:
     """Everything that trains the student, on the device; with the `state` of a checkpoint if there is one."""
-    prompts = read_prompts(settings.validation_prompts) if settings.validation_prompts else []
+    prompts = prompts_of(settings)
     if prompts:
         scheduler = load_scheduler(base)
         set_prediction_type(scheduler, noise_scheduler.config.prediction_type)

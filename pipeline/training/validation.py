@@ -14,6 +14,19 @@ from torch import nn
 from pipeline.models.load import load_base
 from pipeline.models.schedule import set_prediction_type
 from pipeline.sampling.generate import GeneratedImages, Sampler, generate, load_images, save_images
+from pipeline.settings.training import TrainingSettings
+from pipeline.system.prompts import read_prompts
+
+
+def prompts_of(settings: TrainingSettings) -> list[str]:
+    """The prompts of --validation-prompts, if it is given. Raises UserError for a file that cannot be used."""
+    return read_prompts(settings.validation_prompts) if settings.validation_prompts else []
+
+
+def planned_images(settings: TrainingSettings) -> list[str]:
+    """The line of --dry-run on validation images; none without prompts. Raises UserError as `prompts_of` does."""
+    prompts = prompts_of(settings)
+    return [f"validation images: {len(prompts)} every {settings.validation_steps} steps"] if prompts else []
 
 
 @contextmanager

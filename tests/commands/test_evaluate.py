@@ -66,6 +66,14 @@ def done(place):
     return place / "out", result.stdout
 
 
+def test_nothing_that_is_shown_holds_a_path(done, place):
+    """Other than evaluate.json, which a rerun compares."""
+    for file in [done[0] / "evaluation.json", done[0] / "report.html", *done[0].rglob("pictures.json")]:
+        assert str(place) not in file.read_text(), file
+    assert results(done[0])["teacher"] == {"model": "teacher"}
+    assert results(done[0])["settings"]["prompts"] == "prompts.txt"
+
+
 @pytest.fixture
 def copied(done, tmp_path):
     """A copy of the finished run."""

@@ -153,12 +153,49 @@ def test_a_line_without_a_caption_is_a_problem_of_its_record(tmp_path):
         (({"text": "x"},), "no 'file_name' in any line.*--image-column"),
         ((row("a.png"), {"text": "x"}), "line 2 has no 'file_name'. Add the file's name or delete the line"),
         ((row(7),), "'file_name' is 7, which is not a file name"),
+        ((row("a.png"), '{"file_name": "b.png", "text": "a", "text": "b"}'), "line 2 has the key 'text' twice. Fix or"),
         ((), "lists no images"),
     ],
 )
 def test_a_line_that_cannot_be_used_is_named(tmp_path, lines, message):
     with pytest.raises(UserError, match=message):
         open_folder(folder(tmp_path, *lines))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("file_name,text\n0.png,a circle\n1.png,a circle, red, big\n", 'line 3 has 4 fields, not 2.* in quotes: .*"'),
+        ("file_name,text,text\n0.png,a,b\n", "names the column 'text' twice. Rename or delete"),
+    ],
+)
+def test_a_csv_that_would_lose_a_part_of_a_caption_is_refused(tmp_path, text, message):
+    (tmp_path / "metadata.csv").write_text(text)
+    with pytest.raises(UserError, match=f"metadata.csv,? {message}"):
+        open_folder(tmp_path)
+
+
+def test_a_csv_takes_quoted_commas_and_columns_without_names(tmp_path):
+    (tmp_path / "metadata.csv").write_text('file_name,text,,\n0.png,"a circle, red",,\n')
+    assert [record.caption for record in open_folder(tmp_path).records] == ["a circle, red"]
+
+
+def test_an_absolute_file_name_counts_from_the_folder(tmp_path):
+    """Random draws depend on the name, and no one's paths are stored."""
+    data = tmp_path / "data"
+    (data / "sub").mkdir(parents=True)
+    (data / "sub" / "a.png").write_bytes(b"a")
+    (tmp_path / "outside.png").write_bytes(b"o")
+    (tmp_path / "link").symlink_to(data)
+    listed_names = [data / "sub" / "a.png", tmp_path / "link" / "sub" / "a.png", tmp_path / "outside.png"]
+    folder(data, *(row(str(name)) for name in listed_names), row("sub/../sub/a.png"))
+    for opened in (data, tmp_path / "link"):
+        source = open_folder(opened)
+        assert [r.source_id for r in source.records] == ["outside.png", "sub/../sub/a.png", "sub/a.png", "sub/a.png#2"]
+        outside, *inside = source.records
+        assert [source.read(record) for record in inside] == [b"a"] * 3
+        with pytest.raises(OSError, match="^it lies outside the folder$"):
+            source.read(outside)
 
 
 def test_a_caption_that_is_not_unicode_is_a_problem_of_its_record(tmp_path):

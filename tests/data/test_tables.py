@@ -28,6 +28,35 @@ def listed(source):
     return [(record.source_id, record.caption, source.read(record)) for record in source.records]
 
 
+@pytest.mark.parametrize("ending", ["parquet", "arrow"])
+def test_a_table_without_rows_is_refused_and_a_file_without_rows_passed_over(tmp_path, ending):
+    schema = pyarrow.schema([("image", pyarrow.binary()), ("text", pyarrow.string())])
+    (tmp_path / "data").mkdir()
+    for name, values in (("0", []), ("1", [b"one"])):
+        table = pyarrow.table({"image": values, "text": ["uno"] * len(values)}, schema)
+        path = tmp_path / "data" / f"{name}.{ending}"
+        if ending == "parquet":
+            pyarrow.parquet.write_table(table, path)
+        else:
+            with pyarrow.ipc.new_stream(path, schema) as stream:
+                stream.write_table(table)
+    with pytest.raises(UserError, match=r"--data .*0\.\w+ has no rows"):
+        open_table(tmp_path / "data" / f"0.{ending}")
+    assert listed(open_table(tmp_path / "data")) == [("000000000", "uno", b"one")]
+
+
+@pytest.mark.parametrize(
+    ("image", "reason"),
+    [({"bytes": 5, "path": "x"}, "the row has int in place of the image's bytes"), ({"bytes": None, "path": 5}, "")],
+)
+def test_an_image_of_another_type_has_a_reason(tmp_path, image, reason):
+    path = tmp_path / "data.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"image": [image], "text": ["a caption"]}), path)
+    source = open_table(path)
+    with pytest.raises(OSError, match=reason or "the row has the path 5"):
+        source.read(source.records[0])
+
+
 PLAIN = [("000000000", "nought", b"zero"), ("000000001", "uno", b"one")]
 
 

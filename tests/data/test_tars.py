@@ -6,8 +6,10 @@ import os
 import tarfile
 
 import pytest
+from webdataset.shardlists import expand_urls
 
 from pipeline.data.source import DataSettings, open_source
+from pipeline.data.tars import count_expansions, tars_named
 from pipeline.system.errors import UserError
 
 
@@ -99,6 +101,8 @@ def test_a_sample_without_an_image_or_a_caption_has_a_problem(tmp_path):
         ("f.txt", b"y" * (1 << 20) + b"y"),
         ("g.jpg", b"x"),
         ("g.json", fields(caption=["two", "captions"])),
+        ("h.jpg", b"x"),
+        ("h.json", b'{"caption": "one", "caption": "two"}'),
     )
     found = {record.source_id: record.problem or record.caption for record in open_tars(tar).records}
     assert found == {
@@ -109,7 +113,42 @@ def test_a_sample_without_an_image_or_a_caption_has_a_problem(tmp_path):
         "e.jpg": "there is no caption",
         "f.jpg": "the .txt has 1048577 bytes, too many for a caption",
         "g.jpg": "two",
+        "h.jpg": "the .json has the key 'caption' twice",
     }
+
+
+@pytest.mark.parametrize(
+    ("pattern", "count"),
+    [("none/{0..9999999999}.tar", 10**10), ("{0..9}" * 8 + ".tar", 10**8), ("{a,b}" * 30 + ".tar", 2**30)],
+)
+def test_a_pattern_that_would_fill_the_memory_is_refused(pattern, count):
+    with pytest.raises(UserError, match=f"stands for {count} tars, more than 1000000. Correct the numbers"):
+        tars_named(pattern)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        *(
+            "a.tar",
+            "{0..9}.tar",
+            "{00..12}{a,b}.tar",
+            "{{0..9},{0..9}{a,b}}.tar",
+            "a{b}c{1..3}",
+            "{9..1..2}",
+            "{-3..3}",
+        ),
+        *("x{a,b,}{,c}.tar", "{1..{2,3}}", "a,b{c,d}", "{a,{b,c}}x{d,{0..3},e}", "{0..9..0}", r"\{{1,2}\}"),
+    ],
+)
+def test_patterns_are_counted_as_they_are_expanded(pattern):
+    assert count_expansions(pattern) == len(expand_urls(pattern))
+
+
+def test_letters_count_as_many_and_a_pattern_that_is_none_is_refused():
+    assert count_expansions("{a..e}.tar") >= 5
+    with pytest.raises(UserError, match=r"--data \{1\{2,3\}.tar is not a pattern"):
+        tars_named("{1{2,3}.tar")
 
 
 def link(name, target, kind=tarfile.SYMTYPE):

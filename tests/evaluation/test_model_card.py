@@ -161,6 +161,13 @@ def test_the_card_of_a_teacher_on_the_hub_is_downloaded(teacher, tmp_path, monke
     assert found == {"name": "some/teacher", "hub": True, "revision": "fp16", "license": "openrail++"}
 
 
+def test_a_teacher_in_one_file_is_named_without_its_folder(teacher, tmp_path):
+    file = tmp_path / "secret.safetensors"
+    file.write_bytes(b"")
+    for name in (str(file), "/nowhere/secret.safetensors"):
+        assert teacher_origin(name, teacher, None) == {"name": "secret.safetensors", "hub": False}
+
+
 def test_names_and_licences_of_others_are_shown_as_plain_text():
     """A teacher's card is somebody else's text: it adds no HTML, heading, link or table cell to the student's."""
     origin = {

@@ -1,6 +1,7 @@
 """What a pipeline must be like to be used, and what is said about one that is not."""
 
 import json
+import os
 import pickle
 import shutil
 
@@ -423,6 +424,19 @@ def test_a_folder_that_holds_a_single_file_leads_to_it(tmp_path):
         f"--teacher {tmp_path} has no model_index.json. "
         f"To use the single file in it, give --teacher {tmp_path / 'model.safetensors'}."
     )
+
+
+@pytest.mark.parametrize(
+    "path", ["model_index.json", "unet/config.json", "README.md", "tokenizer/vocab.json", NETWORKS["vae"]]
+)
+def test_a_file_that_could_be_waited_for_is_named(model, path):
+    """Of the libraries' files as well: they would open it."""
+    (model / path).unlink(missing_ok=True)
+    os.mkfifo(model / path)
+    if path == "model_index.json":
+        assert "has no model_index.json" in refusal(lambda: find_pipeline(str(model), None, None))
+    else:
+        assert f"{path} is not a regular file. Copy it again" in refusal(lambda: find_pipeline(str(model), None, None))
 
 
 def test_keys_that_a_config_leaves_out_have_the_defaults_of_its_own_class(model):

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shards.plan import ShardPlan, count_entries, share
-from shards.schema import round_of, sidecar_name
+from shards.schema import ShardError, round_of, sidecar_name
 from shards.store import open_store
 
 
@@ -42,3 +42,23 @@ def test_the_shares_are_disjoint_and_complete(processes):
     shares = [share(shards, process, processes) for process in range(processes)]
     assert sorted((shard for own in shares for shard in own), key=lambda shard: shard.name) == shards
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@pytest.mark.parametrize(
+    ("counts", "problem"),
+    [
+        ((10**12, 1000), "the number of entries is 1000000000000, not one from 0 to 1000000000"),
+        ((-1, 1000), "the number of entries is -1"),
+        (("48", 10), "the number of entries is '48'"),
+        ((True, 10), "the number of entries is True"),
+        ((5.0, 10), "the number of entries is 5.0"),
+        ((48, 0), "the number of entries per shard is 0, not one from 1"),
+        ((48, -5), "the number of entries per shard is -5"),
+        ((48, 10, 0), "the number of rounds is 0"),
+        ((48, 10, 10**12), "the plan has 5000000000000 shards, more than 1000000"),
+        ((10**9, 1), "the plan has 1000000000 shards"),
+    ],
+)
+def test_counts_that_no_set_has_are_refused_before_a_plan_is_made(counts, problem):
+    with pytest.raises(ShardError, match=f"^{problem}"):
+        ShardPlan(*counts)

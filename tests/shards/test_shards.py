@@ -51,6 +51,32 @@ def directory(tmp_path):
     return make_set(tmp_path / "set")
 
 
+CACHE = {**SPEC, "stage": "cache", "latents": {"entries": 5}}
+
+
+@pytest.mark.parametrize(
+    ("spec", "problem"),
+    [
+        (SPEC | {"entries": 10**12}, "the number of entries is 1000000000000"),
+        (SPEC | {"entries": "48"}, "the number of entries is '48'"),
+        (SPEC | {"entries_per_shard": 0}, "the number of entries per shard is 0"),
+        ({"stage": "latents"}, "the number of entries is None"),
+        (SPEC | {"latents_shape": [4, 10**12]}, "its latents_shape is "),
+        (SPEC | {"prompt_embeds_shape": 7}, "its prompt_embeds_shape is 7"),
+        (CACHE | {"latents": []}, "its latents are not described"),
+        (CACHE | {"latents": {"entries": 4}}, "it has 5 entries of 4 images"),
+        (CACHE | {"taps": {"mid": {"shape": [1, 2], "stride": 1}}}, "its tap mid is "),
+        (CACHE | {"taps": {"mid": {"shape": [1, 2, 2], "stride": 0}}}, "its tap mid is "),
+        (CACHE | {"taps": 5}, "its taps or its noise scheduler are not described"),
+        (CACHE | {"noise_scheduler": {"num_train_timesteps": "x"}}, "its noise scheduler has no number"),
+    ],
+)
+def test_a_forged_spec_is_refused_whatever_its_hash(tmp_path, spec, problem):
+    write_manifest(open_store(tmp_path), Manifest(spec, None if spec["stage"] == "latents" else 2))
+    with pytest.raises(ShardError, match=f"manifest.json cannot be used: {problem}.*Restore it from a backup"):
+        read_manifest(open_store(tmp_path))
+
+
 def test_stock_webdataset_finds_every_member(directory):
     shards = [str(directory / name) for name in ShardPlan(5, 3).names()]
     samples = list(webdataset.WebDataset(shards, shardshuffle=False).decode())

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from shards.store import CHUNK, open_store, read_chunks
+from shards.regular import NotRegularError
+from shards.store import CHUNK, MAX_READ_BYTES, open_store, read_chunks
 
 SHARDS = Path(__file__).parents[2] / "shards"
 # Modules through which a path could be opened.
@@ -85,16 +86,40 @@ def test_chunks_make_up_the_file(store):
     assert b"".join(read_chunks(store, "a")) == data
 
 
+@pytest.mark.parametrize("name", ["fifo", "device"])
+def test_what_is_not_a_file_is_never_waited_for(store, tmp_path, name):
+    if name == "fifo":
+        os.mkfifo(store.directory / name)
+    else:
+        (store.directory / name).symlink_to("/dev/zero")
+    assert not store.exists(name)
+    for read in (store.read, lambda name: store.read_ranges(name, [(0, 10)])):
+        with pytest.raises(NotRegularError, match=f"{name} is not a regular file") as caught:
+            read(name)
+        assert caught.value.filename == str(store.directory / name)
+
+
+def test_a_file_of_no_end_is_not_read_whole(store, monkeypatch):
+    with open(store.directory / "sparse", "wb") as stream:
+        stream.truncate(MAX_READ_BYTES + 1)
+    monkeypatch.setattr("shards.store.MAX_READ_BYTES", 100)
+    with pytest.raises(OSError, match="sparse has more than 100 bytes"):
+        store.read("sparse")
+    assert store.read_ranges("sparse", [(MAX_READ_BYTES, 5)]) == [bytes(1)]
+
+
 @pytest.mark.parametrize("path", sorted(SHARDS.glob("*.py")), ids=lambda path: path.stem)
 def test_only_the_store_opens_paths(path):
-    """`files` holds the local store's primitives, which the pipeline uses for its own folders too."""
-    if path.stem in ("store", "files"):
+    """`files` and `regular` hold the local store's primitives, which the pipeline uses for its own folders too."""
+    if path.stem in ("store", "files", "regular"):
         return
     tree = ast.parse(path.read_text(encoding="utf-8"))
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     sources = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     called = {node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
     assert not sources & (OPENERS | {"shards.files"})
+    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert not names & {"open_regular", "open_descriptor", "read_regular"}
     # The codec reads and writes .npy headers in memory.
     assert not imported & OPENERS - ({"io"} if path.stem == "codec" else set())
     assert "open" not in called
