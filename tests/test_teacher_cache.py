@@ -304,7 +304,7 @@ def dry_run(teacher, latents, out, *options):
     arguments = ["teacher-cache", "--teacher", teacher, "--latents", latents, "--out", out, *options, "--dry-run"]
     result = CliRunner().invoke(main, [str(argument) for argument in arguments])
     assert result.exit_code == 0, result.output
-    entries, shards = re.search(r"still to write: (\d+) entries in (\d+) shards", result.output).groups()
+    entries, shards = re.search(r"still to write: (\d+) entr\w+ in (\d+) shard", result.output).groups()
     return int(entries), int(shards), int(re.search(r"forward passes: (\d+)", result.output)[1])
 
 
@@ -374,7 +374,7 @@ def test_another_unet_of_the_same_name_is_refused_on_the_same_output(teacher, la
 def test_unfinished_latents_are_refused(teacher, images, tmp_path):
     latents = run_encode(teacher, images, tmp_path / "latents")
     (latents / "s00002.json").unlink()
-    with pytest.raises(ShardError, match="unfinished: 1 of 3 shards"):
+    with pytest.raises(ShardError, match="is unfinished. Missing shards: 1 of 3"):
         run_teacher_cache(teacher, latents, tmp_path / "c")
 
 
@@ -404,7 +404,7 @@ def test_taps_are_sampled_also_where_the_stride_does_not_divide(teacher, latents
 def test_a_cache_that_an_earlier_version_did_not_sample_is_continued(teacher, latents, tmp_path, monkeypatch):
     """Earlier versions kept all positions of a tap that the stride does not divide."""
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.cache.settings.token_stride", lambda *arguments: 1)
+        patch.setattr("pipeline.cache.taps.token_stride", lambda *arguments: 1)
         cache = run_teacher_cache(teacher, latents, tmp_path / "c", token_stride=3, token_min=16, rounds=1)
     before = tree(cache)
     run_teacher_cache(teacher, latents, cache, token_stride=3, token_min=16, rounds=2)

@@ -90,7 +90,6 @@ def write_cache(settings: TeacherCacheSettings, lock: OutputLock) -> None:
         manifest = claim(settings.out, "cache", spec, alone=alone, rounds=settings.rounds)
         saved = save_students(settings, folder, unet, noise_scheduler)
         manifest = bind_parts(settings.out, manifest, saved)
-        write_teacher_config(settings.out, unet)
         write_origin(settings.out, settings.teacher, folder, settings.revision, settings.latents)
     del base
     unfinished, own = share_unfinished(settings.out, manifest, state, settings.shard_range)
@@ -107,6 +106,7 @@ def write_cache(settings: TeacherCacheSettings, lock: OutputLock) -> None:
 
     if state.is_main_process:
         write_settings(settings.out, "teacher-cache", settings)
+        write_teacher_config(settings.out, unet)
     dtype = DTYPES[spec["dtype"]]
     unet.to(state.device, dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
     if settings.compile:

@@ -175,7 +175,7 @@ def test_lora_trains_the_adapter_alone_and_is_loaded_by_the_pipeline(student, la
     changed = {name for name, value in training.student.state_dict().items() if not torch.equal(before[name], value)}
     assert changed
     assert all("lora_" in name for name in changed)
-    training.transform.convert(training.student, training.base, settings.out)
+    training.transform.convert(training.student, training.base, settings.out, "epsilon")
 
     pipe = StableDiffusionPipeline.from_pretrained(student, safety_checker=None)
     pipe.load_lora_weights(settings.out)
