@@ -60,7 +60,7 @@ def test_a_replaced_image_is_refused_with_what_to_delete(teacher, data, out, tmp
     replace(data, "007.png")
     message = refusal(teacher, data, out)
     assert f"the image 007.png was replaced after {out}/s00001.tar was written: it had {size} bytes" in message
-    assert "1 images in 1 shards" in message
+    assert "1 image in 1 shard." in message
     assert f"delete s00001.tar and s00001.json in {out}, and rerun the same command" in message
     # The plan of a run says so too.
     options = ["--device", "cpu", "--resolution", 32, "--batch-size", 4, "--entries-per-shard", 5]
