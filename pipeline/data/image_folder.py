@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pipeline.data.fields import field
 from pipeline.data.files import (
     MAX_IMAGE_BYTES,
     MAX_TEXT_BYTES,
@@ -156,8 +157,12 @@ def _listed_in(metadata: Path, image_column: str, caption_column: str) -> list[L
             f"{metadata} lists no images. Write one JSON object per line, such as "
             f'{{"{image_column}": "0001.jpg", "{caption_column}": "a caption"}}'
         )
-    for column, flag in ((image_column, "--image-column"), (caption_column, "--caption-column")):
-        if column not in columns:
+    captioned = caption_column in columns or any(image.captions is not None for image in images)
+    for column, flag, found in (
+        (image_column, "--image-column", image_column in columns),
+        (caption_column, "--caption-column", captioned),
+    ):
+        if not found:
             raise UserError(
                 f"{metadata} has no {column!r} in any line. It has {', '.join(map(repr, columns))}: "
                 f"choose one with {flag}."
@@ -221,7 +226,7 @@ def _image_of(row: dict[str, Any], path: Path, number: int, image_column: str, c
     if not isinstance(name, str) or not name or not is_unicode(name):
         raise UserError(f"{path}, line {number}: {image_column!r} is {name!r}, which is not a file name")
     return ListedImage(
-        _own_name(path.parent, name), name, row.get(caption_column), size=regular_size(path.parent / name)
+        _own_name(path.parent, name), name, field(row, caption_column), size=regular_size(path.parent / name)
     )
 
 

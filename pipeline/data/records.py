@@ -62,7 +62,8 @@ def records_of(images: list[ListedImage], settings: DataSettings) -> list[Record
     """The records of the selected images, in order. Captions and views of one image follow one another."""
     selected = select_images(images, settings)
     records = numbered(record for image in selected for record in captioned(image, settings))
-    return [view for record in records for view in views(record, settings.views)]
+    seen = [view for record in records for view in views(record, settings.views)]
+    return [with_shuffled_tags(record, settings.seed) for record in seen] if settings.shuffle_tags else seen
 
 
 def select_images(images: list[ListedImage], settings: DataSettings) -> list[ListedImage]:
@@ -104,6 +105,13 @@ def numbered(records: Iterable[Record]) -> list[Record]:
 def views(record: Record, count: int) -> list[Record]:
     """The record and `count` - 1 copies, named with `@2`, `@3`, ... so that they get random draws of their own."""
     return [record, *(replace(record, source_id=f"{record.source_id}@{view}") for view in range(2, count + 1))]
+
+
+def with_shuffled_tags(record: Record, seed: int) -> Record:
+    """The record with its caption's comma-separated tags in an order of its own. Each view has another."""
+    tags = [tag.strip() for tag in record.caption.split(",") if tag.strip()]
+    order = draws.generator(seed, record.source_id, 0, "tags").permutation(len(tags))
+    return replace(record, caption=", ".join(tags[i] for i in order))
 
 
 def inputs_sha256(records: list[Record]) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pipeline.data.fields import field
 from pipeline.data.files import MAX_IMAGE_BYTES, files_in, refuse_special, regular_size
 from pipeline.data.records import ListedImage
 from pipeline.settings.data import DataSettings
@@ -36,7 +37,10 @@ class Table:
         """`may_read_paths`: whether to read image files by paths in the table; never for a table from elsewhere."""
         self.image_column = settings.image_column or "image"
         self.caption_column = settings.caption_column or "text"
-        for column, flag in ((self.image_column, "--image-column"), (self.caption_column, "--caption-column")):
+        # Of nested columns, `column.field` leads to the captions.
+        top = self.caption_column.partition(".")[0]
+        self.outer = self.caption_column if self.caption_column in dataset.column_names else top
+        for column, flag in ((self.image_column, "--image-column"), (self.outer, "--caption-column")):
             if column not in dataset.column_names:
                 raise UserError(
                     f"--data {settings.data} has no column {column!r}. It has "
@@ -51,7 +55,8 @@ class Table:
         images = self.dataset.data.column(self.image_column)
         try:
             paths = _values(images, "path")
-            captions = self.dataset.data.column(self.caption_column).to_pylist()
+            outer = self.dataset.data.column(self.outer).to_pylist()
+            captions = [field({self.outer: value}, self.caption_column) for value in outer]
             names = _names(self.dataset, paths)
         except UnicodeDecodeError as error:
             raise UserError(f"--data {self.data} holds text that is not UTF-8 ({error}). Write it again.") from None

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from webdataset.shardlists import expand_urls
 
+from pipeline.data.fields import field
 from pipeline.data.files import (
     MAX_IMAGE_BYTES,
     MAX_TEXT_BYTES,
@@ -290,7 +291,7 @@ def _captions(sample: dict[str, Member], column: str | None, fd: int) -> Any:
         fields = parse_json(text)
     except ValueError as error:
         raise ValueError(f"the .json {error}") from None
-    return fields.get(column or "caption") if isinstance(fields, dict) else None
+    return field(fields, column or "caption")
 
 
 def _text(member: Member, fd: int) -> str:

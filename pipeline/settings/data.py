@@ -21,13 +21,16 @@ class DataSettings(Settings):
         "Column of the images. By default file_name in a list, image in a table, any image file in a tar.",
     )
     caption_column: str | None = option(
-        None, "Column of the captions. By default text; in a tar the .txt, the .caption, or caption in the .json."
+        None,
+        "Column of the captions, or a.b for the field b of a nested column a. By default text; in a tar the .txt, the "
+        ".caption, or caption in the .json.",
     )
     captions: str = option(
         "first",
         "Which captions of an image with several to use: the first, all (one entry each), or one at random.",
         choices=CAPTIONS,
     )
+    shuffle_tags: bool = option(False, "Put the comma-separated tags of each caption in a random order.")
     split: str = option("train", "Split of a dataset, or the subfolder of a folder that holds the list of images.")
     dataset_config_name: str | None = option(None, "Configuration of a dataset on the hub.")
     dataset_revision: str | None = option(None, "Revision of a dataset on the hub.")
