@@ -160,14 +160,14 @@ def test_passes_of_a_network_like_the_teachers_are_timed_in_turns(student, tmp_p
     assert float(cells["student"].split()[0]) > 0
     # A cache of an earlier version does not say what its teacher was like.
     cache = tmp_path / "cache"
-    shutil.copytree(student.parent / "cache", cache)
-    (cache / "teacher.json").unlink()
+    shutil.copytree(student.parent / "cache", cache, ignore=shutil.ignore_patterns("samples", "teacher.json"))
     out = run_distill(cache, tmp_path / "out", report=True, max_train_steps=1)
     assert "seconds per U-Net pass" not in (out / "report.html").read_text()
 
 
 def test_validation_is_shown(student, tmp_path, teacher):
-    cache, prompts = student.parent / "cache", tmp_path / "prompts.txt"
+    cache, prompts = tmp_path / "cache", tmp_path / "prompts.txt"
+    shutil.copytree(student.parent / "cache", cache, ignore=shutil.ignore_patterns("samples"))
     prompts.write_text("a cat\na dog\n")
     held_out = run_encode(teacher, write_images(tmp_path / "images", 5, seed=3), tmp_path / "latents")
     more = {"validation_prompts": prompts, "validation_latents": held_out, "validation_steps": 1}
