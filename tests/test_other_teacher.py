@@ -106,7 +106,13 @@ def test_a_cache_is_neither_gone_on_with_nor_recomputed(model, images, tmp_path)
 )
 def test_a_training_is_not_resumed(model, images, tmp_path, file, changes, field):
     latents = run_encode(model, images, tmp_path / "latents")
-    settings = {"model": str(model), "latents": latents, "out": tmp_path / "out", "train_batch_size": 2}
+    settings = {
+        "model": str(model),
+        "latents": latents,
+        "out": tmp_path / "out",
+        "train_batch_size": 2,
+        "report": False,
+    }
     more = {"dataloader_num_workers": 0, "device": "cpu"}
     finetune.run(FinetuneSettings(**settings, **more, max_train_steps=1))
     reset_accelerate()
@@ -117,7 +123,13 @@ def test_a_training_is_not_resumed(model, images, tmp_path, file, changes, field
 
 def test_a_training_that_an_earlier_version_began_is_resumed(model, images, tmp_path):
     latents = run_encode(model, images, tmp_path / "latents")
-    settings = {"model": str(model), "latents": latents, "out": tmp_path / "out", "train_batch_size": 2}
+    settings = {
+        "model": str(model),
+        "latents": latents,
+        "out": tmp_path / "out",
+        "train_batch_size": 2,
+        "report": False,
+    }
     more = {"dataloader_num_workers": 0, "device": "cpu"}
     finetune.run(FinetuneSettings(**settings, **more, max_train_steps=1))
     reset_accelerate()

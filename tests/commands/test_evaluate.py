@@ -176,7 +176,7 @@ def test_quantised_weights_can_generate_but_not_train_or_teach(place, tmp_path):
 def test_the_report_shows_the_table_the_curves_and_the_images(done):
     page = (done[0] / "report.html").read_text()
     assert page.count("<img") == 2 + 2 * len(PROMPTS)
-    assert 'alt="errors over timesteps"' in page
+    assert 'alt="errors over timesteps: output"' in page
     for name in ("U-Net parameters", "mid_block, all timesteps", "CLIP score, 100 cos", "num_inference_steps"):
         assert name in page
     assert set(re.findall(r"""(?:src|href)=["']?(.{5})""", page)) == {"data:"}

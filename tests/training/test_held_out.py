@@ -106,7 +106,9 @@ def test_finetune_measures_it_too(work, teacher, tmp_path):
         "report": False,
     }
     out = tmp_path / "out"
-    finetune.run(FinetuneSettings(model=teacher, latents=latents, out=out, validation_latents=held_out, **settings))
+    finetune.run(
+        FinetuneSettings(model=str(teacher), latents=latents, out=out, validation_latents=held_out, **settings)
+    )
     assert [*lines_of(out)] == [0, 2]
 
 
