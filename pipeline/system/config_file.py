@@ -8,6 +8,7 @@ A file holds the options of one command, as --dry-run prints them, or of several
 
 from __future__ import annotations
 
+import functools
 import reprlib
 import typing
 from dataclasses import fields
@@ -43,12 +44,18 @@ def config_options(settings: type[Settings]) -> list[click.Parameter]:
     options: list[click.Parameter] = [
         click.Option(["--config"], metavar="FILE", help="YAML file of options, as --dry-run prints them.", **eager)
     ]
-    presets = [file.stem for file in sorted(PRESETS.glob("*.yaml")) if command in parse_yaml(file.read_text())]
+    presets = [name for name, commands in commands_of_presets().items() if command in commands]
     if presets:
         options.append(
             click.Option(["--preset"], type=click.Choice(presets), help="Options of a published recipe.", **eager)
         )
     return options
+
+
+@functools.cache
+def commands_of_presets() -> dict[str, list[str]]:
+    """The commands that each preset has options for."""
+    return {file.stem: list(parse_yaml(file.read_text())) for file in sorted(PRESETS.glob("*.yaml"))}
 
 
 def section_of(file: Path, settings: type[Settings]) -> dict[str, Any]:
