@@ -10,7 +10,8 @@ from diffusers import UNet2DConditionModel
 from pipeline.models.checksums import changed_files
 from pipeline.models.hashing import shapes_of
 from pipeline.models.load import refuse_quantised, refuse_special_files
-from pipeline.system.errors import UserError, first_line
+from pipeline.models.weights import load_network
+from pipeline.system.errors import UserError
 from shards.files import file_sha256
 
 
@@ -39,11 +40,11 @@ def initial_student(cache: Path, level: str, init_from: Path | None) -> UNet2DCo
 
 
 def load_student(folder: Path, remedy: str) -> UNet2DConditionModel:
-    """The student in a folder. Raises UserError that ends with the remedy."""
+    """The student in a folder, with every tensor from its files. Raises UserError that ends with the remedy."""
     try:
-        return UNet2DConditionModel.from_pretrained(folder)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{folder} cannot be loaded ({first_line(error)}). {remedy}") from error
+        return load_network(UNet2DConditionModel, folder, None, fallback=False)
+    except UserError as error:
+        raise UserError(f"{folder} cannot be loaded ({str(error).rstrip('.')}). {remedy}") from error
 
 
 def unet_folder(saved: Path) -> Path:

@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import re
 import sys
 import types
 
@@ -14,6 +15,7 @@ from diffusers import DiffusionPipeline
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from support.stages import (
     metrics,
     prepared,
@@ -48,6 +50,21 @@ def test_a_saved_student_is_trained_on(cache, saved, tmp_path, part):
     _, training = prepared(cache, tmp_path / "out", level="sd_small", init_from=saved / part)
     begun, left = training.student.state_dict(), state_dict_of(saved / "unet")
     assert all(torch.equal(begun[name], left[name]) for name in left)
+
+
+@pytest.mark.parametrize("change", ["missing", "spare"])
+def test_a_saved_student_with_other_tensors_than_its_layers_is_refused(cache, saved, tmp_path, change):
+    """The library would leave what is missing random, and what is spare out."""
+    file = saved / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.startswith("up_blocks"))
+    tensors["up_blocks.0.spare"] = tensors[name].clone()
+    if change == "missing":
+        del tensors["up_blocks.0.spare"], tensors[name]
+    save_file(tensors, file, metadata={"format": "pt"})
+    named = name if change == "missing" else "up_blocks.0.spare"
+    with pytest.raises(UserError, match=f"unet cannot be loaded .*{re.escape(named)}.* Pass a saved student"):
+        run_distill(cache, tmp_path / "out", init_from=saved)
 
 
 def test_a_saved_student_can_be_trained_on_without_distillation(cache, saved, tmp_path):
