@@ -6,7 +6,7 @@ import sys
 
 # Output directories are locked, and child processes bound to their parent, with what only these systems have.
 if sys.platform == "win32":
-    raise SystemExit("distill-sd runs on Linux and macOS. On Windows, run it in WSL.")
+    raise SystemExit("distill-sd does not run on Windows itself. Run it in WSL.")
 
 # diffusers imports torchao if it is installed, and torchao logs missing GPU libraries at every start.
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")

@@ -6,7 +6,6 @@ A step: batch of entries -> noisy latents -> student U-Net -> three losses -> ba
 from __future__ import annotations
 
 from contextlib import closing
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +18,21 @@ from pipeline.demo.oracle import score_scenes
 from pipeline.evaluation.cost import forward_seconds
 from pipeline.evaluation.model_card import write_model_card
 from pipeline.models.families import family_of_spec
-from pipeline.models.hub import upload
 from pipeline.models.levels import LEVELS
 from pipeline.models.load import MODEL_INDEX, family_of, load_unet_folder
 from pipeline.models.provenance import CARD, read_origin
-from pipeline.models.save import write_fp16_variant
 from pipeline.sampling.process import PipelineRef, generate_in_process
 from pipeline.sampling.teacher_samples import teacher_samples
 from pipeline.settings.distill import DistillSettings
 from pipeline.settings.training import resolve_steps_and_lr, resume_fingerprint
-from pipeline.system.device import DTYPES, device_name, leave_processes, resolve_dtype
-from pipeline.system.echo import format_duration, plural, say
-from pipeline.system.errors import UserError, attempt_all, failing_with
+from pipeline.system.device import DTYPES, leave_processes, resolve_dtype
+from pipeline.system.echo import plural
+from pipeline.system.errors import UserError
 from pipeline.system.jsonl import read_jsonl
 from pipeline.system.lock import OutputLock
 from pipeline.system.page import REPORT
 from pipeline.training.accelerator import make_accelerator, resolve_precision
+from pipeline.training.ending import finish
 from pipeline.training.held_out import held_out_of
 from pipeline.training.initial_student import initial_student, unet_folder, weights_sha256s
 from pipeline.training.loader import batches
@@ -51,7 +49,7 @@ from pipeline.training.output import (
     nothing_left,
     refuse_damaged_result,
 )
-from pipeline.training.report import Report, write_report
+from pipeline.training.report import Report, circumstances, write_report
 from pipeline.training.transform import Transform
 from pipeline.training.validation import planned_images, validation_images
 from shards.dataset import CacheDataset
@@ -108,43 +106,20 @@ def train_student(settings: DistillSettings, lock: OutputLock) -> None:
         del training, stream
     leave_processes(accelerator)
     if accelerator.is_main_process:
-        finish(settings, accelerator.device, problems)
-
-
-def finish(settings: DistillSettings, device: torch.device, problems: list[str]) -> None:
-    """The report and the upload of a finished student. Raises UserError, at the end, for `problems` and what fails."""
-
-    def report() -> None:
-        if settings.report:
-            with failing_with(
-                f"{settings.out} holds the finished student, but its report could not be written",
-                "Rerun the same command to write it, or add --no-report.",
-            ):
-                save_report(settings, device)
-
-    def halve() -> None:
-        if settings.fp16_variant:
-            write_fp16_variant(settings.out, settings.out)
-
-    def tell() -> None:
-        seen = f"; see {settings.out / REPORT}" if (settings.out / REPORT).is_file() else ""
-        say(
-            f"{settings.out} holds the {settings.level} student of {plural(finished_step(settings.out), 'step')} "
-            f"as a diffusers pipeline{seen}"
+        finish(
+            settings,
+            "student",
+            f"the {settings.level} student of {plural(finished_step(settings.out), 'step')} as a diffusers pipeline",
+            lambda: save_report(settings, accelerator.device),
+            lambda: write_missing_card(settings),
+            problems,
         )
 
-    def publish() -> None:
-        if settings.push_to_hub:
-            if not (settings.out / CARD).is_file():
-                # A student of an earlier version.
-                write_model_card(settings.out, settings.as_json())
-            say(f"uploaded to {upload(settings.out, settings.push_to_hub)}")
 
-    def tell_problems() -> None:
-        if problems:
-            raise UserError("\n".join(problems))
-
-    attempt_all(report, halve, tell, publish, tell_problems)
+def write_missing_card(settings: DistillSettings) -> None:
+    """A student of an earlier version has no model card."""
+    if not (settings.out / CARD).is_file():
+        write_model_card(settings.out, settings.as_json())
 
 
 def training_spec(settings: DistillSettings, processes: int) -> dict[str, Any]:
@@ -216,14 +191,11 @@ def about(settings: DistillSettings, device: torch.device, metrics: list[dict[st
     """What the report says of a training's circumstances, as far as they are known."""
     spec, origin = read_manifest(open_store(settings.cache), "cache").spec, read_origin(settings.cache)
     teacher, data = (origin.get(name, {}).get("name", "not known") for name in ("teacher", "data"))
-    seconds = next((line["seconds"] for line in reversed(metrics) if "seconds" in line), None)
     return {
         "teacher": teacher,
         "data": f"{data}: {plural(spec['entries'], 'image')} at {spec['latents']['resolution']} px",
         "student": f"{settings.level}: it has {LEVELS[settings.level].summary}",
-        "device": f"{device_name(device)}, mixed precision {settings.mixed_precision}",
-        **({"duration": format_duration(seconds)} if seconds is not None else {}),
-        "finished": date.today().isoformat(),
+        **circumstances(device, settings.mixed_precision, metrics),
     }
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import closing
 from dataclasses import replace
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -30,24 +29,22 @@ from pipeline.demo.oracle import score_scenes
 from pipeline.evaluation.finetune_card import FinetuneCard, write_finetune_card
 from pipeline.models.families import family_of_spec
 from pipeline.models.hashing import config_of, weights_sha256
-from pipeline.models.hub import upload
 from pipeline.models.load import find_pipeline, load_base, load_unet, unet_config
 from pipeline.models.provenance import data_origin, teacher_origin
-from pipeline.models.save import write_fp16_variant
 from pipeline.models.schedule import load_noise_scheduler, read_noise_scheduler, schedule_of, set_prediction_type
 from pipeline.sampling.generate import Sampler, check_sampler
 from pipeline.sampling.process import PipelineRef, generate_in_process
 from pipeline.settings.finetune import FinetuneSettings
 from pipeline.settings.training import resolve_steps_and_lr, resume_fingerprint
-from pipeline.system.device import DTYPES, device_name, leave_processes, resolve_dtype
-from pipeline.system.echo import format_duration, plural, say
-from pipeline.system.errors import UserError, attempt_all, failing_with
+from pipeline.system.device import DTYPES, leave_processes, resolve_dtype
+from pipeline.system.echo import plural
 from pipeline.system.json_files import read_json
 from pipeline.system.jsonl import read_jsonl
 from pipeline.system.lock import OutputLock
 from pipeline.system.names import public_name
 from pipeline.system.page import GRID_PICTURES, REPORT
 from pipeline.training.accelerator import make_accelerator, resolve_precision
+from pipeline.training.ending import finish
 from pipeline.training.held_out import held_out_of
 from pipeline.training.loader import collated_batches
 from pipeline.training.loop import Training, prepare_training, run_training, start
@@ -66,7 +63,7 @@ from pipeline.training.output import (
     nothing_left,
     refuse_damaged_result,
 )
-from pipeline.training.report import Report, write_report
+from pipeline.training.report import Report, circumstances, write_report
 from pipeline.training.transform import Transform
 from pipeline.training.validation import planned_images, validation_images
 from shards.dataset import Batch, stack_tensors
@@ -134,48 +131,33 @@ def train_model(settings: FinetuneSettings, lock: OutputLock) -> None:
             problems = run_training(
                 settings, accelerator, training, stream, lambda: save(settings, training, folder, dataset)
             )
+        # The report needs the memory that the model takes.
+        del training, stream
+    else:
+        del unet
     leave_processes(accelerator)
     if accelerator.is_main_process:
-        finish(settings, folder, dataset, accelerator.device, problems)
-
-
-def finish(
-    settings: FinetuneSettings, folder: Path, dataset: LatentsDataset, device: torch.device, problems: list[str]
-) -> None:
-    """The report and the upload of a finished model. Raises UserError, at the end, for `problems` and what fails."""
-
-    def report() -> None:
-        if settings.report:
-            with failing_with(
-                f"{settings.out} holds the finished model, but its report could not be written",
-                "Rerun the same command to write it, or add --no-report.",
-            ):
-                save_report(settings, folder, dataset, device)
-
-    def halve() -> None:
-        if settings.fp16_variant:
-            write_fp16_variant(settings.out, settings.out)
-
-    def tell() -> None:
         what = "LoRA weights" if settings.lora_rank else "a diffusers pipeline"
-        seen = f"; see {settings.out / REPORT}" if (settings.out / REPORT).is_file() else ""
-        say(f"{settings.out} holds {what} of {plural(finished_step(settings.out), 'step')}{seen}")
-        trained = settings.prediction_type
-        if settings.lora_rank and trained not in (None, read_noise_scheduler(folder).config.prediction_type):
-            say(
-                f"note: with these LoRA weights the model predicts {trained}, which their file cannot state. Set "
-                f"prediction_type to {trained} in the scheduler of the pipeline that loads them."
-            )
+        finish(
+            settings,
+            "model",
+            f"{what} of {plural(finished_step(settings.out), 'step')}",
+            lambda: save_report(settings, folder, dataset, accelerator.device),
+            lambda: None,
+            problems,
+            note=prediction_note(settings, folder),
+        )
 
-    def publish() -> None:
-        if settings.push_to_hub:
-            say(f"uploaded to {upload(settings.out, settings.push_to_hub)}")
 
-    def tell_problems() -> None:
-        if problems:
-            raise UserError("\n".join(problems))
-
-    attempt_all(report, halve, tell, publish, tell_problems)
+def prediction_note(settings: FinetuneSettings, folder: Path) -> str | None:
+    """What the pipeline that loads these LoRA weights has to be told, since their file cannot state it."""
+    trained = settings.prediction_type
+    if not settings.lora_rank or trained in (None, read_noise_scheduler(folder).config.prediction_type):
+        return None
+    return (
+        f"note: with these LoRA weights the model predicts {trained}, which their file cannot state. Set "
+        f"prediction_type to {trained} in the scheduler of the pipeline that loads them."
+    )
 
 
 def save_report(settings: FinetuneSettings, folder: Path, dataset: LatentsDataset, device: torch.device) -> None:
@@ -189,7 +171,6 @@ def save_report(settings: FinetuneSettings, folder: Path, dataset: LatentsDatase
     )
     sampler = Sampler(size=sampling_size(dataset.shards, unet_config(folder)))
     lines, origin = read_jsonl(settings.out / METRICS), teacher_origin(settings.model, folder, settings.revision)
-    seconds = next((line["seconds"] for line in reversed(lines) if "seconds" in line), None)
     spec, data = dataset.shards.manifest.spec, data_origin(settings.latents).get("name", "not known")
     with_lora = f" with LoRA of rank {settings.lora_rank}" if settings.lora_rank else ""
     report = Report(
@@ -197,9 +178,7 @@ def save_report(settings: FinetuneSettings, folder: Path, dataset: LatentsDatase
         about={
             "model": origin["name"],
             "data": f"{data}: {plural(len(dataset), 'image')} at {spec['resolution']} px",
-            "device": f"{device_name(device)}, mixed precision {settings.mixed_precision}",
-            **({"duration": format_duration(seconds)} if seconds is not None else {}),
-            "finished": date.today().isoformat(),
+            **circumstances(device, settings.mixed_precision, lines),
         },
         settings=settings.for_others(),
         metrics=lines,

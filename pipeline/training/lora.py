@@ -18,14 +18,13 @@ from shards.files import atomic_file
 
 ADAPTER = "adapter.safetensors"
 WEIGHTS = "pytorch_lora_weights.safetensors"
-FORMATS = ("diffusers", "kohya")
 # The projections of every attention layer, as in diffusers' own LoRA training.
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 @dataclass(frozen=True)
 class Lora(Transform):
-    """Trains adapters of `rank` instead of the student, and saves only them, in one of FORMATS."""
+    """Trains adapters of `rank` instead of the student, and saves only them, in a format of LORA_FORMATS."""
 
     rank: int
     seed: int

@@ -5,11 +5,15 @@ from __future__ import annotations
 import html
 import re
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pipeline.sampling.generate import GeneratedImages, Scorer
-from pipeline.system.echo import plural
+from pipeline.system.device import device_name
+from pipeline.system.echo import format_duration, plural
 from pipeline.system.page import curves, facts, folded, folded_settings, grid, write_page
 
 HELD_OUT = "held_out/"
@@ -49,6 +53,16 @@ class Report:
     validation: dict[int, GeneratedImages]
     passes: dict[str, float]
     scorer: Scorer
+
+
+def circumstances(device: torch.device, precision: str | None, metrics: list[dict[str, Any]]) -> dict[str, str]:
+    """Where and when a training ran, as far as its metrics tell, for `Report.about`."""
+    seconds = next((line["seconds"] for line in reversed(metrics) if "seconds" in line), None)
+    return {
+        "device": f"{device_name(device)}, mixed precision {precision}",
+        **({"duration": format_duration(seconds)} if seconds is not None else {}),
+        "finished": date.today().isoformat(),
+    }
 
 
 def write_report(out: Path, report: Report) -> None:
