@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from shards import device_codec
-from shards.reader import ShardSet, StoredEntry
+from shards.cache import Cache
+from shards.reader import StoredEntry
 from shards.schema import INPUT_NOISE, LATENTS, NOISE, TEACHER_PRED, ShardError, conditioning_shapes, tap_member
 from shards.store import Store
 
@@ -96,27 +97,28 @@ class CacheDataset(Dataset):
     def __init__(
         self, cache: Store, taps: Sequence[str], with_teacher_pred: bool = True, rounds: int | None = None
     ) -> None:
-        self.shards = ShardSet(cache, "cache", rounds)
-        known = self.shards.manifest.spec["taps"]
+        self.cache = Cache(cache, rounds)
+        self.spec = self.cache.manifest.spec
+        known = self.spec["taps"]
         absent = [tap for tap in taps if tap not in known]
         if absent:
             raise ShardError(
                 f"{cache} has no features of {', '.join(absent)}. "
                 "Make a cache with `distill-sd teacher-cache --students` and every level it must serve."
             )
-        if not len(self.shards):
+        if not len(self.cache):
             raise ShardError(f"{cache} has no entries: `encode` skipped every image. See skipped.jsonl in its output.")
         self.taps = tuple(taps)
-        optional = {TEACHER_PRED: with_teacher_pred, INPUT_NOISE: self.shards.manifest.spec.get("input_perturbation")}
-        self.conditioning = list(conditioning_shapes(self.shards.manifest.spec))
+        optional = {TEACHER_PRED: with_teacher_pred, INPUT_NOISE: self.spec.get("input_perturbation")}
+        self.conditioning = list(conditioning_shapes(self.spec))
         stored = [LATENTS, NOISE, *self.conditioning]
         self.tensors = [*stored, *(name for name, wanted in optional.items() if wanted)]
 
     def __len__(self) -> int:
-        return len(self.shards)
+        return len(self.cache)
 
     def __getitem__(self, index: int) -> StoredEntry:
-        return self.shards.read(index, [*self.tensors, *map(tap_member, self.taps)])
+        return self.cache.read(index, [*self.tensors, *map(tap_member, self.taps)])
 
     def collate(self, entries: list[StoredEntry]) -> Batch:
         stacked = stack_tensors(entries, self.tensors)
@@ -141,7 +143,7 @@ class CacheDataset(Dataset):
             values=torch.from_numpy(np.stack([tensor.values for tensor in stored])),
             rows=tuple(record["row"] for record in records),
             columns=tuple(record["column"] for record in records),
-            stride=self.shards.manifest.spec["taps"][tap]["stride"],
+            stride=self.spec["taps"][tap]["stride"],
             mu=torch.from_numpy(np.stack(means)) if means else None,
             quant_step=torch.tensor([record["step"] for record in records]) if means else None,
             offsets=tuple(record["dither"] for record in records) if means else None,

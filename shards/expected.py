@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from shards.codec import DITHER_TABLE_SIZE, EXACT_DTYPES
+from shards.manifest import Manifest
 from shards.schema import (
     INPUT_NOISE,
     LATENTS,
@@ -51,22 +52,32 @@ class Expected:
             raise ShardError(f"it is {list(values.shape)} of {values.dtype}, not {list(self.shape)} of {wanted}")
 
 
-def expected_tensors(spec: dict[str, Any]) -> dict[str, Expected]:
-    """Every tensor of an entry of latents or of a cache, by name without file ending; images' tensors are fp16."""
-    half = np.dtype(np.float16)
+HALF = np.dtype(np.float16)
+
+
+def image_tensors(spec: dict[str, Any]) -> dict[str, Expected]:
+    """The tensors of an image, by name without file ending: latents and conditioning, fp16."""
     latents = spec.get("latents", spec)
     if "latents_shape" not in latents:
         return {}
-    shape = tuple(latents["latents_shape"])
-    tensors = {LATENTS: Expected(shape, half)}
-    tensors |= {name: Expected(stated, half) for name, stated in conditioning_shapes(spec).items()}
-    if spec["stage"] == "latents":
-        return tensors
+    shapes = {LATENTS: tuple(latents["latents_shape"]), **conditioning_shapes(spec)}
+    return {name: Expected(shape, HALF) for name, shape in shapes.items()}
+
+
+def target_tensors(spec: dict[str, Any]) -> dict[str, Expected]:
+    """The tensors that a cache adds to those of an image."""
+    shape = tuple(spec["latents"]["latents_shape"])
     exact = EXACT_DTYPES.get(spec["codec"]["name"])
-    tensors |= {NOISE: Expected(shape, half), TEACHER_PRED: Expected(shape, exact or half)}
+    tensors = {NOISE: Expected(shape, HALF), TEACHER_PRED: Expected(shape, exact or HALF)}
     if spec.get("input_perturbation"):
-        tensors[INPUT_NOISE] = Expected(shape, half)
+        tensors[INPUT_NOISE] = Expected(shape, HALF)
     return tensors | {tap_member(tap): Expected(sampled_shape(t), exact) for tap, t in spec["taps"].items()}
+
+
+def expected_tensors(manifest: Manifest) -> dict[str, Expected]:
+    """Every tensor in an entry of the shards next to a manifest, by name without file ending."""
+    images = image_tensors(manifest.spec) if manifest.has_own_images else {}
+    return images | (target_tensors(manifest.spec) if manifest.is_cache else {})
 
 
 def sampled_shape(tap_spec: dict[str, Any]) -> tuple[int, int, int]:
@@ -87,11 +98,13 @@ def check_key(key: str, round_index: int | None) -> None:
         raise ShardError(f"key {key!r} does not belong in this shard")
 
 
-def check_meta(meta: Any, spec: dict[str, Any], round_index: int | None) -> None:
+def check_meta(meta: Any, manifest: Manifest, round_index: int | None) -> None:
     """Raise ShardError unless an entry's .json has every field that training reads, within its limits."""
+    spec = manifest.spec
     try:
-        problems = [name for name in ("source_id", "caption") if not isinstance(meta[name], str)]
-        if spec["stage"] == "cache":
+        of_image = ("source_id", "caption") if manifest.has_own_images else ()
+        problems = [name for name in of_image if not isinstance(meta[name], str)]
+        if manifest.is_cache:
             if meta["round"] != round_index:
                 problems.append("round")
             if not 0 <= meta["timestep"] < spec["noise_scheduler"]["num_train_timesteps"]:

@@ -5,12 +5,22 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from shards.plan import MAX_ENTRIES, ShardPlan, counts_problem
 from shards.regular import NotRegularError
-from shards.schema import FORMAT_VERSION, MANIFEST, SHAPE_SUFFIX, ShardError, json_bytes
+from shards.schema import (
+    FORMAT_VERSION,
+    MANIFEST,
+    READABLE_VERSIONS,
+    SHAPE_SUFFIX,
+    SIDECAR_ENDINGS,
+    ShardError,
+    json_bytes,
+    sidecar_name,
+)
 from shards.store import LocalStore, Store
 
 # What a set can hold, and the command that writes it.
@@ -25,13 +35,15 @@ class Manifest:
     """`spec` never changes once written. `rounds` (None for latents) may grow, which changes no existing shard.
 
     `files` gives the sha256 of the files next to the shards, by name; of a folder, that of its list of checksums. The
-    manifest of a cache is `sealed` by a hash of all its fields, unless an earlier version wrote it.
+    manifest of a cache is `sealed` by a hash of all its fields, unless an earlier version wrote it. `version` is the
+    format's.
     """
 
     spec: dict[str, Any]
     rounds: int | None = None
     files: dict[str, str] = field(default_factory=dict)
     sealed: bool = True
+    version: int = FORMAT_VERSION
 
     @functools.cached_property
     def spec_sha256(self) -> str:
@@ -40,12 +52,36 @@ class Manifest:
     @property
     def seal(self) -> str:
         """The sha256 of everything that the manifest states."""
-        stated = {"format": FORMAT_VERSION, "spec_sha256": self.spec_sha256, "rounds": self.rounds, "files": self.files}
+        stated = {"format": self.version, "spec_sha256": self.spec_sha256, "rounds": self.rounds, "files": self.files}
         return sha256_of_json(stated)
 
     @functools.cached_property
     def plan(self) -> ShardPlan:
-        return ShardPlan(self.spec["entries"], self.spec["entries_per_shard"], self.rounds)
+        return ShardPlan(self.spec["entries"], self.spec["entries_per_shard"], self.rounds, self.version)
+
+    @property
+    def is_cache(self) -> bool:
+        return self.spec["stage"] == "cache"
+
+    @property
+    def has_own_images(self) -> bool:
+        """Whether the entries hold the tensors of their images: those of latents, and of a cache of format 1."""
+        return not self.is_cache or self.version == 1
+
+    def sidecar_name(self, shard: str) -> str:
+        return sidecar_name(shard, self.version)
+
+    def files_of(self, shards: Iterable[str]) -> str:
+        """The files of shards, for a message that says what to delete."""
+        return ", ".join(f"{name} and {self.sidecar_name(name)}" for name in shards)
+
+    @property
+    def rewrite(self) -> str:
+        """How a user gets a damaged shard back."""
+        if self.is_cache and self.version == 1:
+            return "Restore its files from a backup; this version does not write caches of format 1."
+        ending = SIDECAR_ENDINGS[self.version]
+        return f"Delete this shard's .tar and {ending} and rerun the stage, which rewrites only them."
 
 
 def sha256_of_json(value: Any) -> str:
@@ -56,7 +92,7 @@ def sha256_of_json(value: Any) -> str:
 
 def write_manifest(store: Store, manifest: Manifest) -> None:
     content = {
-        "format": FORMAT_VERSION,
+        "format": manifest.version,
         "spec_sha256": manifest.spec_sha256,
         "rounds": manifest.rounds,
         "files": manifest.files,
@@ -79,7 +115,7 @@ def read_manifest(store: Store, stage: str | None = None) -> Manifest:
         content = json.loads(store.read(MANIFEST).decode("utf-8"))
         version, stated = content["format"], content["spec_sha256"]
         seal = content.get("sha256")
-        manifest = Manifest(dict(content["spec"]), content["rounds"], dict(content["files"]), seal is not None)
+        manifest = Manifest(dict(content["spec"]), content["rounds"], dict(content["files"]), seal is not None, version)
     except NotRegularError:
         raise ShardError(f"{path} is not a regular file. {RESTORE}.") from None
     except NotADirectoryError:
@@ -92,8 +128,9 @@ def read_manifest(store: Store, stage: str | None = None) -> Manifest:
         ) from None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ShardError(f"{path} is corrupt ({error!r}). {RESTORE}.") from None
-    if version != FORMAT_VERSION:
-        raise ShardError(f"{path} has format {version}; this version reads format {FORMAT_VERSION}")
+    if version not in READABLE_VERSIONS or type(version) is not int:
+        readable = " and ".join(map(str, READABLE_VERSIONS))
+        raise ShardError(f"{path} has format {version}; this version reads formats {readable}")
     if manifest.spec_sha256 != stated:
         raise ShardError(f"{path} was edited: its spec does not match its own hash. {RESTORE}.")
     found = manifest.spec.get("stage")

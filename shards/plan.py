@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from shards.schema import ShardError, shard_name, sidecar_name
+from shards.schema import FORMAT_VERSION, ShardError, shard_name, sidecar_name
 from shards.store import Store
 
 EVERYTHING = slice(None)
@@ -30,7 +30,10 @@ class ShardPlan:
     Raises ShardError for counts that no set has.
     """
 
-    def __init__(self, entries: int, entries_per_shard: int, rounds: int | None = None) -> None:
+    def __init__(
+        self, entries: int, entries_per_shard: int, rounds: int | None = None, version: int = FORMAT_VERSION
+    ) -> None:
+        self.version = version
         if problem := counts_problem(entries, entries_per_shard, rounds):
             raise ShardError(problem)
         starts = range(0, entries, entries_per_shard)
@@ -52,7 +55,7 @@ class ShardPlan:
     def unfinished(self, store: Store, part: slice = EVERYTHING) -> list[PlannedShard]:
         """The shards of a part of the plan that have no sidecar yet."""
         existing = set(store.list())
-        return [shard for shard in self.shards[part] if sidecar_name(shard.name) not in existing]
+        return [shard for shard in self.shards[part] if sidecar_name(shard.name, self.version) not in existing]
 
 
 def counts_problem(entries: Any, entries_per_shard: Any, rounds: Any = None) -> str | None:

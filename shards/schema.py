@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from typing import Any
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+# Those that are read; sets of the first are also what earlier versions wrote.
+READABLE_VERSIONS = (1, 2)
+SIDECAR_ENDINGS = {1: ".json", 2: ".index"}
 
 MANIFEST = "manifest.json"
+# The folder of a cache that holds its images: what `encode` wrote.
+IMAGES = "images"
 LATENTS = "latents"
 NOISE = "noise"
 # With input perturbation, this is added to the latents in place of the noise.
@@ -20,7 +24,7 @@ SHAPE_SUFFIX = "_shape"
 
 # A tar is made of blocks: a header takes one, and data is padded to full ones.
 BLOCK = 512
-# The columns of a sidecar's table: where a member's data is in the tar, and what it must decode to.
+# What a sidecar states of a member: where its data is in the tar, and what it must decode to.
 COLUMNS = ("offset", "length", "raw_bytes", "crc32")
 
 
@@ -56,13 +60,8 @@ def round_of(shard: str) -> int | None:
     return int(shard[1:].split("-")[0]) if shard.startswith("r") else None
 
 
-def sidecar_name(shard: str) -> str:
-    return shard.removesuffix(".tar") + ".json"
-
-
-def files_of(shards: Iterable[str]) -> str:
-    """The files of shards, for a message that says what to delete."""
-    return ", ".join(f"{name} and {sidecar_name(name)}" for name in shards)
+def sidecar_name(shard: str, version: int = FORMAT_VERSION) -> str:
+    return shard.removesuffix(".tar") + SIDECAR_ENDINGS[version]
 
 
 def added_noise(spec: dict[str, Any]) -> str:

@@ -49,6 +49,9 @@ class Store(Protocol):
     def delete(self, name: str) -> None:
         """Remove a file. A file that does not exist is no error."""
 
+    def folder(self, name: str) -> Store:
+        """The store of the files in a folder of this one."""
+
 
 @dataclass(frozen=True)
 class LocalStore:
@@ -94,6 +97,9 @@ class LocalStore:
 
     def delete(self, name: str) -> None:
         (self.directory / name).unlink(missing_ok=True)
+
+    def folder(self, name: str) -> LocalStore:
+        return LocalStore(self.directory / name)
 
 
 def open_store(location: str | Path) -> LocalStore:

@@ -13,21 +13,16 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from shards.cache import RESTORE
 from shards.expected import check_meta, expected_tensors
-from shards.manifest import STAGE_COMMANDS, Manifest, read_file
-from shards.reader import (
-    ForeignShardError,
-    Sidecar,
-    check_order,
-    damaged,
-    placed_sidecar,
-    read_entry,
-    read_sidecar,
-)
-from shards.schema import BLOCK, MANIFEST, ShardError, round_of, sidecar_name
+from shards.manifest import STAGE_COMMANDS, Manifest, read_file, read_manifest
+from shards.plan import PlannedShard
+from shards.reader import check_members, check_order, member_names, placed_head, read_entry
+from shards.schema import BLOCK, IMAGES, MANIFEST, ShardError, round_of
+from shards.sidecar import ForeignShardError, Head, Sidecar, damaged, read_sidecar
 from shards.store import Store, read_chunks
 
-SHARD_FILE = re.compile(r"(?:r\d{4,}-)?s\d{5,}\.(?:tar|json)")
+SHARD_FILE = re.compile(r"(?:r\d{4,}-)?s\d{5,}\.(?:tar|json|index)")
 
 
 # Errors of a file that its owner closed to this user.
@@ -66,8 +61,11 @@ class Size:
 
 @dataclass
 class Survey:
-    """The shards with a sound sidecar, in the plan's order; the shards not written yet; and the problems."""
+    """What is known of a set: the shards with a sound sidecar, in the plan's order; those not written yet; and the
+    problems."""
 
+    store: Store
+    manifest: Manifest
     sizes: dict[str, Size] = field(default_factory=dict)
     unfinished: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
@@ -116,23 +114,23 @@ def unreadable(path: str, error: OSError) -> UnreadableError:
 
 
 def survey(store: Store, manifest: Manifest) -> Survey:
-    """What can be said without reading the shards: sidecars, sizes, and the numbering, which has no gaps."""
-    found = Survey()
+    """What can be said without reading the tars: sidecars, sizes, and the numbering, which has no gaps."""
+    found = Survey(store, manifest)
     rerun = f"rerun the same `distill-sd {STAGE_COMMANDS[manifest.spec['stage']]}`"
     planned, existing = list(manifest.plan), set(store.list())
-    marked = [place for place, shard in enumerate(planned) if sidecar_name(shard.name) in existing]
+    marked = [place for place, shard in enumerate(planned) if manifest.sidecar_name(shard.name) in existing]
     last, marks, foreign = marked[-1] if marked else -1, set(marked), 0
     before = None
     for place, shard in enumerate(planned):
         path = f"{store}/{shard.name}"
         try:
             if place in marks:
-                sidecar = examine(path, functools.partial(placed_sidecar, store, shard, manifest))
-                found.sizes[shard.name] = Size(sidecar.count, sidecar.bytes)
-                found.problems += order_problem(store, before, sidecar)
-                before = sidecar if sidecar.keys else before
+                head = examine(path, functools.partial(check_sidecar, store, shard, manifest))
+                found.sizes[shard.name] = Size(head.count, head.bytes)
+                found.problems += order_problem(store, before, head, manifest)
+                before = head if head.count else before
             elif shard.name in existing:
-                what = f"{path} has no sidecar {sidecar_name(shard.name)}, so it counts as unfinished"
+                what = f"{path} has no sidecar {manifest.sidecar_name(shard.name)}, so it counts as unfinished"
                 found.problems.append(Problem(f"{what}. To write it again, and only it, {rerun}."))
             elif place < last:
                 what = f"{path} is missing although later shards exist"
@@ -151,10 +149,23 @@ def survey(store: Store, manifest: Manifest) -> Survey:
     return found
 
 
-def order_problem(store: Store, before: Sidecar | None, after: Sidecar) -> list[Problem]:
+def check_sidecar(store: Store, shard: PlannedShard, manifest: Manifest) -> Head:
+    """The head of a shard's sidecar, if it is sound and in its place, and so is its table; else ShardError."""
+    head = placed_head(store, shard, manifest)
+    check_members(store, head, member_names(expected_tensors(manifest)), manifest)
+    sidecar = read_sidecar(store, shard.name, manifest)
+    path = f"{store}/{manifest.sidecar_name(shard.name)}"
+    if (np.diff(sidecar.images) <= 0).any():
+        raise damaged(path, "the keys of its entries do not rise, so they may repeat", manifest)
+    if not manifest.is_cache and (sidecar.image_crc32 != sidecar.crc32_of_tensors()).any():
+        raise damaged(path, "an image_crc32 is not that of its image's tensors", manifest)
+    return head
+
+
+def order_problem(store: Store, before: Head | None, after: Head, manifest: Manifest) -> list[Problem]:
     """The problem of two shards that hold the same entries, if they do. Nobody knows which of them is wrong."""
     try:
-        check_order(store, before, after)
+        check_order(store, before, after, manifest)
     except ShardError as error:
         return [Problem.of(error)]
     return []
@@ -163,7 +174,7 @@ def order_problem(store: Store, before: Sidecar | None, after: Sidecar) -> list[
 def stray_files(store: Store, manifest: Manifest) -> list[Problem]:
     """Files named like shards that are not in the plan."""
     planned = set(manifest.plan.names())
-    planned |= {sidecar_name(shard) for shard in planned}
+    planned |= {manifest.sidecar_name(shard) for shard in planned}
     return [
         Problem(
             f"{store}/{name} is not in the plan of {MANIFEST}. "
@@ -188,64 +199,86 @@ def changed_files(store: Store, manifest: Manifest) -> list[Problem]:
     return problems
 
 
-def check_contents(store: Store, manifest: Manifest, found: Survey, advance: Callable[[int], Any]) -> None:
+def survey_images(store: Store, manifest: Manifest, targets: Survey) -> Survey:
+    """What can be said of the images of a cache, and, among the problems of `targets`, of entries whose images are
+    others. Unlike a set of its own, a cache's images are all written before the first target."""
+    folder = store.folder(IMAGES)
+    try:
+        stated = read_manifest(folder, "latents")
+    except ShardError as error:
+        targets.problems.append(Problem.of(error))
+        return Survey(folder, manifest)
+    images = survey(folder, stated)
+    if stated.spec != manifest.spec["latents"]:
+        images.problems.append(Problem(f"{folder} holds the images of another cache. {RESTORE}"))
+    elif images.unfinished:
+        missing = f"{folder} lacks {len(images.unfinished)} of its shards, from {images.unfinished[0]} on"
+        images.problems.append(Problem(f"{missing}. Rerun `distill-sd teacher-cache` with the same latents."))
+    elif not images.problems:
+        targets.problems += other_images(targets, images)
+    return images
+
+
+def other_images(targets: Survey, images: Survey) -> list[Problem]:
+    """The shards of a cache that were made from other images than those next to it."""
+    tables = [read_sidecar(images.store, shard, images.manifest).table[:, :2] for shard in images.sizes]
+    rows = np.concatenate(tables) if tables else np.empty((0, 2), np.int64)
+    problems = []
+    for shard in targets.manifest.plan:
+        if shard.name not in targets.sizes:
+            continue
+        made = read_sidecar(targets.store, shard.name, targets.manifest)
+        theirs = rows[shard.indices.start : shard.indices.stop]
+        if made.table.shape[0] != len(theirs) or (made.table[:, :2] != theirs).any():
+            what = "entries of it were not made from the images next to it"
+            problems.append(Problem(f"{targets.store}/{shard.name}: {what}. {RESTORE}"))
+    return problems
+
+
+def check_contents(found: Survey, advance: Callable[[int], Any]) -> None:
     """Read every shard of `found` to its last byte and add the problems to it, one line per shard.
 
     `advance` is called with the bytes of each shard that is done.
     """
-    last_key = ""
+    store, manifest = found.store, found.manifest
     for shard, size in found.sizes.items():
-        check = functools.partial(check_shard, store, shard, manifest, last_key)
         try:
-            last_key = examine(f"{store}/{shard}", check)
+            examine(f"{store}/{shard}", functools.partial(check_shard, store, shard, manifest))
         except (ShardError, UnreadableError) as error:
             found.problems.append(Problem.of(error, shard))
         advance(size.bytes)
 
 
-def check_shard(store: Store, shard: str, manifest: Manifest, last_key: str) -> str:
-    """Raise ShardError unless the tar has its sha256, exactly its members, and each is as the spec says.
-
-    Keys rise through a round, so they are unique if each is greater than `last_key`, the last of the shard before.
-    Returns the last key of this one.
-    """
-    path, round_index, spec = f"{store}/{shard}", round_of(shard), manifest.spec
-    sidecar = read_sidecar(store, shard, manifest.spec_sha256)
+def check_shard(store: Store, shard: str, manifest: Manifest) -> None:
+    """Raise ShardError unless the tar has its sha256, exactly its members, and each is as the spec says."""
+    path = f"{store}/{shard}"
+    sidecar = read_sidecar(store, shard, manifest)
     digest = hashlib.sha256()
-    for chunk in read_chunks(store, sidecar.shard):
+    for chunk in read_chunks(store, shard):
         digest.update(chunk)
-    if digest.hexdigest() != sidecar.sha256:
+    if digest.hexdigest() != sidecar.head.sha256:
         # The digits tell one wrong reading from another.
         found = f"it does not have its sha256 but {digest.hexdigest()[:16]}..."
-        raise damaged(path, found + first_bad_entry(store, sidecar, spec))
+        raise damaged(path, found + first_bad_entry(store, sidecar, manifest), manifest)
     try:
-        for key in sidecar.keys:
-            if round_of_key(last_key) == round_index and key <= last_key:
-                raise ShardError(f"key {key} does not come after {last_key}, so keys may repeat")
-            last_key = key
-        expected = expected_tensors(spec)
-        members = sorted(["json", *(name + tensor.ending for name, tensor in expected.items())])
-        if sidecar.keys and sidecar.members != members:
-            raise ShardError(f"its entries hold {', '.join(sidecar.members)}, not {', '.join(members)}")
         check_headers(store, sidecar)
     except ShardError as error:
-        raise damaged(path, str(error)) from None
+        raise damaged(path, str(error), manifest) from None
     for place in range(sidecar.count):
-        check_entry(store, sidecar, place, spec)
-    return last_key
+        check_entry(store, sidecar, place, manifest)
 
 
-def check_entry(store: Store, sidecar: Sidecar, place: int, spec: dict[str, Any]) -> None:
+def check_entry(store: Store, sidecar: Sidecar, place: int, manifest: Manifest) -> None:
     """Raise ShardError unless every member of an entry decodes to finite values of its shape and dtype."""
-    expected = expected_tensors(spec)
-    entry = read_entry(store, sidecar, place, expected, expected)
+    expected = expected_tensors(manifest)
+    entry = read_entry(store, sidecar.shard, sidecar.row(place), expected, manifest, expected)
     try:
-        check_meta(entry.meta, spec, round_of(sidecar.shard))
+        check_meta(entry.meta, manifest, round_of(sidecar.shard))
         for name, tensor in entry.tensors.items():
             if not np.isfinite(tensor.values if tensor.mu is None else tensor.mu).all():
                 raise ShardError(f"{name} holds NaN or Inf")
     except ShardError as error:
-        raise damaged(f"{store}/{sidecar.shard}", f"entry {entry.key}: {error}") from None
+        raise damaged(f"{store}/{sidecar.shard}", f"entry {entry.key}: {error}", manifest) from None
 
 
 def check_headers(store: Store, sidecar: Sidecar) -> None:
@@ -254,16 +287,17 @@ def check_headers(store: Store, sidecar: Sidecar) -> None:
     No header is trusted: each is looked for where the member before it must end.
     """
     position, headers = 0, []
-    for place, key in enumerate(sidecar.keys):
-        for name, (offset, length, _, _) in sidecar.locate(place).items():
+    for place in range(sidecar.count):
+        row = sidecar.row(place)
+        for name, (offset, length, _, _) in row.members.items():
             if offset != position + BLOCK:
-                raise ShardError(f"member {key}.{name} does not follow the one before it")
-            headers.append((position, f"{key}.{name}", length))
+                raise ShardError(f"member {row.key}.{name} does not follow the one before it")
+            headers.append((position, f"{row.key}.{name}", length))
             position = offset + -(-length // BLOCK) * BLOCK
     blocks = store.read_ranges(sidecar.shard, [(start, BLOCK) for start, _, _ in headers])
     for block, (_, name, length) in zip(blocks, headers, strict=True):
         check_header(block, name, length)
-    (rest,) = store.read_ranges(sidecar.shard, [(position, max(0, sidecar.bytes - position))])
+    (rest,) = store.read_ranges(sidecar.shard, [(position, max(0, sidecar.head.bytes - position))])
     if rest.strip(b"\0"):
         raise ShardError("there is data after its last member")
 
@@ -277,22 +311,17 @@ def check_header(header: bytes, name: str, length: int) -> None:
         raise ShardError(f"the header of member {name} describes {info.name!r}, {info.size} bytes")
 
 
-def first_bad_entry(store: Store, sidecar: Sidecar, spec: dict[str, Any]) -> str:
+def first_bad_entry(store: Store, sidecar: Sidecar, manifest: Manifest) -> str:
     """Where a shard's damage shows first, as the end of a sentence. Empty if it lies between the members."""
     for place in range(sidecar.count):
         try:
-            check_entry(store, sidecar, place, spec)
+            check_entry(store, sidecar, place, manifest)
         except ShardError:
-            return f", and entry {sidecar.keys[place]} is the first bad one"
+            return f", and entry {sidecar.row(place).key} is the first bad one"
     return ""
 
 
-def round_of_key(key: str) -> int | None:
-    _, _, number = key.partition("-r")
-    return int(number) if number else None
-
-
-def remove_shard(store: Store, shard: str) -> None:
+def remove_shard(store: Store, shard: str, manifest: Manifest) -> None:
     """Delete a shard: the sidecar first, so that it never marks a shard that is gone."""
-    store.delete(sidecar_name(shard))
+    store.delete(manifest.sidecar_name(shard))
     store.delete(shard)

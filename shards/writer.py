@@ -15,16 +15,24 @@ import webdataset
 
 from shards.codec import encode_npy
 from shards.kept import Kept, forget, keep, kept_chunks
-from shards.schema import BLOCK, COLUMNS, FORMAT_VERSION, json_bytes, sidecar_name
+from shards.manifest import Manifest
+from shards.schema import BLOCK
+from shards.sidecar import Row, crc32_of_tensors, make_sidecar
 from shards.store import Store
 
 
 @dataclass
 class EntryBuilder:
-    """An entry on its way into a shard: add its tensors, then write it."""
+    """An entry on its way into a shard: add its tensors, then write it.
+
+    `source_id` names its image. An entry of a cache has the `image_crc32` of its image's row; latents get that of their
+    own tensors.
+    """
 
     key: str
     meta: dict[str, Any]
+    source_id: str = ""
+    image_crc32: int | None = None
     members: dict[str, bytes] = field(default_factory=dict)
     raw_bytes: dict[str, int] = field(default_factory=dict)
 
@@ -56,7 +64,7 @@ class HashingStream:
 def write_shard(
     store: Store,
     shard: str,
-    spec_sha256: str,
+    manifest: Manifest,
     entries: Iterable[EntryBuilder],
     skipped: list[dict[str, str]],
     kept: Kept | None = None,
@@ -69,7 +77,7 @@ def write_shard(
     after the last entry, so a producer may append to it while it yields entries. Members have mtime 0, so equal
     entries give equal bytes.
     """
-    keys, table = (list(kept.keys), list(kept.table)) if kept else ([], [])
+    rows = list(kept.rows) if kept else []
     with store.write(shard) as stream:
         hashing = HashingStream(stream)
         for chunk in kept_chunks(store, kept) if kept else ():
@@ -78,38 +86,21 @@ def write_shard(
             tar.tarstream.offset = hashing.length
             try:
                 for entry in entries:
-                    located = _write_entry(tar, entry)
-                    keys.append(entry.key)
-                    table.append(located)
+                    rows.append(_write_entry(tar, entry))
             except KeyboardInterrupt:
-                complete = min(len(keys), len(table))
-                found = Kept(shard, tuple(keys[:complete]), tuple(table[:complete]), tuple(skipped))
                 # Where it cannot be kept, as on a full disk, it is written again by the next run.
                 with suppress(OSError):
-                    keep(store, found, spec_sha256, stream)
+                    keep(store, Kept(shard, tuple(rows), tuple(skipped)), manifest, stream)
                 raise
-    members = sorted(table[0]) if table else []
-    assert all(sorted(located) == members for located in table), "the entries of a shard differ in their members"
-    sidecar = {
-        "format": FORMAT_VERSION,
-        "spec_sha256": spec_sha256,
-        "shard": shard,
-        "count": len(keys),
-        "bytes": hashing.length,
-        "sha256": hashing.hexdigest(),
-        "skipped": skipped,
-        "columns": COLUMNS,
-        "members": members,
-        "keys": keys,
-        "table": [[located[name] for name in members] for located in table],
-    }
-    with store.write(sidecar_name(shard)) as stream:
-        stream.write(json_bytes(sidecar, indent=None))
-    forget(store, shard)
+    assert len({tuple(sorted(row.members)) for row in rows}) <= 1, "the entries of a shard differ in their members"
+    content = make_sidecar(manifest, shard, rows, hashing.length, hashing.hexdigest(), skipped)
+    with store.write(manifest.sidecar_name(shard)) as stream:
+        stream.write(content)
+    forget(store, shard, manifest)
 
 
-def _write_entry(tar: webdataset.TarWriter, entry: EntryBuilder) -> dict[str, list[int]]:
-    """Append one entry. Returns each member's row of the table: [offset, length, raw_bytes, crc32]."""
+def _write_entry(tar: webdataset.TarWriter, entry: EntryBuilder) -> Row:
+    """Append one entry. Returns its row of the table."""
     meta = json.dumps(entry.meta, allow_nan=False, ensure_ascii=False).encode()
     members = {"json": meta, **entry.members}
     position = tar.tarstream.offset
@@ -121,4 +112,5 @@ def _write_entry(tar: webdataset.TarWriter, entry: EntryBuilder) -> dict[str, li
         position += BLOCK + -(-len(data) // BLOCK) * BLOCK
     tar.write({"__key__": entry.key, **members})
     assert tar.tarstream.offset == position, "a member took more than one header block"
-    return located
+    image_crc32 = crc32_of_tensors(located) if entry.image_crc32 is None else entry.image_crc32
+    return Row(entry.key, image_crc32, located)

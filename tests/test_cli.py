@@ -25,7 +25,7 @@ from pipeline.models.levels import LEVELS
 from pipeline.teacher_cache import TeacherCacheSettings
 from shards.dataset import CacheDataset, EpochBatches
 from shards.manifest import read_manifest
-from shards.reader import read_sidecar
+from shards.sidecar import read_sidecar
 from shards.store import open_store
 
 ROOT = Path(__file__).parent.parent
@@ -175,7 +175,7 @@ def test_the_dry_runs_bytes_are_those_of_a_real_entry(road, teacher, tmp_path):
     for name, (_, length, _, _) in sidecar.locate(0).items():
         if name.endswith(".npy"):
             assert int(named[name.removesuffix(".npy").removeprefix("tap.")].replace(",", "")) == length
-    files = [tmp_path / "out" / name for name in ("r0000-s00000.tar", "r0000-s00000.json")]
+    files = [tmp_path / "out" / name for name in ("r0000-s00000.tar", "r0000-s00000.index")]
     written = sum(file.stat().st_size for file in files) / sidecar.count
     assert planned == pytest.approx(written, rel=0.1)
 

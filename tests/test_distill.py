@@ -504,7 +504,7 @@ def test_checkpoints_without_their_spec_are_refused(cache, tmp_path):
 def test_an_unfinished_cache_is_refused(cache, tmp_path):
     partial = tmp_path / "partial"
     shutil.copytree(cache, partial)
-    (partial / "r0001-s00000.json").unlink()
+    (partial / "r0001-s00000.index").unlink()
     with pytest.raises(ShardError, match="unfinished. Missing shards: 1 of 6.*teacher-cache"):
         run_distill(partial, tmp_path / "out")
 
@@ -512,12 +512,12 @@ def test_an_unfinished_cache_is_refused(cache, tmp_path):
 def test_training_may_start_on_the_rounds_that_are_finished(cache, tmp_path):
     growing = tmp_path / "cache"
     shutil.copytree(cache, growing)
-    (growing / "r0001-s00000.json").unlink()
+    (growing / "r0001-s00000.index").unlink()
     with pytest.raises(ShardError, match=r"or train on the finished rounds with `distill --rounds 1`"):
         run_distill(growing, tmp_path / "out")
     run_distill(growing, tmp_path / "out", rounds=1, max_train_steps=2)
     run_distill(cache, tmp_path / "whole", rounds=1)
-    shutil.copy(cache / "r0001-s00000.json", growing)
+    shutil.copy(cache / "r0001-s00000.index", growing)
     # The second round is there by now; the run goes on with what it began with.
     run_distill(growing, tmp_path / "out", rounds=1)
     assert_equal_training(tmp_path / "out", tmp_path / "whole", 4)

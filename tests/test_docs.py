@@ -322,15 +322,13 @@ def test_the_reader_on_the_format_page_reads_what_the_dataset_reads(codec, teach
     monkeypatch.chdir(tmp_path)
     reader: dict = {}
     exec(compile(snippets_of(FORMAT)[0], FORMAT, "exec"), reader)
-    cache, manifest = reader["cache"], reader["manifest"]
-    sidecars = [reader["read_sidecar"](cache, name, manifest) for name in reader["shard_names"](manifest)]
+    cache, images = reader["cache"], reader["images"]
     entries = [
-        (key, *reader["read_entry"](cache, sidecar, place, reader["table"]))
-        for sidecar in sidecars
-        for place, key in enumerate(sidecar["keys"])
+        (reader["key_of"](*place[1:]), *reader["read_joined"](cache, place, images[i % 13], reader["table"]))
+        for i, place in enumerate(reader["entries"])
     ]
 
-    dataset = CacheDataset(open_store("cache"), list(manifest["spec"]["taps"]))
+    dataset = CacheDataset(open_store("cache"), list(reader["read_manifest"](cache)["spec"]["taps"]))
     assert len(entries) == len(dataset) == 26
     for index, (key, meta, tensors) in enumerate(entries):
         batch = dataset.collate([dataset[index]])

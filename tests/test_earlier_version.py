@@ -21,10 +21,11 @@ from support.stages import (
     tree,
 )
 
-from pipeline.commands import finetune
+from pipeline.commands import finetune, teacher_cache
 from pipeline.commands.finetune import FinetuneSettings
+from pipeline.system.errors import UserError
+from pipeline.teacher_cache import TeacherCacheSettings
 from shards.manifest import Manifest, known_to, read_manifest
-from shards.schema import ShardError
 from shards.store import open_store
 
 ARCHIVE = Path(__file__).parent / "support" / "made_by_0_1_0.tar.xz"
@@ -81,10 +82,40 @@ def test_latents_are_gone_on_with(made):
 
 def test_a_cache_is_verified_and_not_added_to(made):
     before = tree(made / "cache")
-    with pytest.raises(ShardError, match="stride: 2 -> 4"):
-        run_teacher_cache("teacher", Path("latents"), Path("cache"), rounds=2, **CACHE)
+    for act in (teacher_cache.plan, teacher_cache.run):
+        with pytest.raises(UserError, match="cache holds a cache of format 1, which this version reads but"):
+            act(TeacherCacheSettings(teacher="teacher", latents=Path("latents"), out=Path("cache"), device="cpu"))
+        reset_accelerate()
     assert tree(made / "cache") == before
     assert verify(made / "cache", "--full", "--recompute", "10", "--teacher", "teacher", "--device", "cpu")[0] == 0
+    status, output = verify(made / "cache", "--remove-damaged")
+    assert (status, "is a cache of format 1, whose shards are not written again" in output) == (2, True)
+
+
+def test_damage_in_a_cache_is_found_and_its_remedy_can_work(made):
+    tar = made / "cache" / "r0000-s00000.tar"
+    tar.write_bytes(tar.read_bytes()[:-512])
+    status, output = verify(made / "cache")
+    assert status == 2
+    assert "r0000-s00000.tar is damaged" in output
+    assert "Restore its files from a backup; this version does not write caches of format 1." in output
+
+
+def test_a_new_cache_is_made_from_the_latents(made):
+    """Its images keep their format, and the same draws are made as before."""
+    run_teacher_cache("teacher", Path("latents"), Path("new"), rounds=1, **CACHE)
+    assert (made / "new" / "images" / "s00000.json").read_bytes() == (made / "latents" / "s00000.json").read_bytes()
+    assert verify(made / "new", "--full", "--recompute", "10", "--teacher", "teacher", "--device", "cpu")[0] == 0
+    names = ["latents", "noise", "prompt_embeds", "teacher_pred"]
+    old, new = (read_entries(Path(name), "cache", names) for name in ("cache", "new"))
+    assert [(entry.key, {**entry.meta, "taps": None}) for entry in new] == [
+        (entry.key, {**entry.meta, "taps": None}) for entry in old
+    ]
+    for left, right in zip(old, new, strict=True):
+        for name, tensor in left.tensors.items():
+            np.testing.assert_allclose(
+                right.tensors[name].values.astype(np.float32), tensor.values.astype(np.float32), rtol=1e-2, atol=1e-2
+            )
 
 
 def test_a_training_resumes_from_its_checkpoint(made):

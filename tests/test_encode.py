@@ -20,8 +20,8 @@ from pipeline.encode import EncodeSettings
 from pipeline.system.disk import format_bytes
 from pipeline.system.errors import UserError
 from shards.codec import decode_npy
-from shards.reader import read_sidecar
 from shards.schema import ShardError
+from shards.sidecar import read_sidecar
 from shards.store import open_store
 
 
@@ -140,7 +140,7 @@ def test_a_run_that_loses_most_of_its_input_stops_and_keeps_what_it_has(teacher,
     ):
         run_encode(teacher, data, tmp_path / "out", max_skipped=0.5)
     reset_accelerate()
-    assert sorted(path.name for path in (tmp_path / "out").glob("s0*")) == ["s00000.json", "s00000.tar"]
+    assert sorted(path.name for path in (tmp_path / "out").glob("s0*")) == ["s00000.index", "s00000.tar"]
     out = run_encode(teacher, data, tmp_path / "out", max_skipped=0.6)
     assert len(read_entries(out, "latents", [])) == 7
 
@@ -159,7 +159,7 @@ def test_skipped_images_that_can_be_read_now_are_encoded(teacher, images, tmp_pa
     run_encode(teacher, data, out, retry_skipped=True)
     assert "rewriting s00000.tar: 1 of its 2 skipped images" in capsys.readouterr().out
     after = shard_files(out)
-    assert {name for name in after if after[name] != before[name]} == {"s00000.tar", "s00000.json"}
+    assert {name for name in after if after[name] != before[name]} == {"s00000.tar", "s00000.index"}
     assert [json.loads(line)["source_id"] for line in (out / "skipped.jsonl").read_text().splitlines()] == [
         "004.png",
         "008.png",
@@ -265,9 +265,9 @@ def test_a_missing_shard_is_written_again_and_the_rest_kept(teacher, images, tmp
     out = run_encode(teacher, images, tmp_path / "out")
     before = shard_files(out)
     kept = (out / "s00000.tar").stat().st_mtime_ns
-    (out / "s00001.json").unlink()
+    (out / "s00001.index").unlink()
     (out / "s00002.tar").unlink()
-    (out / "s00002.json").unlink()
+    (out / "s00002.index").unlink()
     run_encode(teacher, images, out)
     assert shard_files(out) == before
     assert (out / "s00000.tar").stat().st_mtime_ns == kept
@@ -322,7 +322,7 @@ def test_the_sidecar_counts_what_it_holds(latents):
     from shards.manifest import read_manifest
 
     manifest = read_manifest(open_store(latents), "latents")
-    counts = [read_sidecar(open_store(latents), s, manifest.spec_sha256).count for s in manifest.plan.names()]
+    counts = [read_sidecar(open_store(latents), s, manifest).count for s in manifest.plan.names()]
     assert counts == [5, 5, 3]
 
 

@@ -69,7 +69,7 @@ def run_until(monkeypatch, stage, run, out, batch, stop):
 
 
 def kept_batches(out, shard):
-    return len(json.loads((out / f".{shard}.json.kept").read_text())["content"]["keys"]) // 3
+    return len(json.loads((out / f".{shard}.index.kept").read_text())["content"]["rows"]) // 3
 
 
 def hidden(out):
@@ -82,7 +82,7 @@ def test_the_batches_that_are_done_are_kept(stage, shard, stop, teacher, work, t
     """11 entries, so four batches: the third is interrupted, then the second that is left."""
     run, out = stages(teacher, work)[stage], tmp_path / "out"
     run_until(monkeypatch, stage, run, out, 2, stop)
-    assert hidden(out) == [f".{shard}.json.kept", f".{shard}.tar.kept"]
+    assert hidden(out) == [f".{shard}.index.kept", f".{shard}.tar.kept"]
     assert not list(out.glob("*.tar"))
     first = kept_batches(out, shard)
     assert first in (1, 2)
@@ -122,7 +122,7 @@ def test_an_interruption_at_any_write_ends_in_the_same_bytes(stage, teacher, wor
 def test_what_was_kept_and_is_damaged_is_written_again(damage, teacher, work, tmp_path, monkeypatch):
     run, out = stages(teacher, work)["encode"], tmp_path / "out"
     run_until(monkeypatch, "encode", run, out, 3, raising)
-    tar, described = out / ".s00000.tar.kept", out / ".s00000.json.kept"
+    tar, described = out / ".s00000.tar.kept", out / ".s00000.index.kept"
     data = tar.read_bytes()
     if damage == "cut":
         tar.write_bytes(data[:-100])
@@ -144,8 +144,8 @@ def test_another_batch_size_goes_on_from_there(teacher, work, tmp_path, monkeypa
     out = tmp_path / "out"
     run_until(monkeypatch, "encode", stages(teacher, work)["encode"], out, 3, raising)
     run_encode(teacher, work / "images", out, entries_per_shard=13, batch_size=4)
-    sidecars = [json.loads((place / "s00000.json").read_text()) for place in (out, work / "latents")]
-    assert sidecars[0]["keys"] == sidecars[1]["keys"]
-    assert sidecars[0]["skipped"] == sidecars[1]["skipped"]
+    heads = [json.loads((place / "s00000.index").read_bytes().split(b"\n")[0]) for place in (out, work / "latents")]
+    assert heads[0]["images"] == heads[1]["images"]
+    assert heads[0]["skipped"] == heads[1]["skipped"]
     assert hidden(out) == []
     assert set(tree(out)) == set(tree(work / "latents"))

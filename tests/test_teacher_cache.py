@@ -88,15 +88,23 @@ def test_a_quantised_cache_is_within_half_a_step_at_the_sampled_positions(teache
 
 
 def test_stock_webdataset_reads_every_member(cache):
-    shards = sorted(map(str, cache.glob("r*.tar")))
-    found = list(webdataset.WebDataset(shards, shardshuffle=False).decode())
+    """The targets and the images, which their keys join."""
+    rounds, images = (sorted(map(str, cache.glob(pattern))) for pattern in ("r*.tar", "images/s*.tar"))
+    found = list(webdataset.WebDataset(rounds, shardshuffle=False).decode())
+    image_of = {image["__key__"]: image for image in webdataset.WebDataset(images, shardshuffle=False).decode()}
     assert len({s["__key__"] for s in found}) == 26
+    joined = {entry.key: entry for entry in read_entries(cache, "cache", ["noise", "latents", "prompt_embeds"])}
     for sample in found:
         assert sample["noise.npy"].shape == (4, 16, 16)
         assert sample["teacher_pred.npy"].dtype == np.float16
-        assert sample["prompt_embeds.npy"].shape == (8, 10)
         assert {f"tap.{tap}.npy.zst" for tap in [*BLOCKS, "mid_block"]} <= sample.keys()
-        assert sample["json"]["caption"].startswith("picture")
+        assert not {"latents.npy", "prompt_embeds.npy"} & sample.keys()
+        image, entry = image_of[sample["__key__"].split("-")[0]], joined[sample["__key__"]]
+        assert image["json"]["caption"].startswith("picture")
+        assert entry.meta == {**image["json"], **sample["json"]}
+        np.testing.assert_array_equal(entry.tensors["noise"].values, sample["noise.npy"])
+        np.testing.assert_array_equal(entry.tensors["latents"].values, image["latents.npy"])
+        np.testing.assert_array_equal(entry.tensors["prompt_embeds"].values, image["prompt_embeds.npy"])
 
 
 def test_two_runs_write_the_same_bytes(teacher, latents, cache, tmp_path):
@@ -135,7 +143,8 @@ def test_raising_rounds_adds_shards_and_rewrites_nothing(teacher, latents, tmp_p
     run_teacher_cache(teacher, latents, out, rounds=3)
     after = shard_files(out)
     assert {name: after[name] for name in before} == before
-    assert len(after) == len(before) * 3 // 2
+    targets = [name for name in before if name.startswith("r0")]
+    assert len(after) == len(before) + len(targets) // 2
     assert stamps == {path: path.stat().st_mtime_ns for path in stamps}
     assert len(CacheDataset(open_store(out), ["mid_block"])) == 39
     run_teacher_cache(teacher, latents, out, rounds=2)
@@ -155,8 +164,8 @@ def test_a_level_that_is_added_to_a_finished_cache_is_told(teacher, latents, tmp
 def test_a_missing_shard_is_written_again_with_the_same_bytes(teacher, latents, tmp_path):
     out = run_teacher_cache(teacher, latents, tmp_path / "c")
     before = shard_files(out)
-    (out / "r0001-s00001.json").unlink()
-    (out / "r0000-s00000.json").unlink()
+    (out / "r0001-s00001.index").unlink()
+    (out / "r0000-s00000.index").unlink()
     (out / "r0000-s00000.tar").unlink()
     run_teacher_cache(teacher, latents, out)
     assert shard_files(out) == before
@@ -315,7 +324,7 @@ def test_a_dry_run_counts_what_is_still_to_be_written(teacher, latents, cache, t
     assert dry_run(teacher, latents, tmp_path / "new", "--shard-range", "2:5") == (13, 3, 13)
     assert dry_run(teacher, latents, copy) == (0, 0, 0)
     assert dry_run(teacher, latents, copy, "--rounds", 3) == (13, 3, 13)
-    for name in ("r0000-s00001.json", "r0001-s00002.json"):
+    for name in ("r0000-s00001.index", "r0001-s00002.index"):
         (copy / name).unlink()
     assert dry_run(teacher, latents, copy) == (7, 2, 7)
     # The rounds that the cache has already are completed with it.
@@ -373,7 +382,7 @@ def test_another_unet_of_the_same_name_is_refused_on_the_same_output(teacher, la
 
 def test_unfinished_latents_are_refused(teacher, images, tmp_path):
     latents = run_encode(teacher, images, tmp_path / "latents")
-    (latents / "s00002.json").unlink()
+    (latents / "s00002.index").unlink()
     with pytest.raises(ShardError, match="is unfinished. Missing shards: 1 of 3"):
         run_teacher_cache(teacher, latents, tmp_path / "c")
 
@@ -450,7 +459,7 @@ def test_targets_of_an_image_that_was_replaced_are_refused_with_what_to_delete(t
     cache = run_teacher_cache(teacher, latents, tmp_path / "cache", entries_per_shard=3)
 
     def encode_again():
-        for name in ("s00001.tar", "s00001.json"):
+        for name in ("s00001.tar", "s00001.index"):
             (latents / name).unlink()
         run_encode(teacher, data, latents)
 
@@ -469,9 +478,12 @@ def test_targets_of_an_image_that_was_replaced_are_refused_with_what_to_delete(t
         run_teacher_cache(teacher, latents, cache, entries_per_shard=3)
     reset_accelerate()
     assert tree(cache) == before
-    names = re.search(r"delete (.*) in ", str(caught.value))[1]
-    assert names == "r0000-s00002.tar and r0000-s00002.json, r0001-s00002.tar and r0001-s00002.json"
-    for name in re.split(", | and ", names):
+    names = re.search(r"delete (.*), in ", str(caught.value))[1]
+    assert names == (
+        "r0000-s00002.tar and r0000-s00002.index, r0001-s00002.tar and r0001-s00002.index, "
+        "and images/s00001.tar and images/s00001.index"
+    )
+    for name in re.split(", and |, | and ", names):
         (cache / name).unlink()
     run_teacher_cache(teacher, latents, cache, entries_per_shard=3)
     fresh = run_teacher_cache(teacher, latents, tmp_path / "fresh", entries_per_shard=3)

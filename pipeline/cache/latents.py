@@ -12,10 +12,8 @@ from diffusers import DiffusionPipeline
 from pipeline.models.families import Family, family_of_spec
 from pipeline.models.hashing import config_of, tokenizer_sha256, weights_sha256
 from pipeline.system.errors import UserError
-from shards.codec import decode_npy
-from shards.manifest import difference, read_file
+from shards.manifest import difference
 from shards.reader import ShardSet
-from shards.schema import conditioning_shapes, empty_prompt_file
 from shards.store import open_store
 
 
@@ -80,13 +78,3 @@ def other_part(spec: dict[str, Any], used: dict[str, Any]) -> tuple[str, str] | 
         if keys:
             return name, f": their config.json differ in {', '.join(keys)}"
     return None
-
-
-def unconditional_conditioning(latents: ShardSet) -> dict[str, np.ndarray]:
-    """The conditioning of the empty prompt as `encode` stored it, without B, by name."""
-    files = {name: empty_prompt_file(name) for name in conditioning_shapes(latents.manifest.spec)}
-    return {
-        name: decode_npy(read_file(latents.store, latents.manifest, file))
-        for name, file in files.items()
-        if file in latents.manifest.files
-    }

@@ -15,8 +15,8 @@ from pipeline.system.options import range_of
 from shards.files import remove_leftovers
 from shards.manifest import Manifest, read_manifest, refuse_other_spec, write_manifest
 from shards.plan import PlannedShard, share
-from shards.reader import Sidecar, read_sidecar
 from shards.schema import MANIFEST
+from shards.sidecar import Head, read_head
 from shards.store import Store, open_store
 
 
@@ -91,12 +91,13 @@ def share_unfinished(
     return unfinished, share(unfinished, state.process_index, state.num_processes)
 
 
-def finished_sidecars(out: Path, manifest: Manifest) -> list[Sidecar] | None:
-    """The sidecars of a finished directory, in the plan's order. For an unfinished one, print what is left: None."""
+def finished_heads(out: Path, manifest: Manifest) -> list[Head] | None:
+    """The heads of a finished directory's sidecars, in the plan's order. None, after a line on what is left, if it is
+    unfinished."""
     store, plan = open_store(out), manifest.plan
     left = plan.unfinished(store)
     if left:
         done = len(plan) - len(left)
         say(f"{out} holds {done} of {plural(len(plan), 'shard')} so far; the next one to write is {left[0].name}")
         return None
-    return [read_sidecar(store, shard.name, manifest.spec_sha256) for shard in plan]
+    return [read_head(store, shard.name, manifest) for shard in plan]

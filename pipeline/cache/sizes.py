@@ -15,7 +15,7 @@ from shards.expected import NPY_HEADER
 from shards.schema import BLOCK, INPUT_NOISE, LATENTS, NOISE, TEACHER_PRED
 
 # Approximate bytes: of the .json member per image and per tap, and of the sidecar per member.
-META_BYTES, META_BYTES_PER_TAP, ROW_BYTES = 300, 90, 28
+META_BYTES, META_BYTES_PER_TAP, ROW_BYTES = 300, 90, 32
 
 Shape = tuple[int, ...]
 
@@ -31,7 +31,6 @@ def latents_entry(latents: Shape, conditioning: Mapping[str, Shape]) -> dict[str
 
 def cache_entry(
     latents: Shape,
-    conditioning: Mapping[str, Shape],
     taps: Mapping[str, Mapping[str, Any]],
     codec: str,
     snr_db: float,
@@ -45,11 +44,9 @@ def cache_entry(
     exact = EXACT_DTYPES.get(codec, np.dtype(np.float16)).itemsize
     return {
         "json": META_BYTES + META_BYTES_PER_TAP * len(taps),
-        LATENTS: npy_bytes(latents, 2),
         NOISE: npy_bytes(latents, 2),
         **({INPUT_NOISE: npy_bytes(latents, 2)} if input_noise else {}),
         TEACHER_PRED: npy_bytes(latents, exact),
-        **{name: npy_bytes(shape, 2) for name, shape in conditioning.items()},
         **{name: tap_bytes(tap["shape"], tap["stride"], codec, snr_db) for name, tap in taps.items()},
     }
 

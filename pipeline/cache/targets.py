@@ -54,6 +54,14 @@ class Teacher:
 
 
 @dataclass(frozen=True)
+class Image:
+    """An image as `encode` stored it, and the `image_crc32` of its row."""
+
+    entry: StoredEntry
+    crc32: int
+
+
+@dataclass(frozen=True)
 class BatchTargets:
     """The entries of a batch, and the quantised taps that still have to be compressed into them.
 
@@ -65,22 +73,20 @@ class BatchTargets:
 
 
 @torch.inference_mode()
-def run_teacher(images: list[StoredEntry], round_index: int, spec: dict[str, Any], teacher: Teacher) -> BatchTargets:
+def run_teacher(images: list[Image], round_index: int, spec: dict[str, Any], teacher: Teacher) -> BatchTargets:
     """One forward pass of the teacher: B images at one timestep each."""
     entries = [new_entry(image, round_index, spec, teacher) for image in images]
-    added = added_noise(spec)
-    conditioning = list(conditioning_shapes(spec))
-    inputs = {
-        name: torch.from_numpy(np.stack([decode_npy(entry.members[f"{name}.npy"]) for entry in entries]))
-        for name in (LATENTS, added, *conditioning)
+    added = torch.from_numpy(np.stack([decode_npy(entry.members[f"{added_noise(spec)}.npy"]) for entry in entries]))
+    latents = torch.from_numpy(np.stack([image.entry.tensors[LATENTS].values for image in images]))
+    conditioning = {
+        name: torch.from_numpy(np.stack([given(name, *pair, teacher) for pair in zip(images, entries, strict=True)]))
+        for name in conditioning_shapes(spec)
     }
     device = teacher.unet.device
     timesteps = torch.tensor([entry.meta["timestep"] for entry in entries], device=device)
-    noisy = add_noise(inputs[LATENTS].to(device), inputs[added].to(device), timesteps, teacher.alphas_cumprod)
+    noisy = add_noise(latents.to(device), added.to(device), timesteps, teacher.alphas_cumprod)
     with teacher.taps.recording() as features:
-        prediction = denoise(
-            teacher.unet, noisy, timesteps, {name: inputs[name] for name in conditioning}, teacher.family
-        )
+        prediction = denoise(teacher.unet, noisy, timesteps, conditioning, teacher.family)
 
     exact = EXACT_DTYPES.get(spec["codec"]["name"], np.dtype(np.float16))
     add_exact(entries, TEACHER_PRED, prediction, exact)
@@ -90,30 +96,29 @@ def run_teacher(images: list[StoredEntry], round_index: int, spec: dict[str, Any
     return targets
 
 
-def new_entry(image: StoredEntry, round_index: int, spec: dict[str, Any], teacher: Teacher) -> EntryBuilder:
-    """An entry before the teacher has run: its random draws, its latents and its conditioning."""
-    seed, source_id = spec["seed"], image.meta["source_id"]
-    latents = image.tensors[LATENTS].values
-    unconditional = draws.is_unconditional(seed, source_id, round_index, spec["uncond_fraction"])
-    train_timesteps = len(teacher.alphas_cumprod)
+def new_entry(image: Image, round_index: int, spec: dict[str, Any], teacher: Teacher) -> EntryBuilder:
+    """An entry before the teacher has run: its random draws."""
+    seed, source_id = spec["seed"], image.entry.meta["source_id"]
+    shape, train_timesteps = image.entry.tensors[LATENTS].values.shape, len(teacher.alphas_cumprod)
     meta = {
-        **image.meta,
         "round": round_index,
         "timestep": draws.timestep(seed, source_id, round_index, spec["strata"], train_timesteps),
-        "unconditional": unconditional,
+        "unconditional": draws.is_unconditional(seed, source_id, round_index, spec["uncond_fraction"]),
         "taps": {},
     }
-    entry = EntryBuilder(entry_key(image.key, round_index), meta)
-    entry.add_array(LATENTS, latents)
-    noise = draws.noise(seed, source_id, round_index, latents.shape, spec["noise_offset"])
+    entry = EntryBuilder(entry_key(image.entry.key, round_index), meta, source_id, image.crc32)
+    noise = draws.noise(seed, source_id, round_index, shape, spec["noise_offset"])
     entry.add_array(NOISE, noise.astype(np.float16))
     if spec["input_perturbation"]:
         added = draws.perturbed(seed, source_id, round_index, noise, spec["input_perturbation"])
         entry.add_array(INPUT_NOISE, added.astype(np.float16))
-    replaced = teacher.unconditional if unconditional else {}
-    for name in conditioning_shapes(spec):
-        entry.add_array(name, replaced.get(name, image.tensors[name].values))
     return entry
+
+
+def given(name: str, image: Image, entry: EntryBuilder, teacher: Teacher) -> np.ndarray:
+    """A conditioning tensor of an entry: the image's own, or that of the empty prompt."""
+    replaced = teacher.unconditional if entry.meta["unconditional"] else {}
+    return replaced.get(name, image.entry.tensors[name].values)
 
 
 def add_exact(entries: list[EntryBuilder], name: str, values: Tensor, dtype: np.dtype) -> None:
@@ -131,7 +136,7 @@ def add_exact(entries: list[EntryBuilder], name: str, values: Tensor, dtype: np.
 def add_feature(targets: BatchTargets, tap: str, features: Tensor, stride: int, spec: dict[str, Any]) -> None:
     """Sample (B, C, H, W) `features`, quantise them, and add them to the entries with what decoding needs."""
     entries = targets.entries
-    keys = [(spec["seed"], entry.meta["source_id"], entry.meta["round"], tap) for entry in entries]
+    keys = [(spec["seed"], entry.source_id, entry.meta["round"], tap) for entry in entries]
     bounds = [offsets(side, stride) for side in features.shape[2:]]
     rows, columns = zip(*(draws.token_offset(*key, *bounds) for key in keys), strict=True)
     kept = sample_tokens(features, rows, columns, stride)
@@ -157,7 +162,7 @@ def check_finite(entries: list[EntryBuilder], name: str, values: Tensor) -> None
     if not all(finite):
         entry = entries[finite.index(False)]
         raise UserError(
-            f"the teacher computed NaN or Inf in {name} of entry {entry.key} ({entry.meta['source_id']}, "
+            f"the teacher computed NaN or Inf in {name} of entry {entry.key} ({entry.source_id}, "
             f"timestep {entry.meta['timestep']}). Run with --dtype fp32 or bf16, or check the teacher's weights."
         )
 

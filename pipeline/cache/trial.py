@@ -11,7 +11,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from tqdm import tqdm
 
-from pipeline.cache.targets import Teacher, compress_targets, run_teacher
+from pipeline.cache.targets import Image, Teacher, compress_targets, run_teacher
 from pipeline.core.taps import Taps
 from pipeline.models.families import Family
 from pipeline.models.shapes import TeacherShapes
@@ -84,11 +84,11 @@ def try_teacher(
     return Trial(running / entries, compressing / entries, is_accelerator(unet.device))
 
 
-def random_image(index: int, shapes: TeacherShapes) -> StoredEntry:
+def random_image(index: int, shapes: TeacherShapes) -> Image:
     """Gaussian latents and conditioning, as `encode` would have stored them for an image."""
     generator = np.random.default_rng(index)
     tensors = {
         name: StoredTensor(generator.standard_normal(shape, np.float32).astype(np.float16))
         for name, shape in {LATENTS: shapes.latents, **shapes.conditioning}.items()
     }
-    return StoredEntry(image_key(index), {"source_id": str(index)}, tensors)
+    return Image(StoredEntry(image_key(index), {"source_id": str(index)}, tensors), 0)

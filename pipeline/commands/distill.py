@@ -96,7 +96,7 @@ def train_student(settings: DistillSettings, lock: OutputLock) -> None:
     problems = []
     with accelerator.main_process_first():
         if accelerator.is_main_process:
-            check_part(settings.cache, dataset.shards.manifest, BASE, contents=True)
+            check_part(settings.cache, dataset.cache.manifest, BASE, contents=True)
     if done < (settings.max_train_steps or 0):
         training = prepare(settings, dataset, accelerator)
         stream = batches(settings, dataset, accelerator, training.position)
@@ -133,7 +133,7 @@ def training_spec(settings: DistillSettings, processes: int) -> dict[str, Any]:
 
 def prepare(settings: DistillSettings, dataset: CacheDataset, accelerator: Accelerator) -> Training:
     """The student, initial or from the newest checkpoint, and everything that trains it, on the device."""
-    spec, transform = dataset.shards.manifest.spec, Transform()
+    spec, transform = dataset.spec, Transform()
     noise_scheduler = DDPMScheduler.from_config(spec["noise_scheduler"])
     student, state = start(
         settings, transform, lambda: initial_student(settings.cache, settings.level, settings.init_from)
@@ -232,7 +232,7 @@ def open_cache(settings: DistillSettings) -> CacheDataset:
         with_teacher_pred=settings.output_weight > 0,
         rounds=settings.rounds,
     )
-    check_parts(settings, dataset.shards.manifest)
+    check_parts(settings, dataset.cache.manifest)
     return dataset
 
 
@@ -266,7 +266,7 @@ def plan(settings: DistillSettings) -> list[str]:
     check_out(settings, inputs_of(settings))
     dataset = open_cache(settings)
     settings = resolve_steps_and_lr(settings, len(dataset), 1)
-    held_out_of(settings, dataset.shards.manifest.spec, 1000)
+    held_out_of(settings, dataset.spec, 1000)
     steps, done = settings.max_train_steps or 0, checkpointed_step(settings.out)
     batch = settings.train_batch_size * settings.gradient_accumulation_steps
     left = max(0, steps - done)

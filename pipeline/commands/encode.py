@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from pipeline.cache import sizes
 from pipeline.cache.latents import encoders_spec
-from pipeline.cache.output import claim, existing_manifest, finished_sidecars, share_unfinished
+from pipeline.cache.output import claim, existing_manifest, finished_heads, share_unfinished
 from pipeline.core import draws
 from pipeline.data.inputs import remember, settled_spec
 from pipeline.data.loading import Framing, LoadedImage, load_images, without_skipped
@@ -46,17 +46,17 @@ from shards.files import atomic_file
 from shards.kept import Kept, read_kept
 from shards.manifest import Manifest, known_to, refuse_other_spec
 from shards.plan import PlannedShard, ShardPlan, count_entries
-from shards.reader import read_sidecar
 from shards.schema import (
+    FORMAT_VERSION,
     LATENTS,
     MANIFEST,
     conditioning_shapes,
     empty_prompt_file,
     image_key,
     image_of,
-    sidecar_name,
     stated_shapes,
 )
+from shards.sidecar import read_head
 from shards.store import open_store
 from shards.writer import EntryBuilder, write_shard
 
@@ -128,7 +128,7 @@ def write_latents(settings: EncodeSettings, lock: OutputLock) -> None:
             entries = shard_entries(source, settings, left, len(records), base, family, skipped, progress.update)
             if is_accelerator(state.device):
                 entries = in_background(entries, 2 * settings.batch_size)
-            write_shard(open_store(settings.out), shard.name, manifest.spec_sha256, entries, skipped, kept)
+            write_shard(open_store(settings.out), shard.name, manifest, entries, skipped, kept)
     leave_processes(state)
     if state.is_main_process:
         report(settings.out, manifest, "")
@@ -179,17 +179,17 @@ def shard_records(source: OpenSource, shard: PlannedShard) -> list[tuple[int, Re
 
 def kept_batches(settings: EncodeSettings, shard: PlannedShard, manifest: Manifest) -> Kept | None:
     """The complete batches that an interrupted run kept of a shard; None if there are none."""
-    kept = read_kept(open_store(settings.out), shard.name, manifest.spec_sha256)
-    return kept and kept.first(len(kept.keys) // settings.batch_size * settings.batch_size)
+    kept = read_kept(open_store(settings.out), shard.name, manifest)
+    return kept and kept.first(len(kept.rows) // settings.batch_size * settings.batch_size)
 
 
 def after_kept(
     records: list[tuple[int, Record]], kept: Kept | None
 ) -> tuple[list[tuple[int, Record]], list[dict[str, str]]]:
     """The records of a shard behind the last kept entry, and the images that were skipped before it."""
-    if not kept or not kept.keys:
+    if not kept or not kept.rows:
         return records, []
-    last = image_of(kept.keys[-1])
+    last = image_of(kept.rows[-1].key)
     done = {record.source_id for index, record in records if index <= last}
     left = [(index, record) for index, record in records if index > last]
     return left, [item for item in kept.skipped if item["source_id"] in done]
@@ -202,14 +202,14 @@ def reopen_skipped(source: OpenSource, settings: EncodeSettings, manifest: Manif
     for shard in manifest.plan.shards[part]:
         if shard in unfinished:
             continue
-        missing = {item["source_id"] for item in read_sidecar(store, shard.name, manifest.spec_sha256).skipped}
+        missing = {item["source_id"] for item in read_head(store, shard.name, manifest).skipped}
         records = [record for record in shard_records(source, shard) if record[1].source_id in missing]
         found = [image for image in load_images(source, framing_of(settings), records, 1, 1) if image.problem is None]
         if found:
             say(f"rewriting {shard.name}: {len(found)} of its {len(missing)} skipped images can be read now")
             # First, because only the sidecar of older latents says which images had no caption.
             remember(store, manifest, shard, [record for _, record in shard_records(source, shard)])
-            store.delete(sidecar_name(shard.name))
+            store.delete(manifest.sidecar_name(shard.name))
 
 
 def shard_entries(
@@ -292,18 +292,18 @@ def check_shapes(settings: EncodeSettings, empty: dict[str, np.ndarray], stated:
 
 def report(out: Path, manifest: Manifest, prefix: str) -> None:
     """Print what the directory holds, and list skipped images. Raises UserError if nothing was encoded."""
-    sidecars = finished_sidecars(out, manifest)
-    if sidecars is None:
+    heads = finished_heads(out, manifest)
+    if heads is None:
         return
-    skipped = [item for sidecar in sidecars for item in sidecar.skipped]
-    encoded = sum(sidecar.count for sidecar in sidecars)
+    skipped = [item for head in heads for item in head.skipped]
+    encoded = sum(head.count for head in heads)
     with atomic_file(out / SKIPPED) as stream:
         stream.writelines(json.dumps(item, ensure_ascii=False).encode() + b"\n" for item in skipped)
     if not encoded:
         raise UserError(f"none of the images could be read. See {out / SKIPPED} for the reasons.")
     listed = f", {len(skipped)} skipped (see {out / SKIPPED} for the reasons)" if skipped else ""
-    size = sum(sidecar.bytes for sidecar in sidecars)
-    held = f"{plural(encoded, 'image')} in {plural(len(sidecars), 'shard')}"
+    size = sum(head.bytes for head in heads)
+    held = f"{plural(encoded, 'image')} in {plural(len(heads), 'shard')}"
     say(f"{prefix}{out} holds {held}, {format_bytes(size)}{listed}")
 
 
@@ -316,7 +316,8 @@ def plan(settings: EncodeSettings) -> list[str]:
     found = existing_manifest(settings.out, "latents")
     if found is not None:
         refuse_other_spec(settings.out, found.spec, settled(settings, source, spec))
-    shards = ShardPlan(spec["entries"], spec["entries_per_shard"])
+    version = found.version if found else FORMAT_VERSION
+    shards = ShardPlan(spec["entries"], spec["entries_per_shard"], version=version)
     left = shards.unfinished(open_store(settings.out), range_of(settings.shard_range))
     return [
         f"entries: {spec['entries']} in {plural(len(shards), 'shard')}, {len(left)} of them still to write",

@@ -22,7 +22,6 @@ from pipeline.cache.latents import (
     check_encoders,
     open_latents,
     sampling_size,
-    unconditional_conditioning,
 )
 from pipeline.core import draws
 from pipeline.demo.oracle import score_scenes
@@ -66,6 +65,7 @@ from pipeline.training.output import (
 from pipeline.training.report import Report, circumstances, write_report
 from pipeline.training.transform import Transform
 from pipeline.training.validation import planned_images, validation_images
+from shards.cache import empty_prompt
 from shards.dataset import Batch, stack_tensors
 from shards.reader import StoredEntry
 from shards.schema import LATENTS, conditioning_shapes
@@ -264,7 +264,7 @@ def batches(
 
     Noise and timestep belong to an image and its visit, so they depend neither on the batch nor on the processes.
     """
-    empty = unconditional_conditioning(dataset.shards)
+    empty = empty_prompt(dataset.shards)
     size = settings.train_batch_size
     first = position + accelerator.process_index * size
     for entries in collated_batches(settings, dataset, accelerator, position):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -22,12 +24,14 @@ from pipeline.system.output import check_new
 from shards.expected import expected_tensors
 from shards.files import atomic_directory
 from shards.manifest import Manifest, read_manifest
-from shards.reader import StoredEntry, placed_sidecar, read_entry, read_sidecar
-from shards.schema import LATENTS
+from shards.plan import PlannedShard
+from shards.reader import StoredEntry, placed_head, read_entry
+from shards.schema import IMAGES, LATENTS
+from shards.sidecar import Head, read_row, read_sidecar
 from shards.store import Store, open_store
 
 # The numbers of entries in the histogram and of images that --images decodes, spread evenly over the set.
-TIMESTEPS, IMAGES = 2000, 8
+TIMESTEPS, DECODED = 2000, 8
 BINS, BAR = 10, 40
 # The fields of the spec that are shown; the others matter only to programs.
 SHOWN = (
@@ -45,10 +49,12 @@ SHOWN = (
 
 def run(settings: InspectSettings) -> None:
     """Show the contents of latents or a cache. DIR is a directory that `encode` or `teacher-cache` wrote."""
-    inventory = take_inventory(settings.directory)
+    inventory = take_inventory(open_store(settings.directory))
     if settings.images:
         check_images(settings.directory, settings.images)
     say("\n".join([*spec_lines(inventory.manifest), *count_lines(inventory), *member_lines(inventory)]))
+    if inventory.images:
+        say("\n".join(["\nimages, each stored once:", *count_lines(inventory.images), *member_lines(inventory.images)]))
     if not inventory.entries:
         raise UserError(f"{settings.directory} holds no entries yet. Rerun its stage to write them.")
     if inventory.manifest.spec["stage"] == "cache":
@@ -63,11 +69,14 @@ def run(settings: InspectSettings) -> None:
 
 @dataclass
 class Inventory:
-    """The finished shards of a directory. `counts` are their entries, `member_bytes` exclude the tar headers."""
+    """The finished shards of a directory. `counts` are their entries, `member_bytes` exclude the tar headers. `images`
+    are those of a cache whose entries do not hold them."""
 
     store: Store
     manifest: Manifest
-    shards: list[str] = field(default_factory=list)
+    images: Inventory | None = None
+    shards: list[PlannedShard] = field(default_factory=list)
+    heads: dict[str, Head] = field(default_factory=dict)
     counts: list[int] = field(default_factory=list)
     bytes: int = 0
     skipped: int = 0
@@ -78,32 +87,46 @@ class Inventory:
         return sum(self.counts)
 
     def spread(self, count: int, tensors: tuple[str, ...] = ()) -> Iterator[StoredEntry]:
-        """Up to `count` entries with the named tensors, evenly spread over the set."""
-        expected = expected_tensors(self.manifest.spec)
-        ends = np.cumsum(self.counts)
+        """Up to `count` entries, evenly spread over the set, each with its image's named tensors and caption."""
         indices = np.unique(np.linspace(0, self.entries - 1, min(count, self.entries)).astype(int))
-        owners = np.searchsorted(ends, indices, side="right")
-        for owner in np.unique(owners):
-            sidecar = read_sidecar(self.store, self.shards[owner], self.manifest.spec_sha256)
-            for index in indices[owners == owner]:
-                place = int(index - ends[owner]) + self.counts[owner]
-                yield read_entry(self.store, sidecar, place, tensors, expected)
+        for index in indices.tolist():
+            shard, place = self.locate(index)
+            if self.images is None:
+                yield self.read(shard, place, tensors)
+            else:
+                entry, image = self.read(shard, place), self.images.image(shard.indices.start + place, tensors)
+                yield StoredEntry(entry.key, {**image.meta, **entry.meta}, image.tensors)
+
+    def locate(self, index: int) -> tuple[PlannedShard, int]:
+        """The finished shard that holds entry `index`, and the entry's place in it."""
+        ends = list(itertools.accumulate(self.counts))
+        owner = bisect.bisect_right(ends, index)
+        return self.shards[owner], index - ends[owner] + self.counts[owner]
+
+    def image(self, index: int, tensors: tuple[str, ...]) -> StoredEntry:
+        return self.read(*self.locate(index), tensors)
+
+    def read(self, shard: PlannedShard, place: int, tensors: tuple[str, ...] = ()) -> StoredEntry:
+        row = read_row(self.store, self.heads[shard.name], place, self.manifest)
+        return read_entry(self.store, shard.name, row, tensors, self.manifest, expected_tensors(self.manifest))
 
 
-def take_inventory(directory: Path) -> Inventory:
-    """The inventory of a directory, without missing shards. Raises ShardError if the manifest or a shard is damaged."""
-    store = open_store(directory)
-    inventory = Inventory(store, read_manifest(store))
+def take_inventory(store: Store, stage: str | None = None) -> Inventory:
+    """The inventory of a set, without missing shards. Raises ShardError if the manifest or a shard is damaged."""
+    manifest = read_manifest(store, stage)
+    images = None if manifest.has_own_images else take_inventory(store.folder(IMAGES), "latents")
+    inventory = Inventory(store, manifest, images)
     unfinished = set(inventory.manifest.plan.unfinished(store))
     for shard in inventory.manifest.plan:
         if shard not in unfinished:
-            sidecar = placed_sidecar(store, shard, inventory.manifest)
-            inventory.shards.append(shard.name)
-            inventory.counts.append(sidecar.count)
-            inventory.bytes += sidecar.bytes
-            inventory.skipped += len(sidecar.skipped)
-            lengths = sidecar.table[:, :, 1].sum(axis=0).tolist()
-            inventory.member_bytes.update(dict(zip(sidecar.members, lengths, strict=True)))
+            head = placed_head(store, shard, inventory.manifest)
+            inventory.shards.append(shard)
+            inventory.heads[shard.name] = head
+            inventory.counts.append(head.count)
+            inventory.bytes += head.bytes
+            inventory.skipped += len(head.skipped)
+            lengths = read_sidecar(store, shard.name, inventory.manifest).places[:, :, 1].sum(axis=0).tolist()
+            inventory.member_bytes.update(dict(zip(head.members, lengths, strict=True)))
     return inventory
 
 
@@ -151,7 +174,7 @@ def check_images(directory: Path, out: Path) -> None:
 
 def save_images(directory: Path, inventory: Inventory, out: Path) -> int:
     """Decode some entries' latents to PNGs named by their keys, with the VAE in `directory`; returns how many."""
-    entries = list(inventory.spread(IMAGES, (LATENTS,)))
+    entries = list(inventory.spread(DECODED, (LATENTS,)))
     pipe = load_base(directory / "base")
     with atomic_directory(out) as folder:
         for entry in entries:

@@ -41,7 +41,7 @@ def cost_of(settings: PlanSettings, shapes: TeacherShapes) -> Cost:
     settings = settings.at(*LADDER[0])
     assert settings.snr_db is not None
     taps = tap_specs(settings, shapes.taps)
-    entry = sizes.cache_entry(shapes.latents, shapes.conditioning, taps, settings.codec, settings.snr_db)
+    entry = sizes.cache_entry(shapes.latents, taps, settings.codec, settings.snr_db)
     return Cost(sizes.stored_bytes(sizes.latents_entry(shapes.latents, shapes.conditioning)), entry)
 
 

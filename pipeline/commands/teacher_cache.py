@@ -17,12 +17,12 @@ from torch import nn
 from tqdm import tqdm
 
 from pipeline.cache import sizes
-from pipeline.cache.latents import captions_of, check_encoders, open_latents, sampling_size, unconditional_conditioning
-from pipeline.cache.output import bind_parts, claim, existing_manifest, finished_sidecars, share_unfinished
+from pipeline.cache.images import add_images, bytes_to_copy, refuse_replaced
+from pipeline.cache.latents import captions_of, check_encoders, open_latents, sampling_size
+from pipeline.cache.output import bind_parts, claim, existing_manifest, finished_heads, share_unfinished
 from pipeline.cache.parts import BASE, student_part, write_teacher_config
-from pipeline.cache.replaced import refuse_replaced
 from pipeline.cache.taps import sampling_lines, tap_specs
-from pipeline.cache.targets import BatchTargets, Teacher, compress_targets, run_teacher
+from pipeline.cache.targets import BatchTargets, Image, Teacher, compress_targets, run_teacher
 from pipeline.core.taps import Taps
 from pipeline.models.checksums import write_checksums
 from pipeline.models.families import family_of_spec
@@ -47,12 +47,13 @@ from pipeline.system.output import check_output, made_by
 from pipeline.system.settings import write_settings
 from pipeline.system.signals import sigterm_interrupts
 from pipeline.system.threads import in_background, ordered_map
+from shards.cache import empty_prompt
 from shards.files import atomic_directory
 from shards.kept import Kept, read_kept
 from shards.manifest import Manifest, known_to, refuse_other_spec
 from shards.plan import PlannedShard, ShardPlan, count_entries
-from shards.reader import ShardSet
-from shards.schema import LATENTS, MANIFEST, conditioning_shapes
+from shards.reader import ShardSet, read_entry
+from shards.schema import MANIFEST, conditioning_shapes
 from shards.store import open_store
 from shards.writer import EntryBuilder, write_shard
 
@@ -84,10 +85,11 @@ def write_cache(settings: TeacherCacheSettings, lock: OutputLock) -> None:
     check_encoders(latents, base, f"--teacher {settings.teacher}")
     check_samples(settings, latents, folder, base, noise_scheduler)
     spec = cache_spec(settings, latents, unet, noise_scheduler, state.device)
-    refuse_replaced(settings.out, spec, latents, settings.shard_range)
+    refuse_replaced(settings.out, existing_cache(settings.out), latents, range_of(settings.shard_range))
     require_space(settings.out, bytes_left(settings, latents, spec, base, unet), SMALLER)
     with state.main_process_first(), lock.claim() as alone:
         manifest = claim(settings.out, "cache", spec, alone=alone, rounds=settings.rounds)
+        images = add_images(latents, settings.out)
         saved = save_students(settings, folder, unet, noise_scheduler)
         manifest = bind_parts(settings.out, manifest, saved)
         write_origin(settings.out, settings.teacher, folder, settings.revision, settings.latents)
@@ -116,22 +118,22 @@ def write_cache(settings: TeacherCacheSettings, lock: OutputLock) -> None:
         family_of_spec(spec),
         Taps(unet, spec["taps"]),
         noise_scheduler.alphas_cumprod.to(state.device),
-        unconditional_conditioning(latents),
+        empty_prompt(images),
     )
     bar = tqdm(total=count_entries(own), unit="entry", desc="teacher-cache", disable=not state.is_main_process)
     with bar as progress, compile_failures(settings.compile):
         kept = kept_batches(settings, own, manifest)
-        progress.update(sum(len(part.keys) for part in kept.values()))
-        entries = cache_entries(own, kept, manifest, latents, teacher, settings)
+        progress.update(sum(len(part.rows) for part in kept.values()))
+        entries = cache_entries(own, kept, manifest, images, teacher, settings)
         for shard, of_shard in itertools.groupby(entries, key=lambda pair: pair[0]):
             written = counted(of_shard, progress.update)
-            write_shard(open_store(settings.out), shard, manifest.spec_sha256, written, [], kept.get(shard))
+            write_shard(open_store(settings.out), shard, manifest, written, [], kept.get(shard))
     leave_processes(state)
     # The images need the memory that the teacher takes.
     del teacher, unet
     if state.is_main_process:
         pipeline = PipelineRef(settings.out / BASE, folder / "unet", state.device, dtype, settings.variant)
-        finish(settings, manifest, latents, folder, pipeline if wants_samples else None)
+        finish(settings, manifest, images, folder, pipeline if wants_samples else None)
 
 
 def finish(
@@ -180,7 +182,7 @@ def cache_spec(
     device: torch.device,
 ) -> dict[str, Any]:
     """What the entries are. `strata` is the number of rounds of the first run and never changes."""
-    found = existing_manifest(settings.out, "cache")
+    found = existing_cache(settings.out)
     config = dict(noise_scheduler.config)
     spec = {
         "stage": "cache",
@@ -202,6 +204,17 @@ def cache_spec(
         "libraries": library_versions(),
     }
     return known_to(found.spec, spec) if found else spec
+
+
+def existing_cache(out: Path) -> Manifest | None:
+    """The manifest of the cache in `out`, if there is one. Raises UserError for one that is not added to."""
+    found = existing_manifest(out, "cache")
+    if found is not None and found.has_own_images:
+        raise UserError(
+            f"{out} holds a cache of format 1, which this version reads but does not add to. Train from it as it is "
+            f"(`distill-sd distill --cache {out}`), or make a new one in another --out; the latents can stay."
+        )
+    return found
 
 
 def check_samples(
@@ -280,8 +293,9 @@ def bytes_left(
     unet: UNet2DConditionModel,
 ) -> int:
     """About how many bytes a run adds to --out: shards, and weights in float32."""
-    unfinished = shards_left(settings, len(latents), existing_manifest(settings.out, "cache"))
-    shards = count_entries(unfinished) * sizes.stored_bytes(entry_sizes(latents.manifest.spec, spec["taps"], settings))
+    unfinished = shards_left(settings, len(latents), existing_cache(settings.out))
+    entry = sizes.stored_bytes(entry_sizes(latents.manifest.spec, spec["taps"], settings))
+    shards = bytes_to_copy(latents, settings.out) + count_entries(unfinished) * entry
     networks = (
         [] if (settings.out / BASE).is_dir() else [m for m in base.components.values() if isinstance(m, nn.Module)]
     )
@@ -302,9 +316,9 @@ def kept_batches(settings: TeacherCacheSettings, shards: list[PlannedShard], man
     """The complete batches that interrupted runs kept, by shard. The last batch of a shard is left to be written."""
     found = {}
     for shard in shards:
-        kept = read_kept(open_store(settings.out), shard.name, manifest.spec_sha256)
+        kept = read_kept(open_store(settings.out), shard.name, manifest)
         if kept:
-            count = min(len(kept.keys), len(shard.indices) - 1)
+            count = min(len(kept.rows), len(shard.indices) - 1)
             found[shard.name] = kept.first(count // settings.batch_size * settings.batch_size)
     return found
 
@@ -313,7 +327,7 @@ def cache_entries(
     shards: list[PlannedShard],
     kept: dict[str, Kept],
     manifest: Manifest,
-    latents: ShardSet,
+    images: ShardSet,
     teacher: Teacher,
     settings: TeacherCacheSettings,
 ) -> Iterator[tuple[str, EntryBuilder]]:
@@ -321,16 +335,15 @@ def cache_entries(
 
     While a GPU computes a batch, the ones before it are compressed.
     """
-    tensors = [LATENTS, *conditioning_shapes(latents.manifest.spec)]
 
     def targets() -> Iterator[tuple[str, BatchTargets]]:
         for shard in shards:
             assert shard.round is not None
-            done = len(kept[shard.name].keys) if shard.name in kept else 0
+            done = len(kept[shard.name].rows) if shard.name in kept else 0
             for first in range(done, len(shard.indices), settings.batch_size):
                 chosen = shard.indices[first : first + settings.batch_size]
-                images = [latents.read(i, tensors) for i in chosen]
-                yield shard.name, run_teacher(images, shard.round, manifest.spec, teacher)
+                batch = [read_image(images, index) for index in chosen]
+                yield shard.name, run_teacher(batch, shard.round, manifest.spec, teacher)
 
     compressed: Iterable[tuple[str, list[EntryBuilder]]]
     if is_accelerator(teacher.unet.device):
@@ -339,6 +352,12 @@ def cache_entries(
         compressed = map(compress, targets())
     for shard, entries in compressed:
         yield from ((shard, entry) for entry in entries)
+
+
+def read_image(images: ShardSet, index: int) -> Image:
+    shard, row = images.row(index)
+    entry = read_entry(images.store, shard, row, images.expected, images.manifest, images.expected)
+    return Image(entry, row.image_crc32)
 
 
 def compress(targets: tuple[str, BatchTargets]) -> tuple[str, list[EntryBuilder]]:
@@ -355,13 +374,13 @@ def counted(entries: Iterable[tuple[str, EntryBuilder]], advance: Callable[[int]
 
 def report(out: Path, manifest: Manifest, prefix: str) -> None:
     """Print what the cache holds."""
-    sidecars = finished_sidecars(out, manifest)
-    if sidecars is None:
+    heads = finished_heads(out, manifest)
+    if heads is None:
         return
-    count, size = sum(s.count for s in sidecars), sum(s.bytes for s in sidecars)
+    count, size = sum(head.count for head in heads), sum(head.bytes for head in heads)
     per_entry = f", {size / count:,.0f} bytes per entry" if count else ""
     held = f"{plural(count, 'entry', 'entries')} ({plural(manifest.rounds or 0, 'round')})"
-    say(f"{prefix}{out} holds {held} in {plural(len(sidecars), 'shard')}, {format_bytes(size)}{per_entry}")
+    say(f"{prefix}{out} holds {held} in {plural(len(heads), 'shard')}, {format_bytes(size)}{per_entry}")
 
 
 def plan(settings: TeacherCacheSettings) -> list[str]:
@@ -372,7 +391,7 @@ def plan(settings: TeacherCacheSettings) -> list[str]:
     base = load_base(folder, settings.variant)
     check_encoders(latents, base, f"--teacher {settings.teacher}")
     check_samples(settings, latents, folder, base, load_noise_scheduler(folder, settings.prediction_type))
-    found = existing_manifest(settings.out, "cache")
+    found = existing_cache(settings.out)
     config = unet_config(folder)
     taps = wanted_taps(checked_taps(settings, latents, config), found)
     if found is not None:
@@ -381,7 +400,7 @@ def plan(settings: TeacherCacheSettings) -> list[str]:
         names = ("entries_per_shard", "seed", "noise_offset", "input_perturbation", "uncond_fraction")
         wanted = {**stated, **{name: getattr(settings, name) for name in names}}
         refuse_other_spec(settings.out, {name: found.spec[name] for name in wanted}, wanted)
-        refuse_replaced(settings.out, found.spec, latents, settings.shard_range)
+        refuse_replaced(settings.out, found, latents, range_of(settings.shard_range))
     rounds = max(settings.rounds, (found.rounds or 0) if found else 0)
     left = shards_left(settings, len(latents), found)
     entries = count_entries(left)
@@ -397,5 +416,5 @@ def plan(settings: TeacherCacheSettings) -> list[str]:
 
 
 def entry_sizes(latents_spec: dict[str, Any], taps: dict[str, Any], settings: TeacherCacheSettings) -> dict[str, int]:
-    shapes = latents_spec["latents_shape"], conditioning_shapes(latents_spec)
-    return sizes.cache_entry(*shapes, taps, settings.codec, settings.snr_db, settings.input_perturbation > 0)
+    shape = latents_spec["latents_shape"]
+    return sizes.cache_entry(shape, taps, settings.codec, settings.snr_db, settings.input_perturbation > 0)

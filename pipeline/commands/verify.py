@@ -37,12 +37,11 @@ from pipeline.system.echo import plural, say
 from pipeline.system.errors import UserError
 from pipeline.system.lock import OutputLock
 from pipeline.system.text_files import read_text
-from shards.expected import expected_tensors
+from shards.cache import Cache
 from shards.manifest import STAGE_COMMANDS, Manifest, difference, read_manifest
-from shards.reader import REWRITE, ShardSet
-from shards.schema import ShardError
+from shards.schema import IMAGES, ShardError
 from shards.store import Store, open_store
-from shards.survey import Problem, Survey, check_contents, remove_shard, survey, unreadable
+from shards.survey import Problem, Survey, check_contents, remove_shard, survey, survey_images, unreadable
 
 
 def run(settings: VerifySettings) -> None:
@@ -60,8 +59,10 @@ def run(settings: VerifySettings) -> None:
     except ShardError as error:
         say(Problem.of(error).message)
         raise UserError(f"1 problem in {directory}. Nothing else can be checked without its manifest.") from None
-    if settings.recompute and manifest.spec["stage"] != "cache":
+    if settings.recompute and not manifest.is_cache:
         raise UserError(f"--recompute needs a cache, but {directory} holds {manifest.spec['stage']}")
+    if settings.remove_damaged and manifest.is_cache and manifest.version == 1:
+        raise UserError(f"--remove-damaged: {directory} is a cache of format 1, whose shards are not written again.")
     with OutputLock(directory) as lock:
         if settings.remove_damaged:
             lock.take()
@@ -72,27 +73,33 @@ def check(settings: VerifySettings, store: Store, manifest: Manifest) -> None:
     """Print what is wrong, remove what is to be removed, and conclude."""
     directory = settings.directory
     found = survey(store, manifest)
-    if manifest.spec["stage"] == "cache":
+    images = None if manifest.has_own_images else survey_images(store, manifest, found)
+    sets = [found] if images is None else [found, images]
+    if manifest.is_cache:
         found.problems += missing_parts(directory) + changed_parts(directory, manifest, settings.full)
     if settings.full:
-        total = sum(size.bytes for size in found.sizes.values())
+        total = sum(size.bytes for each in sets for size in each.sizes.values())
         with tqdm(total=total, unit="B", unit_scale=True, desc="verify") as progress:
-            check_contents(store, manifest, found, progress.update)
-    intact = not found.problems and not found.unfinished
+            for each in sets:
+                check_contents(each, progress.update)
+    intact = not any(each.problems or each.unfinished for each in sets)
     if settings.recompute and settings.teacher and intact:
         found.problems += recompute(settings, settings.recompute, settings.teacher)
-    removed = found.damaged_shards() if settings.remove_damaged else []
-    for shard in removed:
-        remove_shard(store, shard)
-    for problem in found.problems:
-        done = problem.damaged and problem.shard in removed
-        say(problem.message.replace(REWRITE, "It was removed.") if done else problem.message)
+    removed = []
+    for each in sets:
+        gone = each.damaged_shards() if settings.remove_damaged else []
+        for shard in gone:
+            remove_shard(each.store, shard, each.manifest)
+        for problem in each.problems:
+            done = problem.damaged and problem.shard in gone
+            say(problem.message.replace(each.manifest.rewrite, "It was removed.") if done else problem.message)
+        removed += gone if each is found else [f"{IMAGES}/{shard}" for shard in gone]
     if settings.recompute and not intact:
         say("skipped --recompute: the cache is incomplete or damaged")
     if removed:
         command = STAGE_COMMANDS[manifest.spec["stage"]]
         say(f"removed {', '.join(removed)}. Rerun the same `distill-sd {command}` to write them again.")
-    conclude(settings, manifest, found)
+    conclude(settings, manifest, found, images)
 
 
 def missing_parts(directory: Path) -> list[Problem]:
@@ -141,8 +148,8 @@ def changed_parts(directory: Path, manifest: Manifest, contents: bool) -> list[P
 
 def recompute(settings: VerifySettings, count: int, teacher: str) -> list[Problem]:
     """Run the teacher again on random entries and print the table. A problem for each broken bound."""
-    shards = ShardSet(open_store(settings.directory), "cache")
-    spec = shards.manifest.spec
+    cache = Cache(open_store(settings.directory))
+    spec = cache.manifest.spec
     folder = find_pipeline(teacher, settings.revision, settings.variant)
     unet = load_unet(folder, settings.variant)
     if weights_sha256(unet) != spec["teacher_sha256"]:
@@ -157,9 +164,8 @@ def recompute(settings: VerifySettings, count: int, teacher: str) -> list[Proble
     unet.to(device, DTYPES[spec["dtype"]], memory_format=torch.channels_last).eval().requires_grad_(False)
     alphas_cumprod = DDPMScheduler.from_config(spec["noise_scheduler"]).alphas_cumprod.to(device)
     generator = np.random.Generator(np.random.Philox(key=settings.seed))
-    chosen = sorted(generator.choice(len(shards), min(count, len(shards)), replace=False).tolist())
-    names = list(expected_tensors(spec))
-    entries = (shards.read(index, names) for index in tqdm(chosen, unit="entry", desc="recompute"))
+    chosen = sorted(generator.choice(len(cache), min(count, len(cache)), replace=False).tolist())
+    entries = (cache.read(index, cache.tensors) for index in tqdm(chosen, unit="entry", desc="recompute"))
     rows = deviations(entries, spec, unet, alphas_cumprod)
     say("\n".join(table(rows)))
     return [
@@ -172,7 +178,7 @@ def recompute(settings: VerifySettings, count: int, teacher: str) -> list[Proble
     ]
 
 
-def conclude(settings: VerifySettings, manifest: Manifest, found: Survey) -> None:
+def conclude(settings: VerifySettings, manifest: Manifest, found: Survey, images: Survey | None) -> None:
     """Print the summary as the last line. Raises UserError if there is a problem or anything left to write."""
     directory, planned = settings.directory, len(manifest.plan)
     intact = found.intact()
@@ -186,11 +192,13 @@ def conclude(settings: VerifySettings, manifest: Manifest, found: Survey) -> Non
             f"{directory} is unfinished. Still to be written: {len(found.unfinished)} of {plural(planned, 'shard')}, "
             f"from {found.unfinished[0]} on. Rerun the same `distill-sd {command}` to complete it."
         )
-    if manifest.spec["stage"] == "cache":
+    if manifest.is_cache:
         tell_unchecked(directory, manifest)
-    if found.problems:
-        damaged = f"{len(found.damaged_shards())} damaged"
-        raise UserError(f"{plural(len(found.problems), 'problem')} in {directory}; {held}, {damaged}")
+    of_images = images.problems if images else []
+    if found.problems or of_images:
+        damaged = len(found.damaged_shards()) + (len(images.damaged_shards()) if images else 0)
+        problems = plural(len(found.problems) + len(of_images), "problem")
+        raise UserError(f"{problems} in {directory}; {held}, {damaged} damaged")
     if found.unfinished:
         raise UserError(f"{directory} is unfinished; {held}; no problem in what is there")
     say(f"{directory}: no damage found; {held}; checked: {depth(settings, entries)}")

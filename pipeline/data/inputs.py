@@ -17,8 +17,8 @@ from pipeline.system.echo import plural, printable
 from pipeline.system.errors import UserError
 from shards.manifest import Manifest
 from shards.plan import PlannedShard
-from shards.reader import read_entry, read_sidecar
-from shards.schema import files_of, sidecar_name
+from shards.reader import read_entry
+from shards.sidecar import read_head, read_sidecar
 from shards.store import Store
 
 # The parts of a spec that follow from the inputs.
@@ -78,7 +78,7 @@ def _as_json(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def _file_name(shard: PlannedShard) -> str:
-    return f"inputs-{sidecar_name(shard.name)}"
+    return f"inputs-{shard.name.removesuffix('.tar')}.json"
 
 
 def _remembered(store: Store, shard: PlannedShard) -> Remembered | None:
@@ -105,9 +105,9 @@ def _without_caption(store: Store, manifest: Manifest, shard: PlannedShard) -> l
 
 def _skipped(store: Store, manifest: Manifest, shard: PlannedShard) -> dict[str, str]:
     """The images that a finished shard lacks, with the reasons. Empty for an unfinished shard."""
-    if not store.exists(sidecar_name(shard.name)):
+    if not store.exists(manifest.sidecar_name(shard.name)):
         return {}
-    skipped = read_sidecar(store, shard.name, manifest.spec_sha256).skipped
+    skipped = read_head(store, shard.name, manifest).skipped
     return {item["source_id"]: item["reason"] for item in skipped}
 
 
@@ -119,9 +119,9 @@ def _changes(
         here = {record.source_id for record in records[shard.indices.start : shard.indices.stop]}
         if among is not None and not here & among:
             continue
-        sidecar = read_sidecar(store, shard.name, manifest.spec_sha256)
+        sidecar = read_sidecar(store, shard.name, manifest)
         for place, key in enumerate(sidecar.keys):
-            meta = read_entry(store, sidecar, place, [], {}).meta
+            meta = read_entry(store, shard.name, sidecar.row(place), [], manifest, {}).meta
             record = records[int(key)] if int(key) < len(records) else None
             known = (meta["source_id"], meta["caption"])
             now = record and (record.source_id, record.caption)
@@ -168,7 +168,7 @@ def _refuse_replaced(store: Store, manifest: Manifest, finished: list[PlannedSha
         printable(
             f"the image {record.source_id} was replaced after {store}/{shard.name} was written: it had {size} bytes "
             f"and has {record.size} now. That is so for {count}. To encode them again, "
-            f"delete {files_of(names)} in {store}, and rerun the same command. The other shards are kept."
+            f"delete {manifest.files_of(names)} in {store}, and rerun the same command. The other shards are kept."
         )
     )
 

@@ -78,7 +78,7 @@ def held_out_of(settings: TrainingSettings, trained_on: dict[str, Any], train_ti
     stage = read_manifest(open_store(directory)).spec["stage"]
     if stage == "cache":
         dataset = CacheDataset(open_store(directory), ())
-        check(directory, dataset.shards.manifest.spec, trained_on)
+        check(directory, dataset.spec, trained_on)
         entries = [dataset[i] for i in spread(len(dataset))]
         batches = [dataset.collate(entries[i : i + BATCH]) for i in range(0, len(entries), BATCH)]
         return HeldOut(batches)

@@ -33,8 +33,9 @@ from online import OnlineBatches, stored_inputs
 from pipeline.commands import distill
 from pipeline.models.bundled import teacher_folder
 from shards.files import write_json
-from shards.reader import ShardSet, read_sidecar
+from shards.reader import ShardSet
 from shards.schema import COLUMNS, TAP_PREFIX
+from shards.sidecar import read_sidecar
 from shards.store import open_store
 
 LEVEL = "sd_small"
@@ -92,7 +93,7 @@ def bytes_of_taps(cache: Path) -> float:
     shards = ShardSet(open_store(cache), "cache")
     total = 0
     for shard in shards.shards:
-        sidecar = read_sidecar(open_store(cache), shard, shards.manifest.spec_sha256)
+        sidecar = read_sidecar(open_store(cache), shard, shards.manifest)
         taps = [place for place, name in enumerate(sidecar.members) if name.startswith(TAP_PREFIX)]
         total += int(sidecar.table[:, taps, COLUMNS.index("length")].sum())
     return total / len(shards)

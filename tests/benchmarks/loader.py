@@ -22,8 +22,8 @@ from torch.utils.data import DataLoader
 from pipeline.models.levels import LEVELS
 from shards.codec import decompress
 from shards.dataset import CacheDataset, EpochBatches
-from shards.reader import read_sidecar
 from shards.schema import TAP_PREFIX
+from shards.sidecar import read_sidecar
 from shards.store import open_store
 
 
@@ -63,7 +63,7 @@ def packed_taps(dataset: CacheDataset, entries: int) -> list[tuple[bytes, int]]:
     shards, found = dataset.shards, []
     for index in range(entries):
         shard, place = shards.locate(index)
-        sidecar = read_sidecar(shards.store, shard, shards.manifest.spec_sha256)
+        sidecar = read_sidecar(shards.store, shard, shards.manifest)
         data = shards.store.read(shard)
         for name, (offset, length, raw_bytes, _) in sidecar.locate(place).items():
             if name.startswith(TAP_PREFIX) and name.endswith(".zst"):

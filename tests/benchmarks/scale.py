@@ -1,8 +1,12 @@
-"""Does anything grow? Memory and time per entry over 100,000 entries, tenth by tenth, of each stage's long loop.
+"""Does anything grow? With the work that is done, and with the size of a set.
 
-A tiny random teacher, so that the loop around it is what is measured: `encode` of 100,000 small images,
-`teacher-cache` of one round over them, and all entries of the cache read in training's order. Each runs in a process
-of its own. Run it on a quiet machine:
+Memory and time per entry over 100,000 entries, tenth by tenth, of each stage's long loop. A tiny random teacher, so
+that the loop around it is what is measured: `encode` of 100,000 small images, `teacher-cache` of one round over them,
+and all entries of the cache read in training's order.
+
+Then caches of a thousand, a million and ten million entries, of the size that SD-1.x's have: sidecars as the stages
+write them, next to tars without contents. What it takes to open one and to find an entry, and what the commands take
+that look at all of it. Each runs in a process of its own. Run it on a quiet machine:
 
     OMP_NUM_THREADS=1 python tests/benchmarks/scale.py --work work/scale
 """
@@ -17,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import click
@@ -24,18 +29,24 @@ import numpy as np
 import torch
 from PIL import Image
 
-from shards.store import Store, open_store
-
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from support.tiny import tiny_pipeline
 
 from pipeline.commands import encode, teacher_cache
+from pipeline.commands.inspect_shards import take_inventory
 from pipeline.encode import EncodeSettings
 from pipeline.models.students import teacher_taps
 from pipeline.teacher_cache import TeacherCacheSettings
+from shards.cache import Cache
 from shards.dataset import CacheDataset, EpochBatches
+from shards.manifest import Manifest, read_manifest, write_manifest
+from shards.schema import BLOCK, stated_shapes
+from shards.sidecar import Head, crc32_of_tensors, sidecar_bytes
+from shards.store import Store, open_store
+from shards.survey import survey, survey_images
 
 TENTHS, BATCH = 10, 50
+IMAGE_CRC32 = crc32_of_tensors({name: [0, 0, 0, 7] for name in ("latents.npy", "prompt_embeds.npy")})
 
 Point = tuple[int, float, float]
 """Entries so far, seconds, megabytes resident."""
@@ -61,7 +72,7 @@ def watched(stage, settings) -> list[Point]:
     points = [(0, time.perf_counter(), megabytes_resident())]
     write_shard = stage.write_shard
 
-    def write(store: Store, shard: str, spec_sha256: str, entries, skipped) -> None:
+    def write(store: Store, shard: str, manifest: Manifest, entries, skipped, kept=None) -> None:
         count = 0
 
         def counted():
@@ -70,7 +81,7 @@ def watched(stage, settings) -> list[Point]:
                 count += 1
                 yield entry
 
-        write_shard(store, shard, spec_sha256, counted(), skipped)
+        write_shard(store, shard, manifest, counted(), skipped, kept)
         points.append((points[-1][0] + count, time.perf_counter(), megabytes_resident()))
 
     with mock.patch.object(stage, "write_shard", write):
@@ -123,7 +134,7 @@ def run_reading(work: Path, entries_per_shard: int) -> list[Point]:
             return points
 
 
-def in_process(function: Callable, *arguments) -> list[Point]:
+def in_process(function: Callable, *arguments) -> Any:
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(function, arguments)
 
@@ -137,11 +148,123 @@ def tenths(points: list[Point]) -> list[tuple[float, float]]:
     ]
 
 
+def write_hollow(directory: Path, manifest: Manifest, lengths: dict[str, int]) -> None:
+    """A finished set of tars without contents. `lengths` are the bytes of each member."""
+    directory.mkdir(parents=True, exist_ok=True)
+    store = open_store(directory)
+    write_manifest(store, manifest)
+    members = sorted(lengths)
+    sizes = np.array([lengths[name] for name in members])
+    ends = np.cumsum(BLOCK + -(-sizes // BLOCK) * BLOCK)
+    offsets = ends - (-(-sizes // BLOCK) * BLOCK)
+    crcs = dict.fromkeys(members, 7)
+    image_crc32 = crc32_of_tensors({name: [0, 0, 0, crc] for name, crc in crcs.items()}) if not manifest.is_cache else 0
+    for shard in manifest.plan:
+        count = len(shard.indices)
+        table = np.empty((count, 2 + 4 * len(members)), "<i8")
+        table[:, 0], table[:, 1] = shard.indices, image_crc32 or IMAGE_CRC32
+        start = int(ends[-1]) * np.arange(count)
+        for number, name in enumerate(members):
+            first = 2 + 4 * number
+            table[:, first] = start + offsets[number]
+            table[:, first + 1 : first + 4] = lengths[name], lengths[name], crcs[name]
+        length = count * int(ends[-1])
+        head = Head(shard.name, count, length, "0" * 64, [], members, (shard.indices[0], shard.indices[-1]))
+        with open(directory / shard.name, "wb") as tar:
+            tar.truncate(length)
+        (directory / manifest.sidecar_name(shard.name)).write_bytes(sidecar_bytes(manifest, head, table.tobytes()))
+
+
+def write_hollow_cache(work: Path, entries: int) -> Path:
+    """A cache of so many entries, of at most 8 rounds."""
+    images = max(entries // 8, 1000)
+    spec = {
+        "stage": "latents",
+        "entries": images,
+        "entries_per_shard": 1000,
+        **stated_shapes((4, 64, 64), {"prompt_embeds": (77, 768)}),
+    }
+    taps = {f"tap{number}": {"shape": [640, 8, 8], "stride": 1} for number in range(11)}
+    cache = {
+        "stage": "cache",
+        "entries": images,
+        "entries_per_shard": 250,
+        "taps": taps,
+        "codec": {"name": "dither", "snr_db": 10.0},
+        "noise_scheduler": {"num_train_timesteps": 1000},
+        "latents": spec,
+    }
+    lengths = {"json": 300, "latents.npy": 32896, "prompt_embeds.npy": 118400}
+    write_hollow(work / "cache" / "images", Manifest(spec), lengths)
+    lengths = {"json": 1300, "noise.npy": 32896, "teacher_pred.npy": 32896}
+    lengths |= {f"tap.{tap}.npy.zst": 10_000 for tap in taps}
+    write_hollow(work / "cache", Manifest(cache, rounds=entries // images), lengths)
+    return work / "cache"
+
+
+def timed(function: Callable) -> float:
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
+
+
+def look_at(cache: Path) -> dict[str, float]:
+    """Seconds and megabytes to open a cache, microseconds to find an entry and its image, and seconds of commands."""
+    resident = megabytes_resident()
+    started = time.perf_counter()
+    opened = Cache(open_store(cache))
+    found = {"open": time.perf_counter() - started, "MB": megabytes_resident() - resident}
+    places = np.random.default_rng(0).integers(len(opened), size=10_000).tolist()
+
+    def find() -> None:
+        for place in places:
+            opened.targets.row(place)
+            opened.images.row(place % len(opened.images))
+
+    found["find"] = min(timed(find) for _ in range(3)) / len(places) * 1e6
+    found["start"] = timed(lambda: len(opened.manifest.plan.unfinished(open_store(cache))))
+    found["verify"] = timed(lambda: survey_all(cache))
+    found["inspect"] = timed(lambda: take_inventory(open_store(cache)))
+    return found
+
+
+def survey_all(cache: Path) -> None:
+    """What `verify` does first, without --full."""
+    store = open_store(cache)
+    manifest = read_manifest(store, "cache")
+    targets = survey(store, manifest)
+    images = survey_images(store, manifest, targets)
+    assert not targets.problems + images.problems
+
+
+def opening_table(work: Path, sizes: tuple[int, ...]) -> list[str]:
+    lines = ["| entries | shards | open, s | open, MB | find an entry and its image, µs | verify, s | inspect, s |"]
+    lines.append("|---" * 7 + "|")
+    for entries in sizes:
+        cache = write_hollow_cache(work / str(entries), entries)
+        shards = len(list(cache.rglob("*.tar")))
+        found = in_process(look_at, cache)
+        shutil.rmtree(work / str(entries))
+        cells = f"{found['open']:.2f} | {found['MB']:.0f} | {found['find']:.1f} | {found['verify']:.1f}"
+        lines.append(f"| {entries:,} | {shards:,} | {cells} | {found['inspect']:.1f} |")
+    return lines
+
+
 @click.command()
 @click.option("--work", type=Path, required=True, help="Directory for images and shards; emptied first.")
-@click.option("--images", default=100_000, show_default=True, help="Images, and so entries.")
-def main(work: Path, images: int) -> None:
+@click.option(
+    "--images", default=100_000, show_default=True, help="Images of the long loops; 0 for none."
+)
+@click.option("--entries", multiple=True, default=(1000, 1_000_000, 10_000_000), help="Sizes of the caches to open.")
+def main(work: Path, images: int, entries: tuple[int, ...]) -> None:
     shutil.rmtree(work, ignore_errors=True)
+    if images:
+        loops(work, images)
+    print("\n".join(["", *opening_table(work, entries)]))
+
+
+def loops(work: Path, images: int) -> None:
+    """Print the table of the long loops."""
     write_images_of_one_colour(work / "pictures", images)
     tiny_pipeline().save_pretrained(work / "teacher")
     stages = {"encode": run_encode, "teacher-cache": run_teacher_cache, "reading": run_reading}

@@ -27,7 +27,7 @@ from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from shards.manifest import read_manifest
-from shards.reader import read_sidecar
+from shards.sidecar import read_sidecar
 from shards.store import open_store
 
 CODECS = {
@@ -104,7 +104,7 @@ def run_stage(*arguments: str) -> tuple[float, float, float]:
 def member_bytes(cache: Path) -> tuple[float, float]:
     """Mean bytes of an entry: of its taps, and of all its members."""
     manifest = read_manifest(open_store(cache), "cache")
-    sidecars = [read_sidecar(open_store(cache), shard, manifest.spec_sha256) for shard in manifest.plan.names()]
+    sidecars = [read_sidecar(open_store(cache), shard, manifest) for shard in manifest.plan.names()]
     entries = [sidecar.locate(place) for sidecar in sidecars for place in range(sidecar.count)]
     taps = sum(m[1] for members in entries for name, m in members.items() if name.startswith("tap."))
     return taps / len(entries), sum(m[1] for members in entries for m in members.values()) / len(entries)

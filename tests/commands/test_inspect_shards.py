@@ -13,7 +13,7 @@ from support.tiny import write_images
 from pipeline.cli import main
 from pipeline.commands.inspect_shards import histogram
 from shards.manifest import read_manifest
-from shards.reader import read_sidecar
+from shards.sidecar import read_sidecar
 from shards.store import open_store
 
 
@@ -45,7 +45,7 @@ def test_a_cache_is_shown_and_left_alone(cache):
         "prediction_type: epsilon",
         'codec: {"name": "dither", "snr_db": 10.0}',
         "resolution: 32",
-        "tap up_blocks.3: [8, 16, 16], stride 2",
+        "tap up_blocks.3: [8, 16, 16], stride 4",
         "rounds: 2",
         "shards: 4 of 4",
         "entries: 8",
@@ -59,11 +59,11 @@ def test_a_cache_is_shown_and_left_alone(cache):
 def test_the_bytes_match_the_sidecars(cache):
     _, output = inspect(cache)
     manifest = read_manifest(open_store(cache))
-    sidecars = [read_sidecar(open_store(cache), shard, manifest.spec_sha256) for shard in manifest.plan.names()]
-    for number, name in enumerate(sidecars[0].members):
-        total = sum(int(sidecar.table[:, number, 1].sum()) for sidecar in sidecars)
+    sidecars = [read_sidecar(open_store(cache), shard, manifest) for shard in manifest.plan.names()]
+    for number, name in enumerate(sidecars[0].head.members):
+        total = sum(int(sidecar.places[:, number, 1].sum()) for sidecar in sidecars)
         assert re.search(rf"^{re.escape(name)} +{round(total / 8):,} +{total:,}$", output, re.MULTILINE), name
-    assert re.search(rf"^tars, with headers .* {sum(s.bytes for s in sidecars):,}$", output, re.MULTILINE)
+    assert re.search(rf"^tars, with headers .* {sum(s.head.bytes for s in sidecars):,}$", output, re.MULTILINE)
 
 
 def test_the_histogram_counts_every_timestep(cache):
@@ -86,11 +86,11 @@ def test_latents_are_shown_without_timesteps(latents):
 
 def test_an_unfinished_set_shows_its_finished_shards(cache, tmp_path):
     copy = shutil.copytree(cache, tmp_path / "cache")
-    (copy / "r0001-s00001.json").unlink()
+    (copy / "r0001-s00001.index").unlink()
     status, output = inspect(copy)
     assert status == 0
     assert "shards: 3 of 4 (unfinished)" in output
-    for path in copy.glob("r0*.json"):
+    for path in copy.glob("r0*.index"):
         path.unlink()
     status, output = inspect(copy)
     assert status == 2

@@ -61,7 +61,7 @@ def test_a_replaced_image_is_refused_with_what_to_delete(teacher, data, out, tmp
     message = refusal(teacher, data, out)
     assert f"the image 007.png was replaced after {out}/s00001.tar was written: it had {size} bytes" in message
     assert "1 image in 1 shard." in message
-    assert f"delete s00001.tar and s00001.json in {out}, and rerun the same command" in message
+    assert f"delete s00001.tar and s00001.index in {out}, and rerun the same command" in message
     # The plan of a run says so too.
     options = ["--device", "cpu", "--resolution", 32, "--batch-size", 4, "--entries-per-shard", 5]
     options += ["--teacher", teacher, "--data", data, "--out", out]
@@ -74,7 +74,7 @@ def test_a_replaced_image_is_refused_with_what_to_delete(teacher, data, out, tmp
     assert shard_files(out) == shard_files(run_encode(teacher, data, tmp_path / "fresh"))
     assert {name for name, content in shard_files(out).items() if before[name] != content} == {
         "s00001.tar",
-        "s00001.json",
+        "s00001.index",
     }
 
 
@@ -144,7 +144,7 @@ def test_an_image_whose_caption_was_added_is_taken_up(teacher, data, tmp_path, c
     run_encode(teacher, data, out, retry_skipped=True)
     assert "rewriting s00001.tar: 1 of its 2 skipped images can be read now" in capsys.readouterr().out
     after = shard_files(out)
-    assert {name for name in after if after[name] != before[name]} == {"s00001.tar", "s00001.json"}
+    assert {name for name in after if after[name] != before[name]} == {"s00001.tar", "s00001.index"}
     assert captions(out)["006.png"] == "picture 6"
     assert [json.loads(line)["source_id"] for line in (out / "skipped.jsonl").read_text().splitlines()] == ["007.png"]
 

@@ -2,10 +2,12 @@
 
 import json
 import tarfile
+import zlib
 
 import numpy as np
 import pytest
 import webdataset
+from support import sidecars
 
 from shards.codec import pack_quantised
 from shards.files import write_bytes
@@ -20,11 +22,13 @@ from shards.manifest import (
     write_manifest,
 )
 from shards.plan import ShardPlan
-from shards.reader import ShardSet, read_sidecar
+from shards.reader import ShardSet
 from shards.schema import ShardError
+from shards.sidecar import read_head, read_row, read_sidecar
 from shards.store import open_store
 from shards.writer import EntryBuilder, write_shard
 
+TAP = "tap.down_blocks.0.npy.zst"
 SPEC = {"stage": "latents", "entries": 5, "entries_per_shard": 3}
 
 
@@ -42,7 +46,7 @@ def make_set(directory, spec=SPEC):
     write_manifest(open_store(directory), manifest)
     for number, shard in enumerate(manifest.plan.names()):
         indices = range(number * 3, min(number * 3 + 3, 5))
-        write_shard(open_store(directory), shard, manifest.spec_sha256, map(make_entry, indices), [])
+        write_shard(open_store(directory), shard, manifest, map(make_entry, indices), [])
     return directory
 
 
@@ -89,11 +93,11 @@ def test_stock_webdataset_finds_every_member(directory):
 
 def test_the_sidecar_locates_each_member(directory):
     for shard in ShardPlan(5, 3).names():
-        sidecar = read_sidecar(open_store(directory), shard, Manifest(SPEC).spec_sha256)
+        sidecar = read_sidecar(open_store(directory), shard, Manifest(SPEC))
         stated = {
-            f"{key}.{name}": tuple(where[:2])
-            for place, key in enumerate(sidecar.keys)
-            for name, where in sidecar.locate(place).items()
+            f"{row.key}.{name}": tuple(where[:2])
+            for row in map(sidecar.row, range(sidecar.count))
+            for name, where in row.members.items()
         }
         with tarfile.open(directory / shard) as tar:
             found = {info.name: (info.offset_data, info.size) for info in tar}
@@ -124,13 +128,13 @@ def test_an_exception_while_writing_leaves_no_shard(tmp_path):
         raise RuntimeError("the device fell over")
 
     with pytest.raises(RuntimeError):
-        write_shard(open_store(tmp_path), "s00000.tar", "0" * 64, entries(), [])
+        write_shard(open_store(tmp_path), "s00000.tar", Manifest(SPEC), entries(), [])
     assert list(tmp_path.iterdir()) == []
-    assert not open_store(tmp_path).exists("s00000.json")
+    assert not open_store(tmp_path).exists("s00000.index")
 
 
 def test_a_tar_without_its_sidecar_is_unfinished(directory):
-    (directory / "s00001.json").unlink()
+    (directory / "s00001.index").unlink()
     with pytest.raises(ShardError, match=r"Missing shards: 1 of 2, from s00001.tar on.*Rerun the same"):
         ShardSet(open_store(directory), "latents")
 
@@ -146,8 +150,8 @@ def test_a_cut_tar_is_refused_by_name(directory, cut):
 def test_a_flipped_bit_in_any_member_is_refused_by_name(directory):
     path = directory / "s00000.tar"
     whole = path.read_bytes()
-    sidecar = read_sidecar(open_store(directory), "s00000.tar", Manifest(SPEC).spec_sha256)
-    for name, (offset, length, _, _) in sidecar.locate(1).items():
+    sidecar = read_sidecar(open_store(directory), "s00000.tar", Manifest(SPEC))
+    for name, (offset, length, _, _) in sidecar.row(1).members.items():
         damaged = bytearray(whole)
         damaged[offset + length // 2] ^= 1
         path.write_bytes(damaged)
@@ -157,27 +161,78 @@ def test_a_flipped_bit_in_any_member_is_refused_by_name(directory):
 
 def test_a_shard_of_another_set_is_refused(directory, tmp_path):
     other = make_set(tmp_path / "other", {**SPEC, "seed": 1})
-    for name in ("s00000.tar", "s00000.json"):
+    for name in ("s00000.tar", "s00000.index"):
         (directory / name).write_bytes((other / name).read_bytes())
-    with pytest.raises(ShardError, match="s00000.json belongs to another shard set"):
+    with pytest.raises(ShardError, match="s00000.index belongs to another shard set"):
         ShardSet(open_store(directory), "latents")
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"format": 1}'])
+@pytest.mark.parametrize("content", ["", "{", "[]\n", '{"format": 2}\n', "x" * 5000])
 def test_a_damaged_sidecar_is_refused_by_name(directory, content):
-    (directory / "s00000.json").write_text(content)
-    with pytest.raises(ShardError, match="s00000.json is damaged"):
-        read_sidecar(open_store(directory), "s00000.tar", Manifest(SPEC).spec_sha256)
+    (directory / "s00000.index").write_text(content)
+    with pytest.raises(ShardError, match="s00000.index is damaged"):
+        read_sidecar(open_store(directory), "s00000.tar", Manifest(SPEC))
 
 
 @pytest.mark.parametrize("row", [[-1, 5, 5, 0], [0, 1 << 60, 5, 0], [1 << 62, 1, 1, 0]])
 def test_a_sidecar_that_points_outside_its_shard_is_refused(directory, row):
-    path = directory / "s00000.json"
-    content = json.loads(path.read_text())
-    content["table"][1][0] = row
-    path.write_text(json.dumps(content))
-    with pytest.raises(ShardError, match="s00000.json is damaged.*outside the shard"):
-        ShardSet(open_store(directory), "latents")
+    path = directory / "s00000.index"
+    head, table = sidecars.load(path)
+    table[1, sidecars.columns(head, "latents.npy")] = row
+    sidecars.save(path, head, table)
+    with pytest.raises(ShardError, match="s00000.index is damaged.*outside the shard"):
+        ShardSet(open_store(directory), "latents").read(1, ["latents"])
+    with pytest.raises(ShardError, match="s00000.index is damaged.*outside the shard"):
+        read_sidecar(open_store(directory), "s00000.tar", Manifest(SPEC))
+
+
+def test_the_head_of_a_sidecar_is_a_line_of_json_and_the_rest_a_table(directory):
+    """As the format page says, without this package."""
+    data = (directory / "s00000.index").read_bytes()
+    head = json.loads(data.split(b"\n")[0])
+    start = data.index(b"\n") + 1
+    assert start % 64 == 0
+    assert (head["format"], head["count"], head["members"]) == (2, 3, ["json", "latents.npy", TAP])
+    table = np.frombuffer(data[start:], "<i8").reshape(3, 2 + 4 * 3)
+    assert table[:, 0].tolist() == [0, 1, 2]
+    assert head["images"] == [0, 2]
+    assert zlib.crc32(data[start:]) == head["table_crc32"]
+    with open(directory / "s00000.tar", "rb") as tar:
+        for row in table.tolist():
+            crcs = []
+            for member in range(3):
+                offset, length, _, crc32 = row[2 + 4 * member :][:4]
+                tar.seek(offset)
+                assert zlib.crc32(tar.read(length)) == crc32
+                crcs.append(crc32)
+            assert zlib.crc32(np.array(crcs[1:], "<u4").tobytes()) == row[1]
+
+
+def test_a_shard_with_many_skipped_images_has_a_long_head(tmp_path):
+    skipped = [{"source_id": f"{i}.png", "reason": "it is not an image: " + "x" * 60} for i in range(200)]
+    manifest = Manifest(SPEC | {"entries": 201, "entries_per_shard": 300})
+    write_shard(open_store(tmp_path), "s00000.tar", manifest, [make_entry(200)], skipped)
+    head = read_head(open_store(tmp_path), "s00000.tar", manifest)
+    assert (head.count, head.skipped, head.images) == (1, skipped, (200, 200))
+    assert read_row(open_store(tmp_path), head, 0, manifest).key == "000000200"
+
+
+def test_a_set_of_format_1_goes_on_in_its_format(tmp_path):
+    """Its sidecars are JSON, and a reader sees the same."""
+    manifest = Manifest(SPEC, version=1)
+    new, old = make_set(tmp_path / "new"), tmp_path / "old"
+    old.mkdir()
+    write_manifest(open_store(old), manifest)
+    for number, shard in enumerate(manifest.plan.names()):
+        indices = range(number * 3, min(number * 3 + 3, 5))
+        write_shard(open_store(old), shard, manifest, map(make_entry, indices), [])
+    assert sorted(path.name for path in old.glob("s*")) == ["s00000.json", "s00000.tar", "s00001.json", "s00001.tar"]
+    assert json.loads((old / "s00000.json").read_text())["format"] == 1
+    sets = [ShardSet(open_store(directory), "latents") for directory in (old, new)]
+    for index in range(5):
+        assert sets[0].row(index) == sets[1].row(index)
+        first, second = (shards.read(index, ["latents"]) for shards in sets)
+        assert (first.key, first.meta) == (second.key, second.meta)
 
 
 def test_a_missing_tensor_is_named(directory):

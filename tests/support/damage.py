@@ -16,13 +16,14 @@ import zstandard
 from click.testing import CliRunner
 
 from pipeline.cli import main
-from shards.expected import expected_tensors
-from shards.manifest import read_manifest, sha256_of_json
-from shards.reader import ShardSet, StoredEntry
+from shards.cache import Cache
+from shards.manifest import sha256_of_json
+from shards.reader import StoredEntry
 from shards.schema import MANIFEST, ShardError, sidecar_name
 from shards.store import open_store
+from support import sidecars
 
-VICTIM = "r0001-s00001.tar"
+VICTIM, IMAGE_SHARD = "r0001-s00001.tar", "images/s00000.tar"
 BLOCK = 512
 
 
@@ -41,11 +42,11 @@ class Place:
     def sidecar(self) -> Path:
         return self.cache / sidecar_name(VICTIM)
 
-    def located(self, member: str) -> tuple[int, int, int]:
-        """(row of the sidecar's table, offset, length) of a member of the victim's first entry."""
-        content = json.loads(self.sidecar.read_text())
-        column = content["members"].index(member)
-        return column, *content["table"][0][column][:2]
+    def located(self, member: str) -> tuple[int, int]:
+        """(offset, length) of a member of the victim's first entry."""
+        head, table = sidecars.load(self.sidecar)
+        offset, length, *_ = table[0, sidecars.columns(head, member)].tolist()
+        return offset, length
 
 
 def cut(place: Place, length: int) -> None:
@@ -58,18 +59,32 @@ def flip(path: Path, position: int) -> None:
     path.write_bytes(data)
 
 
-def forge(place: Place, tar: bytes, change: Callable[[dict], None] = lambda content: None) -> None:
+def unlink_and_flip(path: Path, position: int) -> None:
+    """Flip a bit in a copy of a file that is linked to the latents' own."""
+    data = path.read_bytes()
+    path.unlink()
+    path.write_bytes(data)
+    flip(path, position)
+
+
+def cut_file(path: Path, length: int) -> None:
+    data = path.read_bytes()[:length]
+    path.unlink()
+    path.write_bytes(data)
+
+
+def forge(place: Place, tar: bytes, change: Callable[[dict, np.ndarray], None] = lambda head, table: None) -> None:
     """Put `tar` in the victim's place with a sidecar that vouches for it."""
-    content = json.loads(place.sidecar.read_text())
-    content |= {"bytes": len(tar), "sha256": hashlib.sha256(tar).hexdigest()}
-    change(content)
+    head, table = sidecars.load(place.sidecar)
+    head |= {"bytes": len(tar), "sha256": hashlib.sha256(tar).hexdigest()}
+    change(head, table)
     place.tar.write_bytes(tar)
-    place.sidecar.write_text(json.dumps(content))
+    sidecars.save(place.sidecar, head, table)
 
 
 def edit_header(place: Place, **changes) -> None:
     """Write another header over that of the first entry's noise, valid in itself."""
-    _, offset, length = place.located("noise.npy")
+    offset, _ = place.located("noise.npy")
     tar = bytearray(place.tar.read_bytes())
     info = tarfile.TarInfo.frombuf(bytes(tar[offset - BLOCK : offset]), "utf-8", "surrogateescape")
     for name, value in changes.items():
@@ -90,15 +105,15 @@ def replace_tap(place: Place, data: bytes, raw_bytes: int | None) -> None:
     """Put `data` over the head of a tap, its checksum right, and `raw_bytes` in the sidecar if given."""
     import zlib
 
-    column, offset, length = place.located("tap.up_blocks.3.npy.zst")
+    offset, length = place.located("tap.up_blocks.3.npy.zst")
     assert len(data) <= length
     tar = bytearray(place.tar.read_bytes())
     tar[offset : offset + len(data)] = data
 
-    def vouch(content: dict) -> None:
-        row = content["table"][0][column]
-        row[1], row[3] = len(data), zlib.crc32(data)
-        row[2] = raw_bytes or row[2]
+    def vouch(head: dict, table: np.ndarray) -> None:
+        columns = sidecars.columns(head, "tap.up_blocks.3.npy.zst")
+        _, _, stated, _ = table[0, columns].tolist()
+        table[0, columns] = offset, len(data), raw_bytes or stated, zlib.crc32(data)
 
     forge(place, bytes(tar), vouch)
 
@@ -113,12 +128,11 @@ def bomb(size: int = 1 << 30) -> bytes:
 
 
 def swap_members(place: Place) -> None:
-    """Let the sidecar call the noise latents and the latents noise: same shape, same type, right checksums."""
-    content = json.loads(place.sidecar.read_text())
-    a, b = content["members"].index("noise.npy"), content["members"].index("latents.npy")
-    for row in content["table"]:
-        row[a], row[b] = row[b], row[a]
-    place.sidecar.write_text(json.dumps(content))
+    """Let the sidecar call the noise teacher_pred and the other way round: same shape, same type, right checksums."""
+    head, table = sidecars.load(place.sidecar)
+    a, b = (sidecars.columns(head, f"{name}.npy") for name in ("noise", "teacher_pred"))
+    table[:, a], table[:, b] = table[:, b].copy(), table[:, a].copy()
+    sidecars.save(place.sidecar, head, table)
 
 
 def swap_shards(place: Place) -> None:
@@ -139,24 +153,30 @@ def copy_from_other(place: Place, *names: str) -> None:
 def repeat_shard(place: Place) -> None:
     """The shard of the round before in the victim's place, with a sidecar that says it belongs there."""
     earlier = VICTIM.replace("r0001", "r0000")
-    content = json.loads((place.cache / sidecar_name(earlier)).read_text())
+    head, table = sidecars.load(place.cache / sidecar_name(earlier))
     place.tar.write_bytes((place.cache / earlier).read_bytes())
-    place.sidecar.write_text(json.dumps({**content, "shard": VICTIM}))
+    sidecars.save(place.sidecar, {**head, "shard": VICTIM}, table)
 
 
 def repeat_neighbour(place: Place) -> None:
     """The shard before in the victim's place, with a sidecar that says it belongs there."""
     neighbour = "r0001-s00000.tar"
-    content = json.loads((place.cache / sidecar_name(neighbour)).read_text())
+    head, table = sidecars.load(place.cache / sidecar_name(neighbour))
     place.tar.write_bytes((place.cache / neighbour).read_bytes())
-    place.sidecar.write_text(json.dumps({**content, "shard": VICTIM}))
+    sidecars.save(place.sidecar, {**head, "shard": VICTIM}, table)
 
 
 def drop_entry(place: Place) -> None:
     """Let the sidecar list one entry less."""
-    content = json.loads(place.sidecar.read_text())
-    content |= {"count": content["count"] - 1, "keys": content["keys"][:-1], "table": content["table"][:-1]}
-    place.sidecar.write_text(json.dumps(content))
+    head, table = sidecars.load(place.sidecar)
+    sidecars.save(place.sidecar, head, table[:-1])
+
+
+def change_table(place: Place, column: int) -> None:
+    """Let the sidecar state another number in a column of its first entry."""
+    head, table = sidecars.load(place.sidecar)
+    table[0, column] += 1
+    sidecars.save(place.sidecar, head, table)
 
 
 def change_manifest(place: Place, **changes) -> None:
@@ -182,15 +202,15 @@ def other_bytes_of_the_same_size(place: Place) -> None:
 NOISE, TAP = "noise.npy", "tap.up_blocks.3.npy.zst"
 # What is done, and to which file; where it is the manifest, all shards are kept.
 DAMAGES: dict[str, tuple[Callable[[Place], None], str]] = {
-    "tar cut at a member's border": (lambda p: cut(p, p.located(NOISE)[1] - BLOCK), VICTIM),
-    "tar cut in a header": (lambda p: cut(p, p.located(NOISE)[1] - 100), VICTIM),
-    "tar cut in a member's data": (lambda p: cut(p, p.located(NOISE)[1] + 300), VICTIM),
+    "tar cut at a member's border": (lambda p: cut(p, p.located(NOISE)[0] - BLOCK), VICTIM),
+    "tar cut in a header": (lambda p: cut(p, p.located(NOISE)[0] - 100), VICTIM),
+    "tar cut in a member's data": (lambda p: cut(p, p.located(NOISE)[0] + 300), VICTIM),
     "tar emptied": (lambda p: cut(p, 0), VICTIM),
     "tar gone": (lambda p: p.tar.unlink(), VICTIM),
-    "a bit flipped in a tensor": (lambda p: flip(p.tar, p.located(NOISE)[1] + 400), VICTIM),
-    "a bit flipped in a tap": (lambda p: flip(p.tar, p.located(TAP)[1] + 40), VICTIM),
-    "a bit flipped in a .json": (lambda p: flip(p.tar, p.located("json")[1] + 10), VICTIM),
-    "a bit flipped in a header": (lambda p: flip(p.tar, p.located(NOISE)[1] - BLOCK + 3), VICTIM),
+    "a bit flipped in a tensor": (lambda p: flip(p.tar, p.located(NOISE)[0] + 400), VICTIM),
+    "a bit flipped in a tap": (lambda p: flip(p.tar, p.located(TAP)[0] + 40), VICTIM),
+    "a bit flipped in a .json": (lambda p: flip(p.tar, p.located("json")[0] + 10), VICTIM),
+    "a bit flipped in a header": (lambda p: flip(p.tar, p.located(NOISE)[0] - BLOCK + 3), VICTIM),
     "a bit flipped in the padding": (lambda p: flip(p.tar, p.tar.stat().st_size - 1), VICTIM),
     "shard of another cache": (lambda p: copy_from_other(p, VICTIM, sidecar_name(VICTIM)), VICTIM),
     "tar of another cache": (other_bytes_of_the_same_size, VICTIM),
@@ -198,7 +218,11 @@ DAMAGES: dict[str, tuple[Callable[[Place], None], str]] = {
     "shard of the neighbour, renamed": (repeat_neighbour, VICTIM),
     "two shards swapped": (swap_shards, VICTIM),
     "sidecar gone": (lambda p: p.sidecar.unlink(), VICTIM),
-    "sidecar cut": (lambda p: p.sidecar.write_text(p.sidecar.read_text()[:200]), VICTIM),
+    "sidecar cut in its head": (lambda p: p.sidecar.write_bytes(p.sidecar.read_bytes()[:200]), VICTIM),
+    "sidecar cut in its table": (lambda p: p.sidecar.write_bytes(p.sidecar.read_bytes()[:-100]), VICTIM),
+    "a bit flipped in a sidecar's table": (lambda p: flip(p.sidecar, p.sidecar.stat().st_size - 20), VICTIM),
+    "sidecar that names another image": (lambda p: change_table(p, 0), VICTIM),
+    "sidecar that states another image's checksum": (lambda p: change_table(p, 1), VICTIM),
     "sidecar without its last entry": (drop_entry, VICTIM),
     "sidecar with two members swapped": (swap_members, VICTIM),
     "manifest edited": (lambda p: edit_manifest(p, rehash=False), MANIFEST),
@@ -211,8 +235,11 @@ DAMAGES: dict[str, tuple[Callable[[Place], None], str]] = {
     "tar with a link": (lambda p: edit_header(p, type=tarfile.SYMTYPE, linkname="/etc/passwd"), VICTIM),
     "tar with a member of 8 exbibytes": (lambda p: edit_header(p, size=(1 << 63) - 1), VICTIM),
     "tar with a member too many": (lambda p: append_member(p, "../../x"), VICTIM),
-    "zstd bomb": (lambda p: replace_tap(p, bomb(8 << 20), None), VICTIM),
-    "zstd bomb that the sidecar vouches for": (lambda p: replace_tap(p, bomb(8 << 20), 8 << 20), VICTIM),
+    "image: a bit flipped": (lambda p: unlink_and_flip(p.cache / IMAGE_SHARD, 700), IMAGE_SHARD),
+    "image: tar gone": (lambda p: (p.cache / IMAGE_SHARD).unlink(), IMAGE_SHARD),
+    "image: sidecar cut": (lambda p: cut_file(p.cache / sidecar_name(IMAGE_SHARD), 200), IMAGE_SHARD),
+    "zstd bomb": (lambda p: replace_tap(p, bomb(1 << 20), None), VICTIM),
+    "zstd bomb that the sidecar vouches for": (lambda p: replace_tap(p, bomb(1 << 20), 1 << 20), VICTIM),
 }
 
 
@@ -236,12 +263,11 @@ def verify(cache: Path, *options: str) -> tuple[int, str]:
 
 def read_all(cache: Path) -> tuple[dict[str, StoredEntry], list[str]]:
     """Every entry that can be read, by key, and the messages of those that cannot."""
-    shards = ShardSet(open_store(cache), "cache")
-    names = list(expected_tensors(read_manifest(open_store(cache), "cache").spec))
+    opened = Cache(open_store(cache))
     found, messages = {}, []
-    for index in range(len(shards)):
+    for index in range(len(opened)):
         try:
-            sample = shards.read(index, names)
+            sample = opened.read(index, opened.tensors)
             assert sample.key not in found, f"{sample.key} was read twice"
             found[sample.key] = sample
         except ShardError as error:

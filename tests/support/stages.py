@@ -14,6 +14,7 @@ from pipeline.distill import DistillSettings
 from pipeline.encode import EncodeSettings
 from pipeline.models.students import student_config, student_weights
 from pipeline.teacher_cache import TeacherCacheSettings
+from shards.cache import Cache
 from shards.reader import ShardSet
 from shards.store import open_store
 from support.tiny import tiny_pipeline
@@ -71,7 +72,7 @@ def prepared(cache: Path, out: Path, **changes) -> tuple[DistillSettings, distil
 
 
 def read_entries(directory: Path, stage: str, tensors: list[str]):
-    shards = ShardSet(open_store(directory), stage)
+    shards = Cache(open_store(directory)) if stage == "cache" else ShardSet(open_store(directory), stage)
     return [shards.read(i, tensors) for i in range(len(shards))]
 
 
@@ -83,7 +84,9 @@ def tree(directory: Path) -> dict[str, bytes]:
 def shard_files(directory: Path) -> dict[str, bytes]:
     """The tars and their sidecars."""
     return {
-        name: data for name, data in tree(directory).items() if name.endswith(".tar") or name.startswith(("s0", "r0"))
+        name: data
+        for name, data in tree(directory).items()
+        if name.endswith((".tar", ".index")) or name.startswith(("s0", "r0"))
     }
 
 
