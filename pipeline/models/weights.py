@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pipeline.models.reading import read_json, reading
+from pipeline.system.echo import say_wait
 from pipeline.system.errors import UserError
 
 NAME = re.compile(
@@ -126,6 +127,7 @@ def load_network(kind: Any, folder: Path, variant: str | None, fallback: bool = 
     """
     read_json(folder / "config.json")
     weights = find_weights(folder, variant, fallback)
+    say_wait(f"loading {folder}", weights.files)
     if "transformers" in kind.__module__:
         # Otherwise transformers only says that some tensor does not fit.
         options["ignore_mismatched_sizes"] = True
@@ -191,6 +193,7 @@ def copy_weights(
     file with such tensors is written. Returns whether the files were copied.
     """
     weights = find_weights(folder, variant)
+    say_wait(f"copying {folder}", weights.files)
     if weights.variant is None and weights.format == "safetensors" and _hold(weights.files, dtype, rename):
         for file in (*weights.files, folder / f"{weights.stem}.safetensors.index.json"):
             if file.is_file():
