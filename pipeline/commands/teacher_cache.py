@@ -58,7 +58,7 @@ from shards.writer import EntryBuilder, write_shard
 
 # Threads that compress the teacher's targets. zstd releases the interpreter's lock.
 PACKERS = 2
-SMALLER = "use fewer --rounds, a lower --snr-db or a larger --token-stride"
+SMALLER = "use fewer --rounds, a lower --snr-db or fewer --tokens"
 
 
 def run(settings: TeacherCacheSettings) -> None:
@@ -188,7 +188,7 @@ def cache_spec(
         "entries_per_shard": settings.entries_per_shard,
         "strata": found.spec["strata"] if found else settings.rounds,
         "seed": settings.seed,
-        "taps": wanted_taps(checked_taps(settings, latents, dict(unet.config)), found, settings.token_stride),
+        "taps": wanted_taps(checked_taps(settings, latents, dict(unet.config)), found),
         "codec": {"name": settings.codec, **({"snr_db": settings.snr_db} if settings.codec == "dither" else {})},
         "noise_offset": settings.noise_offset,
         "input_perturbation": settings.input_perturbation,
@@ -226,17 +226,10 @@ def check_samples(
         base.vae.decode(torch.zeros(1, base.vae.config.latent_channels, 4, 4))
 
 
-def wanted_taps(taps: dict[str, Any], found: Manifest | None, token_stride: int) -> dict[str, Any]:
+def wanted_taps(taps: dict[str, Any], found: Manifest | None) -> dict[str, Any]:
     """The taps of the spec: those of the existing cache, if it already has all that are wanted."""
     stored = found.spec["taps"] if found else {}
-    return stored if all(serves(stored.get(tap), tap_spec, token_stride) for tap, tap_spec in taps.items()) else taps
-
-
-def serves(stored: dict[str, Any] | None, wanted: dict[str, Any], token_stride: int) -> bool:
-    """Whether a stored tap is the wanted one. Earlier versions kept all positions of a tap that the stride does not
-    divide."""
-    divides = all(side % token_stride == 0 for side in wanted["shape"][1:])
-    return stored == wanted or (not divides and stored == {**wanted, "stride": 1})
+    return stored if all(stored.get(tap) == tap_spec for tap, tap_spec in taps.items()) else taps
 
 
 def checked_taps(settings: TeacherCacheSettings, latents: ShardSet, config: dict[str, Any]) -> dict[str, Any]:
@@ -381,7 +374,7 @@ def plan(settings: TeacherCacheSettings) -> list[str]:
     check_samples(settings, latents, folder, base, load_noise_scheduler(folder, settings.prediction_type))
     found = existing_manifest(settings.out, "cache")
     config = unet_config(folder)
-    taps = wanted_taps(checked_taps(settings, latents, config), found, settings.token_stride)
+    taps = wanted_taps(checked_taps(settings, latents, config), found)
     if found is not None:
         stated = {"latents": latents.manifest.spec, "entries": len(latents), "taps": taps}
         stated = known_to(found.spec, {**stated, "teacher_config": deciding(UNet2DConditionModel, config)})
