@@ -8,6 +8,7 @@ from torch import nn
 
 from pipeline.cli import main
 from pipeline.models.hashing import weights_sha256
+from pipeline.system.disk import size_of
 from pipeline.system.echo import LONG_WAIT, say_wait
 
 # What each command says that it loads or hashes. In the options, {name} is a path of the fixture `places`.
@@ -19,11 +20,17 @@ WAITS = {
         "hashing CLIPTextModel: ",
     ],
     "teacher-cache --teacher {teacher} --latents {latents} --out {out} --dry-run": ["loading {teacher}/vae, "],
+    "teacher-cache --teacher {teacher} --latents {latents} --out {out} --rounds 1 --samples 0": [
+        "copying {teacher}/vae, ",
+        "writing {out}/students/sd_small, ",
+        "hashing {out}/students/sd_small/diffusion_pytorch_model.safetensors, ",
+    ],
     "plan --teacher {teacher} --images 9 --resolution 32 --trial --batch-size 2": ["loading {teacher}/unet, "],
     "distill --cache {cache} --out {out} --level sd_small --max-train-steps 1 --train-batch-size 2 --no-report": [
         "hashing {cache}/students/sd_small/diffusion_pytorch_model.safetensors, ",
         "loading {cache}/students/sd_small, ",
         "copying {cache}/base/vae, ",
+        "writing {out}/unet, ",
     ],
     "finetune --model {teacher} --latents {latents} --out {out} --max-train-steps 1 --dry-run": [
         "loading {teacher}/unet, ",
@@ -35,7 +42,10 @@ WAITS = {
         "loading {student}/vae, ",
         "hashing UNet2DConditionModel: ",
     ],
-    "export --model {teacher} --format single-file --out {out}.safetensors": ["loading {teacher}/unet, "],
+    "export --model {teacher} --format single-file --out {out}.safetensors": [
+        "loading {teacher}/unet, ",
+        "writing {out}.safetensors, ",
+    ],
     "verify {cache} --recompute 1 --teacher {teacher}": ["loading {teacher}/unet, ", "hashing UNet2DConditionModel: "],
 }
 
@@ -66,29 +76,25 @@ def test_what_a_command_waits_for_is_said_on_stderr(command, places, tmp_path, m
         assert yaml.safe_load(result.stdout)["out"] == str(tmp_path / "out")
 
 
-def sparse(path, size):
-    with open(path, "wb") as file:
-        file.truncate(size)
-    return path
-
-
 def test_a_wait_is_told_with_its_bytes(tmp_path, capsys):
-    pieces = [sparse(tmp_path / name, LONG_WAIT // 2) for name in "ab"]
-    say_wait("loading model/unet", [*pieces, tmp_path, tmp_path / "missing"])
+    for name in "ab":
+        with open(tmp_path / name, "wb") as file:
+            file.truncate(LONG_WAIT // 2)
+    say_wait("loading model/unet", size_of([tmp_path / "a", tmp_path / "b", tmp_path, tmp_path / "missing"]))
     assert capsys.readouterr() == ("", "loading model/unet, 200 MB\n")
 
 
-def test_a_short_wait_is_not_told(tmp_path, capsys):
-    say_wait("loading model/unet", [sparse(tmp_path / "a", LONG_WAIT - 1)])
+def test_a_short_wait_is_not_told(capsys):
+    say_wait("loading model/unet", LONG_WAIT - 1)
     weights_sha256(nn.Linear(2, 2))
     assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(("rank", "told"), [("0", True), ("1", False)])
-def test_one_process_of_a_machine_tells_it(rank, told, tmp_path, monkeypatch, capsys):
+def test_one_process_of_a_machine_tells_it(rank, told, monkeypatch, capsys):
     monkeypatch.setenv("LOCAL_RANK", rank)
     monkeypatch.setattr("pipeline.models.hashing.DELAY", 0)
-    say_wait("loading model/unet", [sparse(tmp_path / "a", LONG_WAIT)])
+    say_wait("loading model/unet", LONG_WAIT)
     weights_sha256(nn.Linear(2, 2))
     said = capsys.readouterr().err
     assert ("loading model/unet" in said, "hashing Linear: 100%" in said) == (told, told)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from pipeline.system.disk import size_of
 from pipeline.system.echo import say_wait
 from pipeline.system.text_files import read_text
 from shards.files import file_sha256, write_json
@@ -54,5 +55,5 @@ def _problem(folder: Path, name: str, sha256: str | None) -> str | None:
 
 def hashed(path: Path) -> str:
     """The sha256 of a file of weights. Says so if that takes long."""
-    say_wait(f"hashing {path}", [path])
+    say_wait(f"hashing {path}", size_of([path]))
     return file_sha256(path)

@@ -5,15 +5,13 @@ from __future__ import annotations
 import os
 import sys
 import unicodedata
-from collections.abc import Iterable
-from pathlib import Path
 
 import click
 
 from pipeline.system.disk import format_bytes
 from pipeline.system.errors import UserError
 
-# Reading or hashing this many bytes may take more than two seconds.
+# Reading, hashing or writing this many bytes may take more than two seconds.
 LONG_WAIT = 200_000_000
 
 PERIODS = (("days", 86400), ("hours", 3600), ("minutes", 60), ("seconds", 1))
@@ -34,12 +32,11 @@ def say(text: str, err: bool = False) -> None:
         raise UserError(f"what is printed cannot be written ({error.strerror}). Send it elsewhere.") from None
 
 
-def say_wait(doing: str, files: Iterable[Path]) -> None:
-    """Say on stderr what is done with files that are so large that it takes long, as in `loading model/unet, 3.44 GB`.
+def say_wait(doing: str, size: int) -> None:
+    """Say on stderr what is done with so many bytes that it takes long, as in `loading model/unet, 3.44 GB`.
 
     Of several processes on a machine, the first one says it.
     """
-    size = sum(file.stat().st_size for file in files if file.is_file())
     if size >= LONG_WAIT and is_first_process():
         say(f"{doing}, {format_bytes(size)}", err=True)
 
