@@ -33,13 +33,14 @@ from pipeline.models.save import save_base
 from pipeline.models.schedule import load_noise_scheduler, set_prediction_type
 from pipeline.models.shapes import tap_shapes
 from pipeline.models.students import initialised_student, meta_student, teacher_taps
+from pipeline.models.weights import network_bytes
 from pipeline.sampling.generate import SAMPLES, Sampler, check_sampler, save_images
 from pipeline.sampling.process import PipelineRef, generate_in_process
 from pipeline.settings.teacher_cache import TeacherCacheSettings
 from pipeline.system.compiling import compile_failures, compile_networks
 from pipeline.system.device import DTYPES, is_accelerator, leave_processes, process_state, resolve_dtype
 from pipeline.system.disk import format_bytes, free_bytes, require_space
-from pipeline.system.echo import plural, say
+from pipeline.system.echo import plural, say, say_wait
 from pipeline.system.errors import UserError, attempt_all, failing_with
 from pipeline.system.lock import OutputLock
 from pipeline.system.options import range_of
@@ -279,6 +280,7 @@ def save_students(
         except ValueError as error:
             raise UserError(f"--teacher {settings.teacher}: {error}") from None
         with atomic_directory(student_folder, exist_ok=True) as temporary:
+            say_wait(f"writing {student_folder}", network_bytes(student))
             student.save_pretrained(temporary)
             write_checksums(temporary)
         saved.append(student_part(level))
