@@ -109,8 +109,8 @@ def pack(q: np.ndarray) -> tuple[bytes, int]:
     classes = np.searchsorted(RADII, np.maximum(-low, high)).astype(np.uint8)
     if (classes > max(CODERS)).any():
         raise ValueError("q holds integers beyond +-(2^31 - 1)")
-    parts = [classes.tobytes()]
-    parts += [coder.pack(rows[classes == number]) for number, coder in CODERS.items() if (classes == number).any()]
+    present = [number for number in CODERS if (classes == number).any()]
+    parts = [classes.tobytes(), *(CODERS[number].pack(rows[classes == number]) for number in present)]
     return compress(parts), sum(map(len, parts))
 
 
@@ -126,17 +126,17 @@ def unpack(data: bytes | memoryview, raw_bytes: int, shape: tuple[int, ...]) -> 
         raise ShardError(f"it states {raw_bytes} bytes, but values of shape {list(shape)} take {channels} to {most}")
     raw = decompress(data, raw_bytes)
     classes = np.frombuffer(raw[:channels], np.uint8)
-    counts = np.bincount(classes, minlength=len(RADII)) * positions
+    counts = [members * positions for members in np.bincount(classes, minlength=len(RADII)).tolist()]
     if len(counts) > len(RADII):
         raise ShardError(f"a channel is of class {classes.max()}, which does not exist")
-    sizes = {number: coder.size(int(counts[number])) for number, coder in CODERS.items() if counts[number]}
+    sizes = {number: coder.size(counts[number]) for number, coder in CODERS.items() if counts[number]}
     if channels + sum(sizes.values()) != raw_bytes:
         raise ShardError(f"its channels take {channels + sum(sizes.values())} bytes, but it holds {raw_bytes}")
-    dtype = np.int8 if not counts[4:].any() else np.int16 if not counts[5] else np.int32
+    dtype = np.int32 if counts[5] else np.int16 if counts[4] else np.int8
     q = np.zeros((channels, positions), dtype)
     start = channels
     for number, size in sizes.items():
-        values = CODERS[number].unpack(raw[start : start + size], int(counts[number]))
+        values = CODERS[number].unpack(raw[start : start + size], counts[number])
         q[classes == number] = values.reshape(-1, positions)
         start += size
     return q.reshape(shape)
