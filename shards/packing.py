@@ -94,7 +94,6 @@ class Planes:
         return np.ascontiguousarray(planes.T).view(f"<i{self.width}")[:, 0]
 
 
-SILENT = 0
 CODERS: dict[int, Packed | Planes] = {1: Packed(1, 5), 2: Packed(7, 2), 3: Planes(1), 4: Planes(2), 5: Planes(4)}
 RADII = np.array([0, *(coder.radius for coder in CODERS.values())])
 
