@@ -13,11 +13,15 @@ LEVEL    ?= sd_small
 STUDENTS ?= $(LEVEL)
 CODEC    ?= dither
 SNR_DB   ?= 10
+TOKENS   ?= 64
 SEED     ?= 0
 # Guidance also uses the prediction for the empty prompt, so the student has to learn it as well.
 UNCOND   ?= 0.1
 ENCODE_FLAGS  ?=
 CACHE_FLAGS   ?=
+
+# Variables of earlier versions.
+$(foreach name,STRIDE TOKEN_MIN,$(if $(filter command line,$(origin $(name))),$(error $(name)= was replaced by TOKENS=)))
 
 ifeq ($(TEACHER),demo)
 WORK       ?= work/demo
@@ -25,8 +29,6 @@ DATA       ?= $(WORK)/scenes
 SCENES     ?= 2000
 RESOLUTION ?= 64
 ROUNDS     ?= 2
-STRIDE     ?= 2
-TOKEN_MIN  ?= 16
 SAMPLES    ?= 64
 GUIDANCE   ?= 5
 STEPS      ?= 750
@@ -38,8 +40,6 @@ WORK       ?= work
 DATA       ?=
 RESOLUTION ?= 512
 ROUNDS     ?= 4
-STRIDE     ?= 4
-TOKEN_MIN  ?= 32
 SAMPLES    ?= 8
 GUIDANCE   ?= 7
 STEPS      ?= 15000
@@ -67,7 +67,7 @@ else
 ENCODE_OPTIONS  := --teacher $(call q,$(TEACHER)) --data $(call q,$(DATA)) --out $(call q,$(LATENTS)) \
   --resolution $(RESOLUTION) --seed $(SEED)
 CACHE_OPTIONS   := --teacher $(call q,$(TEACHER)) --latents $(call q,$(LATENTS)) --out $(call q,$(CACHE)) \
-  --rounds $(ROUNDS) --codec $(CODEC) --snr-db $(SNR_DB) --token-stride $(STRIDE) --token-min $(TOKEN_MIN) \
+  --rounds $(ROUNDS) --codec $(CODEC) --snr-db $(SNR_DB) --tokens $(TOKENS) \
   --students $(STUDENTS) --samples $(SAMPLES) --samples-guidance $(GUIDANCE) --uncond-fraction $(UNCOND) --seed $(SEED)
 DISTILL_OPTIONS := --cache $(call q,$(CACHE)) --out $(call q,$(STUDENT)) --level $(LEVEL) \
   --max-train-steps $(STEPS) --train-batch-size $(BATCH) --learning-rate $(LR) --seed $(SEED)
@@ -77,7 +77,7 @@ endif
 .PHONY: help install test test-gpu lint encode teacher-cache distill data check-teacher-cache check-distill clean
 
 # What can be set on the command line, as `make help` shows it.
-VARIABLES := TEACHER DATA LEVEL STUDENTS WORK CONFIG SCENES RESOLUTION ROUNDS CODEC SNR_DB STRIDE TOKEN_MIN \
+VARIABLES := TEACHER DATA LEVEL STUDENTS WORK CONFIG SCENES RESOLUTION ROUNDS CODEC SNR_DB TOKENS \
   UNCOND SAMPLES GUIDANCE STEPS BATCH LR SEED ENCODE_FLAGS CACHE_FLAGS DISTILL_FLAGS \
   LATENTS CACHE STUDENT PYTHON VENV TOOLS LAUNCH
 
@@ -114,7 +114,7 @@ lint: $(READY) ## Run the linter and the type checker alone.
 encode: $(READY) data ## Encode images and captions (DATA=) with the VAE and text encoder of TEACHER=.
 	$(LAUNCH) -m pipeline.encode $(ENCODE_OPTIONS) $(ENCODE_FLAGS)
 
-teacher-cache: encode ## Run the teacher on the latents: ROUNDS=, CODEC=, SNR_DB=, STRIDE=.
+teacher-cache: encode ## Run the teacher on the latents: ROUNDS=, CODEC=, SNR_DB=, TOKENS=.
 	$(LAUNCH) -m pipeline.teacher_cache $(CACHE_OPTIONS) $(CACHE_FLAGS)
 
 distill: teacher-cache ## Train the student of LEVEL= for STEPS= steps, to a diffusers pipeline and a report.

@@ -44,7 +44,7 @@ ROAD = [
     "encode --teacher {teacher} --data {images} --out latents --resolution 32 --center-crop --random-flip "
     "--batch-size 4 --seed 0 --entries-per-shard 5",
     "teacher-cache --teacher {teacher} --latents latents --out cache --rounds 2 --codec dither --snr-db 15 "
-    "--token-stride 2 --students sd_small,sd_tiny",
+    "--tokens 16 --students sd_small,sd_tiny",
     "distill --cache cache --out student --level sd_tiny --max-train-steps 3 --train-batch-size 2 "
     "--learning-rate 1e-4 --output-weight 0.5 --feature-weight 0.5 --use-ema",
 ]
@@ -107,7 +107,8 @@ def test_an_option_has_the_default_and_the_help_of_its_setting(stage):
         if not option.required:
             assert option.default == setting.default
             assert setting.default is None or f"[default:{as_shown(setting)}]" in shown
-    assert list(options) == ["config", "preset", "check", "dry_run"]
+    shown_too = [name for name, option in options.items() if not option.hidden]
+    assert shown_too == ["config", "preset", "check", "dry_run"]
 
 
 def test_the_umbrella_lists_the_stages():
@@ -384,7 +385,7 @@ def test_make_takes_any_path(tmp_path):
 
 def test_the_variables_of_make_arrive_in_the_settings():
     variables = "TEACHER=some/sd DATA=images WORK=w LEVEL=sd_tiny ROUNDS=7 STEPS=99 RESOLUTION=256 SNR_DB=12 "
-    variables += "STRIDE=2 TOKEN_MIN=16 SAMPLES=3 GUIDANCE=4 BATCH=3 LR=2e-5 SEED=5 UNCOND=0.2 CODEC=dither"
+    variables += "TOKENS=32 SAMPLES=3 GUIDANCE=4 BATCH=3 LR=2e-5 SEED=5 UNCOND=0.2 CODEC=dither"
     shown = make("-n", "distill", *variables.split()).stdout
     lines = re.findall(r"-m pipeline\.(\w+) (.*)", re.sub(r"\s*\\\n\s*", " ", shown))
     given = {}
@@ -398,7 +399,7 @@ def test_the_variables_of_make_arrive_in_the_settings():
     encode, cache, distill = given.values()
     assert (encode.teacher, encode.data, encode.out, encode.resolution) == ("some/sd", "images", Path("w/latents"), 256)
     assert (cache.teacher, cache.latents, cache.out) == ("some/sd", encode.out, Path("w/cache"))
-    assert (cache.rounds, cache.codec, cache.snr_db, cache.token_stride, cache.token_min) == (7, "dither", 12, 2, 16)
+    assert (cache.rounds, cache.codec, cache.snr_db, cache.tokens) == (7, "dither", 12, 32)
     assert (cache.students, cache.samples, cache.samples_guidance, cache.uncond_fraction) == (("sd_tiny",), 3, 4, 0.2)
     assert (distill.cache, distill.out, distill.level) == (cache.out, Path("w/sd_tiny"), "sd_tiny")
     assert (distill.max_train_steps, distill.train_batch_size, distill.learning_rate) == (99, 3, 2e-5)

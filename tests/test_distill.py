@@ -68,7 +68,7 @@ def caches(teacher, v_teacher, images, tmp_path_factory):
             source = {"epsilon": teacher, "v_prediction": v_teacher}[prediction_type]
             latents = run_encode(source, images, work / f"latents-{prediction_type}")
             made[key] = run_teacher_cache(
-                source, latents, work / "-".join(key), codec=codec, token_stride=1, students=tuple(LEVELS)
+                source, latents, work / "-".join(key), codec=codec, tokens=0, students=tuple(LEVELS)
             )
         return made[key]
 
@@ -147,7 +147,7 @@ def test_losses_and_gradients_equal_the_online_ones(
 def test_with_input_perturbation_the_noise_stays_the_target(teacher, images, tmp_path):
     latents = run_encode(teacher, images, tmp_path / "latents")
     cache = run_teacher_cache(
-        teacher, latents, tmp_path / "cache", codec="fp32", token_stride=1, rounds=1, input_perturbation=0.3
+        teacher, latents, tmp_path / "cache", codec="fp32", tokens=0, rounds=1, input_perturbation=0.3
     )
     settings, training = prepared(cache, tmp_path, level="sd_small", train_batch_size=5)
     batch = training.dataset.collate([training.dataset[i] for i in (0, 4, 9)])

@@ -82,7 +82,7 @@ def test_a_cache_is_neither_gone_on_with_nor_recomputed(model, images, tmp_path)
         run_teacher_cache(model, latents, cache)
     reset_accelerate()
     settings = TeacherCacheSettings(
-        teacher=str(model), latents=latents, out=cache, rounds=2, entries_per_shard=6, token_stride=2, token_min=8
+        teacher=str(model), latents=latents, out=cache, rounds=2, entries_per_shard=6, tokens=16
     )
     with pytest.raises(ShardError, match=r'teacher_config\.act_fn: null -> "relu"'):
         teacher_cache.plan(settings)

@@ -61,7 +61,7 @@ TENSORS = ["latents", "noise", "prompt_embeds", "teacher_pred"]
 
 @pytest.mark.parametrize("codec", ["fp16", "fp32"])
 def test_an_exact_cache_holds_the_teachers_outputs(teacher, latents, tmp_path, codec):
-    cache = run_teacher_cache(teacher, latents, tmp_path / "c", codec=codec, token_stride=1, rounds=1)
+    cache = run_teacher_cache(teacher, latents, tmp_path / "c", codec=codec, tokens=0, rounds=1)
     tolerance = {"fp16": 2e-3, "fp32": 1e-5}[codec]
     taps = [*BLOCKS, "mid_block"]
     for sample in read_entries(cache, "cache", [*TENSORS, *(f"tap.{tap}" for tap in taps)])[::5]:
@@ -83,7 +83,7 @@ def test_a_quantised_cache_is_within_half_a_step_at_the_sampled_positions(teache
             expected = outputs[tap][:, feature.rows[b] :: feature.stride, feature.columns[b] :: feature.stride]
             error = (feature.decode()[b] - expected).abs().max()
             assert error <= feature.quant_step[b] / 2 + 1e-5
-    assert {tap: f.stride for tap, f in batch.features.items()}["up_blocks.3"] == 2
+    assert {tap: f.stride for tap, f in batch.features.items()}["up_blocks.3"] == 4
     assert batch.features["mid_block"].stride == 1
 
 
@@ -287,7 +287,7 @@ def test_features_that_do_not_fit_fp16_name_the_codecs_that_take_them(teacher, l
     [
         ({"snr_db": 15.0}, "codec.snr_db: 10.0 -> 15.0"),
         ({"seed": 5}, "seed: 0 -> 5"),
-        ({"token_stride": 1}, "taps.down_blocks.0.stride: 2 -> 1"),
+        ({"tokens": 0}, "taps.down_blocks.0.stride: 2 -> 1"),
         ({"students": ("bk_tiny",)}, "taps.down_blocks.2.attentions.1.proj_out"),
     ],
 )
@@ -300,7 +300,7 @@ def test_other_settings_on_the_same_output_are_refused_with_the_difference(teach
 
 def dry_run(teacher, latents, out, *options):
     """The plan's figures: entries and shards still to write, and forward passes."""
-    options = ["--rounds", 2, "--token-stride", 2, "--token-min", 8, "--entries-per-shard", 6, *options]
+    options = ["--rounds", 2, "--tokens", 16, "--entries-per-shard", 6, *options]
     arguments = ["teacher-cache", "--teacher", teacher, "--latents", latents, "--out", out, *options, "--dry-run"]
     result = CliRunner().invoke(main, [str(argument) for argument in arguments])
     assert result.exit_code == 0, result.output
@@ -325,7 +325,7 @@ def test_a_dry_run_counts_what_is_still_to_be_written(teacher, latents, cache, t
 
 def test_a_dry_run_refuses_other_settings(teacher, latents, cache):
     arguments = ["--teacher", teacher, "--latents", latents, "--out", cache, "--rounds", 2, "--seed", 5, "--dry-run"]
-    arguments += ["--token-stride", 2, "--token-min", 8, "--entries-per-shard", 6]
+    arguments += ["--tokens", 16, "--entries-per-shard", 6]
     result = CliRunner().invoke(main, ["teacher-cache", *map(str, arguments)])
     assert (result.exit_code, "seed: 0 -> 5" in result.output) == (2, True)
 
@@ -389,7 +389,7 @@ def test_a_pruned_teacher_is_refused(images, tmp_path):
 
 def test_taps_are_sampled_also_where_the_stride_does_not_divide(teacher, latents, tmp_path):
     """Rows and columns go on at the start, and a student trains on them."""
-    cache = run_teacher_cache(teacher, latents, tmp_path / "c", codec="fp32", token_stride=3, token_min=16, rounds=1)
+    cache = run_teacher_cache(teacher, latents, tmp_path / "c", codec="fp32", tokens=25, rounds=1)
     dataset = CacheDataset(open_store(cache), ["up_blocks.3"])
     loaded = [dataset[i] for i in range(0, 13, 4)]
     feature = dataset.collate(loaded).features["up_blocks.3"]
@@ -399,18 +399,6 @@ def test_taps_are_sampled_also_where_the_stride_does_not_divide(teacher, latents
         expected = outputs["up_blocks.3"][:, rows][:, :, columns]
         torch.testing.assert_close(feature.decode()[b], expected, rtol=1e-5, atol=1e-5)
     run_distill(cache, tmp_path / "student", max_train_steps=1)
-
-
-def test_a_cache_that_an_earlier_version_did_not_sample_is_continued(teacher, latents, tmp_path, monkeypatch):
-    """Earlier versions kept all positions of a tap that the stride does not divide."""
-    with monkeypatch.context() as patch:
-        patch.setattr("pipeline.cache.taps.token_stride", lambda *arguments: 1)
-        cache = run_teacher_cache(teacher, latents, tmp_path / "c", token_stride=3, token_min=16, rounds=1)
-    before = tree(cache)
-    run_teacher_cache(teacher, latents, cache, token_stride=3, token_min=16, rounds=2)
-    after = tree(cache)
-    assert all(after[name] == before[name] for name in before if name.endswith(".tar"))
-    assert {tap["stride"] for tap in json.loads(after["manifest.json"])["spec"]["taps"].values()} == {1}
 
 
 def test_a_dry_run_refuses_what_the_run_refuses(latents, tmp_path):

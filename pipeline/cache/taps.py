@@ -11,10 +11,7 @@ from pipeline.settings.cache_format import CacheFormat
 
 def tap_specs(format: CacheFormat, shapes: Mapping[str, tuple[int, int, int]]) -> dict[str, dict[str, Any]]:
     """Of each tap the `shape` (C, H, W) of the module's output, and the `stride` of its token sampling."""
-    return {
-        tap: {"shape": list(s), "stride": token_stride(s[1], s[2], format.token_stride, format.token_min)}
-        for tap, s in shapes.items()
-    }
+    return {tap: {"shape": list(s), "stride": token_stride(s[1], s[2], format.tokens)} for tap, s in shapes.items()}
 
 
 def sampling_lines(taps: Mapping[str, Mapping[str, Any]]) -> list[str]:

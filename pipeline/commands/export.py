@@ -20,17 +20,18 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.export import int8, onnx
 from pipeline.models.families import Family
 from pipeline.models.load import MODEL_INDEX, family_of, find_pipeline, load_base, load_unet
 from pipeline.models.reading import read_json
 from pipeline.models.save import copy_parts
+from pipeline.models.weights import network_bytes
 from pipeline.settings.export import ExportSettings
 from pipeline.system.device import DTYPES, device_name, process_state
 from pipeline.system.disk import format_bytes, require_space
-from pipeline.system.echo import say
+from pipeline.system.echo import say, say_wait
 from pipeline.system.errors import UserError
 from pipeline.system.extras import install_command
 from pipeline.system.output import check_new
@@ -56,7 +57,7 @@ def require_packages(format: str) -> None:
 
 def export_single_file(settings: ExportSettings, folder: Path) -> None:
     pipe = load_complete_pipeline(settings, folder)
-    require_space(settings.out, bytes_of(pipe.unet, pipe.vae, pipe.text_encoder), "use --dtype fp16")
+    require_space(settings.out, network_bytes(pipe.unet, pipe.vae, pipe.text_encoder), "use --dtype fp16")
     try:
         weights = family_of(folder).single_file(pipe)
     except ValueError as error:
@@ -64,6 +65,7 @@ def export_single_file(settings: ExportSettings, folder: Path) -> None:
     settings.out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(settings.out) as stream:
         # safetensors wants a path: this is the temporary file next to --out.
+        say_wait(f"writing {settings.out}", network_bytes(pipe.unet, pipe.vae, pipe.text_encoder))
         save_file(weights, stream.name, metadata={"format": "pt", **schedule_metadata(pipe.scheduler.config)})
     pipeline = read_json(folder / MODEL_INDEX)["_class_name"]
     how = f'Load it with {pipeline}.from_single_file("{settings.out}", config="{folder}")'
@@ -94,7 +96,7 @@ def schedule_advice(config: Mapping[str, Any]) -> str | None:
 
 def export_onnx(settings: ExportSettings, folder: Path) -> None:
     unet, family = load_unet(folder, settings.variant), family_of(folder)
-    require_space(settings.out, bytes_of(unet), "export a smaller level")
+    require_space(settings.out, network_bytes(unet), "export a smaller level")
     conditioning = family.conditioning_shapes(folder)
     say("Writing the graph; the exporter shows no progress and may take minutes.", err=True)
     with atomic_directory(settings.out) as out:
@@ -115,14 +117,14 @@ def export_int8(settings: ExportSettings, folder: Path) -> None:
     inputs = guided_step(pipe, family, unet.config.in_channels, onnx.latents_size(unet))
     for part in (pipe.vae, pipe.text_encoder):
         part.to(dtype)
-    require_space(settings.out, bytes_of(unet, pipe.vae, pipe.text_encoder), "use --dtype fp16")
+    require_space(settings.out, network_bytes(unet, pipe.vae, pipe.text_encoder), "use --dtype fp16")
     with atomic_directory(settings.out) as out:
         copy_parts(folder, settings.variant, out, dtype)
         quantised.save_pretrained(out / "unet")
         size = int8.weights_bytes(out / "unet")
     plain, other = int8.compare(unet.to(device), quantised.to(device), inputs, family)
     costs = {
-        settings.dtype: int8.Int8Cost(bytes_of(unet), *plain),
+        settings.dtype: int8.Int8Cost(network_bytes(unet), *plain),
         f"{settings.dtype}, int8 linear layers": int8.Int8Cost(size, *other),
     }
     say(f"{int8.cost_table(costs)}\n\nMeasured on one guided step on {device_name(device)}.")
@@ -145,8 +147,3 @@ def guided_step(
 def load_complete_pipeline(settings: ExportSettings, folder: Path) -> DiffusionPipeline:
     pipe = load_base(folder, settings.variant, load_unet(folder, settings.variant))
     return pipe.to(DTYPES[settings.dtype])
-
-
-def bytes_of(*modules: nn.Module) -> int:
-    tensors = [tensor for module in modules for tensor in module.state_dict().values()]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -45,8 +45,8 @@ def cost_of(settings: PlanSettings, shapes: TeacherShapes) -> Cost:
     return Cost(sizes.stored_bytes(sizes.latents_entry(shapes.latents, shapes.conditioning)), entry)
 
 
-def fit(settings: PlanSettings, shapes: TeacherShapes) -> PlanSettings:
-    """The settings that fill the budget: the most exact of LADDER at which the rounds fit, with as many as fit.
+def fit(settings: PlanSettings, shapes: TeacherShapes) -> tuple[PlanSettings, str]:
+    """The settings that fill the budget, and why: the most exact of LADDER at which the rounds fit.
 
     What the settings give is kept. Many small entries teach more than a few exact ones, so the rest of the budget goes
     into further rounds, up to MOST_ROUNDS. If the rounds fit at none, the least exact is used with as many rounds as
@@ -54,9 +54,11 @@ def fit(settings: PlanSettings, shapes: TeacherShapes) -> PlanSettings:
     """
     assert settings.budget is not None
     available = bytes_of(settings.budget)
-    for snr_db, stride in LADDER:
-        candidate = settings.at(snr_db, stride)
+    tried: dict[str, int] = {}
+    for snr_db, tokens in LADDER:
+        candidate = settings.at(snr_db, tokens)
         cost = cost_of(candidate, shapes)
+        tried[exactness(candidate)] = cost.total(settings.images, settings.rounds)
         rounds = (available // settings.images - cost.latents) // sizes.stored_bytes(cost.entry)
         if rounds >= settings.rounds:
             break
@@ -65,19 +67,29 @@ def fit(settings: PlanSettings, shapes: TeacherShapes) -> PlanSettings:
             f"--budget {settings.budget} is less than one round of {plural(settings.images, 'image')}, which takes "
             f"{format_bytes(cost.total(settings.images, 1))}. Use fewer --images or a larger budget."
         )
-    return replace(candidate, rounds=min(rounds, max(MOST_ROUNDS, settings.rounds)))
+    chosen = replace(candidate, rounds=min(rounds, max(MOST_ROUNDS, settings.rounds)))
+    wanted = plural(settings.rounds, "round")
+    takes = "; ".join(f"{format_bytes(size)} at {exact}" for exact, size in tried.items())
+    last = "what is left goes into further rounds" if rounds >= settings.rounds else "so there are fewer rounds"
+    return chosen, f"{wanted} {'takes' if settings.rounds == 1 else 'take'} {takes}; {last}"
+
+
+def exactness(settings: PlanSettings) -> str:
+    """The options that decide how exact an entry is, in words."""
+    tokens = f"{settings.tokens} tokens" if settings.tokens else "all tokens"
+    return f"{settings.snr_db:g} dB and {tokens}"
 
 
 def plan(settings: PlanSettings) -> list[str]:
     """The lines of the plan."""
     folder = find_pipeline(settings.teacher, settings.revision, settings.variant)
     shapes = teacher_shapes(folder, settings.resolution, teacher_taps(settings.students))
-    chosen = fit(settings, shapes) if settings.budget else settings.at(*LADDER[0])
+    chosen, why = fit(settings, shapes) if settings.budget else (settings.at(*LADDER[0]), "")
     cost = cost_of(chosen, shapes)
     entries = chosen.images * chosen.rounds
-    flags = f"--rounds {chosen.rounds} --snr-db {chosen.snr_db:g} --token-stride {chosen.token_stride}"
+    flags = f"--rounds {chosen.rounds} --snr-db {chosen.snr_db:g} --tokens {chosen.tokens}"
     return [
-        *([f"options that fill {settings.budget}: teacher-cache {flags}"] if settings.budget else []),
+        *([f"options that fill {settings.budget}: teacher-cache {flags}", f"why: {why}"] if why else []),
         f"entries: {plural(chosen.images, 'image')} x {plural(chosen.rounds, 'round')} = {entries}",
         *sizes.lines(cost.entry, entries),
         *sampling_lines(tap_specs(chosen, shapes.taps)),

@@ -33,13 +33,14 @@ from pipeline.models.save import save_base
 from pipeline.models.schedule import load_noise_scheduler, set_prediction_type
 from pipeline.models.shapes import tap_shapes
 from pipeline.models.students import initialised_student, meta_student, teacher_taps
+from pipeline.models.weights import network_bytes
 from pipeline.sampling.generate import SAMPLES, Sampler, check_sampler, save_images
 from pipeline.sampling.process import PipelineRef, generate_in_process
 from pipeline.settings.teacher_cache import TeacherCacheSettings
 from pipeline.system.compiling import compile_failures, compile_networks
 from pipeline.system.device import DTYPES, is_accelerator, leave_processes, process_state, resolve_dtype
 from pipeline.system.disk import format_bytes, free_bytes, require_space
-from pipeline.system.echo import plural, say
+from pipeline.system.echo import plural, say, say_wait
 from pipeline.system.errors import UserError, attempt_all, failing_with
 from pipeline.system.lock import OutputLock
 from pipeline.system.options import range_of
@@ -58,7 +59,7 @@ from shards.writer import EntryBuilder, write_shard
 
 # Threads that compress the teacher's targets. zstd releases the interpreter's lock.
 PACKERS = 2
-SMALLER = "use fewer --rounds, a lower --snr-db or a larger --token-stride"
+SMALLER = "use fewer --rounds, a lower --snr-db or fewer --tokens"
 
 
 def run(settings: TeacherCacheSettings) -> None:
@@ -188,7 +189,7 @@ def cache_spec(
         "entries_per_shard": settings.entries_per_shard,
         "strata": found.spec["strata"] if found else settings.rounds,
         "seed": settings.seed,
-        "taps": wanted_taps(checked_taps(settings, latents, dict(unet.config)), found, settings.token_stride),
+        "taps": wanted_taps(checked_taps(settings, latents, dict(unet.config)), found),
         "codec": {"name": settings.codec, **({"snr_db": settings.snr_db} if settings.codec == "dither" else {})},
         "noise_offset": settings.noise_offset,
         "input_perturbation": settings.input_perturbation,
@@ -226,17 +227,10 @@ def check_samples(
         base.vae.decode(torch.zeros(1, base.vae.config.latent_channels, 4, 4))
 
 
-def wanted_taps(taps: dict[str, Any], found: Manifest | None, token_stride: int) -> dict[str, Any]:
+def wanted_taps(taps: dict[str, Any], found: Manifest | None) -> dict[str, Any]:
     """The taps of the spec: those of the existing cache, if it already has all that are wanted."""
     stored = found.spec["taps"] if found else {}
-    return stored if all(serves(stored.get(tap), tap_spec, token_stride) for tap, tap_spec in taps.items()) else taps
-
-
-def serves(stored: dict[str, Any] | None, wanted: dict[str, Any], token_stride: int) -> bool:
-    """Whether a stored tap is the wanted one. Earlier versions kept all positions of a tap that the stride does not
-    divide."""
-    divides = all(side % token_stride == 0 for side in wanted["shape"][1:])
-    return stored == wanted or (not divides and stored == {**wanted, "stride": 1})
+    return stored if all(stored.get(tap) == tap_spec for tap, tap_spec in taps.items()) else taps
 
 
 def checked_taps(settings: TeacherCacheSettings, latents: ShardSet, config: dict[str, Any]) -> dict[str, Any]:
@@ -273,6 +267,7 @@ def save_students(
         except ValueError as error:
             raise UserError(f"--teacher {settings.teacher}: {error}") from None
         with atomic_directory(student_folder, exist_ok=True) as temporary:
+            say_wait(f"writing {student_folder}", network_bytes(student))
             student.save_pretrained(temporary)
             write_checksums(temporary)
         saved.append(student_part(level))
@@ -381,7 +376,7 @@ def plan(settings: TeacherCacheSettings) -> list[str]:
     check_samples(settings, latents, folder, base, load_noise_scheduler(folder, settings.prediction_type))
     found = existing_manifest(settings.out, "cache")
     config = unet_config(folder)
-    taps = wanted_taps(checked_taps(settings, latents, config), found, settings.token_stride)
+    taps = wanted_taps(checked_taps(settings, latents, config), found)
     if found is not None:
         stated = {"latents": latents.manifest.spec, "entries": len(latents), "taps": taps}
         stated = known_to(found.spec, {**stated, "teacher_config": deciding(UNet2DConditionModel, config)})

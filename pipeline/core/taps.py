@@ -74,6 +74,9 @@ def _positions(side: int, offset: int, stride: int) -> slice | list[int]:
     return [(offset + i * stride) % side for i in range(side // stride)]
 
 
-def token_stride(height: int, width: int, stride: int, token_min: int) -> int:
-    """The stride for a tap of this size: 1 if it has fewer than `token_min` rows, and never more than a side."""
-    return min(stride, height, width) if height >= token_min else 1
+def token_stride(height: int, width: int, tokens: int) -> int:
+    """The largest stride at which at least `tokens` positions of a map are kept; 1 if it has no more, or for 0."""
+    if not tokens:
+        return 1
+    strides = range(1, min(height, width) + 1)
+    return max((s for s in strides if (height // s) * (width // s) >= tokens), default=1)

@@ -27,7 +27,8 @@ from transformers import CLIPModel, CLIPProcessor
 from pipeline.data.files import MAX_IMAGE_BYTES, reason_of
 from pipeline.data.images import ImageProblem, decode, is_image_name
 from pipeline.models.load import refuse_special_files
-from pipeline.system.echo import plural
+from pipeline.system.disk import size_of
+from pipeline.system.echo import plural, say_wait
 from pipeline.system.errors import UserError, first_line
 from pipeline.system.extras import install_command
 from shards.regular import read_regular
@@ -142,6 +143,7 @@ def load_clip(folder: Path | None, device: torch.device) -> Clip | Missing:
     if missing:
         return missing
     refuse_special_files(folder, f"--clip {folder}")
+    say_wait(f"loading {folder}", size_of(folder.glob("*")))
     try:
         model = CLIPModel.from_pretrained(folder, local_files_only=True).eval().requires_grad_(False).to(device)
         processor = CLIPProcessor.from_pretrained(folder, local_files_only=True)

@@ -16,6 +16,9 @@ from diffusers import TorchAoConfig, UNet2DConditionModel
 from torch import Tensor
 
 from pipeline.models.families import Family, denoise
+from pipeline.models.weights import find_weights
+from pipeline.system.disk import size_of
+from pipeline.system.echo import say_wait
 from pipeline.system.tables import markdown_table
 
 TURNS = 5
@@ -37,6 +40,7 @@ def load_int8(folder: Path, variant: str | None, dtype: torch.dtype) -> UNet2DCo
     """The U-Net of the pipeline in `folder`, with int8 linear weights and everything else in `dtype`."""
     from torchao.quantization import Int8WeightOnlyConfig
 
+    say_wait(f"quantising {folder / 'unet'}", size_of(find_weights(folder / "unet", variant).files))
     return UNet2DConditionModel.from_pretrained(
         folder,
         subfolder="unet",

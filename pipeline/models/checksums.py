@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from pipeline.system.disk import size_of
+from pipeline.system.echo import say_wait
 from pipeline.system.text_files import read_text
 from shards.files import file_sha256, write_json
 
@@ -48,4 +50,10 @@ def _problem(folder: Path, name: str, sha256: str | None) -> str | None:
         return f"{name!r} in {CHECKSUMS} lies outside the folder"
     if not path.is_file():
         return f"{name} is missing"
-    return None if sha256 is None or file_sha256(path) == sha256 else f"{name} was changed"
+    return None if sha256 is None or hashed(path) == sha256 else f"{name} was changed"
+
+
+def hashed(path: Path) -> str:
+    """The sha256 of a file of weights. Says so if that takes long."""
+    say_wait(f"hashing {path}", size_of([path]))
+    return file_sha256(path)

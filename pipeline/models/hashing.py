@@ -13,8 +13,13 @@ import numpy
 import torch
 import transformers
 from torch import nn
+from tqdm import tqdm
 
 from pipeline.models.reading import defaults_of
+from pipeline.system.echo import is_first_process
+
+# The seconds after which the bar of hashing appears.
+DELAY = 2.0
 
 # Keys of configs that decide nothing of what is stored: the size of generated images, how weights are drawn, what
 # training drops in a frozen network, and what only the pooled output of a text encoder depends on.
@@ -35,12 +40,25 @@ SPECIAL_TOKENS = ("bos", "eos", "pad", "unk")
 
 
 def weights_sha256(module: nn.Module) -> str:
-    """A hash of a network's tensors and their names. Equal weights have equal hashes, however they are stored."""
+    """A hash of a network's tensors and their names. Equal weights have equal hashes, however they are stored.
+
+    Shows a bar if it takes long.
+    """
     digest = hashlib.sha256()
-    tensors = itertools.chain.from_iterable(plain_tensors(*item) for item in sorted(module.state_dict().items()))
-    for name, tensor in tensors:
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    state = sorted(module.state_dict().items())
+    tensors = list(itertools.chain.from_iterable(plain_tensors(*item) for item in state))
+    with tqdm(
+        total=sum(tensor.nbytes for _, tensor in tensors),
+        unit="B",
+        unit_scale=True,
+        desc=f"hashing {type(module).__name__}",
+        delay=DELAY,
+        disable=not is_first_process(),
+    ) as progress:
+        for name, tensor in tensors:
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            progress.update(tensor.nbytes)
     return digest.hexdigest()
 
 

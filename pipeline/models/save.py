@@ -21,7 +21,9 @@ from pipeline.models.checksums import write_checksums
 from pipeline.models.load import MODEL_INDEX, family_of
 from pipeline.models.reading import read_json
 from pipeline.models.schedule import CONFIG, stated_prediction_type
-from pipeline.models.weights import copy_weights, find_weights, has_weights, read_tensors
+from pipeline.models.weights import copy_weights, find_weights, has_weights, network_bytes, read_tensors
+from pipeline.system.disk import size_of
+from pipeline.system.echo import say_wait
 from shards.files import atomic_directory, atomic_file, write_json
 
 # Keys under which diffusers and transformers note the folder that a part was loaded from.
@@ -163,6 +165,7 @@ def save_pipeline(
             if part == "scheduler" and prediction_type:
                 state_prediction_type(folder / CONFIG, prediction_type)
     with replaced_directory(out / "unet") as folder:
+        say_wait(f"writing {out / 'unet'}", network_bytes(unet))
         unet.save_pretrained(folder)
     write_json(out / MODEL_INDEX, index, indent=2)
 
@@ -180,6 +183,7 @@ def write_fp16_variant(folder: Path, out: Path) -> None:
         if path.is_file():
             continue
         path.parent.mkdir(parents=True, exist_ok=True)
+        say_wait(f"writing {path}", size_of(weights.files) // 2)
         tensors = {name: t.half() if t.is_floating_point() else t for name, t in read_tensors(weights).items()}
         with atomic_file(path) as stream:
             # safetensors wants a path: this is the temporary file next to the final one.

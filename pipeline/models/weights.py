@@ -22,6 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pipeline.models.reading import read_json, reading
+from pipeline.system.disk import size_of
+from pipeline.system.echo import say_wait
 from pipeline.system.errors import UserError
 
 NAME = re.compile(
@@ -126,6 +128,7 @@ def load_network(kind: Any, folder: Path, variant: str | None, fallback: bool = 
     """
     read_json(folder / "config.json")
     weights = find_weights(folder, variant, fallback)
+    say_wait(f"loading {folder}", size_of(weights.files))
     if "transformers" in kind.__module__:
         # Otherwise transformers only says that some tensor does not fit.
         options["ignore_mismatched_sizes"] = True
@@ -191,6 +194,7 @@ def copy_weights(
     file with such tensors is written. Returns whether the files were copied.
     """
     weights = find_weights(folder, variant)
+    say_wait(f"copying {folder}", size_of(weights.files))
     if weights.variant is None and weights.format == "safetensors" and _hold(weights.files, dtype, rename):
         for file in (*weights.files, folder / f"{weights.stem}.safetensors.index.json"):
             if file.is_file():
@@ -220,3 +224,9 @@ def _hold(files: tuple[Path, ...], dtype: torch.dtype, rename: Callable[[str], s
                 if rename(name) != name or FLOATS.get(file.get_slice(name).get_dtype(), dtype) != dtype:
                     return False
     return True
+
+
+def network_bytes(*networks: nn.Module) -> int:
+    """The bytes of the networks' tensors."""
+    tensors = [tensor for network in networks for tensor in network.state_dict().values()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -20,8 +20,8 @@ UNITS = {"B": 1} | {
     for power, prefix in enumerate("KMGTP", 1)
     for ending, base in (("B", 1000), ("IB", 1024))
 }
-# (decibels, stride), from the most exact on. The next one is tried if the requested rounds do not fit.
-LADDER = ((10.0, 4), (5.0, 4), (0.0, 4))
+# (decibels, tokens), from the most exact on. The next one is tried if the requested rounds do not fit.
+LADDER = ((10.0, 64), (5.0, 64), (5.0, 16), (0.0, 16))
 
 
 def bytes_of(size: str) -> int:
@@ -53,13 +53,13 @@ class PlanSettings(CacheFormat, PrecisionOptions, HubOptions):
     resolution: int = option(512, "Side of the images, in pixels.", ge=8, le=MAX_SIDE)
     budget: str | None = option(
         None,
-        "Bytes for latents and cache, such as 500GB; chooses rounds, and decibels and stride if they are not given.",
+        "Bytes for latents and cache, such as 500GB; chooses rounds, and decibels and tokens if they are not given.",
     )
     snr_db: float | None = option(  # type: ignore[assignment]
         None, f"{help_of('snr_db')} Default: {LADDER[0][0]:g}, or less to fit a budget.", ge=-10.0, le=MAX_SNR_DB
     )
-    token_stride: int | None = option(  # type: ignore[assignment]
-        None, f"{help_of('token_stride')} Default: {LADDER[0][1]}.", ge=1
+    tokens: int | None = option(  # type: ignore[assignment]
+        None, f"{help_of('tokens')} Default: {LADDER[0][1]}, or fewer to fit a budget.", ge=0
     )
     trial: bool = option(
         False, "Run the teacher on a few batches on this machine to estimate the time; needs its weights."
@@ -74,10 +74,10 @@ class PlanSettings(CacheFormat, PrecisionOptions, HubOptions):
             if self.codec != "dither":
                 raise UserError(f"--budget chooses the decibels of the dither codec. Drop --codec {self.codec}.")
 
-    def at(self, snr_db: float, token_stride: int) -> PlanSettings:
+    def at(self, snr_db: float, tokens: int) -> PlanSettings:
         """The settings with these values where none are given."""
         return replace(
             self,
             snr_db=snr_db if self.snr_db is None else self.snr_db,
-            token_stride=token_stride if self.token_stride is None else self.token_stride,
+            tokens=tokens if self.tokens is None else self.tokens,
         )

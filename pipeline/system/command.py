@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import click
 
 from pipeline.system.config_file import config_options
-from pipeline.system.echo import say
+from pipeline.system.echo import is_first_process, say
 from pipeline.system.errors import UserError, first_line
 from pipeline.system.settings import Settings, click_options, flag
 from shards.schema import ShardError
@@ -110,7 +110,7 @@ def work_of(settings_class: type[Settings]) -> ModuleType:
     """
     if settings_class.work_module in sys.modules:
         return sys.modules[settings_class.work_module]
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if is_first_process():
         say(f"{settings_class.command}: loading libraries", err=True)
     gc.disable()
     try:

@@ -77,6 +77,8 @@ def section_of(file: Path, settings: type[Settings]) -> dict[str, Any]:
     found = {}
     for key, value in content.items():
         name = str(key).replace("-", "_")
+        if name in settings.replaced:
+            raise click.UsageError(f"--config {file}: {key} was replaced by {settings.replaced[name]}.")
         if name not in known:
             meant = did_you_mean(name.replace("_", "-"), [flag(setting)[2:] for setting in known])
             raise click.UsageError(f"--config {file}: {command} has no option {key!r}.{meant}")

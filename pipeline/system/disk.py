@@ -1,9 +1,10 @@
-"""Free space on the disk."""
+"""Bytes on the disk: free ones, and those of files."""
 
 from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from pipeline.system.errors import UserError
@@ -13,6 +14,11 @@ def free_bytes(out: Path) -> int:
     """Bytes free on the disk that holds `out`, which need not exist yet."""
     existing = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     return shutil.disk_usage(existing).free
+
+
+def size_of(files: Iterable[Path]) -> int:
+    """The bytes of those of the paths that are files."""
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def require_space(out: Path, needed: int, remedy: str) -> None:

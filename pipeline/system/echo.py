@@ -1,4 +1,4 @@
-"""Printing: text that may hold anything, such as captions and file names, and counts in words."""
+"""Printing: text that may hold anything, such as captions and file names, counts in words, and what is waited for."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ import unicodedata
 
 import click
 
+from pipeline.system.disk import format_bytes
 from pipeline.system.errors import UserError
+
+# Reading, hashing or writing this many bytes may take more than two seconds.
+LONG_WAIT = 200_000_000
 
 PERIODS = (("days", 86400), ("hours", 3600), ("minutes", 60), ("seconds", 1))
 
@@ -26,6 +30,20 @@ def say(text: str, err: bool = False) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     except OSError as error:
         raise UserError(f"what is printed cannot be written ({error.strerror}). Send it elsewhere.") from None
+
+
+def say_wait(doing: str, size: int) -> None:
+    """Say on stderr what is done with so many bytes that it takes long, as in `loading model/unet, 3.44 GB`.
+
+    Of several processes on a machine, the first one says it.
+    """
+    if size >= LONG_WAIT and is_first_process():
+        say(f"{doing}, {format_bytes(size)}", err=True)
+
+
+def is_first_process() -> bool:
+    """Whether this is the first process of a launch on this machine, or the only one."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def printable(text: str) -> str:

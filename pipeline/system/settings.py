@@ -11,6 +11,7 @@ import inspect
 import math
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -64,6 +65,8 @@ class Settings:
     command: ClassVar[str]
     work_module: ClassVar[str]
     has_plan: ClassVar[bool] = False
+    # Options of earlier versions, and what to use in their place.
+    replaced: ClassVar[Mapping[str, str]] = {}
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
@@ -178,7 +181,21 @@ def click_options(settings: type[Settings]) -> list[click.Parameter]:
     """One click option (or argument) per field: the required ones first."""
     hints = typing.get_type_hints(settings)
     ordered = sorted(_ordered(settings), key=lambda setting: setting.default is not REQUIRED)
-    return [_click_option(setting, hints[setting.name]) for setting in ordered]
+    return [
+        *(_click_option(setting, hints[setting.name]) for setting in ordered),
+        *map(_replaced_option, settings.replaced.items()),
+    ]
+
+
+def _replaced_option(replaced: tuple[str, str]) -> click.Parameter:
+    """A hidden option that only says what is used in its place."""
+    name, replacement = replaced
+
+    def refuse(context: click.Context, option: click.Parameter, value: str | None) -> None:
+        if value is not None:
+            raise click.UsageError(f"{flag(name)} was replaced by {replacement}.", context)
+
+    return click.Option([flag(name), name], hidden=True, expose_value=False, callback=refuse)
 
 
 def _ordered(settings: type[Settings]) -> list[dataclasses.Field[Any]]:

@@ -20,6 +20,8 @@ from typing import Any, TypeVar
 import torch
 
 from pipeline.models.checksums import changed_files, write_checksums
+from pipeline.system.disk import size_of
+from pipeline.system.echo import say_wait
 from pipeline.system.errors import UserError, first_line
 from shards.files import atomic_directory, partial_name
 
@@ -81,6 +83,7 @@ def load_checkpoint(path: Path, load_weights: Callable[[Path], Weights]) -> tupl
     Raises UserError for a checkpoint that cannot be read or is damaged.
     """
     with reading_checkpoint(path):
+        say_wait(f"loading {path}", size_of(path.rglob("*")))
         changed = changed_files(path / WEIGHTS)
         if changed:
             raise ValueError(f"{WEIGHTS}/{changed[0]}")

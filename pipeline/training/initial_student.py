@@ -7,12 +7,11 @@ from pathlib import Path
 import torch
 from diffusers import UNet2DConditionModel
 
-from pipeline.models.checksums import changed_files
+from pipeline.models.checksums import changed_files, hashed
 from pipeline.models.hashing import shapes_of
 from pipeline.models.load import refuse_quantised, refuse_special_files
 from pipeline.models.weights import load_network
 from pipeline.system.errors import UserError
-from shards.files import file_sha256
 
 
 def initial_student(cache: Path, level: str, init_from: Path | None) -> UNet2DConditionModel:
@@ -54,4 +53,4 @@ def unet_folder(saved: Path) -> Path:
 
 def weights_sha256s(saved: Path) -> list[str]:
     """The sha256 of each weight file of a saved student."""
-    return [file_sha256(file) for file in sorted(unet_folder(saved).glob("*.safetensors"))]
+    return [hashed(file) for file in sorted(unet_folder(saved).glob("*.safetensors"))]

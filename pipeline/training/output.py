@@ -12,6 +12,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from pipeline.models.checksums import hashed
 from pipeline.models.hub import open_repository
 from pipeline.settings.training import TrainingSettings
 from pipeline.system.echo import plural
@@ -22,7 +23,7 @@ from pipeline.system.output import check_output, made_by
 from pipeline.system.page import REPORT
 from pipeline.system.settings import write_settings
 from pipeline.training.checkpoint import list_checkpoints
-from shards.files import file_sha256, remove_leftovers, write_json
+from shards.files import remove_leftovers, write_json
 from shards.manifest import refuse_other_spec
 
 SPEC, FINISHED, METRICS, CHECKPOINTS = "spec.json", "finished.json", "metrics.jsonl", "checkpoints"
@@ -108,7 +109,7 @@ def checkpointed_step(out: Path) -> int:
 def weights_of(out: Path) -> dict[str, str]:
     """The sha256 of each weight file of the result, by its path in `out`."""
     files = sorted(file.relative_to(out) for file in out.rglob("*.safetensors"))
-    return {file.as_posix(): file_sha256(out / file) for file in files if file.parts[0] != CHECKPOINTS}
+    return {file.as_posix(): hashed(out / file) for file in files if file.parts[0] != CHECKPOINTS}
 
 
 def refuse_damaged_result(out: Path) -> None:

@@ -1,4 +1,4 @@
-"""What the cache costs the student: codecs, strides and rounds, against training with the teacher in memory.
+"""What the cache costs the student: codecs, tokens and rounds, against training with the teacher in memory.
 
 Every student is trained by `distill`'s own loop for the same number of steps on the same images; only the source of
 its batches differs. `online` draws fresh noise and timesteps at every visit and asks the teacher there and then; it is
@@ -47,26 +47,29 @@ STUDENT = {
     "feature-weight": 0.1,
 }
 """Options of `distill`, those of the Makefile's demo."""
-ONLINE = "online"
+ONLINE, ALL = "online", 0
 
 
 def exact(rounds: int) -> dict[str, str | int]:
-    return {"ROUNDS": rounds, "CODEC": "fp16", "STRIDE": 1}
+    return {"ROUNDS": rounds, "CODEC": "fp16", "TOKENS": ALL}
 
 
-def dithered(snr_db: float, stride: int, rounds: int = 8) -> dict[str, str | int]:
-    return {"ROUNDS": rounds, "SNR_DB": snr_db, "STRIDE": stride}
+def dithered(snr_db: float, tokens: int, rounds: int = 8) -> dict[str, str | int]:
+    return {"ROUNDS": rounds, "SNR_DB": snr_db, "TOKENS": tokens}
 
 
 CASES: dict[str, dict[str, str | int]] = {
     ONLINE: {},
     **{f"exact, {rounds} rounds": exact(rounds) for rounds in (16, 8, 4, 2)},
     "exact, 1 round": exact(1),
-    **{f"{db} dB, 8 rounds": dithered(db, 1) for db in (20, 10, 5, 0)},
-    **{f"exact, stride {s}, 8 rounds": exact(8) | {"STRIDE": s} for s in (2, 4)},
-    **{f"{db} dB, stride {s}, 8 rounds": dithered(db, s) for db, s in ((15, 2), (10, 2), (0, 2), (10, 4))},
+    **{f"{db} dB, 8 rounds": dithered(db, ALL) for db in (20, 10, 5, 0)},
+    **{f"exact, {tokens} tokens, 8 rounds": exact(8) | {"TOKENS": tokens} for tokens in (64, 16, 4)},
+    **{
+        f"{db} dB, {tokens} tokens, 8 rounds": dithered(db, tokens)
+        for db, tokens in ((10, 64), (5, 64), (0, 64), (10, 16), (10, 4))
+    },
 }
-"""Variables of `make teacher-cache`. The demo's taps of 16 rows are sampled as SD-1.x's of 64 and 32 are."""
+"""Variables of `make teacher-cache`."""
 
 
 def cache_of(work: Path, name: str, seed: int, scenes: int) -> Path:

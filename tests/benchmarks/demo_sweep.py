@@ -62,7 +62,7 @@ CACHES = {
     "4 rounds, 1 in 5 without a caption": {"ROUNDS": "4", "UNCOND": "0.2"},
     "1 round, 1 in 10 without a caption": {"ROUNDS": "1", "UNCOND": "0.1"},
     "2 rounds, 1 in 10 without a caption": {"ROUNDS": "2", "UNCOND": "0.1"},
-    "4 rounds, 1 in 10 without a caption, exact": {"ROUNDS": "4", "UNCOND": "0.1", "CODEC": "fp16", "STRIDE": "1"},
+    "4 rounds, 1 in 10 without a caption, exact": {"ROUNDS": "4", "UNCOND": "0.1", "CODEC": "fp16", "TOKENS": "0"},
 }
 BALANCED = {"output-weight": 5.0, "feature-weight": 0.1}
 UNCAPTIONED = {"cache": "4 rounds, 1 in 10 without a caption"}

@@ -102,7 +102,7 @@ def run_teacher_cache(work: Path, entries_per_shard: int) -> list[Point]:
             latents=work / "latents",
             out=work / "cache",
             rounds=1,
-            token_min=8,
+            tokens=16,
             samples=0,
             batch_size=BATCH,
             entries_per_shard=entries_per_shard,

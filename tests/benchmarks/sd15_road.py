@@ -31,11 +31,10 @@ from shards.reader import read_sidecar
 from shards.store import open_store
 
 CODECS = {
-    "fp16": ["--codec", "fp16", "--token-stride", "1"],
-    "dither 20 dB": ["--codec", "dither", "--snr-db", "20", "--token-stride", "1"],
-    "dither 15 dB, stride 2": ["--codec", "dither", "--snr-db", "15", "--token-stride", "2"],
-    "dither 10 dB, stride 2": ["--codec", "dither", "--snr-db", "10", "--token-stride", "2"],
-    "dither 10 dB, stride 4": ["--codec", "dither", "--snr-db", "10", "--token-stride", "4"],
+    "fp16": ["--codec", "fp16", "--tokens", "0"],
+    "dither 20 dB": ["--codec", "dither", "--snr-db", "20", "--tokens", "0"],
+    "dither 10 dB, 256 tokens": ["--codec", "dither", "--snr-db", "10", "--tokens", "256"],
+    "dither 10 dB, 64 tokens": ["--codec", "dither", "--snr-db", "10", "--tokens", "64"],
 }
 # The last cache is the one that stage two trains from.
 TRAIN_STEPS = 3

@@ -35,7 +35,6 @@ from pipeline.teacher_cache import TeacherCacheSettings
 from shards.schema import conditioning_shapes
 
 RESOLUTIONS = {"demo": 64, "sd15": 512}
-TOKEN_MIN = {"demo": 16, "sd15": 32}
 
 
 @dataclass
@@ -160,9 +159,7 @@ def main(
             )
             clock = run_stage(encode, "encode_batch", settings)
             rows.append((f"encode, {count} workers", clock.entries, clock.seconds, bare_encode(clock, settings)))
-        asked = TeacherCacheSettings(
-            latents=latents, out=cache, rounds=1, samples=0, token_min=TOKEN_MIN[arch], **common
-        )
+        asked = TeacherCacheSettings(latents=latents, out=cache, rounds=1, samples=0, **common)
         spec = teacher_cache.open_latents(latents).manifest.spec
         clock = run_stage(teacher_cache, "run_teacher", asked)
         bare = bare_teacher(clock, spec["latents_shape"], conditioning_shapes(spec))

@@ -46,7 +46,6 @@ from shards.reader import ShardSet
 from shards.store import open_store
 
 RESOLUTIONS = {"demo": 64, "sd15": 512}
-TOKEN_MIN = {"demo": 16, "sd15": 32}
 REFERENCE, CAST = "online", "online, teacher cast"
 ROWS = ("cache", "in memory", REFERENCE, CAST, "online, latents cached")
 WARM_UP = 2
@@ -116,7 +115,6 @@ def prepare(case: Case, images: int) -> None:
             rounds=1,
             samples=0,
             students=("sd_small", "sd_tiny"),
-            token_min=TOKEN_MIN[case.arch],
             **common,
         )
     )

@@ -22,7 +22,7 @@ from pathlib import Path
 import click
 from machine import in_process, machine
 from stage_one import run_stage
-from stage_two import REFERENCE, RESOLUTIONS, TOKEN_MIN, Case, prepare, run
+from stage_two import REFERENCE, RESOLUTIONS, Case, prepare, run
 
 from pipeline.commands import encode, teacher_cache
 from pipeline.encode import EncodeSettings
@@ -61,7 +61,6 @@ def stage_one(case: Case) -> tuple[float, float]:
         rounds=1,
         samples=0,
         students=(case.level,),
-        token_min=TOKEN_MIN[case.arch],
         **common,
     )
     cached = run_stage(teacher_cache, "run_teacher", caching)

@@ -15,6 +15,7 @@ from pipeline.cache import sizes, trial
 from pipeline.cache.trial import Trial
 from pipeline.cli import main
 from pipeline.commands.plan import cost_of, fit
+from pipeline.core.taps import token_stride
 from pipeline.evaluation.cost import count_macs
 from pipeline.evaluation.training_cost import TrainingCost, training_cost
 from pipeline.models.shapes import TeacherShapes, teacher_shapes
@@ -48,7 +49,7 @@ def settings(**changes):
     return PlanSettings(**{"teacher": "demo", "images": 1000, **changes})
 
 
-def sd15_entry(key, codec, snr_db, stride):
+def sd15_entry(key, codec, snr_db, tokens):
     """An entry of SD-1.x's shapes with random values, as the teacher stage writes one."""
     draw = np.random.default_rng(3)
     meta = {
@@ -69,7 +70,7 @@ def sd15_entry(key, codec, snr_db, stride):
     ):
         entry.add_array(name, draw.standard_normal(shape).astype(np.float16))
     for name, (channels, height, width) in SD15.taps.items():
-        s = stride if height >= 32 else 1
+        s = token_stride(height, width, tokens)
         kept = draw.standard_normal((channels, height // s, width // s), np.float32)
         meta["taps"][name] = {"row": 0, "column": 0}
         if codec == "fp16":
@@ -81,12 +82,12 @@ def sd15_entry(key, codec, snr_db, stride):
     return entry
 
 
-@pytest.mark.parametrize(("codec", "snr_db", "stride"), [("fp16", 15.0, 1), ("dither", 15.0, 2), ("dither", 5.0, 4)])
-def test_the_bytes_of_sd15_are_those_of_a_written_shard(tmp_path, codec, snr_db, stride):
-    entries = [sd15_entry(f"00000000{i}-r0000", codec, snr_db, stride) for i in range(2)]
+@pytest.mark.parametrize(("codec", "snr_db", "tokens"), [("fp16", 15.0, 0), ("dither", 15.0, 64), ("dither", 5.0, 16)])
+def test_the_bytes_of_sd15_are_those_of_a_written_shard(tmp_path, codec, snr_db, tokens):
+    entries = [sd15_entry(f"00000000{i}-r0000", codec, snr_db, tokens) for i in range(2)]
     write_shard(open_store(tmp_path), "r0000-s00000.tar", "0" * 64, entries, [])
     written = sum(file.stat().st_size for file in tmp_path.iterdir())
-    planned = cost_of(settings(codec=codec, snr_db=snr_db, token_stride=stride), SD15).entry
+    planned = cost_of(settings(codec=codec, snr_db=snr_db, tokens=tokens), SD15).entry
     assert 2 * sizes.stored_bytes(planned) == pytest.approx(written, rel=0.03)
 
 
@@ -96,8 +97,9 @@ def test_an_array_takes_the_planned_bytes():
 
 def test_a_budget_goes_into_rounds_of_the_most_exact_entries_that_fit():
     one = cost_of(settings(), SD15).total(1000, 1)
-    chosen = fit(settings(budget=f"{6 * one / 1e9:.3f}GB"), SD15)
-    assert (chosen.snr_db, chosen.token_stride) == LADDER[0]
+    chosen, why = fit(settings(budget=f"{6 * one / 1e9:.3f}GB"), SD15)
+    assert re.fullmatch(r"4 rounds take \S+ [MG]B at 10 dB and 64 tokens; what is left goes into further rounds", why)
+    assert (chosen.snr_db, chosen.tokens) == LADDER[0]
     assert chosen.rounds >= 6
     assert cost_of(chosen, SD15).total(1000, chosen.rounds) <= 6 * one
     assert cost_of(chosen, SD15).total(1000, chosen.rounds + 1) > 6 * one
@@ -105,13 +107,16 @@ def test_a_budget_goes_into_rounds_of_the_most_exact_entries_that_fit():
 
 def test_a_small_budget_takes_less_exact_entries_before_fewer_rounds():
     one = cost_of(settings(), SD15).total(1000, 1)
-    chosen = fit(settings(budget=f"{3 * one / 1e9:.3f}GB", rounds=4), SD15)
-    assert (chosen.snr_db, chosen.token_stride) != LADDER[0]
+    chosen, why = fit(settings(budget=f"{3 * one / 1e9:.3f}GB", rounds=4), SD15)
+    assert " at 10 dB and 64 tokens; " in why
+    assert (chosen.snr_db, chosen.tokens) != LADDER[0]
     assert chosen.rounds >= 4
 
 
 def test_a_budget_for_less_than_the_wanted_rounds_gives_those_that_fit():
-    assert fit(settings(budget="700MB", rounds=50), SD15).rounds < 50
+    chosen, why = fit(settings(budget="700MB", rounds=50), SD15)
+    assert chosen.rounds < 50
+    assert why.endswith("so there are fewer rounds")
 
 
 def test_a_budget_that_holds_nothing_is_refused_with_what_it_takes():
@@ -136,7 +141,8 @@ def test_the_command_needs_no_weights(teacher, tmp_path):
         main, ["plan", "--teacher", str(bare), "--images", "100", "--resolution", "32", "--budget", "50MB"]
     )
     assert result.exit_code == 0, result.output
-    assert re.search(r"options that fill 50MB: teacher-cache --rounds \d+ --snr-db 10 --token-stride 4", result.output)
+    assert re.search(r"options that fill 50MB: teacher-cache --rounds \d+ --snr-db 10 --tokens 64\n", result.output)
+    assert "\nwhy: 4 rounds take " in result.output
 
 
 def test_a_disk_that_is_too_small_is_reported_before_anything_is_computed(tmp_path):
@@ -199,18 +205,18 @@ def test_a_size_may_have_any_usual_unit(size, bytes_):
     assert bytes_of(size) == bytes_
 
 
-@pytest.mark.parametrize("given", [{"snr_db": 10.0}, {"snr_db": 12.5}, {"token_stride": 2}, {"token_stride": 4}])
+@pytest.mark.parametrize("given", [{"snr_db": 10.0}, {"snr_db": 12.5}, {"tokens": 128}, {"tokens": 64}])
 def test_a_budget_keeps_what_is_given_even_where_the_rounds_do_not_fit(given):
     """5 dB would fit four rounds; what is asked for counts more, also where it is the default."""
     one = cost_of(settings(), SD15).total(1000, 1)
-    chosen = fit(settings(budget=f"{3 * one / 1e9:.3f}GB", rounds=4, **given), SD15)
+    chosen, _ = fit(settings(budget=f"{3 * one / 1e9:.3f}GB", rounds=4, **given), SD15)
     assert {name: getattr(chosen, name) for name in given} == given
     assert cost_of(chosen, SD15).total(1000, chosen.rounds) <= 3 * one
 
 
 def test_a_large_budget_goes_no_further_than_all_timesteps():
-    assert fit(settings(budget="1PB"), SD15).rounds == 1000
-    assert fit(settings(budget="1PB", rounds=1200), SD15).rounds == 1200
+    assert fit(settings(budget="1PB"), SD15)[0].rounds == 1000
+    assert fit(settings(budget="1PB", rounds=1200), SD15)[0].rounds == 1200
 
 
 def test_the_arithmetic_of_training_from_a_cache_is_that_of_the_two_trainers():

@@ -166,15 +166,15 @@ class TestTaps:
         assert sampled[0, 0].tolist() == [[1, 3], [9, 11]]
         assert sampled[1, 0].tolist() == [[20, 22], [28, 30]]
 
-    def test_only_large_taps_are_sampled(self):
-        assert token_stride(32, 32, 2, 32) == 2
-        assert token_stride(16, 16, 2, 32) == 1
-        assert token_stride(65, 65, 4, 32) == 4
-        assert token_stride(64, 64, 1, 32) == 1
+    def test_at_least_so_many_positions_are_kept_and_as_few_as_that_allows(self):
+        assert [token_stride(side, side, 64) for side in (64, 32, 16, 8, 4)] == [8, 4, 2, 1, 1]
+        assert [token_stride(16, 16, tokens) for tokens in (1, 2, 16, 17, 25, 26, 256)] == [16, 8, 4, 3, 3, 2, 1]
+        assert token_stride(32, 48, 1) == 32
+        assert token_stride(64, 32, 64) == 5
 
-    def test_a_stride_larger_than_a_tap_keeps_one_position(self):
-        assert token_stride(32, 48, 1000, 32) == 32
-        assert token_stride(16, 16, 16, 16) == 16
+    def test_all_positions_are_kept_for_none_or_more_than_there_are(self):
+        assert token_stride(64, 64, 0) == 1
+        assert token_stride(64, 64, 5000) == 1
 
 
 class TestLosses:

@@ -34,8 +34,7 @@ def run_encode(teacher: Path | str, data: Path | str, out: Path, **changes) -> P
 def run_teacher_cache(teacher: Path | str, latents: Path, out: Path, **changes) -> Path:
     settings = {
         "rounds": 2,
-        "token_stride": 2,
-        "token_min": 8,
+        "tokens": 16,
         "batch_size": 4,
         "entries_per_shard": 6,
         "device": "cpu",
