@@ -69,7 +69,7 @@ MULTIPLES = (0.5, 1, 2, 4, 8, 16, 32)
 FALLING = (np.arange(1, 641) ** -0.6).astype(np.float32)
 """Standard deviations of the channels."""
 OUTPUT_WEIGHT, FEATURE_WEIGHT = 0.5, 0.5
-KEEP_ALL = ("--token-stride", "1")
+KEEP_ALL = ("--tokens", "0")
 TURNS, DRAWS = 3, 3
 PERIOD = 12345701
 """Entry i of a tap takes its dither from a multiple of PERIOD on. With one offset for all, the errors of quiet values
