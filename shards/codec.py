@@ -16,6 +16,7 @@ import functools
 import io
 import math
 import threading
+from collections.abc import Sequence
 
 import numpy as np
 import zstandard
@@ -54,15 +55,19 @@ def dither(offset: int, shape: tuple[int, ...]) -> np.ndarray:
 def quantise(x: np.ndarray, snr_db: float, offset: int) -> tuple[np.ndarray, np.ndarray, np.float32]:
     """x (C, H, W) float32 -> q (C, H, W) int32, mu (C,) float32, step float32 (0 where x is constant)."""
     mu = x.mean(axis=(1, 2), dtype=np.float32)
-    centred = x - mu[:, None, None]
-    peak = np.abs(centred).max()
+    q, step = quantise_centred(x - mu[:, None, None], snr_db, offset)
+    return q, mu, step
+
+
+def quantise_centred(centred: np.ndarray, snr_db: float, offset: int) -> tuple[np.ndarray, np.float32]:
+    """(C, H, W) float32 whose power is the signal's -> q (C, H, W) int32, step float32 (0 where all is 0)."""
+    peak = np.abs(centred).max(initial=0)
     # Relative to the peak, the squares neither overflow nor underflow at any scale.
     power = np.mean(np.square(centred / peak)) if peak > 0 else 0.0
     step = np.float32(math.sqrt(12.0 * 10.0 ** (-snr_db / 10.0) * power) * peak)
     if step == 0:
-        return np.zeros(x.shape, np.int32), mu, step
-    q = np.rint(centred / step + dither(offset, x.shape))
-    return q.astype(np.int32), mu, step
+        return np.zeros(centred.shape, np.int32), step
+    return np.rint(centred / step + dither(offset, centred.shape)).astype(np.int32), step
 
 
 def dequantise(q: np.ndarray, mu: np.ndarray, step: float, offset: int) -> np.ndarray:
@@ -86,9 +91,7 @@ def pack_quantised(q: np.ndarray, mu: np.ndarray) -> tuple[bytes, int]:
     planes = np.moveaxis(np.ascontiguousarray(narrow)[..., None].view(np.uint8), -1, 0)
     head, body = encode_npy(mu), encode_npy(planes)
     raw_bytes = len(head) + len(body)
-    frame = _compressor(threading.get_ident()).compressobj(size=raw_bytes)
-    data = frame.compress(head) + frame.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK) + frame.compress(body) + frame.flush()
-    return data, raw_bytes
+    return compress([head, body]), raw_bytes
 
 
 def unpack_quantised(data: bytes | memoryview, raw_bytes: int) -> tuple[np.ndarray, np.ndarray]:
@@ -108,6 +111,16 @@ def unpack_quantised(data: bytes | memoryview, raw_bytes: int) -> tuple[np.ndarr
         return planes[0].view(np.int8), mu
     integers = np.ascontiguousarray(np.moveaxis(planes, 0, -1)).view(f"<i{planes.shape[0]}")
     return integers[..., 0], mu
+
+
+def compress(parts: Sequence[bytes]) -> bytes:
+    """One zstd frame of `parts`, at least one. A block ends between two of them, so that each has its own code lengths.
+
+    The frame states its size and has a checksum.
+    """
+    frame = _compressor(threading.get_ident()).compressobj(size=sum(map(len, parts)))
+    blocks = [frame.compress(part) + frame.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK) for part in parts[:-1]]
+    return b"".join(blocks) + frame.compress(parts[-1]) + frame.flush()
 
 
 def decompress(data: bytes | memoryview, raw_bytes: int) -> bytes:

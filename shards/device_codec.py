@@ -1,5 +1,5 @@
-"""The feature codec in torch, batched, on the tensors' device. It decodes to exactly the values of `shards.codec` and
-encodes to the same up to the rounding of sums.
+"""The feature codecs in torch, batched, on the tensors' device. `dequantise` returns exactly the values of
+`shards.codec`. The others return those of `shards.codec` and `shards.rotated_codec` up to the rounding of sums.
 
 Shapes: B entries, C channels, H x W positions. Only `q`, `mu` and `step` are copied between device and host.
 """
@@ -33,20 +33,46 @@ def quantise(x: Tensor, snr_db: float, offsets: Sequence[int]) -> tuple[Tensor, 
     """x (B, C, H, W) -> q (B, C, H, W) in the narrowest integer type, mu (B, C) and step (B,) float32."""
     x = x.float()
     mu = x.mean(dim=(2, 3))
-    centred = x - mu[:, :, None, None]
+    q, step = _quantise_centred(x - mu[:, :, None, None], snr_db, offsets)
+    return q, mu, step
+
+
+def _quantise_centred(centred: Tensor, snr_db: float, offsets: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """(B, C, H, W) float32 whose power is the signal's -> q in the narrowest integer type, step (B,)."""
     peak = centred.abs().amax(dim=(1, 2, 3))
     power = (centred / peak[:, None, None, None]).square().mean(dim=(1, 2, 3))
     step = torch.where(peak > 0, (12.0 * 10.0 ** (-snr_db / 10.0) * power).sqrt() * peak, 0.0)
-    q = torch.round(centred / step[:, None, None, None] + dither(offsets, x.shape[1:], x.device))
+    q = torch.round(centred / step[:, None, None, None] + dither(offsets, centred.shape[1:], centred.device))
     q = torch.where(step[:, None, None, None] > 0, q, 0.0)
     low, high = q.aminmax()
-    return q.to(narrowest_dtype(int(low), int(high))), mu, step
+    return q.to(narrowest_dtype(int(low), int(high))), step
 
 
 def dequantise(q: Tensor, mu: Tensor, step: Tensor, offsets: Sequence[int]) -> Tensor:
     """q (B, C, H, W) integers, mu (B, C), step (B,), B offsets -> (B, C, H, W) float32."""
     u = dither(offsets, q.shape[1:], q.device)
     return (q.float() - u) * step[:, None, None, None] + mu[:, :, None, None]
+
+
+def quantise_rotated(
+    x: Tensor, mu: Tensor, rotation: Tensor, snr_db: float, offsets: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """x (B, C, H, W), mu (C,), rotation (C, C) -> q (B, C, H, W) in the narrowest integer type, step (B,) float32.
+
+    As `shards.rotated_codec.quantise`.
+    """
+    centred = x.float() - mu[:, None, None]
+    y = torch.matmul(rotation, centred.flatten(2)).view_as(centred)
+    return _quantise_centred(y, snr_db, offsets)
+
+
+def dequantise_rotated(q: Tensor, mu: Tensor, rotation: Tensor, step: Tensor, offsets: Sequence[int]) -> Tensor:
+    """q (B, C, H, W) integers, mu (C,), rotation (C, C), step (B,), B offsets -> (B, C, H, W) float32.
+
+    As `shards.rotated_codec.dequantise`.
+    """
+    y = (q.float() - dither(offsets, q.shape[1:], q.device)) * step[:, None, None, None]
+    return torch.matmul(rotation.T, y.flatten(2)).view_as(y) + mu[:, None, None]
 
 
 def narrowest_dtype(low: int, high: int) -> torch.dtype:
