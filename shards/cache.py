@@ -10,11 +10,12 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from shards.calibration import Calibration, read_calibrations
 from shards.codec import decode_npy
 from shards.expected import image_tensors, target_tensors
 from shards.manifest import Manifest, read_file
 from shards.reader import ShardSet, StoredEntry, StoredTensor, read_entry
-from shards.schema import IMAGES, ShardError, conditioning_shapes, empty_prompt_file, image_of
+from shards.schema import CALIBRATION, IMAGES, ShardError, conditioning_shapes, empty_prompt_file, image_of
 from shards.store import Store
 
 RESTORE = "Restore the cache from a backup, or delete the shard's files and rerun `teacher-cache` with its own latents."
@@ -31,12 +32,15 @@ class Cache:
         self.targets = ShardSet(store, "cache", rounds)
         self.images = None if self.manifest.has_own_images else open_images(store, self.manifest)
         self._empty = empty_prompt(self.images) if self.images else {}
-        spec = self.manifest.spec
-        self.tensors = [*image_tensors(spec), *target_tensors(spec)]
+        self.tensors = [*image_tensors(self.manifest.spec), *target_tensors(self.manifest)]
 
     @property
     def manifest(self) -> Manifest:
         return self.targets.manifest
+
+    def calibrations(self) -> dict[str, Calibration]:
+        """The calibrations of the taps, by name; empty where taps are not rotated."""
+        return stored_calibrations(self.store, self.manifest)
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -64,6 +68,13 @@ class Cache:
         image = read_entry(images.store, image_shard, image_row, shared, images.manifest, of_image)
         replaced = {name: StoredTensor(empty[name]) for name in names if name in empty}
         return StoredEntry(entry.key, {**image.meta, **entry.meta}, {**image.tensors, **replaced, **entry.tensors})
+
+
+def stored_calibrations(store: Store, manifest: Manifest) -> dict[str, Calibration]:
+    """The calibrations next to a manifest; empty if it has none. Raises ShardError if the file is not as it was."""
+    if CALIBRATION not in manifest.files:
+        return {}
+    return read_calibrations(read_file(store, manifest, CALIBRATION))
 
 
 def open_images(store: Store, manifest: Manifest) -> ShardSet:

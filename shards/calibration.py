@@ -30,22 +30,42 @@ class Calibration:
     rotation: np.ndarray
 
 
-def calibrate(vectors: np.ndarray) -> Calibration:
-    """vectors (N, C) float32 -> the calibration of these N positions, computed in float64.
+class Moments:
+    """The mean and the covariance of vectors that come in batches, in float64. They count from the first batch's mean,
+    so that a large mean costs no digits."""
 
-    Each row's component of largest magnitude is positive, the first one if several are. With fewer than C vectors the
-    last rows are some orthonormal basis of what the vectors do not reach. Raises ValueError without vectors.
-    """
-    if vectors.ndim != 2 or not vectors.size:
-        raise ValueError(f"vectors have shape {vectors.shape}, not (N, C) with N and C above 0")
-    exact = vectors.astype(np.float64)
-    mu = exact.mean(axis=0)
-    exact -= mu
-    _, directions = np.linalg.eigh(exact.T @ exact / len(exact))
-    rotation = directions.T[::-1]
-    largest = np.abs(rotation).argmax(axis=1, keepdims=True)
-    rotation = rotation * np.where(np.take_along_axis(rotation, largest, axis=1) < 0, -1.0, 1.0)
-    return Calibration(mu.astype(np.float32), np.ascontiguousarray(rotation, np.float32))
+    def __init__(self) -> None:
+        self.count = 0
+
+    def add(self, vectors: np.ndarray) -> None:
+        """vectors (N, C) float32. Raises ValueError without vectors."""
+        if vectors.ndim != 2 or not vectors.size:
+            raise ValueError(f"vectors have shape {vectors.shape}, not (N, C) with N and C above 0")
+        exact = vectors.astype(np.float64)
+        if not self.count:
+            channels = exact.shape[1]
+            self.origin, self.total, self.squares = exact.mean(axis=0), np.zeros(channels), np.zeros((channels,) * 2)
+        exact -= self.origin
+        self.count += len(exact)
+        self.total += exact.sum(axis=0)
+        self.squares += exact.T @ exact
+
+    def calibration(self) -> Calibration:
+        """Each row's component of largest magnitude is positive, the first one if several are. With fewer than C
+        vectors the last rows are some orthonormal basis of what the vectors do not reach."""
+        mean = self.total / self.count
+        _, directions = np.linalg.eigh(self.squares / self.count - np.outer(mean, mean))
+        rotation = directions.T[::-1]
+        largest = np.abs(rotation).argmax(axis=1, keepdims=True)
+        rotation = rotation * np.where(np.take_along_axis(rotation, largest, axis=1) < 0, -1.0, 1.0)
+        return Calibration((self.origin + mean).astype(np.float32), np.ascontiguousarray(rotation, np.float32))
+
+
+def calibrate(vectors: np.ndarray) -> Calibration:
+    """vectors (N, C) float32 -> the calibration of these N positions. Raises ValueError without vectors."""
+    moments = Moments()
+    moments.add(vectors)
+    return moments.calibration()
 
 
 def calibration_bytes(calibrations: Mapping[str, Calibration]) -> bytes:

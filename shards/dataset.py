@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 
 from shards import device_codec
 from shards.cache import Cache
+from shards.codec import EXACT_DTYPES
 from shards.reader import StoredEntry
 from shards.schema import INPUT_NOISE, LATENTS, NOISE, TEACHER_PRED, ShardError, conditioning_shapes, tap_member
 from shards.store import Store
@@ -38,9 +39,10 @@ def _map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
 class Feature:
     """One tap of a batch, as stored.
 
-    `values` (B, C, h, w) are floats if exact. If quantised they are integers, with `mu` (B, C) and `quant_step` (B,)
-    float32 and the dither's `offsets`. With `stride` s > 1 they are one position per s x s cell of the full map, at
-    row and column `rows`, `columns` of each cell. `offsets`, `rows` and `columns` have B items and stay on the host.
+    `values` (B, C, h, w) are floats if exact. If quantised they are integers, with `quant_step` (B,) float32 and the
+    dither's `offsets`, and with `mu` (B, C) unless they were rotated. With `stride` s > 1 they are one position per
+    s x s cell of the full map, at row and column `rows`, `columns` of each cell. `offsets`, `rows` and `columns` have
+    B items and stay on the host.
     """
 
     values: Tensor
@@ -51,11 +53,16 @@ class Feature:
     quant_step: Tensor | None = None
     offsets: tuple[int, ...] | None = None
 
-    def decode(self) -> Tensor:
-        """(B, C, h, w) float32, on the device of the values."""
-        if self.mu is None or self.quant_step is None or self.offsets is None:
+    def decode(self, calibration: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """(B, C, h, w) float32, on the device of the values. One that was rotated takes its `calibration`, mu (C,) and
+        rotation (C, C)."""
+        if self.quant_step is None or self.offsets is None:
             return self.values.float()
-        return device_codec.dequantise(self.values, self.mu, self.quant_step, self.offsets)
+        if self.mu is not None:
+            return device_codec.dequantise(self.values, self.mu, self.quant_step, self.offsets)
+        if calibration is None:
+            raise ValueError("this tap was rotated: pass its calibration, as in `CacheDataset.calibrations`")
+        return device_codec.dequantise_rotated(self.values, *calibration, self.quant_step, self.offsets)
 
 
 @dataclass(frozen=True)
@@ -133,11 +140,17 @@ class CacheDataset(Dataset):
             input_noise=stacked.get(INPUT_NOISE),
         )
 
+    def calibrations(self, device: torch.device | str = "cpu") -> dict[str, tuple[Tensor, Tensor]]:
+        """mu (C,) and rotation (C, C) float32 of each tap, for `Feature.decode`; empty where taps are not rotated."""
+        found = self.cache.calibrations()
+        return device_codec.on_device({tap: found[tap] for tap in self.taps if tap in found}, device)
+
     def _collate_tap(self, entries: list[StoredEntry], tap: str) -> Feature:
         member = tap_member(tap)
         records = [entry.meta["taps"][tap] for entry in entries]
         stored = [entry.tensors[member] for entry in entries]
         means = [tensor.mu for tensor in stored if tensor.mu is not None]
+        quantised = self.spec["codec"]["name"] not in EXACT_DTYPES
         return Feature(
             # An entry whose q needed more byte planes widens its batch: stacking promotes the dtype.
             values=torch.from_numpy(np.stack([tensor.values for tensor in stored])),
@@ -145,8 +158,8 @@ class CacheDataset(Dataset):
             columns=tuple(record["column"] for record in records),
             stride=self.spec["taps"][tap]["stride"],
             mu=torch.from_numpy(np.stack(means)) if means else None,
-            quant_step=torch.tensor([record["step"] for record in records]) if means else None,
-            offsets=tuple(record["dither"] for record in records) if means else None,
+            quant_step=torch.tensor([record["step"] for record in records]) if quantised else None,
+            offsets=tuple(record["dither"] for record in records) if quantised else None,
         )
 
 

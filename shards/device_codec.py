@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from shards.calibration import Calibration
 from shards.codec import DITHER_TABLE_SIZE, dither_table
 
 
@@ -63,7 +64,12 @@ def quantise_rotated(
     """
     centred = x.float() - mu[:, None, None]
     y = torch.matmul(rotation, centred.flatten(2)).view_as(centred)
-    return _quantise_centred(y, snr_db, offsets)
+    q, step = _quantise_centred(y, snr_db, offsets)
+    # An int8 does not hold the negative of -128.
+    wide = q.int()
+    wide = torch.where(dither(offsets, q.shape[1:], q.device) < 0, -wide, wide)
+    low, high = wide.aminmax()
+    return wide.to(narrowest_dtype(int(low), int(high))), step
 
 
 def dequantise_rotated(q: Tensor, mu: Tensor, rotation: Tensor, step: Tensor, offsets: Sequence[int]) -> Tensor:
@@ -71,8 +77,17 @@ def dequantise_rotated(q: Tensor, mu: Tensor, rotation: Tensor, step: Tensor, of
 
     As `shards.rotated_codec.dequantise`.
     """
-    y = (q.float() - dither(offsets, q.shape[1:], q.device)) * step[:, None, None, None]
+    u = dither(offsets, q.shape[1:], q.device)
+    y = (torch.where(u < 0, -q.float(), q.float()) - u) * step[:, None, None, None]
     return torch.matmul(rotation.T, y.flatten(2)).view_as(y) + mu[:, None, None]
+
+
+def on_device(calibrations: Mapping[str, Calibration], device: torch.device | str) -> dict[str, tuple[Tensor, Tensor]]:
+    """mu (C,) and rotation (C, C) of each tap, as tensors on a device."""
+    return {
+        tap: (torch.from_numpy(found.mu).to(device), torch.from_numpy(found.rotation).to(device))
+        for tap, found in calibrations.items()
+    }
 
 
 def narrowest_dtype(low: int, high: int) -> torch.dtype:

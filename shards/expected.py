@@ -29,17 +29,19 @@ BYTE_PLANES = (1, 2, 4)
 
 @dataclass(frozen=True)
 class Expected:
-    """A tensor's `shape`, and its `dtype` if it is stored exactly; None if it is quantised."""
+    """A tensor's `shape`, and its `dtype` if it is stored exactly; None if it is quantised, and then whether it was
+    `rotated` before."""
 
     shape: tuple[int, ...]
     dtype: np.dtype | None
+    rotated: bool = False
 
     @property
     def ending(self) -> str:
         return ".npy" if self.dtype else ".npy.zst"
 
     def check_size(self, raw_bytes: int) -> None:
-        """Raise ShardError, before decompressing, unless a quantised member may have that size."""
+        """Raise ShardError, before decompressing, unless a quantised member of format 1 may have that size."""
         sizes = [2 * NPY_HEADER + 4 * self.shape[0] + planes * math.prod(self.shape) for planes in BYTE_PLANES]
         if self.dtype is None and raw_bytes not in sizes:
             raise ShardError(f"it states {raw_bytes} bytes, but values of shape {list(self.shape)} take one of {sizes}")
@@ -64,20 +66,22 @@ def image_tensors(spec: dict[str, Any]) -> dict[str, Expected]:
     return {name: Expected(shape, HALF) for name, shape in shapes.items()}
 
 
-def target_tensors(spec: dict[str, Any]) -> dict[str, Expected]:
+def target_tensors(manifest: Manifest) -> dict[str, Expected]:
     """The tensors that a cache adds to those of an image."""
+    spec = manifest.spec
     shape = tuple(spec["latents"]["latents_shape"])
     exact = EXACT_DTYPES.get(spec["codec"]["name"])
     tensors = {NOISE: Expected(shape, HALF), TEACHER_PRED: Expected(shape, exact or HALF)}
     if spec.get("input_perturbation"):
         tensors[INPUT_NOISE] = Expected(shape, HALF)
-    return tensors | {tap_member(tap): Expected(sampled_shape(t), exact) for tap, t in spec["taps"].items()}
+    rotated = exact is None and manifest.version > 1
+    return tensors | {tap_member(tap): Expected(sampled_shape(t), exact, rotated) for tap, t in spec["taps"].items()}
 
 
 def expected_tensors(manifest: Manifest) -> dict[str, Expected]:
     """Every tensor in an entry of the shards next to a manifest, by name without file ending."""
     images = image_tensors(manifest.spec) if manifest.has_own_images else {}
-    return images | (target_tensors(manifest.spec) if manifest.is_cache else {})
+    return images | (target_tensors(manifest) if manifest.is_cache else {})
 
 
 def sampled_shape(tap_spec: dict[str, Any]) -> tuple[int, int, int]:

@@ -16,6 +16,7 @@ import numpy as np
 from shards.codec import decode_npy, unpack_quantised
 from shards.expected import Expected, expected_tensors
 from shards.manifest import STAGE_COMMANDS, Manifest, read_manifest
+from shards.packing import unpack
 from shards.plan import PlannedShard
 from shards.schema import BLOCK, ShardError, round_of
 from shards.sidecar import Head, Row, Sidecar, damaged, read_head, read_row, read_sidecar
@@ -29,7 +30,8 @@ CACHED_SIDECARS = 256
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor as it is stored. An exact one has only `values`; a quantised one has `mu` as well."""
+    """A tensor as it is stored. An exact one has floats as `values`, a quantised one integers, and `mu` as well if it
+    was not rotated."""
 
     values: np.ndarray
     mu: np.ndarray | None = None
@@ -229,7 +231,9 @@ def _parse_tensor(key: str, name: str, raw_bytes: int, data: memoryview, expecte
     try:
         if expected and not name.endswith(expected.ending):
             raise ShardError(f"by the spec it ends in {expected.ending}")
-        if compressed:
+        if compressed and expected and expected.rotated:
+            stored = StoredTensor(unpack(data, raw_bytes, expected.shape))
+        elif compressed:
             if expected:
                 expected.check_size(raw_bytes)
             stored = StoredTensor(*unpack_quantised(data, raw_bytes))

@@ -11,6 +11,8 @@ READABLE_VERSIONS = (1, 2)
 SIDECAR_ENDINGS = {1: ".json", 2: ".index"}
 
 MANIFEST = "manifest.json"
+# The file of a cache with the calibrations of its taps.
+CALIBRATION = "calibration.safetensors"
 # The folder of a cache that holds its images: what `encode` wrote.
 IMAGES = "images"
 LATENTS = "latents"

@@ -11,6 +11,7 @@ import webdataset
 from click.testing import CliRunner
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditionModel
 from PIL import Image
+from support.damage import verify as verified
 from support.stages import read_entries, reset_accelerate, run_distill, run_encode, run_teacher_cache, shard_files, tree
 from support.tiny import tiny_pipeline, tiny_unet, write_images
 
@@ -20,6 +21,7 @@ from pipeline.commands.verify import VerifySettings
 from pipeline.models.levels import LEVELS
 from pipeline.system.errors import UserError
 from pipeline.teacher_cache import TeacherCacheSettings
+from shards.cache import Cache
 from shards.dataset import CacheDataset
 from shards.manifest import read_manifest
 from shards.schema import ShardError
@@ -76,15 +78,47 @@ def test_an_exact_cache_holds_the_teachers_outputs(teacher, latents, tmp_path, c
 def test_a_quantised_cache_is_within_half_a_step_at_the_sampled_positions(teacher, cache):
     dataset = CacheDataset(open_store(cache), [*BLOCKS, "mid_block"])
     loaded = [dataset[i] for i in range(0, 26, 5)]
-    batch = dataset.collate(loaded)
+    batch, calibrations = dataset.collate(loaded), dataset.calibrations()
     for b, sample in enumerate(loaded):
         _, outputs = asked_again(teacher, sample)
         for tap, feature in batch.features.items():
             expected = outputs[tap][:, feature.rows[b] :: feature.stride, feature.columns[b] :: feature.stride]
-            error = (feature.decode()[b] - expected).abs().max()
-            assert error <= feature.quant_step[b] / 2 + 1e-5
+            _, rotation = calibrations[tap]
+            error = rotation @ (feature.decode(calibrations[tap])[b] - expected).flatten(1)
+            assert error.abs().max() <= feature.quant_step[b] / 2 + 1e-4
+    with pytest.raises(ValueError, match="pass its calibration"):
+        batch.features["mid_block"].decode()
     assert {tap: f.stride for tap, f in batch.features.items()}["up_blocks.3"] == 4
     assert batch.features["mid_block"].stride == 1
+
+
+def test_the_calibrations_are_learned_from_the_teacher_and_stay_when_rounds_are_added(teacher, latents, tmp_path):
+    """Means and principal directions of the first round's features, as numpy finds them in an exact cache."""
+    exact = run_teacher_cache(teacher, latents, tmp_path / "exact", codec="fp32", rounds=1)
+    out = run_teacher_cache(teacher, latents, tmp_path / "c", rounds=1)
+    tap = "tap.up_blocks.3"
+    vectors = np.concatenate(
+        [np.moveaxis(e.tensors[tap].values, 0, -1).reshape(-1, 8) for e in read_entries(exact, "cache", [tap])]
+    )
+    found = Cache(open_store(out)).calibrations()["up_blocks.3"]
+    np.testing.assert_allclose(found.mu, vectors.mean(0), atol=1e-4)
+    covariance = np.cov((vectors @ found.rotation.T).T.astype(np.float64))
+    np.testing.assert_allclose(covariance - np.diag(np.diag(covariance)), 0, atol=1e-4 * covariance[0, 0])
+    assert (np.diff(np.diag(covariance)) <= 1e-6).all()
+    before = (out / "calibration.safetensors").read_bytes()
+    run_teacher_cache(teacher, latents, out, rounds=2)
+    assert (out / "calibration.safetensors").read_bytes() == before
+    assert not (exact / "calibration.safetensors").exists()
+
+
+def test_without_its_calibrations_a_cache_is_not_read(teacher, latents, cache, tmp_path):
+    copy = shutil.copytree(cache, tmp_path / "cache")
+    (copy / "calibration.safetensors").unlink()
+    with pytest.raises(ShardError, match="calibration.safetensors is missing or was changed"):
+        run_distill(copy, tmp_path / "student")
+    with pytest.raises(ShardError, match="calibration.safetensors is missing or was changed"):
+        run_teacher_cache(teacher, latents, copy, rounds=3)
+    assert "calibration.safetensors is missing or was changed" in verified(copy)[1]
 
 
 def test_stock_webdataset_reads_every_member(cache):
@@ -456,7 +490,7 @@ def test_samples_of_a_size_that_cannot_be_generated_are_refused_before_the_first
 def test_targets_of_an_image_that_was_replaced_are_refused_with_what_to_delete(teacher, tmp_path, monkeypatch):
     data = write_images(tmp_path / "data", 7)
     latents = run_encode(teacher, data, tmp_path / "latents")
-    cache = run_teacher_cache(teacher, latents, tmp_path / "cache", entries_per_shard=3)
+    cache = run_teacher_cache(teacher, latents, tmp_path / "cache", entries_per_shard=3, codec="fp32")
 
     def encode_again():
         for name in ("s00001.tar", "s00001.index"):
@@ -469,13 +503,13 @@ def test_targets_of_an_image_that_was_replaced_are_refused_with_what_to_delete(t
     encode_again()
     monkeypatch.undo()
     before = tree(cache)
-    run_teacher_cache(teacher, latents, cache, entries_per_shard=3)
+    run_teacher_cache(teacher, latents, cache, entries_per_shard=3, codec="fp32")
     assert tree(cache) == before
 
     Image.new("RGB", (50, 40), "red").save(data / "006.png")
     encode_again()
     with pytest.raises(UserError, match="the latents of 006.png .* 2 entries in 2 shards") as caught:
-        run_teacher_cache(teacher, latents, cache, entries_per_shard=3)
+        run_teacher_cache(teacher, latents, cache, entries_per_shard=3, codec="fp32")
     reset_accelerate()
     assert tree(cache) == before
     names = re.search(r"delete (.*), in ", str(caught.value))[1]
@@ -485,7 +519,7 @@ def test_targets_of_an_image_that_was_replaced_are_refused_with_what_to_delete(t
     )
     for name in re.split(", and |, | and ", names):
         (cache / name).unlink()
-    run_teacher_cache(teacher, latents, cache, entries_per_shard=3)
-    fresh = run_teacher_cache(teacher, latents, tmp_path / "fresh", entries_per_shard=3)
+    run_teacher_cache(teacher, latents, cache, entries_per_shard=3, codec="fp32")
+    fresh = run_teacher_cache(teacher, latents, tmp_path / "fresh", entries_per_shard=3, codec="fp32")
     last = "r0001-s00002.tar"
     assert shard_files(cache)[last] == shard_files(fresh)[last]

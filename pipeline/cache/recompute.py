@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,11 @@ from torch import Tensor
 from pipeline.core.diffusion import add_noise
 from pipeline.core.taps import Taps, sample_tokens
 from pipeline.models.families import denoise, family_of_spec
+from shards.calibration import Calibration
 from shards.codec import dequantise
 from shards.dataset import stack_tensors
 from shards.reader import StoredEntry, StoredTensor
+from shards.rotated_codec import dequantise_rotated, rotated
 from shards.schema import LATENTS, TEACHER_PRED, added_noise, conditioning_shapes, tap_member
 
 # Two runs of one network differ by rounding, with the batch and the device: by up to this share of a tensor's peak.
@@ -39,13 +41,22 @@ class Deviation:
 
 
 def deviations(
-    entries: Iterable[StoredEntry], spec: dict[str, Any], unet: UNet2DConditionModel, alphas_cumprod: Tensor
+    entries: Iterable[StoredEntry],
+    spec: dict[str, Any],
+    calibrations: Mapping[str, Calibration],
+    unet: UNet2DConditionModel,
+    alphas_cumprod: Tensor,
 ) -> list[Deviation]:
-    """One for teacher_pred and one per tap. `alphas_cumprod` (T,) float32, on the U-Net's device."""
+    """One for teacher_pred and one per tap; of one that is rotated, after the rotation, where the bounds hold.
+
+    `alphas_cumprod` (T,) float32, on the U-Net's device.
+    """
     taps = Taps(unet, spec["taps"])
     found: dict[str, list[Deviation]] = {}
     for entry in entries:
         for name, output in recompute_entry(entry, spec, unet, taps, alphas_cumprod).items():
+            calibration = calibrations.get(name.removeprefix(tap_member("")))
+            output = output if calibration is None else rotated(output, calibration)
             found.setdefault(name, []).append(deviation(name, entry, output, ARITHMETIC[spec["dtype"]]))
     taps.remove()
     return [_worst(of_tensor) for of_tensor in found.values()]
@@ -86,11 +97,15 @@ def decode_with_bound(name: str, entry: StoredEntry, tensor: StoredTensor) -> tu
 
     That is half a quantiser step, or half the distance to the next number of the exact dtype.
     """
-    if tensor.mu is None:
+    if tensor.values.dtype.kind == "f":
         spacing = np.spacing(np.abs(tensor.values)).astype(np.float32)
         return tensor.values.astype(np.float32), spacing / 2
     record = entry.meta["taps"][name.removeprefix(tap_member(""))]
-    values = dequantise(tensor.values, tensor.mu, record["step"], record["dither"])
+    step, offset = record["step"], record["dither"]
+    if tensor.mu is None:
+        values = dequantise_rotated(tensor.values, step, offset)
+    else:
+        values = dequantise(tensor.values, tensor.mu, step, offset)
     return values, np.full(values.shape, record["step"] / 2, np.float32)
 
 

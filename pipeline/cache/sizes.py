@@ -10,8 +10,11 @@ from typing import Any
 import numpy as np
 
 from pipeline.system.disk import format_bytes
-from shards.codec import EXACT_DTYPES, pack_quantised, quantise
+from shards.calibration import Calibration
+from shards.codec import EXACT_DTYPES
 from shards.expected import NPY_HEADER
+from shards.packing import pack
+from shards.rotated_codec import quantise
 from shards.schema import BLOCK, INPUT_NOISE, LATENTS, NOISE, TEACHER_PRED
 
 # Approximate bytes: of the .json member per image and per tap, and of the sidecar per member.
@@ -60,18 +63,16 @@ def tap_bytes(shape: Shape, stride: int, codec: str, snr_db: float) -> int:
     kept = shape[0], shape[1] // stride, shape[2] // stride
     if codec in EXACT_DTYPES:
         return npy_bytes(kept, EXACT_DTYPES[codec].itemsize)
-    # mu is float32, which hardly compresses.
-    return round(bits_per_value(snr_db) * math.prod(kept) / 8) + 4 * shape[0] + NPY_HEADER
+    return quantised_bytes(kept, snr_db)
 
 
 @functools.cache
-def bits_per_value(snr_db: float) -> float:
-    """Bits per value that the dither codec takes for Gaussian features, measured on a sample."""
-    shape = (64, 64, 64)
-    features = np.random.default_rng(0).standard_normal(shape, np.float32)
-    q, mu, _ = quantise(features, snr_db, 0)
-    data, _ = pack_quantised(q, mu)
-    return 8 * (len(data) - 4 * shape[0]) / features.size
+def quantised_bytes(kept: tuple[int, int, int], snr_db: float) -> int:
+    """Bytes that the dither codec takes for Gaussian features of this shape, measured on a sample."""
+    features = np.random.default_rng(0).standard_normal(kept, np.float32)
+    nothing = Calibration(np.zeros(kept[0], np.float32), np.eye(kept[0], dtype=np.float32))
+    q, _ = quantise(features, nothing, snr_db, 0)
+    return len(pack(q)[0])
 
 
 def stored_bytes(members: Mapping[str, int]) -> int:

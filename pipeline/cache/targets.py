@@ -8,7 +8,7 @@ latents. (A teacher in half precision then rounds its input once more.)
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,8 +22,9 @@ from pipeline.core.taps import Taps, sample_tokens
 from pipeline.models.families import Family, denoise
 from pipeline.system.errors import UserError
 from shards import device_codec
-from shards.codec import EXACT_DTYPES, decode_npy, pack_quantised
+from shards.codec import EXACT_DTYPES, decode_npy
 from shards.expected import offsets
+from shards.packing import pack
 from shards.reader import StoredEntry
 from shards.schema import (
     INPUT_NOISE,
@@ -43,7 +44,7 @@ class Teacher:
     """What a forward pass needs.
 
     `alphas_cumprod` (T,) float32. `unconditional` holds, without B and in fp16, the conditioning tensors that an empty
-    prompt changes.
+    prompt changes; `calibrations` the mu (C,) and rotation (C, C) of each tap that is quantised, on the U-Net's device.
     """
 
     unet: UNet2DConditionModel
@@ -51,6 +52,7 @@ class Teacher:
     taps: Taps
     alphas_cumprod: Tensor
     unconditional: Mapping[str, np.ndarray]
+    calibrations: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -65,16 +67,29 @@ class Image:
 class BatchTargets:
     """The entries of a batch, and the quantised taps that still have to be compressed into them.
 
-    `quantised` holds (entry, tensor name, q (C, H, W) integers, mu (C,) float32).
+    `quantised` holds (entry, tensor name, q (C, H, W) integers).
     """
 
     entries: list[EntryBuilder]
-    quantised: list[tuple[EntryBuilder, str, np.ndarray, np.ndarray]]
+    quantised: list[tuple[EntryBuilder, str, np.ndarray]]
 
 
 @torch.inference_mode()
 def run_teacher(images: list[Image], round_index: int, spec: dict[str, Any], teacher: Teacher) -> BatchTargets:
     """One forward pass of the teacher: B images at one timestep each."""
+    entries, prediction, features = ask_teacher(images, round_index, spec, teacher)
+    exact = EXACT_DTYPES.get(spec["codec"]["name"], np.dtype(np.float16))
+    add_exact(entries, TEACHER_PRED, prediction, exact)
+    targets = BatchTargets(entries, [])
+    for tap in spec["taps"]:
+        add_feature(targets, tap, features[tap], spec, teacher)
+    return targets
+
+
+def ask_teacher(
+    images: list[Image], round_index: int, spec: dict[str, Any], teacher: Teacher
+) -> tuple[list[EntryBuilder], Tensor, dict[str, Tensor]]:
+    """Entries without targets, the teacher's prediction, and of each tap (B, C, h, w) the positions that are kept."""
     entries = [new_entry(image, round_index, spec, teacher) for image in images]
     added = torch.from_numpy(np.stack([decode_npy(entry.members[f"{added_noise(spec)}.npy"]) for entry in entries]))
     latents = torch.from_numpy(np.stack([image.entry.tensors[LATENTS].values for image in images]))
@@ -87,13 +102,7 @@ def run_teacher(images: list[Image], round_index: int, spec: dict[str, Any], tea
     noisy = add_noise(latents.to(device), added.to(device), timesteps, teacher.alphas_cumprod)
     with teacher.taps.recording() as features:
         prediction = denoise(teacher.unet, noisy, timesteps, conditioning, teacher.family)
-
-    exact = EXACT_DTYPES.get(spec["codec"]["name"], np.dtype(np.float16))
-    add_exact(entries, TEACHER_PRED, prediction, exact)
-    targets = BatchTargets(entries, [])
-    for tap, tap_spec in spec["taps"].items():
-        add_feature(targets, tap, features[tap], tap_spec["stride"], spec)
-    return targets
+    return entries, prediction, {tap: kept_positions(entries, tap, features[tap], spec) for tap in spec["taps"]}
 
 
 def new_entry(image: Image, round_index: int, spec: dict[str, Any], teacher: Teacher) -> EntryBuilder:
@@ -133,28 +142,37 @@ def add_exact(entries: list[EntryBuilder], name: str, values: Tensor, dtype: np.
         entry.add_array(name, array)
 
 
-def add_feature(targets: BatchTargets, tap: str, features: Tensor, stride: int, spec: dict[str, Any]) -> None:
-    """Sample (B, C, H, W) `features`, quantise them, and add them to the entries with what decoding needs."""
-    entries = targets.entries
-    keys = [(spec["seed"], entry.source_id, entry.meta["round"], tap) for entry in entries]
+def draw_keys(entries: list[EntryBuilder], tap: str, spec: dict[str, Any]) -> list[tuple[int, str, int, str]]:
+    """What an entry's draws for a tap depend on."""
+    return [(spec["seed"], entry.source_id, entry.meta["round"], tap) for entry in entries]
+
+
+def kept_positions(entries: list[EntryBuilder], tap: str, features: Tensor, spec: dict[str, Any]) -> Tensor:
+    """The positions of (B, C, H, W) `features` that are kept, and where they lie in the entries' records."""
+    stride = spec["taps"][tap]["stride"]
     bounds = [offsets(side, stride) for side in features.shape[2:]]
-    rows, columns = zip(*(draws.token_offset(*key, *bounds) for key in keys), strict=True)
+    places = [draws.token_offset(*key, *bounds) for key in draw_keys(entries, tap, spec)]
+    for entry, (row, column) in zip(entries, places, strict=True):
+        entry.meta["taps"][tap] = {"row": row, "column": column}
+    rows, columns = zip(*places, strict=True)
     kept = sample_tokens(features, rows, columns, stride)
-    records: list[dict[str, Any]] = [{"row": r, "column": c} for r, c in zip(rows, columns, strict=True)]
+    check_finite(entries, tap_member(tap), kept)
+    return kept
+
+
+def add_feature(targets: BatchTargets, tap: str, kept: Tensor, spec: dict[str, Any], teacher: Teacher) -> None:
+    """Quantise the `kept` positions (B, C, h, w), and add them to the entries with what decoding needs."""
+    entries = targets.entries
     if spec["codec"]["name"] in EXACT_DTYPES:
         add_exact(entries, tap_member(tap), kept, EXACT_DTYPES[spec["codec"]["name"]])
-    else:
-        check_finite(entries, tap_member(tap), kept)
-        dithers = [draws.dither_offset(*key) for key in keys]
-        quantised, means, quant_step = device_codec.quantise(kept, spec["codec"]["snr_db"], dithers)
-        q, mu = quantised.cpu().numpy(), means.cpu().numpy()
-        for i, (entry, record, step, offset) in enumerate(
-            zip(entries, records, quant_step.tolist(), dithers, strict=True)
-        ):
-            record.update(step=step, dither=offset)
-            targets.quantised.append((entry, tap_member(tap), q[i], mu[i]))
-    for entry, record in zip(entries, records, strict=True):
-        entry.meta["taps"][tap] = record
+        return
+    dithers = [draws.dither_offset(*key) for key in draw_keys(entries, tap, spec)]
+    calibration = teacher.calibrations[tap]
+    quantised, quant_step = device_codec.quantise_rotated(kept, *calibration, spec["codec"]["snr_db"], dithers)
+    q = quantised.cpu().numpy()
+    for i, (entry, step, offset) in enumerate(zip(entries, quant_step.tolist(), dithers, strict=True)):
+        entry.meta["taps"][tap] |= {"step": step, "dither": offset}
+        targets.quantised.append((entry, tap_member(tap), q[i]))
 
 
 def check_finite(entries: list[EntryBuilder], name: str, values: Tensor) -> None:
@@ -169,6 +187,6 @@ def check_finite(entries: list[EntryBuilder], name: str, values: Tensor) -> None
 
 def compress_targets(targets: BatchTargets) -> list[EntryBuilder]:
     """The finished entries of a batch. This is work for the CPU alone."""
-    for entry, name, q, mu in targets.quantised:
-        entry.add_compressed(name, *pack_quantised(q, mu))
+    for entry, name, q in targets.quantised:
+        entry.add_compressed(name, *pack(q))
     return targets.entries

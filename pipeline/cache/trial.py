@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
+from torch import Tensor
 from tqdm import tqdm
 
 from pipeline.cache.targets import Image, Teacher, compress_targets, run_teacher
@@ -65,7 +66,7 @@ def try_teacher(
     }
     # The noise schedule does not change the time.
     alphas_cumprod = torch.linspace(0.99, 0.01, 1000, device=unet.device)
-    teacher = Teacher(unet, family, Taps(unet, taps), alphas_cumprod, {})
+    teacher = Teacher(unet, family, Taps(unet, taps), alphas_cumprod, {}, identities(taps, unet.device))
     images = [random_image(index, shapes) for index in range(batch_size)]
     running, compressing, batches = 0.0, 0.0, -1
     with tqdm(unit="batch", desc="trial") as progress:
@@ -82,6 +83,14 @@ def try_teacher(
     teacher.taps.remove()
     entries = batches * batch_size
     return Trial(running / entries, compressing / entries, is_accelerator(unet.device))
+
+
+def identities(taps: dict[str, Any], device: torch.device) -> dict[str, tuple[Tensor, Tensor]]:
+    """Calibrations that change nothing and take as long as any."""
+    return {
+        tap: (torch.zeros(stated["shape"][0], device=device), torch.eye(stated["shape"][0], device=device))
+        for tap, stated in taps.items()
+    }
 
 
 def random_image(index: int, shapes: TeacherShapes) -> Image:

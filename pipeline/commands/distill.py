@@ -6,6 +6,7 @@ A step: batch of entries -> noisy latents -> student U-Net -> three losses -> ba
 from __future__ import annotations
 
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +146,7 @@ def prepare(settings: DistillSettings, dataset: CacheDataset, accelerator: Accel
         accelerator,
         student,
         state,
-        objective=objective_of(settings),
+        objective=replace(objective_of(settings), calibrations=dataset.calibrations(accelerator.device)),
         transform=transform,
         family=family_of_spec(spec),
         dataset=dataset,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ from torch import nn
 from tqdm import tqdm
 
 from pipeline.cache import sizes
+from pipeline.cache.calibrate import calibrated, calibrations_on, read_image
 from pipeline.cache.images import add_images, bytes_to_copy, refuse_replaced
 from pipeline.cache.latents import captions_of, check_encoders, open_latents, sampling_size
 from pipeline.cache.output import bind_parts, claim, existing_manifest, finished_heads, share_unfinished
 from pipeline.cache.parts import BASE, student_part, write_teacher_config
 from pipeline.cache.taps import sampling_lines, tap_specs
-from pipeline.cache.targets import BatchTargets, Image, Teacher, compress_targets, run_teacher
+from pipeline.cache.targets import BatchTargets, Teacher, compress_targets, run_teacher
 from pipeline.core.taps import Taps
 from pipeline.models.checksums import write_checksums
 from pipeline.models.families import family_of_spec
@@ -53,7 +55,7 @@ from shards.files import atomic_directory
 from shards.kept import Kept, read_kept
 from shards.manifest import Manifest, known_to, refuse_other_spec
 from shards.plan import PlannedShard, ShardPlan, count_entries
-from shards.reader import ShardSet, read_entry
+from shards.reader import ShardSet
 from shards.schema import MANIFEST, conditioning_shapes
 from shards.store import open_store
 from shards.writer import EntryBuilder, write_shard
@@ -121,6 +123,9 @@ def write_cache(settings: TeacherCacheSettings, lock: OutputLock) -> None:
         noise_scheduler.alphas_cumprod.to(state.device),
         empty_prompt(images),
     )
+    with state.main_process_first(), lock.claim():
+        manifest = calibrated(settings.out, images, teacher, settings.batch_size)
+    teacher = replace(teacher, calibrations=calibrations_on(state.device, settings.out, manifest))
     bar = tqdm(total=count_entries(own), unit="entry", desc="teacher-cache", disable=not state.is_main_process)
     with bar as progress, compile_failures(settings.compile):
         kept = kept_batches(settings, own, manifest)
@@ -354,12 +359,6 @@ def cache_entries(
         compressed = map(compress, targets())
     for shard, entries in compressed:
         yield from ((shard, entry) for entry in entries)
-
-
-def read_image(images: ShardSet, index: int) -> Image:
-    shard, row = images.row(index)
-    entry = read_entry(images.store, shard, row, images.expected, images.manifest, images.expected)
-    return Image(entry, row.image_crc32)
 
 
 def compress(targets: tuple[str, BatchTargets]) -> tuple[str, list[EntryBuilder]]:

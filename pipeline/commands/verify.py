@@ -166,7 +166,7 @@ def recompute(settings: VerifySettings, count: int, teacher: str) -> list[Proble
     generator = np.random.Generator(np.random.Philox(key=settings.seed))
     chosen = sorted(generator.choice(len(cache), min(count, len(cache)), replace=False).tolist())
     entries = (cache.read(index, cache.tensors) for index in tqdm(chosen, unit="entry", desc="recompute"))
-    rows = deviations(entries, spec, unet, alphas_cumprod)
+    rows = deviations(entries, spec, cache.calibrations(), unet, alphas_cumprod)
     say("\n".join(table(rows)))
     return [
         Problem(

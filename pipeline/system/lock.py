@@ -19,7 +19,7 @@ from pipeline.system.text_files import read_text
 
 WRITING, CLAIMING = ".lock", ".claim.lock"
 # Seconds between two tries for a lock that another job holds while it claims the directory, and the longest wait.
-RETRY, PATIENCE = 0.1, 600.0
+RETRY, PATIENCE = 0.1, 3600.0
 
 
 class FileLock:

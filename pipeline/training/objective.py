@@ -7,7 +7,8 @@ The stage makes it and gives it to the loop. An objective without a teacher has 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from shards.dataset import Batch
 class Objective:
     """`pairs` are (student tap, teacher tap). `feature_loss` is a key of losses.FEATURE_LOSSES.
 
+    `calibrations`, on the training's device, decode the teacher's taps (see `CacheDataset.calibrations`).
     `snr_gamma` weights task and output by Min-SNR (see `diffusion.min_snr_weights`); None does not.
     """
 
@@ -29,6 +31,7 @@ class Objective:
     feature_weight: float = 0.0
     feature_loss: str = "mse"
     snr_gamma: float | None = None
+    calibrations: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @property
     def student_taps(self) -> list[str]:
@@ -51,7 +54,7 @@ class Objective:
         for student_tap, teacher_tap in self.pairs:
             feature = batch.features[teacher_tap]
             sampled[student_tap] = sample_tokens(features[student_tap], feature.rows, feature.columns, feature.stride)
-            stored[teacher_tap] = feature.decode()
+            stored[teacher_tap] = feature.decode(self.calibrations.get(teacher_tap))
         weights = None
         if self.snr_gamma is not None:
             weights = min_snr_weights(batch.timesteps, alphas_cumprod, self.snr_gamma, prediction_type)

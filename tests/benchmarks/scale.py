@@ -252,9 +252,7 @@ def opening_table(work: Path, sizes: tuple[int, ...]) -> list[str]:
 
 @click.command()
 @click.option("--work", type=Path, required=True, help="Directory for images and shards; emptied first.")
-@click.option(
-    "--images", default=100_000, show_default=True, help="Images of the long loops; 0 for none."
-)
+@click.option("--images", default=100_000, show_default=True, help="Images of the long loops; 0 for none.")
 @click.option("--entries", multiple=True, default=(1000, 1_000_000, 10_000_000), help="Sizes of the caches to open.")
 def main(work: Path, images: int, entries: tuple[int, ...]) -> None:
     shutil.rmtree(work, ignore_errors=True)

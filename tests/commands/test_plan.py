@@ -24,8 +24,11 @@ from pipeline.settings.plan import LADDER, PlanSettings, bytes_of
 from pipeline.system.disk import format_bytes, require_space
 from pipeline.system.echo import PERIODS, format_duration
 from pipeline.system.errors import UserError
-from shards.codec import encode_npy, pack_quantised, quantise
+from shards.calibration import Calibration
+from shards.codec import encode_npy
 from shards.manifest import Manifest
+from shards.packing import pack
+from shards.rotated_codec import quantise
 from shards.store import open_store
 from shards.writer import EntryBuilder, write_shard
 
@@ -69,9 +72,10 @@ def sd15_entry(key, codec, snr_db, tokens):
         if codec == "fp16":
             entry.add_array(f"tap.{name}", kept.astype(np.float16))
         else:
-            q, mu, step = quantise(kept, snr_db, 0)
+            nothing = Calibration(np.zeros(channels, np.float32), np.eye(channels, dtype=np.float32))
+            q, step = quantise(kept, nothing, snr_db, 0)
             meta["taps"][name].update(step=float(step), dither=12345)
-            entry.add_compressed(f"tap.{name}", *pack_quantised(q, mu))
+            entry.add_compressed(f"tap.{name}", *pack(q))
     return entry
 
 

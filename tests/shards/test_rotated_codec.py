@@ -144,3 +144,24 @@ def test_torch_treats_each_entry_of_a_batch_alone():
         q, step = device_codec.quantise_rotated(torch.from_numpy(batch[i : i + 1]), mu, rotation, 15.0, [offset])
         alone = device_codec.dequantise_rotated(q, mu, rotation, step, [offset])[0]
         torch.testing.assert_close(alone, together[i], rtol=1e-4, atol=1e-4 * float(step))
+
+
+def test_the_sign_of_the_dither_makes_quiet_values_0_or_1():
+    x = (1e-2 * np.random.default_rng(0).standard_normal(SHAPE)).astype(np.float32)
+    x[0] *= 100
+    q, _ = rotated_codec.quantise(x, Calibration(np.zeros(16, np.float32), np.eye(16, dtype=np.float32)), 10.0, 5)
+    assert set(np.unique(q[1:])) == {0, 1}
+
+
+@pytest.mark.parametrize("value", [-128, 127])
+def test_torch_takes_the_sign_out_of_integers_at_the_edge_of_a_byte(value):
+    eye = Calibration(np.zeros(1, np.float32), np.eye(1, dtype=np.float32))
+    for offset in range(20):
+        x = np.full((1, 1, 1), value, np.float32)
+        # So many decibels that step is 1: 12 * 10^(-snr_db / 10) * value^2 = 1.
+        snr_db = 10 * math.log10(12 * value**2)
+        q, step = device_codec.quantise_rotated(
+            torch.from_numpy(x)[None], torch.from_numpy(eye.mu), torch.from_numpy(eye.rotation), snr_db, [offset]
+        )
+        decoded = rotated_codec.dequantise(q[0].numpy(), eye, step.item(), offset)
+        assert np.abs(decoded - x).max() <= 0.5 + 1e-3

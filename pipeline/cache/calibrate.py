@@ -1,0 +1,74 @@
+"""The calibrations of a cache's taps: learned once from the teacher's own features, before the first shard.
+
+They are kept next to the manifest, which states their checksum, so every shard is quantised alike, whoever writes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from pipeline.cache.targets import Image, Teacher, ask_teacher
+from shards import device_codec
+from shards.cache import stored_calibrations
+from shards.calibration import Calibration, Moments, calibration_bytes
+from shards.codec import EXACT_DTYPES
+from shards.files import write_bytes
+from shards.manifest import Manifest, read_manifest, write_manifest
+from shards.reader import ShardSet, read_entry
+from shards.schema import CALIBRATION
+from shards.store import open_store
+
+# Images to learn from: as many as pay off, but of a small set no more than a part. (See tests/benchmarks/codec.md.)
+MOST, LEAST, PART = 256, 16, 8
+
+
+def read_image(images: ShardSet, index: int) -> Image:
+    shard, row = images.row(index)
+    entry = read_entry(images.store, shard, row, images.expected, images.manifest, images.expected)
+    return Image(entry, row.image_crc32)
+
+
+def calibrated(out: Path, images: ShardSet, teacher: Teacher, batch_size: int) -> Manifest:
+    """The manifest of a cache with the calibrations of its taps: learned and written now, unless they are there or the
+    codec is exact."""
+    store = open_store(out)
+    manifest = read_manifest(store, "cache")
+    if manifest.spec["codec"]["name"] in EXACT_DTYPES or CALIBRATION in manifest.files:
+        return manifest
+    learned = learn(images, manifest.spec, teacher, batch_size)
+    files = {**manifest.files, CALIBRATION: write_bytes(out / CALIBRATION, calibration_bytes(learned))}
+    manifest = replace(manifest, files=files, sealed=True)
+    write_manifest(store, manifest)
+    return manifest
+
+
+def calibrations_on(device: torch.device, out: Path, manifest: Manifest) -> dict[str, tuple[Tensor, Tensor]]:
+    """mu (C,) and rotation (C, C) of each tap of a cache, on the device; empty if its codec is exact."""
+    return device_codec.on_device(stored_calibrations(open_store(out), manifest), device)
+
+
+@torch.inference_mode()
+def learn(images: ShardSet, spec: dict[str, Any], teacher: Teacher, batch_size: int) -> dict[str, Calibration]:
+    """Run the teacher on images that are spread over the set, as in the first round."""
+    moments = {tap: Moments() for tap in spec["taps"]}
+    for batch in tqdm(list(batches_of(len(images), batch_size)), unit="batch", desc="calibrate"):
+        _, _, features = ask_teacher([read_image(images, index) for index in batch], 0, spec, teacher)
+        for tap, kept in features.items():
+            moments[tap].add(kept.float().cpu().movedim(1, -1).flatten(0, -2).numpy())
+    return {tap: found.calibration() for tap, found in moments.items()}
+
+
+def batches_of(images: int, batch_size: int) -> Iterator[list[int]]:
+    """The images to learn from, in batches."""
+    count = min(images, max(LEAST, min(MOST, images // PART)))
+    chosen = np.linspace(0, images - 1, count).astype(int).tolist()
+    for first in range(0, count, batch_size):
+        yield chosen[first : first + batch_size]
