@@ -214,8 +214,8 @@ def test_recompute_finds_what_checksums_cannot(teacher, latents, tmp_path, monke
     """A cache whose taps were written wrong, with right checksums: only the teacher tells."""
     from pipeline.cache import targets
 
-    real = targets.device_codec.quantise
-    monkeypatch.setattr(targets.device_codec, "quantise", lambda x, *rest: real(x * 1.5, *rest))
+    real = targets.device_codec.quantise_rotated
+    monkeypatch.setattr(targets.device_codec, "quantise_rotated", lambda x, *rest: real(x * 1.5, *rest))
     wrong = cached(teacher, latents, tmp_path / "wrong", rounds=1)
     assert verify(wrong, "--full")[0] == 0
     status, output = verify(wrong, "--recompute", "2", "--teacher", str(teacher), "--device", "cpu")
@@ -385,7 +385,8 @@ def test_weights_that_are_not_the_caches_own_are_refused_before_a_step(kind, two
 
 def test_a_level_that_is_added_is_bound_too(teacher, latents, tmp_path):
     cache = cached(teacher, latents, tmp_path / "cache", rounds=1, students=("sd_tiny", "sd_small")[1:])
-    assert set(read_manifest(open_store(cache)).files) == {"base/checksums.json", "students/sd_small/checksums.json"}
+    parts = {"base/checksums.json", "students/sd_small/checksums.json"}
+    assert set(read_manifest(open_store(cache)).files) == {"calibration.safetensors", *parts}
     reduced = tree(cache)
     cached(teacher, latents, cache, rounds=1, students=("sd_small",))
     assert tree(cache) == reduced

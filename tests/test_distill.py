@@ -1,11 +1,12 @@
 """distill: equal to online distillation, from the cache alone; resumable; ends in a pipeline others load."""
 
+import io
 import json
 import os
 import shutil
 import signal
+import tarfile
 from dataclasses import replace
-from tarfile import TarInfo
 
 import pytest
 import torch
@@ -244,10 +245,15 @@ def test_terms_without_weight_are_neither_read_nor_computed(cache, tmp_path, mon
 
     def watched(self, name, ranges):
         blocks = real(self, name, ranges)
-        read.update(TarInfo.frombuf(block[:512], "utf-8", "strict").name.partition(".")[2] for block in blocks)
+        if name.endswith(".tar"):
+            for block in blocks:
+                with tarfile.open(fileobj=io.BytesIO(block + bytes(-len(block) % 512))) as tar:
+                    read.update(member.name.partition(".")[2] for member in tar)
         return blocks
 
     monkeypatch.setattr(LocalStore, "read_ranges", watched)
+    # What lies between two members is read with them only if it is short.
+    monkeypatch.setattr("shards.reader.BRIDGED", 0)
     out = run_distill(cache, tmp_path / "out", output_weight=0.0, feature_weight=0.0)
     assert read == {"json", "latents.npy", "noise.npy", "prompt_embeds.npy"}
     assert metrics(out)[0]["loss"] == metrics(out)[0]["task"]

@@ -172,7 +172,7 @@ def test_make_distill_alone_runs_the_demo(desk):
     assert result.returncode == 0, result.stderr
     assert (desk / "work" / "demo" / "sd_small" / "report.html").is_file()
     # Nothing but progress is printed besides: no library's warnings or bars.
-    bars = r"(scenes|encode|teacher-cache|teacher's samples|distill|untrained student|student|timing a forward pass): "
+    bars = r"(scenes|encode|calibrate|teacher-cache|teacher's samples|distill|(untrained )?student|timing .*): "
     lines = [line for line in re.split(r"[\r\n]+", result.stderr) if line.strip()]
     assert lines
     assert [line for line in lines if not re.match(bars, line)] == []

@@ -70,10 +70,10 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_shard(stage, share, teacher, im
 
     result = invoke(stage, *arguments, "--out", out)
     assert result.exit_code == 2, result.output
-    assert re.search(r"\.(tar|json): No space left on device\. Fix this and rerun the same command\.", result.output)
+    assert re.search(r"\.(tar|index): No space left on device\. Fix this and rerun the same command\.", result.output)
     assert not list(out.rglob(".*.partial"))
     # A tar whose sidecar found no room does not count as finished.
-    finished = [name for name in shard_files(out) if (out / name).with_suffix(".json").is_file()]
+    finished = [name for name in shard_files(out) if (out / name).with_suffix(".index").is_file()]
     kept = {name: (out / name).stat().st_mtime_ns for name in finished}
     assert 0 < len(kept) < len(shard_files(whole))
     assert shard_files(out).items() <= shard_files(whole).items()

@@ -41,7 +41,7 @@ def add_images(latents: ShardSet, out: Path) -> ShardSet:
     for head in latents.heads:
         names += [head.shard, latents.manifest.sidecar_name(head.shard)]
     missing = [name for name in names if not (images / name).is_file()]
-    with tqdm(total=len(missing), unit="file", desc="images", disable=len(missing) < 1000) as progress:
+    with tqdm(total=len(missing), unit="file", desc="images", delay=2) as progress:
         for name in missing:
             add_file(source / name, images / name)
             progress.update()

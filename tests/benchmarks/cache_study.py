@@ -92,10 +92,10 @@ def bytes_of_taps(cache: Path) -> float:
     """An entry's bytes in its taps' members, mean of all entries."""
     shards = ShardSet(open_store(cache), "cache")
     total = 0
-    for shard in shards.shards:
-        sidecar = read_sidecar(open_store(cache), shard, shards.manifest)
-        taps = [place for place, name in enumerate(sidecar.members) if name.startswith(TAP_PREFIX)]
-        total += int(sidecar.table[:, taps, COLUMNS.index("length")].sum())
+    for head in shards.heads:
+        sidecar = read_sidecar(open_store(cache), head.shard, shards.manifest)
+        taps = [place for place, name in enumerate(head.members) if name.startswith(TAP_PREFIX)]
+        total += int(sidecar.places[:, taps, COLUMNS.index("length")].sum())
     return total / len(shards)
 
 

@@ -374,7 +374,7 @@ def report_teacher(work: Path, teacher: str, device: str) -> None:
     source = Source(*({tap: f.decode().numpy() for tap, f in batch.features.items()} for batch in batches))
     known = calibrations(source, lambda v: v)
     student = UNet2DConditionModel.from_pretrained(cache / "students" / "sd_small")
-    alphas = diffusers.DDPMScheduler.from_config(dataset.shards.manifest.spec["noise_scheduler"]).alphas_cumprod
+    alphas = diffusers.DDPMScheduler.from_config(dataset.spec["noise_scheduler"]).alphas_cumprod
 
     print(f"\nTaps of {teacher}:\n\n" + steps_table(source, known, device))
     print("\nBits at 10 dB by the vectors to calibrate on:\n\n" + sizes_table(source))

@@ -143,7 +143,7 @@ def train(work: Path, name: str, settings: dict, cache: Path) -> tuple[Path, flo
 def output_errors(unet: UNet2DConditionModel, teacher: DiffusionPipeline, held_out: Path) -> tuple[float, float]:
     """Mean square errors of the U-Net's prediction to the teacher's over the whole held-out cache: plain and guided."""
     dataset = CacheDataset(open_store(held_out), [])
-    spec = dataset.shards.manifest.spec["noise_scheduler"]
+    spec = dataset.spec["noise_scheduler"]
     alphas_cumprod = diffusers.DDPMScheduler.from_config(spec).alphas_cumprod
     empty = teacher.encode_prompt("", "cpu", 1, False)[0]
     plain, guided = [], []

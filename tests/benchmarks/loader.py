@@ -23,7 +23,6 @@ from pipeline.models.levels import LEVELS
 from shards.codec import decompress
 from shards.dataset import CacheDataset, EpochBatches
 from shards.schema import TAP_PREFIX
-from shards.sidecar import read_sidecar
 from shards.store import open_store
 
 
@@ -60,12 +59,11 @@ def read_through(paths: list[Path]) -> None:
 
 def packed_taps(dataset: CacheDataset, entries: int) -> list[tuple[bytes, int]]:
     """(bytes, size unpacked) of the taps' members of the first entries."""
-    shards, found = dataset.shards, []
+    shards, found = dataset.cache.targets, []
     for index in range(entries):
-        shard, place = shards.locate(index)
-        sidecar = read_sidecar(shards.store, shard, shards.manifest)
+        shard, row = shards.row(index)
         data = shards.store.read(shard)
-        for name, (offset, length, raw_bytes, _) in sidecar.locate(place).items():
+        for name, (offset, length, raw_bytes, _) in row.members.items():
             if name.startswith(TAP_PREFIX) and name.endswith(".zst"):
                 found.append((data[offset : offset + length], raw_bytes))
     return found
@@ -84,7 +82,7 @@ def unpack(members: list[tuple[bytes, int]]) -> None:
 @click.option("--workers", multiple=True, default=(0, 1, 2, 4), show_default=True)
 def main(cache: Path, level: str, batch_size: int, batches: int, workers: tuple[int, ...]) -> None:
     dataset = CacheDataset(open_store(cache), [teacher for _, teacher in LEVELS[level].taps])
-    paths = [cache / shard for shard in dataset.shards.shards]
+    paths = [cache / shard for shard in dataset.cache.manifest.plan.names()]
     size = sum(path.stat().st_size for path in paths)
     per_entry = size / len(dataset) / 1e6
     print(f"{machine()}; {len(dataset)} entries of {1e3 * per_entry:.1f} kB, {level}, batches of {batch_size}\n")

@@ -79,7 +79,7 @@ class OnlineBatches:
     def __call__(
         self, settings: distill.DistillSettings, dataset: CacheDataset, accelerator: Accelerator, position: int
     ) -> Iterator[Batch]:
-        noise_scheduler = DDPMScheduler.from_config(dataset.shards.manifest.spec["noise_scheduler"])
+        noise_scheduler = DDPMScheduler.from_config(dataset.spec["noise_scheduler"])
         device, dtype = self.teacher.device, self.teacher.dtype
         alphas_cumprod = noise_scheduler.alphas_cumprod.to(device)
         draw = torch.Generator(device).manual_seed(settings.seed)

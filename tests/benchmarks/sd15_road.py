@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
@@ -26,16 +27,25 @@ from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNe
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from pipeline.cache import sizes
+from pipeline.commands.plan import cost_of
+from pipeline.models.shapes import teacher_shapes
+from pipeline.models.students import teacher_taps
+from pipeline.settings.plan import PlanSettings
 from shards.manifest import read_manifest
+from shards.schema import TAP_PREFIX
 from shards.sidecar import read_sidecar
 from shards.store import open_store
 
-CODECS = {
-    "fp16": ["--codec", "fp16", "--tokens", "0"],
-    "dither 20 dB": ["--codec", "dither", "--snr-db", "20", "--tokens", "0"],
-    "dither 10 dB, 256 tokens": ["--codec", "dither", "--snr-db", "10", "--tokens", "256"],
-    "dither 10 dB, 64 tokens": ["--codec", "dither", "--snr-db", "10", "--tokens", "64"],
+CASES = {
+    "fp16, all tokens": {"codec": "fp16", "tokens": 0},
+    "20 dB, all tokens": {"snr_db": 20.0, "tokens": 0},
+    "0 dB, 64 tokens": {"snr_db": 0.0, "tokens": 64},
+    "5 dB, 64 tokens": {"snr_db": 5.0, "tokens": 64},
+    "10 dB, 64 tokens": {"snr_db": 10.0, "tokens": 64},
 }
+# An image's own bytes are shared by so many entries.
+ROUNDS = 8
 # The last cache is the one that stage two trains from.
 TRAIN_STEPS = 3
 SD15_UNET = {
@@ -88,7 +98,7 @@ def random_images(folder: Path, count: int) -> None:
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def run_stage(*arguments: str) -> tuple[float, float, float]:
+def run_stage(*arguments: object) -> tuple[float, float, float]:
     """Run one stage; returns seconds in all, seconds a unit of its progress bar, and peak memory in GB."""
     started = time.monotonic()
     process = subprocess.Popen(["distill-sd", *map(str, arguments)], stderr=subprocess.PIPE, text=True)
@@ -101,96 +111,87 @@ def run_stage(*arguments: str) -> tuple[float, float, float]:
     return seconds, (60 * int(minutes) + int(rest)) / int(done), usage.ru_maxrss / 1e6
 
 
-def member_bytes(cache: Path) -> tuple[float, float]:
-    """Mean bytes of an entry: of its taps, and of all its members."""
+@dataclass(frozen=True)
+class Bytes:
+    """Of an entry: in its taps, on disk without its image, and of an image on disk."""
+
+    taps: float
+    entry: float
+    image: float
+
+    @property
+    def shared(self) -> float:
+        """An entry with its share of the image."""
+        return self.entry + self.image / ROUNDS
+
+
+def written_bytes(cache: Path) -> Bytes:
+    """Means over the last round, from which no calibration was learned."""
     manifest = read_manifest(open_store(cache), "cache")
-    sidecars = [read_sidecar(open_store(cache), shard, manifest) for shard in manifest.plan.names()]
-    entries = [sidecar.locate(place) for sidecar in sidecars for place in range(sidecar.count)]
-    taps = sum(m[1] for members in entries for name, m in members.items() if name.startswith("tap."))
-    return taps / len(entries), sum(m[1] for members in entries for m in members.values()) / len(entries)
+    shards = [shard for shard in manifest.plan if shard.round == manifest.rounds - 1]
+    sidecars = [read_sidecar(open_store(cache), shard.name, manifest) for shard in shards]
+    entries = sum(sidecar.count for sidecar in sidecars)
+    taps = sum(
+        int(sidecar.places[:, number, 1].sum())
+        for sidecar in sidecars
+        for number, name in enumerate(sidecar.head.members)
+        if name.startswith(TAP_PREFIX)
+    )
+    files = [cache / name for shard in shards for name in (shard.name, manifest.sidecar_name(shard.name))]
+    images = [*(cache / "images").glob("s*.tar"), *(cache / "images").glob("s*.index")]
+    return Bytes(taps / entries, bytes_of(files) / entries, bytes_of(images) / manifest.spec["entries"])
+
+
+def bytes_of(files: list[Path]) -> int:
+    return sum(file.stat().st_size for file in files)
+
+
+def planned_bytes(teacher: Path, options: dict[str, float | str]) -> float:
+    """What `plan` says of an entry with its share of the image."""
+    shapes = teacher_shapes(teacher, 512, teacher_taps(("sd_small",)))
+    cost = cost_of(PlanSettings(teacher=str(teacher), images=1, **options), shapes)
+    return sizes.stored_bytes(cost.entry) + cost.latents / ROUNDS
 
 
 @click.command()
 @click.option("--work", type=Path, required=True, help="Directory for some 25 GB of files; made if needed.")
-@click.option("--images", default=2, show_default=True, help="Images, and so entries of each cache.")
+@click.option("--images", default=8, show_default=True, help="Images.")
+@click.option("--case", "cases", multiple=True, type=click.Choice(list(CASES)), help="Only these; all by default.")
 @click.option("--device", default="auto", show_default=True, help="auto or cpu.")
-def main(work: Path, images: int, device: str) -> None:
-    teacher, pictures, latents = work / "teacher", work / "images", work / "latents"
+def main(work: Path, images: int, cases: tuple[str, ...], device: str) -> None:
+    teacher, pictures, latents, cache = (work / name for name in ("teacher", "images", "latents", "cache"))
+    common = ["--batch-size", 1, "--device", device]
     if not (teacher / "model_index.json").is_file():
         random_checkpoint(teacher)
     random_images(pictures, images)
-    for stale in (latents, work / "cache", work / "student"):
+    for stale in (latents, cache, work / "student"):
         shutil.rmtree(stale, ignore_errors=True)
-
-    stages = [
-        (
-            "encode",
-            run_stage(
-                "encode",
-                "--teacher",
-                teacher,
-                "--data",
-                pictures,
-                "--out",
-                latents,
-                "--batch-size",
-                "1",
-                "--device",
-                device,
-            ),
-        )
-    ]
-    sizes = []
-    for name, options in CODECS.items():
-        shutil.rmtree(work / "cache", ignore_errors=True)
-        measured = run_stage(
-            "teacher-cache",
-            "--teacher",
-            teacher,
-            "--latents",
-            latents,
-            "--out",
-            work / "cache",
-            "--rounds",
-            "1",
-            "--samples",
-            "0",
-            "--batch-size",
-            "1",
-            "--device",
-            device,
-            *options,
-        )
-        stages.append((f"teacher-cache, {name}", measured))
-        sizes.append((name, *member_bytes(work / "cache")))
-        click.echo(f"{name}: {sizes[-1]} {measured}", err=True)
-    measured = run_stage(
-        "distill",
-        "--cache",
-        work / "cache",
-        "--out",
-        work / "student",
-        "--level",
-        "sd_small",
-        "--max-train-steps",
-        TRAIN_STEPS,
-        "--train-batch-size",
-        "1",
-        "--device",
-        device,
-    )
-    stages.append(("distill, sd_small", measured))
+    stages = {"encode": run_stage("encode", "--teacher", teacher, "--data", pictures, "--out", latents, *common)}
+    rows = []
+    for name in cases or CASES:
+        options = CASES[name]
+        shutil.rmtree(cache, ignore_errors=True)
+        flags = [text for option, value in options.items() for text in (f"--{option.replace('_', '-')}", value)]
+        inputs = ["--teacher", teacher, "--latents", latents, "--out", cache, "--rounds", 2, "--samples", 0]
+        stages[f"teacher-cache, {name}"] = run_stage("teacher-cache", *inputs, *common, *flags)
+        found = written_bytes(cache)
+        rows.append((name, found, planned_bytes(teacher, options)))
+        click.echo(f"{rows[-1]} {stages[f'teacher-cache, {name}']}", err=True)
+    steps = ["--max-train-steps", TRAIN_STEPS, "--train-batch-size", 1, "--no-report", "--device", device]
+    stages["distill, sd_small"] = run_stage("distill", "--cache", cache, "--out", work / "student", *steps)
 
     threads, versions = torch.get_num_threads(), f"Python {platform.python_version()}, torch {torch.__version__}"
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() and device == "auto" else "no GPU"
-    print(f"{os.cpu_count()} cores, {threads} torch threads, {gpu}; {versions}; {images} entries, batch 1, float32\n")
-    print("| codec | taps, bytes an entry | ratio to fp16 | whole entry, bytes | ratio to fp16 |")
-    print("|---|---|---|---|---|")
-    for name, taps, whole in sizes:
-        print(f"| {name} | {taps:,.0f} | {sizes[0][1] / taps:.1f} | {whole:,.0f} | {sizes[0][2] / whole:.1f} |")
+    print(f"{os.cpu_count()} cores, {threads} torch threads, {gpu}; {versions}; {images} images, batch 1, float32\n")
+    print(f"| case | taps, bytes | entry on disk | with 1/{ROUNDS} of its image | planned | plan over it | ratio |")
+    print("|---|---|---|---|---|---|---|")
+    for name, found, planned in rows:
+        ratio, over = rows[0][1].shared / found.shared, 100 * (planned / found.shared - 1)
+        cells = f"{found.taps:,.0f} | {found.entry:,.0f} | {found.shared:,.0f} | {planned:,.0f} | {over:+.1f} %"
+        print(f"| {name} | {cells} | {ratio:.1f} |")
     print("\n| stage | seconds in all | seconds an entry or step | peak memory, GB |")
     print("|---|---|---|---|")
-    for name, (seconds, each, memory) in stages:
+    for name, (seconds, each, memory) in stages.items():
         print(f"| {name} | {seconds:.0f} | {each:.1f} | {memory:.1f} |")
 
 

@@ -1,0 +1,133 @@
+"""The images of a cache: stored once, linked or copied, its own for good, and noticed when they are others."""
+
+import errno
+import os
+import shutil
+
+import pytest
+from support import sidecars
+from support.damage import verify
+from support.stages import read_entries, reset_accelerate, run_distill, run_encode, run_teacher_cache, tree
+from support.tiny import write_images
+
+from pipeline.commands import finetune, teacher_cache
+from pipeline.commands.finetune import FinetuneSettings
+from pipeline.system.errors import UserError
+from pipeline.teacher_cache import TeacherCacheSettings
+from shards.cache import Cache
+from shards.schema import ShardError
+from shards.store import open_store
+
+EVERYTHING = ["latents", "prompt_embeds", "noise", "teacher_pred"]
+
+
+@pytest.fixture(scope="module")
+def latents(teacher, tmp_path_factory):
+    work = tmp_path_factory.mktemp("images-of-a-cache")
+    return run_encode(teacher, write_images(work / "data", 7), work / "latents", entries_per_shard=3)
+
+
+@pytest.fixture(scope="module")
+def cache(teacher, latents):
+    return cached(teacher, latents, latents.parent / "cache")
+
+
+def cached(teacher, latents, out, **changes):
+    return run_teacher_cache(teacher, latents, out, **{"entries_per_shard": 3, "uncond_fraction": 0.4, **changes})
+
+
+def images_in(directory):
+    return {name: data for name, data in tree(directory).items() if name.startswith(("s0", "empty_", "manifest"))}
+
+
+def test_they_are_links_to_what_encode_wrote(latents, cache):
+    assert images_in(cache / "images") == images_in(latents)
+    for path in (cache / "images").iterdir():
+        assert os.path.samefile(path, latents / path.name)
+
+
+def test_on_another_disk_they_are_copies(teacher, latents, cache, tmp_path, monkeypatch):
+    def link(source, target):
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), source)
+
+    monkeypatch.setattr(os, "link", link)
+    out = cached(teacher, latents, tmp_path / "cache")
+    assert tree(out / "images") == tree(cache / "images")
+    assert not any(os.path.samefile(path, latents / path.name) for path in (out / "images").iterdir())
+    assert verify(out, "--full")[0] == 0
+
+
+def test_a_cache_needs_its_latents_no_longer(teacher, latents, cache, tmp_path):
+    own = tmp_path / "latents"
+    shutil.copytree(latents, own)
+    out = cached(teacher, own, tmp_path / "cache")
+    shutil.rmtree(own)
+    run_distill(out, tmp_path / "student", max_train_steps=1)
+    # Its images are latents like any other.
+    cached(teacher, out / "images", tmp_path / "second")
+    assert tree(tmp_path / "second" / "images") == tree(out / "images")
+    settings = {"train_batch_size": 2, "max_train_steps": 1, "device": "cpu", "report": False}
+    finetune.run(FinetuneSettings(model=str(teacher), latents=out / "images", out=tmp_path / "tuned", **settings))
+    reset_accelerate()
+
+
+def test_an_unconditional_entry_has_the_empty_prompt_and_the_caption_of_its_image(latents, cache):
+    images = {entry.meta["source_id"]: entry for entry in read_entries(latents, "latents", EVERYTHING[:2])}
+    empty = Cache(open_store(cache))._empty["prompt_embeds"]
+    entries = read_entries(cache, "cache", EVERYTHING)
+    assert {entry.meta["unconditional"] for entry in entries} == {True, False}
+    for entry in entries:
+        image = images[entry.meta["source_id"]]
+        expected = empty if entry.meta["unconditional"] else image.tensors["prompt_embeds"].values
+        assert (entry.tensors["prompt_embeds"].values == expected).all()
+        assert (entry.tensors["latents"].values == image.tensors["latents"].values).all()
+        assert entry.meta["caption"] == image.meta["caption"]
+
+
+def test_other_latents_are_refused_with_the_difference(teacher, latents, cache):
+    before = tree(cache)
+    others = run_encode(teacher, latents.parent / "data", latents.parent / "others", entries_per_shard=3, seed=5)
+    with pytest.raises((UserError, ShardError), match=r"seed: 0 -> 5"):
+        cached(teacher, others, cache)
+    reset_accelerate()
+    assert tree(cache) == before
+
+
+def test_a_damaged_image_is_taken_from_the_latents_again(teacher, latents, cache, tmp_path):
+    copy = shutil.copytree(cache, tmp_path / "cache")
+    tar = copy / "images" / "s00001.tar"
+    tar.write_bytes(tar.read_bytes()[:-1])
+    status, output = verify(copy, "--remove-damaged")
+    assert status == 2
+    assert "removed images/s00001.tar. Rerun the same `distill-sd teacher-cache`" in output
+    with pytest.raises(ShardError, match=r"images is unfinished|images lacks|Missing shards: 1 of 3, from s00001.tar"):
+        Cache(open_store(copy))
+    cached(teacher, latents, copy)
+    assert tree(copy) == tree(cache)
+
+
+def test_an_image_that_is_missing_and_was_encoded_otherwise_is_not_put_in_its_place(teacher, latents, cache, tmp_path):
+    """The entries state which image they were made from."""
+    copy, own = shutil.copytree(cache, tmp_path / "cache"), shutil.copytree(latents, tmp_path / "latents")
+    for name in ("s00001.tar", "s00001.index"):
+        (copy / "images" / name).unlink()
+    head, table = sidecars.load(own / "s00001.index")
+    table[0, 1] ^= 1
+    sidecars.save(own / "s00001.index", head, table)
+    with pytest.raises(UserError, match=r"the latents of 003.png .* were written again, for another image"):
+        cached(teacher, own, copy)
+    reset_accelerate()
+
+
+def test_what_is_to_be_copied_counts_as_needed(teacher, latents, tmp_path, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(teacher_cache, "require_space", lambda out, size, remedy: sizes.append(size))
+    for copied in (0, 10**12):
+        monkeypatch.setattr(teacher_cache, "bytes_to_copy", lambda latents, out, copied=copied: copied)
+        cached(teacher, latents, tmp_path / str(copied), rounds=1)
+    assert sizes[1] - sizes[0] == 10**12
+
+
+def test_a_dry_run_takes_nothing(teacher, latents, tmp_path):
+    teacher_cache.plan(TeacherCacheSettings(teacher=str(teacher), latents=latents, out=tmp_path / "c", device="cpu"))
+    assert not (tmp_path / "c").exists()
