@@ -13,9 +13,9 @@ import numpy as np
 from shards.calibration import Calibration, read_calibrations
 from shards.codec import decode_npy
 from shards.expected import image_tensors, target_tensors
-from shards.manifest import Manifest, read_file
+from shards.manifest import Manifest, read_file, read_manifest
 from shards.reader import ShardSet, StoredEntry, StoredTensor, read_entry
-from shards.schema import CALIBRATION, IMAGES, ShardError, conditioning_shapes, empty_prompt_file, image_of
+from shards.schema import CALIBRATION, IMAGES, MANIFEST, ShardError, conditioning_shapes, empty_prompt_file, image_of
 from shards.store import Store
 
 RESTORE = "Restore the cache from a backup, or delete the shard's files and rerun `teacher-cache` with its own latents."
@@ -79,10 +79,21 @@ def stored_calibrations(store: Store, manifest: Manifest) -> dict[str, Calibrati
 
 def open_images(store: Store, manifest: Manifest) -> ShardSet:
     """The images of a cache of this manifest. Raises ShardError unless they are those that its spec describes."""
+    images_manifest(store)
     images = ShardSet(store.folder(IMAGES), "latents")
     if images.manifest.spec != manifest.spec["latents"] or len(images) != manifest.spec["entries"]:
         raise ShardError(f"{images.store} holds the images of another cache than {store}. {RESTORE}")
     return images
+
+
+def images_manifest(store: Store) -> Manifest:
+    """The manifest of a cache's images. Raises ShardError, with a remedy for a cache, if there is none."""
+    if not store.exists(f"{IMAGES}/{MANIFEST}"):
+        raise ShardError(
+            f"{store} lacks its images: there is no {IMAGES}/{MANIFEST}. Copy {IMAGES}/ from where the cache was "
+            "copied from, or rerun the same `distill-sd teacher-cache`, which takes them from the latents."
+        )
+    return read_manifest(store.folder(IMAGES), "latents")
 
 
 def empty_prompt(images: ShardSet) -> dict[str, np.ndarray]:

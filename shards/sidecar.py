@@ -10,8 +10,9 @@ so that one row can be read without the others. Format 1, `s00000.json`: one JSO
 from __future__ import annotations
 
 import json
+import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,6 +42,7 @@ HEAD_BYTES = 2048
 NUMBERS = 2
 ITEM = np.dtype("<i8")
 SIXTY_FOUR_BITS = 1 << 63
+OUTSIDE = "it places members outside the shard"
 
 
 class ForeignShardError(ShardError):
@@ -117,7 +119,7 @@ class Sidecar:
         return [key_of(self.shard, image) for image in self.images.tolist()]
 
     def row(self, place: int) -> Row:
-        return row_of(self.shard, self.head.members, self.table[place])
+        return row_of(self.shard, self.head.members, self.table[place].tolist())
 
     def crc32_of_tensors(self) -> np.ndarray:
         """(entries,): `crc32_of_tensors` of each entry's members."""
@@ -130,8 +132,8 @@ def row_bytes(members: list[str]) -> int:
     return ITEM.itemsize * (NUMBERS + len(COLUMNS) * len(members))
 
 
-def row_of(shard: str, members: list[str], numbers: np.ndarray) -> Row:
-    image, crc32, *places = numbers.tolist()
+def row_of(shard: str, members: list[str], numbers: Sequence[int]) -> Row:
+    image, crc32, *places = numbers
     located = [places[i : i + len(COLUMNS)] for i in range(0, len(places), len(COLUMNS))]
     return Row(key_of(shard, image), crc32, dict(zip(members, located, strict=True)))
 
@@ -212,9 +214,11 @@ def read_row(store: Store, head: Head, place: int, manifest: Manifest) -> Row:
         (data,) = store.read_ranges(manifest.sidecar_name(head.shard), [(start, head.row_bytes)])
         if len(data) != head.row_bytes:
             raise ValueError("its table is cut off")
-        numbers = np.frombuffer(data, ITEM)
-        _check_table(numbers[None], head.bytes)
-        return row_of(head.shard, head.members, numbers)
+        row = row_of(head.shard, head.members, struct.unpack(f"<{len(data) // ITEM.itemsize}q", data))
+        for offset, length, raw_bytes, crc32 in row.members.values():
+            if offset < BLOCK or length < 0 or offset + length > head.bytes or min(raw_bytes, crc32) < 0:
+                raise ValueError(OUTSIDE)
+        return row
 
 
 def read_sidecar(store: Store, shard: str, manifest: Manifest) -> Sidecar:
@@ -294,7 +298,7 @@ def _check_table(table: np.ndarray, length: int) -> None:
     """Raise ValueError unless the rows place all members in a tar of that length."""
     offsets, lengths = table[:, NUMBERS :: len(COLUMNS)], table[:, NUMBERS + 1 :: len(COLUMNS)]
     if (table < 0).any() or (offsets < BLOCK).any() or (lengths > length).any() or (offsets > length - lengths).any():
-        raise ValueError("it places members outside the shard")
+        raise ValueError(OUTSIDE)
 
 
 def _count(value: Any) -> int:

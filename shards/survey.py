@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from shards.cache import RESTORE
+from shards.cache import RESTORE, images_manifest
 from shards.expected import check_meta, expected_tensors
-from shards.manifest import STAGE_COMMANDS, Manifest, read_file, read_manifest
+from shards.manifest import STAGE_COMMANDS, Manifest, read_file
 from shards.plan import PlannedShard
 from shards.reader import check_members, check_order, member_names, placed_head, read_entry
 from shards.schema import BLOCK, IMAGES, MANIFEST, ShardError, round_of
@@ -204,7 +204,7 @@ def survey_images(store: Store, manifest: Manifest, targets: Survey) -> Survey:
     others. Unlike a set of its own, a cache's images are all written before the first target."""
     folder = store.folder(IMAGES)
     try:
-        stated = read_manifest(folder, "latents")
+        stated = images_manifest(store)
     except ShardError as error:
         targets.problems.append(Problem.of(error))
         return Survey(folder, manifest)

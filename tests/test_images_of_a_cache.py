@@ -10,8 +10,9 @@ from support.damage import verify
 from support.stages import read_entries, reset_accelerate, run_distill, run_encode, run_teacher_cache, tree
 from support.tiny import write_images
 
-from pipeline.commands import finetune, teacher_cache
+from pipeline.commands import finetune, inspect_shards, teacher_cache
 from pipeline.commands.finetune import FinetuneSettings
+from pipeline.settings.inspect_shards import InspectSettings
 from pipeline.system.errors import UserError
 from pipeline.teacher_cache import TeacherCacheSettings
 from shards.cache import Cache
@@ -102,6 +103,22 @@ def test_a_damaged_image_is_taken_from_the_latents_again(teacher, latents, cache
     assert "removed images/s00001.tar. Rerun the same `distill-sd teacher-cache`" in output
     with pytest.raises(ShardError, match=r"images is unfinished|images lacks|Missing shards: 1 of 3, from s00001.tar"):
         Cache(open_store(copy))
+    cached(teacher, latents, copy)
+    assert tree(copy) == tree(cache)
+
+
+def test_a_cache_without_its_images_is_told_so(teacher, latents, cache, tmp_path):
+    copy = shutil.copytree(cache, tmp_path / "cache")
+    shutil.rmtree(copy / "images")
+    for act in (
+        lambda: run_distill(copy, tmp_path / "student"),
+        lambda: inspect_shards.run(InspectSettings(directory=copy)),
+    ):
+        with pytest.raises(ShardError, match=r"lacks its images: there is no images/manifest.json. Copy images/ from"):
+            act()
+        reset_accelerate()
+    status, output = verify(copy)
+    assert (status, "lacks its images" in output) == (2, True)
     cached(teacher, latents, copy)
     assert tree(copy) == tree(cache)
 

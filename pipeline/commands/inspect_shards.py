@@ -21,6 +21,7 @@ from pipeline.settings.inspect_shards import InspectSettings
 from pipeline.system.echo import plural, say
 from pipeline.system.errors import UserError
 from pipeline.system.output import check_new
+from shards.cache import images_manifest
 from shards.expected import expected_tensors
 from shards.files import atomic_directory
 from shards.manifest import Manifest, read_manifest
@@ -114,7 +115,10 @@ class Inventory:
 def take_inventory(store: Store, stage: str | None = None) -> Inventory:
     """The inventory of a set, without missing shards. Raises ShardError if the manifest or a shard is damaged."""
     manifest = read_manifest(store, stage)
-    images = None if manifest.has_own_images else take_inventory(store.folder(IMAGES), "latents")
+    images = None
+    if not manifest.has_own_images:
+        images_manifest(store)
+        images = take_inventory(store.folder(IMAGES), "latents")
     inventory = Inventory(store, manifest, images)
     unfinished = set(inventory.manifest.plan.unfinished(store))
     for shard in inventory.manifest.plan:
