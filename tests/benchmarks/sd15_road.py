@@ -177,7 +177,17 @@ def main(work: Path, images: int, cases: tuple[str, ...], device: str) -> None:
         found = written_bytes(cache)
         rows.append((name, found, planned_bytes(teacher, options)))
         click.echo(f"{rows[-1]} {stages[f'teacher-cache, {name}']}", err=True)
-    steps = ["--max-train-steps", TRAIN_STEPS, "--train-batch-size", 1, "--no-report", "--device", device]
+    steps = [
+        "--level",
+        "sd_small",
+        "--max-train-steps",
+        TRAIN_STEPS,
+        "--train-batch-size",
+        1,
+        "--no-report",
+        "--device",
+        device,
+    ]
     stages["distill, sd_small"] = run_stage("distill", "--cache", cache, "--out", work / "student", *steps)
 
     threads, versions = torch.get_num_threads(), f"Python {platform.python_version()}, torch {torch.__version__}"

@@ -32,9 +32,9 @@ def with_clip_tokens(pipe, **changes):
     return pipe
 
 
-@pytest.fixture(autouse=True)
-def _small(tmp_path, monkeypatch):
-    """Two versions of the tiny pipeline's shape, and a cache of this test's own."""
+@pytest.fixture(scope="module")
+def small_versions():
+    """Two versions of the tiny pipeline's shape."""
     versions = []
     for version, act in zip(sd_configs.VERSIONS, ("quick_gelu", "gelu"), strict=True):
         pipe = with_clip_tokens(tiny_pipeline(), hidden_act=act)
@@ -43,7 +43,13 @@ def _small(tmp_path, monkeypatch):
         configs["vae/config.json"] = dict(pipe.vae.config)
         configs["text_encoder/config.json"] = pipe.text_encoder.config.to_dict()
         versions.append(replace(version, configs=configs))
-    monkeypatch.setattr(sd_configs, "VERSIONS", tuple(versions))
+    return tuple(versions)
+
+
+@pytest.fixture(autouse=True)
+def _small(tmp_path, monkeypatch, small_versions):
+    """These versions, and a cache of this test's own."""
+    monkeypatch.setattr(sd_configs, "VERSIONS", small_versions)
     monkeypatch.setattr(single_file, "CONVERTED", tmp_path / "converted")
 
 
