@@ -7,6 +7,8 @@ In a cache of format 1 each entry holds its image itself.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -16,9 +18,13 @@ from shards.expected import image_tensors, target_tensors
 from shards.manifest import Manifest, read_file, read_manifest
 from shards.reader import ShardSet, StoredEntry, StoredTensor, read_entry
 from shards.schema import CALIBRATION, IMAGES, MANIFEST, ShardError, conditioning_shapes, empty_prompt_file, image_of
+from shards.sidecar import Row, damaged
 from shards.store import Store
 
-RESTORE = "Restore the cache from a backup, or delete the shard's files and rerun `teacher-cache` with its own latents."
+RESTORE = (
+    "Restore the image or the entry from a backup, or delete this shard's files and rerun `distill-sd teacher-cache`, "
+    "which makes its entries from the images that are there."
+)
 
 
 class Cache:
@@ -54,15 +60,15 @@ class Cache:
         of_image = images.expected
         shard, row = self.targets.row(index)
         image_shard, image_row = images.row(index % len(images))
-        if (image_of(row.key), row.image_crc32) != (image_of(image_row.key), image_row.image_crc32):
-            raise ShardError(
-                f"{self.store}/{shard}: entry {row.key} was not made from the image {image_row.key} of "
-                f"{images.store}/{image_shard}. {RESTORE}"
-            )
+        check_image(f"{self.store}/{shard}", row, f"{images.store}/{image_shard}", image_row)
         names = list(tensors)
         own = [name for name in names if name not in of_image]
         entry = read_entry(self.store, shard, row, own, self.manifest, self.targets.expected)
-        unconditional = entry.meta.get("unconditional", False)
+        unconditional = entry.meta.get("unconditional") if isinstance(entry.meta, dict) else None
+        if not isinstance(unconditional, bool) or (unconditional and not self._empty):
+            lacks = f"{images.store} has no empty prompt for it" if unconditional else "it does not say so as a boolean"
+            what = f"whether entry {row.key} is unconditional is of no use, since {lacks}"
+            raise damaged(f"{self.store}/{shard}", what, self.manifest)
         empty = self._empty if unconditional else {}
         shared = [name for name in names if name in of_image and name not in empty]
         image = read_entry(images.store, image_shard, image_row, shared, images.manifest, of_image)
@@ -71,19 +77,45 @@ class Cache:
 
 
 def stored_calibrations(store: Store, manifest: Manifest) -> dict[str, Calibration]:
-    """The calibrations next to a manifest; empty if it has none. Raises ShardError if the file is not as it was."""
+    """The calibrations next to a manifest; empty if its codec is exact or it has no shard yet. Raises ShardError if the
+    file is not as it was."""
     if CALIBRATION not in manifest.files:
         return {}
-    return read_calibrations(read_file(store, manifest, CALIBRATION))
+    data = read_file(store, manifest, CALIBRATION)
+    try:
+        found = read_calibrations(data)
+        check_calibrations(found, manifest.spec)
+        return found
+    except ShardError as error:
+        raise ShardError(f"{store}/{CALIBRATION}: {error} Restore it from a backup.") from None
+
+
+def check_calibrations(found: dict[str, Calibration], spec: dict[str, Any]) -> None:
+    """Raise ShardError unless these are calibrations of the taps of a cache."""
+    channels = {tap: stated["shape"][0] for tap, stated in spec["taps"].items()}
+    if {tap: len(calibration.mu) for tap, calibration in found.items()} != channels:
+        raise ShardError("it is not of the taps of this cache.")
+
+
+def check_image(path: str, row: Row, image_path: str, image: Row) -> None:
+    """Raise ShardError unless an entry of a cache was made from an image. The paths are those of their shards."""
+    if (image_of(row.key), row.image_crc32) != (image_of(image.key), image.image_crc32):
+        raise ShardError(f"{path}: entry {row.key} was not made from the image {image.key} of {image_path}. {RESTORE}")
 
 
 def open_images(store: Store, manifest: Manifest) -> ShardSet:
     """The images of a cache of this manifest. Raises ShardError unless they are those that its spec describes."""
-    images_manifest(store)
-    images = ShardSet(store.folder(IMAGES), "latents")
+    images = ShardSet(store.folder(IMAGES), "latents", manifest=images_manifest(store))
     if images.manifest.spec != manifest.spec["latents"] or len(images) != manifest.spec["entries"]:
-        raise ShardError(f"{images.store} holds the images of another cache than {store}. {RESTORE}")
+        raise ShardError(foreign_images(store))
     return images
+
+
+def foreign_images(store: Store) -> str:
+    return (
+        f"{store}/{IMAGES} holds the images of another cache. Delete it, and rerun `distill-sd teacher-cache` with the "
+        "latents that the cache was made from."
+    )
 
 
 def images_manifest(store: Store) -> Manifest:
@@ -93,7 +125,7 @@ def images_manifest(store: Store) -> Manifest:
             f"{store} lacks its images: there is no {IMAGES}/{MANIFEST}. Copy {IMAGES}/ from where the cache was "
             "copied from, or rerun the same `distill-sd teacher-cache`, which takes them from the latents."
         )
-    return read_manifest(store.folder(IMAGES), "latents")
+    return replace(read_manifest(store.folder(IMAGES), "latents"), in_cache=True)
 
 
 def empty_prompt(images: ShardSet) -> dict[str, np.ndarray]:

@@ -87,7 +87,8 @@ def read_calibrations(data: bytes) -> dict[str, Calibration]:
     taps = sorted({name.rpartition(".")[0] for name in tensors})
     expected = {f"{tap}.{part}" for tap in taps for part in (MU, ROTATION)}
     if expected != set(tensors):
-        raise ShardError(f"it lacks {sorted(expected - set(tensors))} or should not have {sorted(tensors)}")
+        lacks, more = sorted(expected - set(tensors)), sorted(set(tensors) - expected)
+        raise ShardError(f"it lacks {lacks or 'nothing'} and should not have {more or 'less'}")
     return {tap: _checked(tap, tensors[f"{tap}.{MU}"], tensors[f"{tap}.{ROTATION}"]) for tap in taps}
 
 

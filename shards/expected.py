@@ -111,6 +111,8 @@ def check_meta(meta: Any, manifest: Manifest, round_index: int | None) -> None:
         if manifest.is_cache:
             if meta["round"] != round_index:
                 problems.append("round")
+            if type(meta["unconditional"]) is not bool:
+                problems.append("unconditional")
             if not 0 <= meta["timestep"] < spec["noise_scheduler"]["num_train_timesteps"]:
                 problems.append("timestep")
             for tap, tap_spec in spec["taps"].items():

@@ -163,6 +163,27 @@ def write_bytes(path: Path, data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def write_once(path: Path, data: bytes) -> None:
+    """Write `data` atomically, unless there is such a file.
+
+    Of several processes that do so at once, one wins, also where the disk has no locks.
+    """
+    temporary = partial_name(path)
+    try:
+        write_bytes(temporary, data)
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            pass
+        except OSError:
+            # A disk without links.
+            if not path.exists():
+                os.replace(temporary, path)
+        fsync_directory(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def write_json(path: Path, value: Any, *, indent: int | None = 1) -> None:
     """Write `value` atomically as JSON."""
     write_bytes(path, json_bytes(value, indent))

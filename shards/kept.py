@@ -56,6 +56,7 @@ def keep(store: Store, kept: Kept, manifest: Manifest, written: IO[bytes]) -> No
     content = {
         "format": manifest.version,
         "spec_sha256": manifest.spec_sha256,
+        "calibration_sha256": manifest.calibration_sha256,
         "tar_sha256": digest.hexdigest(),
         "rows": [[row.key, row.image_crc32, row.members] for row in kept.rows],
         "skipped": kept.skipped,
@@ -72,6 +73,8 @@ def read_kept(store: Store, shard: str, manifest: Manifest) -> Kept | None:
         if sha256_of_json(content) != described["sha256"]:
             return None
         if content["format"] != manifest.version or content["spec_sha256"] != manifest.spec_sha256:
+            return None
+        if content["calibration_sha256"] != manifest.calibration_sha256:
             return None
         kept = Kept(shard, tuple(Row(*row) for row in content["rows"]), tuple(content["skipped"]))
         digest = hashlib.sha256()

@@ -12,6 +12,7 @@ from typing import Any
 from shards.plan import MAX_ENTRIES, ShardPlan, counts_problem
 from shards.regular import NotRegularError
 from shards.schema import (
+    CALIBRATION,
     FORMAT_VERSION,
     MANIFEST,
     READABLE_VERSIONS,
@@ -36,7 +37,7 @@ class Manifest:
 
     `files` gives the sha256 of the files next to the shards, by name; of a folder, that of its list of checksums. The
     manifest of a cache is `sealed` by a hash of all its fields, unless an earlier version wrote it. `version` is the
-    format's.
+    format's. `in_cache` are the latents that lie in a cache, as its images.
     """
 
     spec: dict[str, Any]
@@ -44,6 +45,7 @@ class Manifest:
     files: dict[str, str] = field(default_factory=dict)
     sealed: bool = True
     version: int = FORMAT_VERSION
+    in_cache: bool = False
 
     @functools.cached_property
     def spec_sha256(self) -> str:
@@ -68,6 +70,16 @@ class Manifest:
         """Whether the entries hold the tensors of their images: those of latents, and of a cache of format 1."""
         return not self.is_cache or self.version == 1
 
+    @property
+    def calibration_sha256(self) -> str | None:
+        """The hash of the calibrations that the taps of a cache are stored with; None if there are none."""
+        return self.files.get(CALIBRATION)
+
+    @property
+    def command(self) -> str:
+        """The command that writes what is missing."""
+        return STAGE_COMMANDS["cache" if self.in_cache else self.spec["stage"]]
+
     def sidecar_name(self, shard: str) -> str:
         return sidecar_name(shard, self.version)
 
@@ -81,6 +93,11 @@ class Manifest:
         if self.is_cache and self.version == 1:
             return "Restore its files from a backup; this version does not write caches of format 1."
         ending = SIDECAR_ENDINGS[self.version]
+        if self.in_cache:
+            return (
+                f"Restore it from a backup, or delete its .tar and {ending} and rerun `distill-sd teacher-cache` with "
+                "the latents that the cache was made from."
+            )
         return f"Delete this shard's .tar and {ending} and rerun the stage, which rewrites only them."
 
 
@@ -95,7 +112,7 @@ def write_manifest(store: Store, manifest: Manifest) -> None:
         "format": manifest.version,
         "spec_sha256": manifest.spec_sha256,
         "rounds": manifest.rounds,
-        "files": manifest.files,
+        "files": manifest.files if manifest.version == 1 else dict(sorted(manifest.files.items())),
         **({} if manifest.rounds is None else {"sha256": manifest.seal}),
         "spec": manifest.spec,
     }
@@ -141,7 +158,7 @@ def read_manifest(store: Store, stage: str | None = None) -> Manifest:
         raise ShardError(f"{path} has an invalid number of rounds, {rounds!r}. {RESTORE}.")
     if problem := _spec_problem(manifest.spec, rounds):
         raise ShardError(f"{path} cannot be used: {problem}. {RESTORE}.")
-    if seal not in (None, manifest.seal):
+    if seal not in (None, manifest.seal) or (seal is None and found == "cache" and version > 1):
         raise ShardError(f"{path} was edited: its rounds or files do not match its own hash. {RESTORE}.")
     return manifest
 
@@ -167,6 +184,8 @@ def _spec_problem(spec: dict[str, Any], rounds: int | None) -> str | None:
             return "its noise scheduler has no number of timesteps"
     except (AttributeError, KeyError, TypeError) as error:
         return f"its taps or its noise scheduler are not described ({error!r})"
+    if "taps" in spec and ("latents_shape" not in latents or not isinstance(spec.get("codec"), dict)):
+        return "its latents_shape or its codec is not stated"
     return None
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from shards.codec import decode_npy, unpack_quantised
 from shards.expected import Expected, expected_tensors
-from shards.manifest import STAGE_COMMANDS, Manifest, read_manifest
+from shards.manifest import Manifest, read_manifest
 from shards.packing import unpack
 from shards.plan import PlannedShard
 from shards.schema import BLOCK, ShardError, round_of
@@ -52,13 +52,13 @@ class ShardSet:
     """The entries of a finished set, numbered from 0 in the order of the plan.
 
     With `rounds` N, only the entries of a cache's first N rounds, whether or not later rounds are finished. Opening a
-    set reads the manifest and the head of every sidecar once; an entry is then found by reading its row.
+    set reads its manifest, unless that is given, and the head of every sidecar; an entry is found by reading its row.
     Raises ShardError for a set that is unfinished, mixed from several specs, or truncated.
     """
 
-    def __init__(self, store: Store, stage: str, rounds: int | None = None) -> None:
+    def __init__(self, store: Store, stage: str, rounds: int | None = None, manifest: Manifest | None = None) -> None:
         self.store = store
-        manifest = read_manifest(store, stage)
+        manifest = manifest or read_manifest(store, stage)
         if rounds is not None and rounds > (manifest.rounds or 0):
             raise ShardError(
                 f"{store} has {manifest.rounds} round{'s' * (manifest.rounds != 1)}, not {rounds}. To add rounds, run "
@@ -70,7 +70,7 @@ class ShardSet:
             finished = missing[0].round
             raise ShardError(
                 f"{store} is unfinished. Missing shards: {len(missing)} of {len(self.manifest.plan)}, from "
-                f"{missing[0].name} on. Rerun the same `distill-sd {STAGE_COMMANDS[stage]}` to complete it"
+                f"{missing[0].name} on. Rerun the same `distill-sd {manifest.command}` to complete it"
                 + (f", or train on the finished rounds with `distill --rounds {finished}`." if finished else ".")
             )
         self.expected = expected_tensors(self.manifest)

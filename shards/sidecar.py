@@ -24,6 +24,7 @@ from shards.manifest import Manifest
 from shards.regular import NotRegularError
 from shards.schema import (
     BLOCK,
+    CALIBRATION,
     COLUMNS,
     MANIFEST,
     ShardError,
@@ -39,6 +40,7 @@ from shards.store import Store
 ALIGNMENT = 64
 # Read at first; the heads of shards without skipped images are shorter.
 HEAD_BYTES = 2048
+MAX_HEAD_BYTES = 1 << 26
 NUMBERS = 2
 ITEM = np.dtype("<i8")
 SIXTY_FOUR_BITS = 1 << 63
@@ -172,7 +174,9 @@ def make_sidecar(
 
 def sidecar_bytes(manifest: Manifest, head: Head, table: bytes) -> bytes:
     """A sidecar of format 2."""
-    own = {"members": head.members, "images": head.images, "table_crc32": zlib.crc32(table)}
+    own: dict[str, Any] = {"members": head.members, "images": head.images, "table_crc32": zlib.crc32(table)}
+    if manifest.calibration_sha256:
+        own["calibration_sha256"] = manifest.calibration_sha256
     line = json_bytes({**_stated(head, manifest), **own}, indent=None).rstrip()
     filled = -(-(len(line) + 1) // ALIGNMENT) * ALIGNMENT
     return line.ljust(filled - 1) + b"\n" + table
@@ -199,7 +203,7 @@ def read_head(store: Store, shard: str, manifest: Manifest) -> Head:
         name, length = manifest.sidecar_name(shard), HEAD_BYTES
         while True:
             (data,) = store.read_ranges(name, [(0, length)])
-            if b"\n" in data or len(data) < length:
+            if b"\n" in data or len(data) < length or length > MAX_HEAD_BYTES:
                 return _head(path, data, shard, manifest)
             length *= 8
 
@@ -238,8 +242,8 @@ def _head(path: str, data: bytes, shard: str, manifest: Manifest) -> Head:
     content = json.loads(line.decode("utf-8"))
     _check_spec(path, content, shard, manifest)
     images = content["images"] if content["images"] is None else tuple(map(_count, content["images"]))
-    if images is not None and len(images) != 2:
-        raise ValueError(f"it states the images {images!r:.40}")
+    if (images is None) != (content["count"] == 0) or (images is not None and len(images) != 2):
+        raise ValueError(f"it states the images {images!r:.40} of {content['count']!r:.40} entries")
     return Head(
         shard,
         _count(content["count"]),
@@ -292,6 +296,11 @@ def _check_spec(path: str, content: dict[str, Any], shard: str, manifest: Manife
         raise ForeignShardError(f"{path} belongs to another shard set than its {MANIFEST}. {manifest.rewrite}")
     if content["shard"] != shard:
         raise ValueError("it describes another shard")
+    if content.get("calibration_sha256") != manifest.calibration_sha256:
+        raise ForeignShardError(
+            f"{path} was written with another {CALIBRATION} than its {MANIFEST} states, so its taps would be decoded "
+            f"wrong. Restore both files from a backup. Or else: {manifest.rewrite}"
+        )
 
 
 def _check_table(table: np.ndarray, length: int) -> None:

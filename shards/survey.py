@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from shards.cache import RESTORE, images_manifest
+from shards.cache import RESTORE, foreign_images, images_manifest
 from shards.expected import check_meta, expected_tensors
-from shards.manifest import STAGE_COMMANDS, Manifest, read_file
+from shards.manifest import Manifest, read_file
 from shards.plan import PlannedShard
 from shards.reader import check_members, check_order, member_names, placed_head, read_entry
 from shards.schema import BLOCK, IMAGES, MANIFEST, ShardError, round_of
@@ -116,7 +116,7 @@ def unreadable(path: str, error: OSError) -> UnreadableError:
 def survey(store: Store, manifest: Manifest) -> Survey:
     """What can be said without reading the tars: sidecars, sizes, and the numbering, which has no gaps."""
     found = Survey(store, manifest)
-    rerun = f"rerun the same `distill-sd {STAGE_COMMANDS[manifest.spec['stage']]}`"
+    rerun = f"rerun the same `distill-sd {manifest.command}`"
     planned, existing = list(manifest.plan), set(store.list())
     marked = [place for place, shard in enumerate(planned) if manifest.sidecar_name(shard.name) in existing]
     last, marks, foreign = marked[-1] if marked else -1, set(marked), 0
@@ -200,39 +200,49 @@ def changed_files(store: Store, manifest: Manifest) -> list[Problem]:
 
 
 def survey_images(store: Store, manifest: Manifest, targets: Survey) -> Survey:
-    """What can be said of the images of a cache, and, among the problems of `targets`, of entries whose images are
-    others. Unlike a set of its own, a cache's images are all written before the first target."""
+    """What can be said of the images of a cache. Shards of `targets` whose entries were made from other images become
+    problems of `targets`."""
     folder = store.folder(IMAGES)
     try:
-        stated = images_manifest(store)
-    except ShardError as error:
+        stated = examine(f"{folder}/{MANIFEST}", functools.partial(images_manifest, store))
+    except (ShardError, UnreadableError) as error:
         targets.problems.append(Problem.of(error))
         return Survey(folder, manifest)
     images = survey(folder, stated)
     if stated.spec != manifest.spec["latents"]:
-        images.problems.append(Problem(f"{folder} holds the images of another cache. {RESTORE}"))
-    elif images.unfinished:
-        missing = f"{folder} lacks {len(images.unfinished)} of its shards, from {images.unfinished[0]} on"
-        images.problems.append(Problem(f"{missing}. Rerun `distill-sd teacher-cache` with the same latents."))
-    elif not images.problems:
+        images.problems.append(Problem(foreign_images(store)))
+    elif not images.problems and not images.unfinished:
         targets.problems += other_images(targets, images)
     return images
 
 
 def other_images(targets: Survey, images: Survey) -> list[Problem]:
-    """The shards of a cache that were made from other images than those next to it."""
-    tables = [read_sidecar(images.store, shard, images.manifest).table[:, :2] for shard in images.sizes]
+    """The shards of a cache that were made from other images than those next to it. Nobody knows which is wrong."""
+    try:
+        tables = [own_columns(images, shard) for shard in images.sizes]
+    except (ShardError, UnreadableError) as error:
+        return [Problem.of(error)]
     rows = np.concatenate(tables) if tables else np.empty((0, 2), np.int64)
     problems = []
     for shard in targets.manifest.plan:
         if shard.name not in targets.sizes:
             continue
-        made = read_sidecar(targets.store, shard.name, targets.manifest)
+        try:
+            made = own_columns(targets, shard.name)
+        except (ShardError, UnreadableError) as error:
+            problems.append(Problem.of(error, shard.name))
+            continue
         theirs = rows[shard.indices.start : shard.indices.stop]
-        if made.table.shape[0] != len(theirs) or (made.table[:, :2] != theirs).any():
+        if len(made) != len(theirs) or (made != theirs).any():
             what = "entries of it were not made from the images next to it"
-            problems.append(Problem(f"{targets.store}/{shard.name}: {what}. {RESTORE}"))
+            problems.append(Problem(f"{targets.store}/{shard.name}: {what}. {RESTORE}", shard.name))
     return problems
+
+
+def own_columns(found: Survey, shard: str) -> np.ndarray:
+    """(entries, 2): the image and the image_crc32 of each entry of a shard."""
+    read = functools.partial(read_sidecar, found.store, shard, found.manifest)
+    return examine(f"{found.store}/{shard}", read).table[:, :2]
 
 
 def check_contents(found: Survey, advance: Callable[[int], Any]) -> None:

@@ -5,8 +5,9 @@ import os
 import shutil
 
 import pytest
+from PIL import Image
 from support import sidecars
-from support.damage import verify
+from support.damage import flip, verify
 from support.stages import read_entries, reset_accelerate, run_distill, run_encode, run_teacher_cache, tree
 from support.tiny import write_images
 
@@ -94,17 +95,120 @@ def test_other_latents_are_refused_with_the_difference(teacher, latents, cache):
     assert tree(cache) == before
 
 
-def test_a_damaged_image_is_taken_from_the_latents_again(teacher, latents, cache, tmp_path):
+def test_a_damaged_image_is_kept_and_taken_again_when_it_is_deleted(teacher, latents, cache, tmp_path):
     copy = shutil.copytree(cache, tmp_path / "cache")
     tar = copy / "images" / "s00001.tar"
     tar.write_bytes(tar.read_bytes()[:-1])
     status, output = verify(copy, "--remove-damaged")
     assert status == 2
-    assert "removed images/s00001.tar. Rerun the same `distill-sd teacher-cache`" in output
-    with pytest.raises(ShardError, match=r"images is unfinished|images lacks|Missing shards: 1 of 3, from s00001.tar"):
+    assert f"{tar} is damaged" in output
+    assert "or delete its .tar and .index and rerun `distill-sd teacher-cache` with the latents that" in output
+    for name in ("s00001.tar", "s00001.index"):
+        (copy / "images" / name).unlink()
+    with pytest.raises(ShardError, match=r"Missing shards: 1 of 3, from s00001.tar on. Rerun .*teacher-cache"):
         Cache(open_store(copy))
+    told = f"{tar} is missing although later shards exist. If no job is still writing it, rerun the same"
+    assert f"{told} `distill-sd teacher-cache`" in verify(copy)[1]
     cached(teacher, latents, copy)
     assert tree(copy) == tree(cache)
+
+
+def test_an_image_that_is_damaged_in_the_latents_too_fills_no_gap(teacher, latents, tmp_path):
+    """The two are one file, so deleting the cache's name does not help."""
+    own = shutil.copytree(latents, tmp_path / "latents")
+    out = cached(teacher, own, tmp_path / "cache")
+    flip(own / "s00001.tar", 700)
+    assert verify(out, "--full")[0] == 2
+    for name in ("s00001.tar", "s00001.index"):
+        (out / "images" / name).unlink()
+    with pytest.raises(UserError, match=r"s00001.tar is damaged, so it cannot be put into .*Run `distill-sd verify"):
+        cached(teacher, own, out)
+    reset_accelerate()
+
+
+def test_latents_may_be_links_into_another_folder(teacher, latents, tmp_path):
+    """As a model hub's folders are."""
+    links = tmp_path / "links"
+    links.mkdir()
+    for path in latents.iterdir():
+        (links / path.name).symlink_to(os.path.relpath(path, links))
+    out = cached(teacher, links, tmp_path / "cache", rounds=1)
+    assert not any(path.is_symlink() for path in (out / "images").iterdir())
+    assert images_in(out / "images") == images_in(latents)
+
+
+def test_rounds_are_added_from_the_caches_own_images(teacher, latents, cache, tmp_path):
+    own = shutil.copytree(latents, tmp_path / "latents")
+    out = cached(teacher, own, tmp_path / "cache", rounds=1)
+    shutil.rmtree(own)
+    cached(teacher, out / "images", out, rounds=2)
+    assert {name for name in tree(out) if name.endswith(".tar")} == {
+        name for name in tree(cache) if name.endswith(".tar")
+    }
+    assert verify(out, "--full")[0] == 0
+
+
+def test_an_image_that_was_replaced_before_anything_was_made_from_it_is_taken(teacher, tmp_path):
+    data = write_images(tmp_path / "data", 4)
+    own = run_encode(teacher, data, tmp_path / "latents", entries_per_shard=2)
+    out = cached(teacher, own, tmp_path / "cache", rounds=1)
+    for path in [*out.glob("r0*"), *own.glob("s00000.*")]:
+        path.unlink()
+    Image.new("RGB", (50, 40), "red").save(data / "000.png")
+    run_encode(teacher, data, own, entries_per_shard=2)
+    cached(teacher, own, out, rounds=1)
+    assert images_in(out / "images") == images_in(own)
+    assert verify(out, "--full")[0] == 0
+
+
+def test_more_images_are_refused_with_the_difference_before_anything_is_deleted(teacher, tmp_path):
+    """As after `encode --retry-skipped`."""
+    data = write_images(tmp_path / "data", 5)
+    sound = (data / "001.png").read_bytes()
+    (data / "001.png").write_bytes(b"not an image")
+    own = run_encode(teacher, data, tmp_path / "latents", entries_per_shard=2)
+    out = cached(teacher, own, tmp_path / "cache", rounds=1)
+    before = tree(out)
+    (data / "001.png").write_bytes(sound)
+    run_encode(teacher, data, own, entries_per_shard=2, retry_skipped=True)
+    for act in (run_teacher_cache, planned):
+        with pytest.raises(ShardError, match="entries: 4 -> 5"):
+            act(teacher, own, out, entries_per_shard=3, uncond_fraction=0.4, rounds=1)
+        reset_accelerate()
+    assert tree(out) == before
+
+
+def planned(teacher, latents, out, **changes):
+    teacher_cache.plan(
+        TeacherCacheSettings(teacher=str(teacher), latents=latents, out=out, tokens=16, device="cpu", **changes)
+    )
+
+
+def test_shards_of_another_calibration_are_refused(cache, tmp_path):
+    """As when parts that were written without a common disk are put together."""
+    copy = shutil.copytree(cache, tmp_path / "cache")
+    head, table = sidecars.load(copy / "r0001-s00001.index")
+    sidecars.save(copy / "r0001-s00001.index", head | {"calibration_sha256": "0" * 64}, table)
+    with pytest.raises(
+        ShardError, match=r"s00001.index was written with another calibration.safetensors than its manif"
+    ):
+        Cache(open_store(copy))
+    assert verify(copy)[0] == 2
+
+
+def test_lost_calibrations_are_not_learned_anew(teacher, latents, cache, tmp_path):
+    copy = shutil.copytree(cache, tmp_path / "cache")
+    content = (copy / "manifest.json").read_bytes()
+    (copy / "manifest.json").unlink()
+    # The file is still there, so a new manifest states the same.
+    cached(teacher, latents, copy)
+    assert (copy / "manifest.json").read_bytes() == content
+    for name in ("manifest.json", "calibration.safetensors"):
+        (copy / name).unlink()
+    (copy / "r0000-s00000.index").unlink()
+    with pytest.raises(ShardError, match=r"has shards, but the calibration.safetensors that they were written with is"):
+        cached(teacher, latents, copy)
+    reset_accelerate()
 
 
 def test_a_cache_without_its_images_is_told_so(teacher, latents, cache, tmp_path):
@@ -140,7 +244,7 @@ def test_what_is_to_be_copied_counts_as_needed(teacher, latents, tmp_path, monke
     sizes = []
     monkeypatch.setattr(teacher_cache, "require_space", lambda out, size, remedy: sizes.append(size))
     for copied in (0, 10**12):
-        monkeypatch.setattr(teacher_cache, "bytes_to_copy", lambda latents, out, copied=copied: copied)
+        monkeypatch.setattr(teacher_cache, "bytes_to_copy", lambda *_, copied=copied, **__: copied)
         cached(teacher, latents, tmp_path / str(copied), rounds=1)
     assert sizes[1] - sizes[0] == 10**12
 

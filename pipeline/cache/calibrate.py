@@ -5,6 +5,7 @@ They are kept next to the manifest, which states their checksum, so every shard 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,13 +21,14 @@ from shards import device_codec
 from shards.cache import stored_calibrations
 from shards.calibration import Calibration, Moments, calibration_bytes
 from shards.codec import EXACT_DTYPES
-from shards.files import write_bytes
+from shards.files import write_once
 from shards.manifest import Manifest, read_manifest, write_manifest
 from shards.reader import ShardSet, read_entry
-from shards.schema import CALIBRATION
+from shards.schema import CALIBRATION, MANIFEST, ShardError
 from shards.store import open_store
 
-# Images to learn from: as many as pay off, but of a small set no more than a part. (See tests/benchmarks/codec.md.)
+# Images to learn from: as many as pay off, but of a set of less than MOST * PART a part, and of a tiny one LEAST. (See
+# tests/benchmarks/codec.md.)
 MOST, LEAST, PART = 256, 16, 8
 
 
@@ -36,18 +38,35 @@ def read_image(images: ShardSet, index: int) -> Image:
     return Image(entry, row.image_crc32)
 
 
-def calibrated(out: Path, images: ShardSet, teacher: Teacher, batch_size: int) -> Manifest:
-    """The manifest of a cache with the calibrations of its taps: learned and written now, unless they are there or the
-    codec is exact."""
+def adopt_calibrations(out: Path, manifest: Manifest) -> Manifest:
+    """The manifest of a cache, which states the calibrations next to it. They are there without it if a run was stopped
+    between the two, or if the manifest was lost. Raises ShardError if they are another cache's."""
     store = open_store(out)
-    manifest = read_manifest(store, "cache")
-    if manifest.spec["codec"]["name"] in EXACT_DTYPES or CALIBRATION in manifest.files:
+    exact = manifest.spec["codec"]["name"] in EXACT_DTYPES
+    if exact or manifest.calibration_sha256 or not store.exists(CALIBRATION):
         return manifest
-    learned = learn(images, manifest.spec, teacher, batch_size)
-    files = {**manifest.files, CALIBRATION: write_bytes(out / CALIBRATION, calibration_bytes(learned))}
-    manifest = replace(manifest, files=files, sealed=True)
+    data = store.read(CALIBRATION)
+    manifest = replace(manifest, files={**manifest.files, CALIBRATION: hashlib.sha256(data).hexdigest()}, sealed=True)
+    stored_calibrations(store, manifest)
     write_manifest(store, manifest)
     return manifest
+
+
+def calibrated(out: Path, images: ShardSet, teacher: Teacher, batch_size: int) -> Manifest:
+    """The manifest of a cache with the calibrations of its taps: learned and written now, unless they are there or the
+    codec is exact. Raises ShardError if they are lost and shards exist that were made with them."""
+    store = open_store(out)
+    manifest = read_manifest(store, "cache")
+    if manifest.spec["codec"]["name"] in EXACT_DTYPES or manifest.calibration_sha256:
+        return manifest
+    if len(manifest.plan.unfinished(store)) < len(manifest.plan):
+        raise ShardError(
+            f"{out} has shards, but the {CALIBRATION} that they were written with is missing. Restore it and "
+            f"{MANIFEST} from a backup, or delete the shards and rerun the same command."
+        )
+    learned = learn(images, manifest.spec, teacher, batch_size)
+    write_once(out / CALIBRATION, calibration_bytes(learned))
+    return adopt_calibrations(out, manifest)
 
 
 def calibrations_on(device: torch.device, out: Path, manifest: Manifest) -> dict[str, tuple[Tensor, Tensor]]:

@@ -15,7 +15,7 @@ from pipeline.system.options import range_of
 from shards.files import remove_leftovers
 from shards.manifest import Manifest, read_manifest, refuse_other_spec, write_manifest
 from shards.plan import PlannedShard, share
-from shards.schema import MANIFEST
+from shards.schema import IMAGES, MANIFEST
 from shards.sidecar import Head, read_head
 from shards.store import Store, open_store
 
@@ -46,7 +46,7 @@ def claim(
     if found is not None:
         refuse_other_spec(out, found.spec, spec)
     if alone:
-        remove_leftovers(out, out / "students")
+        remove_leftovers(out, out / "students", out / IMAGES)
     if found is None:
         hashes = {name: _write(store, name, data) for name, data in (files or {}).items()}
         manifest = Manifest(spec, rounds, hashes)

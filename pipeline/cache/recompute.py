@@ -56,8 +56,9 @@ def deviations(
     for entry in entries:
         for name, output in recompute_entry(entry, spec, unet, taps, alphas_cumprod).items():
             calibration = calibrations.get(name.removeprefix(tap_member("")))
+            allowed = ARITHMETIC[spec["dtype"]] * float(np.abs(output).max())
             output = output if calibration is None else rotated(output, calibration)
-            found.setdefault(name, []).append(deviation(name, entry, output, ARITHMETIC[spec["dtype"]]))
+            found.setdefault(name, []).append(deviation(name, entry, output, allowed))
     taps.remove()
     return [_worst(of_tensor) for of_tensor in found.values()]
 
@@ -83,11 +84,11 @@ def recompute_entry(
     return {name: tensor[0].float().cpu().numpy() for name, tensor in outputs.items()}
 
 
-def deviation(name: str, entry: StoredEntry, output: np.ndarray, arithmetic: float) -> Deviation:
-    """A stored tensor against the teacher's `output`, within the codec's bound and an allowance for arithmetic."""
+def deviation(name: str, entry: StoredEntry, output: np.ndarray, allowed: float) -> Deviation:
+    """A stored tensor against the teacher's `output`, within the codec's bound and what is `allowed` for arithmetic."""
     stored, promise = decode_with_bound(name, entry, entry.tensors[name])
     error = np.abs(stored - output)
-    bound = promise + arithmetic * np.abs(output).max() + np.finfo(np.float32).tiny
+    bound = promise + allowed + np.finfo(np.float32).tiny
     shares = np.nan_to_num(error / bound, nan=np.inf)
     return Deviation(name, float(error.max()), float(error.mean()), float(shares.max()))
 

@@ -21,7 +21,7 @@ from pipeline.settings.inspect_shards import InspectSettings
 from pipeline.system.echo import plural, say
 from pipeline.system.errors import UserError
 from pipeline.system.output import check_new
-from shards.cache import images_manifest
+from shards.cache import check_image, images_manifest, open_images
 from shards.expected import expected_tensors
 from shards.files import atomic_directory
 from shards.manifest import Manifest, read_manifest
@@ -50,7 +50,8 @@ SHOWN = (
 
 def run(settings: InspectSettings) -> None:
     """Show the contents of latents or a cache. DIR is a directory that `encode` or `teacher-cache` wrote."""
-    inventory = take_inventory(open_store(settings.directory))
+    store = open_store(settings.directory)
+    inventory = take_inventory(store, read_manifest(store))
     if settings.images:
         check_images(settings.directory, settings.images)
     say("\n".join([*spec_lines(inventory.manifest), *count_lines(inventory), *member_lines(inventory)]))
@@ -89,36 +90,27 @@ class Inventory:
 
     def spread(self, count: int, tensors: tuple[str, ...] = ()) -> Iterator[StoredEntry]:
         """Up to `count` entries, evenly spread over the set, each with its image's named tensors and caption."""
-        indices = np.unique(np.linspace(0, self.entries - 1, min(count, self.entries)).astype(int))
-        for index in indices.tolist():
-            shard, place = self.locate(index)
-            if self.images is None:
-                yield self.read(shard, place, tensors)
-            else:
-                entry, image = self.read(shard, place), self.images.image(shard.indices.start + place, tensors)
-                yield StoredEntry(entry.key, {**image.meta, **entry.meta}, image.tensors)
-
-    def locate(self, index: int) -> tuple[PlannedShard, int]:
-        """The finished shard that holds entry `index`, and the entry's place in it."""
         ends = list(itertools.accumulate(self.counts))
-        owner = bisect.bisect_right(ends, index)
-        return self.shards[owner], index - ends[owner] + self.counts[owner]
+        images = None if self.manifest.has_own_images else open_images(self.store, self.manifest)
+        expected = expected_tensors(self.manifest)
+        for index in np.unique(np.linspace(0, self.entries - 1, min(count, self.entries)).astype(int)).tolist():
+            owner = bisect.bisect_right(ends, index)
+            shard, place = self.shards[owner], index - ends[owner] + self.counts[owner]
+            row = read_row(self.store, self.heads[shard.name], place, self.manifest)
+            own = tensors if images is None else ()
+            entry = read_entry(self.store, shard.name, row, own, self.manifest, expected)
+            if images is not None:
+                number = shard.indices.start + place
+                image_shard, image_row = images.row(number)
+                check_image(f"{self.store}/{shard.name}", row, f"{images.store}/{image_shard}", image_row)
+                image = images.read(number, tensors)
+                entry = StoredEntry(entry.key, {**image.meta, **entry.meta}, image.tensors)
+            yield entry
 
-    def image(self, index: int, tensors: tuple[str, ...]) -> StoredEntry:
-        return self.read(*self.locate(index), tensors)
 
-    def read(self, shard: PlannedShard, place: int, tensors: tuple[str, ...] = ()) -> StoredEntry:
-        row = read_row(self.store, self.heads[shard.name], place, self.manifest)
-        return read_entry(self.store, shard.name, row, tensors, self.manifest, expected_tensors(self.manifest))
-
-
-def take_inventory(store: Store, stage: str | None = None) -> Inventory:
-    """The inventory of a set, without missing shards. Raises ShardError if the manifest or a shard is damaged."""
-    manifest = read_manifest(store, stage)
-    images = None
-    if not manifest.has_own_images:
-        images_manifest(store)
-        images = take_inventory(store.folder(IMAGES), "latents")
+def take_inventory(store: Store, manifest: Manifest) -> Inventory:
+    """The inventory of a set, without missing shards. Raises ShardError if a shard is damaged."""
+    images = None if manifest.has_own_images else take_inventory(store.folder(IMAGES), images_manifest(store))
     inventory = Inventory(store, manifest, images)
     unfinished = set(inventory.manifest.plan.unfinished(store))
     for shard in inventory.manifest.plan:

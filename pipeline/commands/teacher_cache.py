@@ -18,8 +18,8 @@ from torch import nn
 from tqdm import tqdm
 
 from pipeline.cache import sizes
-from pipeline.cache.calibrate import calibrated, calibrations_on, read_image
-from pipeline.cache.images import add_images, bytes_to_copy, refuse_replaced
+from pipeline.cache.calibrate import adopt_calibrations, calibrated, calibrations_on, read_image
+from pipeline.cache.images import add_images, bytes_to_copy
 from pipeline.cache.latents import captions_of, check_encoders, open_latents, sampling_size
 from pipeline.cache.output import bind_parts, claim, existing_manifest, finished_heads, share_unfinished
 from pipeline.cache.parts import BASE, student_part, write_teacher_config
@@ -56,7 +56,7 @@ from shards.kept import Kept, read_kept
 from shards.manifest import Manifest, known_to, refuse_other_spec
 from shards.plan import PlannedShard, ShardPlan, count_entries
 from shards.reader import ShardSet
-from shards.schema import MANIFEST, conditioning_shapes
+from shards.schema import IMAGES, MANIFEST, conditioning_shapes
 from shards.store import open_store
 from shards.writer import EntryBuilder, write_shard
 
@@ -73,9 +73,12 @@ def run(settings: TeacherCacheSettings) -> None:
 
 
 def check_out(settings: TeacherCacheSettings) -> None:
-    """Raise UserError unless --out is new, empty, or holds a cache."""
+    """Raise UserError unless --out is new, empty, or holds a cache. Its own images may be its latents."""
     own = made_by(settings.out, "teacher-cache", MANIFEST)
-    check_output(settings.out, "teacher-cache", {"--latents": settings.latents, "--teacher": settings.teacher}, own=own)
+    inputs: dict[str, Path | str | None] = {"--teacher": settings.teacher}
+    if settings.latents.resolve() != (settings.out / IMAGES).resolve():
+        inputs = {"--latents": settings.latents, **inputs}
+    check_output(settings.out, "teacher-cache", inputs, own=own)
 
 
 def write_cache(settings: TeacherCacheSettings, lock: OutputLock) -> None:
@@ -88,11 +91,13 @@ def write_cache(settings: TeacherCacheSettings, lock: OutputLock) -> None:
     check_encoders(latents, base, f"--teacher {settings.teacher}")
     check_samples(settings, latents, folder, base, noise_scheduler)
     spec = cache_spec(settings, latents, unet, noise_scheduler, state.device)
-    refuse_replaced(settings.out, existing_cache(settings.out), latents, range_of(settings.shard_range))
+    if found := existing_cache(settings.out):
+        refuse_other_spec(settings.out, found.spec, spec)
     require_space(settings.out, bytes_left(settings, latents, spec, base, unet), SMALLER)
     with state.main_process_first(), lock.claim() as alone:
         manifest = claim(settings.out, "cache", spec, alone=alone, rounds=settings.rounds)
-        images = add_images(latents, settings.out)
+        manifest = adopt_calibrations(settings.out, manifest)
+        images = add_images(latents, settings.out, manifest)
         saved = save_students(settings, folder, unet, noise_scheduler)
         manifest = bind_parts(settings.out, manifest, saved)
         write_origin(settings.out, settings.teacher, folder, settings.revision, settings.latents)
@@ -123,7 +128,7 @@ def write_cache(settings: TeacherCacheSettings, lock: OutputLock) -> None:
         noise_scheduler.alphas_cumprod.to(state.device),
         empty_prompt(images),
     )
-    with state.main_process_first(), lock.claim():
+    with state.main_process_first(), lock.claim(), compile_failures(settings.compile):
         manifest = calibrated(settings.out, images, teacher, settings.batch_size)
     teacher = replace(teacher, calibrations=calibrations_on(state.device, settings.out, manifest))
     bar = tqdm(total=count_entries(own), unit="entry", desc="teacher-cache", disable=not state.is_main_process)
@@ -300,9 +305,10 @@ def bytes_left(
     unet: UNet2DConditionModel,
 ) -> int:
     """About how many bytes a run adds to --out: shards, and weights in float32."""
-    unfinished = shards_left(settings, len(latents), existing_cache(settings.out))
+    found = existing_cache(settings.out)
+    unfinished = shards_left(settings, len(latents), found)
     entry = sizes.stored_bytes(entry_sizes(latents.manifest.spec, spec["taps"], settings))
-    shards = bytes_to_copy(latents, settings.out) + count_entries(unfinished) * entry
+    shards = bytes_to_copy(latents, settings.out, found, try_it=True) + count_entries(unfinished) * entry
     networks = (
         [] if (settings.out / BASE).is_dir() else [m for m in base.components.values() if isinstance(m, nn.Module)]
     )
@@ -401,7 +407,7 @@ def plan(settings: TeacherCacheSettings) -> list[str]:
         names = ("entries_per_shard", "seed", "noise_offset", "input_perturbation", "uncond_fraction")
         wanted = {**stated, **{name: getattr(settings, name) for name in names}}
         refuse_other_spec(settings.out, {name: found.spec[name] for name in wanted}, wanted)
-        refuse_replaced(settings.out, found, latents, range_of(settings.shard_range))
+    copied = bytes_to_copy(latents, settings.out, found, try_it=False)
     rounds = max(settings.rounds, (found.rounds or 0) if found else 0)
     left = shards_left(settings, len(latents), found)
     entries = count_entries(left)
@@ -410,6 +416,7 @@ def plan(settings: TeacherCacheSettings) -> list[str]:
         f"still to write: {plural(entries, 'entry', 'entries')} in {plural(len(left), 'shard')}",
         *sizes.lines(entry_sizes(latents.manifest.spec, taps, settings), entries),
         *sampling_lines(taps),
+        *([f"images to copy from {settings.latents}: {format_bytes(copied)}"] if copied else []),
         f"free on that disk: {format_bytes(free_bytes(settings.out))}",
         "plus the rest of the teacher's pipeline and the students' initial weights",
         f"teacher forward passes: {entries}, in batches of {settings.batch_size}",

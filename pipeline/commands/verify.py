@@ -38,8 +38,8 @@ from pipeline.system.errors import UserError
 from pipeline.system.lock import OutputLock
 from pipeline.system.text_files import read_text
 from shards.cache import Cache
-from shards.manifest import STAGE_COMMANDS, Manifest, difference, read_manifest
-from shards.schema import IMAGES, ShardError
+from shards.manifest import Manifest, difference, read_manifest
+from shards.schema import ShardError
 from shards.store import Store, open_store
 from shards.survey import Problem, Survey, check_contents, remove_shard, survey, survey_images, unreadable
 
@@ -85,20 +85,17 @@ def check(settings: VerifySettings, store: Store, manifest: Manifest) -> None:
     intact = not any(each.problems or each.unfinished for each in sets)
     if settings.recompute and settings.teacher and intact:
         found.problems += recompute(settings, settings.recompute, settings.teacher)
-    removed = []
-    for each in sets:
-        gone = each.damaged_shards() if settings.remove_damaged else []
-        for shard in gone:
-            remove_shard(each.store, shard, each.manifest)
-        for problem in each.problems:
-            done = problem.damaged and problem.shard in gone
-            say(problem.message.replace(each.manifest.rewrite, "It was removed.") if done else problem.message)
-        removed += gone if each is found else [f"{IMAGES}/{shard}" for shard in gone]
+    # The images are kept: their latents may be gone, and the other entries of a shard are still of use.
+    removed = found.damaged_shards() if settings.remove_damaged else []
+    for shard in removed:
+        remove_shard(store, shard, manifest)
+    for problem in [problem for each in sets for problem in each.problems]:
+        done = problem.damaged and problem.shard in removed
+        say(problem.message.replace(manifest.rewrite, "It was removed.") if done else problem.message)
     if settings.recompute and not intact:
         say("skipped --recompute: the cache is incomplete or damaged")
     if removed:
-        command = STAGE_COMMANDS[manifest.spec["stage"]]
-        say(f"removed {', '.join(removed)}. Rerun the same `distill-sd {command}` to write them again.")
+        say(f"removed {', '.join(removed)}. Rerun the same `distill-sd {manifest.command}` to write them again.")
     conclude(settings, manifest, found, images)
 
 
@@ -187,19 +184,23 @@ def conclude(settings: VerifySettings, manifest: Manifest, found: Survey, images
     held = f"{len(intact)} of {plural(planned, 'shard')} intact, {plural(entries, 'entry', 'entries')}{rounds}, "
     held += format_bytes(size)
     if found.unfinished:
-        command = STAGE_COMMANDS[manifest.spec["stage"]]
         say(
             f"{directory} is unfinished. Still to be written: {len(found.unfinished)} of {plural(planned, 'shard')}, "
-            f"from {found.unfinished[0]} on. Rerun the same `distill-sd {command}` to complete it."
+            f"from {found.unfinished[0]} on. Rerun the same `distill-sd {manifest.command}` to complete it."
         )
     if manifest.is_cache:
         tell_unchecked(directory, manifest)
     of_images = images.problems if images else []
+    if images and images.unfinished:
+        say(
+            f"{images.store} lacks {plural(len(images.unfinished), 'shard')}, from {images.unfinished[0]} on. Rerun "
+            "`distill-sd teacher-cache` with the latents that the cache was made from."
+        )
     if found.problems or of_images:
         damaged = len(found.damaged_shards()) + (len(images.damaged_shards()) if images else 0)
         problems = plural(len(found.problems) + len(of_images), "problem")
         raise UserError(f"{problems} in {directory}; {held}, {damaged} damaged")
-    if found.unfinished:
+    if found.unfinished or (images and images.unfinished):
         raise UserError(f"{directory} is unfinished; {held}; no problem in what is there")
     say(f"{directory}: no damage found; {held}; checked: {depth(settings, entries)}")
 

@@ -224,7 +224,7 @@ def look_at(cache: Path) -> dict[str, float]:
     found["find"] = min(timed(find) for _ in range(3)) / len(places) * 1e6
     found["start"] = timed(lambda: len(opened.manifest.plan.unfinished(open_store(cache))))
     found["verify"] = timed(lambda: survey_all(cache))
-    found["inspect"] = timed(lambda: take_inventory(open_store(cache)))
+    found["inspect"] = timed(lambda: take_inventory(open_store(cache), opened.manifest))
     return found
 
 

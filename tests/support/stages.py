@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -14,9 +15,13 @@ from pipeline.distill import DistillSettings
 from pipeline.encode import EncodeSettings
 from pipeline.models.students import student_config, student_weights
 from pipeline.teacher_cache import TeacherCacheSettings
+from shards import codec, rotated_codec
 from shards.cache import Cache
-from shards.reader import ShardSet
+from shards.calibration import Calibration
+from shards.manifest import Manifest, write_manifest
+from shards.reader import ShardSet, StoredEntry
 from shards.store import open_store
+from shards.writer import EntryBuilder, write_shard
 from support.tiny import tiny_pipeline
 
 
@@ -104,9 +109,35 @@ def first(iterable, count: int) -> list:
     return list(itertools.islice(iterable, count))
 
 
-def as_an_earlier_version_wrote_it(cache):
-    """Take from the manifest what it states of base/ and students/, and the hash of all that it states."""
+def as_an_earlier_version_wrote_it(cache: Path) -> None:
+    """Rewrite a cache in format 1, with a manifest that states nothing of base/ and students/ and has no hash."""
+    opened = Cache(open_store(cache))
+    known, old = opened.calibrations(), Manifest(opened.manifest.spec, opened.manifest.rounds, version=1)
+    index = 0
+    for shard in opened.manifest.plan:
+        entries = [format_1_entry(opened.read(index + i, opened.tensors), known) for i in range(len(shard.indices))]
+        index += len(entries)
+        write_shard(open_store(cache), shard.name, old, entries, [])
+        (cache / opened.manifest.sidecar_name(shard.name)).unlink()
+    write_manifest(open_store(cache), old)
     content = json.loads((cache / "manifest.json").read_text())
     del content["sha256"]
-    files = {name: digest for name, digest in content["files"].items() if "/" not in name}
-    (cache / "manifest.json").write_text(json.dumps({**content, "files": files}))
+    (cache / "manifest.json").write_text(json.dumps(content))
+    shutil.rmtree(cache / "images")
+    (cache / "calibration.safetensors").unlink()
+
+
+def format_1_entry(entry: StoredEntry, known: dict[str, Calibration]) -> EntryBuilder:
+    """An entry that holds its image, and taps that are quantised about their own means."""
+    written = EntryBuilder(entry.key, entry.meta)
+    for name, tensor in entry.tensors.items():
+        tap = name.removeprefix("tap.")
+        if tap not in known:
+            written.add_array(name, tensor.values)
+            continue
+        record = entry.meta["taps"][tap]
+        values = rotated_codec.dequantise(tensor.values, known[tap], record["step"], record["dither"])
+        q, mu, step = codec.quantise(values, 20.0, record["dither"])
+        record["step"] = float(step)
+        written.add_compressed(name, *codec.pack_quantised(q, mu))
+    return written
