@@ -1,4 +1,5 @@
-"""The feature codec in numpy: the reference implementation, and the bytes of a member.
+"""The feature codec of format 1 in numpy, its definition and its bytes; and what both formats share: the dither table,
+zstd frames, and .npy members.
 
 Subtractive dithered quantisation (Gray & Stockham, "Dithered quantizers", 1993), with zstd as the
 entropy coder:

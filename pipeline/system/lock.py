@@ -14,12 +14,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from pipeline.system.echo import say
 from pipeline.system.errors import UserError
 from pipeline.system.text_files import read_text
 
 WRITING, CLAIMING = ".lock", ".claim.lock"
-# Seconds between two tries for a lock that another job holds while it claims the directory, and the longest wait.
-RETRY, PATIENCE = 0.1, 3600.0
+# Seconds between two tries for a lock that another job holds while it claims the directory, of waiting without a word,
+# and of the longest wait.
+RETRY, SILENCE, PATIENCE = 0.1, 5.0, 3600.0
 
 
 class FileLock:
@@ -111,10 +113,14 @@ class OutputLock:
         has no locks, because nobody knows. Raises UserError if a process writes there alone.
         """
         self.out.mkdir(parents=True, exist_ok=True)
-        deadline = time.monotonic() + PATIENCE
+        began, told = time.monotonic(), False
         while self._claiming.take() is False:
-            if time.monotonic() > deadline:
+            waited = time.monotonic() - began
+            if waited > PATIENCE:
                 raise self._in_use(self._claiming)
+            if waited > SILENCE and not told:
+                say(f"waiting for {self._claiming.holder()}, which prepares {self.out}", err=True)
+                told = True
             time.sleep(RETRY)
         alone = self._writing.take()
         if alone is False and self._writing.take(shared=True) is False:

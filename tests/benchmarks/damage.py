@@ -52,7 +52,7 @@ def main() -> None:
             damage(place)
             outcome = look(place.cache, before)
             verify(place.cache, "--full", "--remove-damaged")
-            kept = [name for name in shard_files(place.cache) if name.endswith(".json")]
+            kept = [name for name in shard_files(place.cache) if name.startswith("r0") and name.endswith(".index")]
             print(row(kind, outcome, len(kept)))
             shutil.rmtree(place.cache)
     print(f"\nPython {platform.python_version()}, torch {version('torch')}, numpy {version('numpy')}.", file=sys.stderr)

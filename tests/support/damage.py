@@ -235,7 +235,7 @@ DAMAGES: dict[str, tuple[Callable[[Place], None], str]] = {
     "tar with a link": (lambda p: edit_header(p, type=tarfile.SYMTYPE, linkname="/etc/passwd"), VICTIM),
     "tar with a member of 8 exbibytes": (lambda p: edit_header(p, size=(1 << 63) - 1), VICTIM),
     "tar with a member too many": (lambda p: append_member(p, "../../x"), VICTIM),
-    "image: a bit flipped": (lambda p: unlink_and_flip(p.cache / IMAGE_SHARD, 700), IMAGE_SHARD),
+    "image: a bit flipped": (lambda p: unlink_and_flip(p.cache / IMAGE_SHARD, 2000), IMAGE_SHARD),
     "image: tar gone": (lambda p: (p.cache / IMAGE_SHARD).unlink(), IMAGE_SHARD),
     "image: sidecar cut": (lambda p: cut_file(p.cache / sidecar_name(IMAGE_SHARD), 200), IMAGE_SHARD),
     "zstd bomb": (lambda p: replace_tap(p, bomb(1 << 20), None), VICTIM),

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import multiprocessing
 import os
+import re
 import signal
 
 import pytest
@@ -66,8 +67,9 @@ def test_jobs_share_a_directory_and_know_whether_they_are_alone(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_no_job_claims_a_directory_while_another_does(tmp_path, monkeypatch):
-    monkeypatch.setattr(lock_module, "PATIENCE", 0.2)
+def test_no_job_claims_a_directory_while_another_does(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(lock_module, "PATIENCE", 0.4)
+    monkeypatch.setattr(lock_module, "SILENCE", 0.1)
     with (
         OutputLock(tmp_path) as first,
         OutputLock(tmp_path) as second,
@@ -76,6 +78,9 @@ def test_no_job_claims_a_directory_while_another_does(tmp_path, monkeypatch):
         second.claim(),
     ):
         pass
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 1
+    assert re.fullmatch(rf"waiting for process {os.getpid()} on \S+, which prepares {tmp_path}", told[0])
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL])
