@@ -8,19 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
-from shards.calibration import Calibration, read_calibrations
+from shards.calibration import Calibration, read_calibrations, spec_of_calibrations
 from shards.codec import decode_npy
 from shards.expected import image_tensors, target_tensors
-from shards.manifest import Manifest, read_file, read_manifest
+from shards.manifest import Manifest, known_to, read_file, read_manifest
 from shards.reader import ShardSet, StoredEntry, StoredTensor, read_entry
 from shards.schema import CALIBRATION, IMAGES, MANIFEST, ShardError, conditioning_shapes, empty_prompt_file, image_of
 from shards.sidecar import Row, damaged
 from shards.store import Store
 
+RESTORE_EMPTY = "Restore it from a backup, or make a new cache from the latents."
 RESTORE = (
     "Restore the image or the entry from a backup, or delete this shard's files and rerun `distill-sd teacher-cache`, "
     "which makes its entries from the images that are there."
@@ -66,8 +66,9 @@ class Cache:
         entry = read_entry(self.store, shard, row, own, self.manifest, self.targets.expected)
         unconditional = entry.meta.get("unconditional") if isinstance(entry.meta, dict) else None
         if not isinstance(unconditional, bool) or (unconditional and not self._empty):
-            lacks = f"{images.store} has no empty prompt for it" if unconditional else "it does not say so as a boolean"
-            what = f"whether entry {row.key} is unconditional is of no use, since {lacks}"
+            if unconditional is True:
+                raise ShardError(f"{images.store} has no empty prompt, but entry {row.key} needs it. {RESTORE_EMPTY}")
+            what = f"entry {row.key} does not say whether it is unconditional"
             raise damaged(f"{self.store}/{shard}", what, self.manifest)
         empty = self._empty if unconditional else {}
         shared = [name for name in names if name in of_image and name not in empty]
@@ -84,31 +85,40 @@ def stored_calibrations(store: Store, manifest: Manifest) -> dict[str, Calibrati
     data = read_file(store, manifest, CALIBRATION)
     try:
         found = read_calibrations(data)
-        check_calibrations(found, manifest.spec)
-        return found
     except ShardError as error:
-        raise ShardError(f"{store}/{CALIBRATION}: {error} Restore it from a backup.") from None
-
-
-def check_calibrations(found: dict[str, Calibration], spec: dict[str, Any]) -> None:
-    """Raise ShardError unless these are calibrations of the taps of a cache."""
-    channels = {tap: stated["shape"][0] for tap, stated in spec["taps"].items()}
-    if {tap: len(calibration.mu) for tap, calibration in found.items()} != channels:
-        raise ShardError("it is not of the taps of this cache.")
+        raise ShardError(f"{store}/{CALIBRATION} is damaged: {error}. Restore it from a backup.") from None
+    channels = {tap: stated["shape"][0] for tap, stated in manifest.spec["taps"].items()}
+    same = {tap: len(calibration.mu) for tap, calibration in found.items()} == channels
+    if not same or spec_of_calibrations(data) != manifest.spec_sha256:
+        raise ShardError(
+            f"{store}/{CALIBRATION} is another cache's. Restore its own from a backup, or delete it if no shard exists."
+        )
+    return found
 
 
 def check_image(path: str, row: Row, image_path: str, image: Row) -> None:
     """Raise ShardError unless an entry of a cache was made from an image. The paths are those of their shards."""
-    if (image_of(row.key), row.image_crc32) != (image_of(image.key), image.image_crc32):
+    if not same_image(row, image):
         raise ShardError(f"{path}: entry {row.key} was not made from the image {image.key} of {image_path}. {RESTORE}")
+
+
+def same_image(row: Row, image: Row) -> bool:
+    """Whether an entry of a cache was made from an image, by their rows."""
+    return (image_of(row.key), row.image_crc32) == (image_of(image.key), image.image_crc32)
 
 
 def open_images(store: Store, manifest: Manifest) -> ShardSet:
     """The images of a cache of this manifest. Raises ShardError unless they are those that its spec describes."""
     images = ShardSet(store.folder(IMAGES), "latents", manifest=images_manifest(store))
-    if images.manifest.spec != manifest.spec["latents"] or len(images) != manifest.spec["entries"]:
+    if not describes(manifest, images.manifest) or len(images) != manifest.spec["entries"]:
         raise ShardError(foreign_images(store))
     return images
+
+
+def describes(manifest: Manifest, images: Manifest) -> bool:
+    """Whether the spec of a cache is of these latents. What an earlier version did not state counts as the same."""
+    stated = manifest.spec["latents"]
+    return known_to(stated, images.spec) == stated
 
 
 def foreign_images(store: Store) -> str:

@@ -9,6 +9,7 @@ and cost few bits. Calibrations are stored in a safetensors file: `<tap>.mu` and
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ import safetensors.numpy
 
 from shards.schema import ShardError
 
-MU, ROTATION = "mu", "rotation"
+MU, ROTATION, SPEC = "mu", "rotation", "spec_sha256"
 # How far the squared length of a rotation's row may be from 1. Rounding to float32 stays far below this.
 UNIT_TOLERANCE = 1e-3
 
@@ -68,11 +69,18 @@ def calibrate(vectors: np.ndarray) -> Calibration:
     return moments.calibration()
 
 
-def calibration_bytes(calibrations: Mapping[str, Calibration]) -> bytes:
-    """Tap name -> calibration, as the bytes of a safetensors file. The same for the same calibrations."""
+def calibration_bytes(calibrations: Mapping[str, Calibration], spec_sha256: str = "") -> bytes:
+    """Tap name -> calibration, as the bytes of a safetensors file; in its metadata the hash of the cache's spec. The
+    same for the same calibrations."""
     tensors = {f"{tap}.{MU}": calibration.mu for tap, calibration in calibrations.items()}
     tensors |= {f"{tap}.{ROTATION}": calibration.rotation for tap, calibration in calibrations.items()}
-    return safetensors.numpy.save(tensors)
+    return safetensors.numpy.save(tensors, {SPEC: spec_sha256})
+
+
+def spec_of_calibrations(data: bytes) -> str:
+    """The hash of the spec of the cache that calibrations were learned for. `data` has been read before."""
+    length = int.from_bytes(data[:8], "little")
+    return json.loads(data[8 : 8 + length]).get("__metadata__", {}).get(SPEC, "")
 
 
 def read_calibrations(data: bytes) -> dict[str, Calibration]:

@@ -164,10 +164,8 @@ def write_bytes(path: Path, data: bytes) -> str:
 
 
 def write_once(path: Path, data: bytes) -> None:
-    """Write `data` atomically, unless there is such a file.
-
-    Of several processes that do so at once, one wins, also where the disk has no locks.
-    """
+    """Write `data` atomically, unless `path` exists. Of several processes that do so at once one wins, also on a disk
+    without locks, if it has links."""
     temporary = partial_name(path)
     try:
         write_bytes(temporary, data)

@@ -37,7 +37,7 @@ class Manifest:
 
     `files` gives the sha256 of the files next to the shards, by name; of a folder, that of its list of checksums. The
     manifest of a cache is `sealed` by a hash of all its fields, unless an earlier version wrote it. `version` is the
-    format's. `in_cache` are the latents that lie in a cache, as its images.
+    format's. `in_cache` says that the set is the images of a cache.
     """
 
     spec: dict[str, Any]

@@ -201,7 +201,7 @@ def check_order(store: Store, before: Head | None, after: Head, manifest: Manife
     if after.images[0] <= before.images[1]:
         raise ShardError(
             f"{store}/{before.shard} and {store}/{after.shard} hold the same entries, so one of them is not in its "
-            f"place. {manifest.rewrite.replace('this shard', 'both shards')}"
+            f"place. For both: {manifest.rewrite}"
         )
 
 

@@ -51,6 +51,10 @@ class ForeignShardError(ShardError):
     """The sidecar of a shard was written for another spec than the manifest's."""
 
 
+class OtherCalibrationError(ForeignShardError):
+    """A shard was written with other calibrations than the manifest's. With its own it is sound."""
+
+
 @dataclass(frozen=True)
 class Row:
     """One entry: its key, the `image_crc32` (see `crc32_of_tensors`), and {name: [offset, length, raw_bytes, crc32]} of
@@ -297,9 +301,9 @@ def _check_spec(path: str, content: dict[str, Any], shard: str, manifest: Manife
     if content["shard"] != shard:
         raise ValueError("it describes another shard")
     if content.get("calibration_sha256") != manifest.calibration_sha256:
-        raise ForeignShardError(
+        raise OtherCalibrationError(
             f"{path} was written with another {CALIBRATION} than its {MANIFEST} states, so its taps would be decoded "
-            f"wrong. Restore both files from a backup. Or else: {manifest.rewrite}"
+            "wrong. Restore both files, which belong together, from a backup."
         )
 
 

@@ -13,13 +13,14 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from shards.cache import RESTORE, foreign_images, images_manifest
+from shards.cache import RESTORE, describes, foreign_images, images_manifest
 from shards.expected import check_meta, expected_tensors
+from shards.kept import forget
 from shards.manifest import Manifest, read_file
 from shards.plan import PlannedShard
 from shards.reader import check_members, check_order, member_names, placed_head, read_entry
 from shards.schema import BLOCK, IMAGES, MANIFEST, ShardError, round_of
-from shards.sidecar import ForeignShardError, Head, Sidecar, damaged, read_sidecar
+from shards.sidecar import ForeignShardError, Head, OtherCalibrationError, Sidecar, damaged, read_sidecar
 from shards.store import Store, read_chunks
 
 SHARD_FILE = re.compile(r"(?:r\d{4,}-)?s\d{5,}\.(?:tar|json|index)")
@@ -47,7 +48,7 @@ class Problem:
 
     @staticmethod
     def of(error: Exception, shard: str | None = None) -> Problem:
-        damaged = shard is not None and isinstance(error, ShardError)
+        damaged = shard is not None and isinstance(error, ShardError) and not isinstance(error, OtherCalibrationError)
         return Problem(" ".join(str(error).split()), shard, damaged)
 
 
@@ -209,9 +210,11 @@ def survey_images(store: Store, manifest: Manifest, targets: Survey) -> Survey:
         targets.problems.append(Problem.of(error))
         return Survey(folder, manifest)
     images = survey(folder, stated)
-    if stated.spec != manifest.spec["latents"]:
+    if not describes(manifest, stated):
         images.problems.append(Problem(foreign_images(store)))
     elif not images.problems and not images.unfinished:
+        if sum(size.entries for size in images.sizes.values()) != manifest.spec["entries"]:
+            images.problems.append(Problem(foreign_images(store)))
         targets.problems += other_images(targets, images)
     return images
 
@@ -332,6 +335,7 @@ def first_bad_entry(store: Store, sidecar: Sidecar, manifest: Manifest) -> str:
 
 
 def remove_shard(store: Store, shard: str, manifest: Manifest) -> None:
-    """Delete a shard: the sidecar first, so that it never marks a shard that is gone."""
+    """Delete a shard and what is kept of it: the sidecar first, so that it never marks a shard that is gone."""
     store.delete(manifest.sidecar_name(shard))
     store.delete(shard)
+    forget(store, shard, manifest)

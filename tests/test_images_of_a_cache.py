@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+from dataclasses import replace
 
 import pytest
 from PIL import Image
@@ -16,8 +17,11 @@ from pipeline.commands.finetune import FinetuneSettings
 from pipeline.settings.inspect_shards import InspectSettings
 from pipeline.system.errors import UserError
 from pipeline.teacher_cache import TeacherCacheSettings
-from shards.cache import Cache
+from shards.cache import Cache, stored_calibrations
+from shards.kept import Kept, keep
+from shards.manifest import read_manifest
 from shards.schema import ShardError
+from shards.sidecar import read_sidecar
 from shards.store import open_store
 
 EVERYTHING = ["latents", "prompt_embeds", "noise", "teacher_pred"]
@@ -161,6 +165,52 @@ def test_an_image_that_was_replaced_before_anything_was_made_from_it_is_taken(te
     assert verify(out, "--full")[0] == 0
 
 
+def test_the_images_of_a_cache_are_not_removed_by_themselves_either(teacher, cache, tmp_path):
+    copy = shutil.copytree(cache, tmp_path / "cache")
+    flip(copy / "images" / "s00001.tar", 2000)
+    status, output = verify(copy / "images", "--full", "--remove-damaged")
+    assert (status, "holds the images of a cache, which may be the only ones" in output) == (2, True)
+    assert "or delete its .tar and .index and rerun `distill-sd teacher-cache`" in verify(copy / "images", "--full")[1]
+
+
+def test_images_without_their_manifest_are_kept(teacher, latents, cache, tmp_path):
+    """What is there stays; latents that were written again do not take its place."""
+    copy, own = shutil.copytree(cache, tmp_path / "cache"), shutil.copytree(latents, tmp_path / "latents")
+    (copy / "images" / "manifest.json").unlink()
+    cached(teacher, own, copy)
+    assert tree(copy) == tree(cache)
+    (copy / "images" / "manifest.json").unlink()
+    head, table = sidecars.load(own / "s00001.index")
+    table[0, 1] ^= 1
+    sidecars.save(own / "s00001.index", head, table)
+    with pytest.raises(UserError, match=r"s00001.tar changed after .* pass --latents .*cache/images\."):
+        cached(teacher, own, copy)
+    reset_accelerate()
+
+
+def test_what_was_kept_of_another_image_is_made_again(teacher, tmp_path):
+    data = write_images(tmp_path / "data", 4)
+    own = run_encode(teacher, data, tmp_path / "latents", entries_per_shard=4)
+    out = cached(teacher, own, tmp_path / "cache", rounds=1, entries_per_shard=4, batch_size=1)
+    whole = tree(out)
+    store, manifest = open_store(out), read_manifest(open_store(out))
+    rows = [read_sidecar(store, "r0000-s00000.tar", manifest).row(place) for place in range(3)]
+    rows[1] = replace(rows[1], image_crc32=5)
+    with open(out / "r0000-s00000.tar", "rb") as written:
+        keep(store, Kept("r0000-s00000.tar", tuple(rows), ()), manifest, written)
+    (out / "r0000-s00000.index").unlink()
+    cached(teacher, own, out, rounds=1, entries_per_shard=4, batch_size=1)
+    assert tree(out) == whole
+
+
+def test_calibrations_of_another_cache_are_not_adopted(teacher, latents, cache, tmp_path):
+    out = cached(teacher, latents, tmp_path / "cache", seed=7, codec="fp32")
+    shutil.copy(cache / "calibration.safetensors", out)
+    manifest = read_manifest(open_store(cache))
+    with pytest.raises(ShardError, match="calibration.safetensors is another cache's. Restore its own from a backup"):
+        stored_calibrations(open_store(out), replace(manifest, spec={**manifest.spec, "seed": 7}))
+
+
 def test_more_images_are_refused_with_the_difference_before_anything_is_deleted(teacher, tmp_path):
     """As after `encode --retry-skipped`."""
     data = write_images(tmp_path / "data", 5)
@@ -235,7 +285,7 @@ def test_an_image_that_is_missing_and_was_encoded_otherwise_is_not_put_in_its_pl
     head, table = sidecars.load(own / "s00001.index")
     table[0, 1] ^= 1
     sidecars.save(own / "s00001.index", head, table)
-    with pytest.raises(UserError, match=r"the latents of 003.png .* were written again, for another image"):
+    with pytest.raises(UserError, match=r"latents/s00001.tar changed after .*, or delete images/s00001.tar"):
         cached(teacher, own, copy)
     reset_accelerate()
 

@@ -16,7 +16,7 @@ from support.stages import read_entries, reset_accelerate, run_distill, run_enco
 from support.tiny import tiny_pipeline, tiny_unet, write_images
 
 from pipeline.cli import main
-from pipeline.commands import encode, teacher_cache, verify
+from pipeline.commands import teacher_cache, verify
 from pipeline.commands.verify import VerifySettings
 from pipeline.models.levels import LEVELS
 from pipeline.system.errors import UserError
@@ -487,39 +487,30 @@ def test_samples_of_a_size_that_cannot_be_generated_are_refused_before_the_first
     run_teacher_cache(model, latents, tmp_path / "c", samples=0, rounds=1)
 
 
-def test_targets_of_an_image_that_was_replaced_are_refused_with_what_to_delete(teacher, tmp_path, monkeypatch):
+def test_targets_of_an_image_that_was_replaced_are_refused_with_what_to_do(teacher, tmp_path):
     data = write_images(tmp_path / "data", 7)
     latents = run_encode(teacher, data, tmp_path / "latents")
     cache = run_teacher_cache(teacher, latents, tmp_path / "cache", entries_per_shard=3, codec="fp32")
-
-    def encode_again():
-        for name in ("s00001.tar", "s00001.index"):
-            (latents / name).unlink()
-        run_encode(teacher, data, latents)
-
-    # Latents of other hardware differ by rounding, and are taken.
-    real = encode.encode_images
-    monkeypatch.setattr(encode, "encode_images", lambda *arguments: real(*arguments) * 1.002)
-    encode_again()
-    monkeypatch.undo()
-    before = tree(cache)
-    run_teacher_cache(teacher, latents, cache, entries_per_shard=3, codec="fp32")
-    assert tree(cache) == before
-
+    for name in ("s00001.tar", "s00001.index"):
+        (latents / name).unlink()
     Image.new("RGB", (50, 40), "red").save(data / "006.png")
-    encode_again()
-    with pytest.raises(UserError, match="the latents of 006.png .* 2 entries in 2 shards") as caught:
+    run_encode(teacher, data, latents)
+    before = tree(cache)
+    with pytest.raises(UserError, match=r"latents/s00001.tar changed after .* choose another --out, or") as caught:
         run_teacher_cache(teacher, latents, cache, entries_per_shard=3, codec="fp32")
     reset_accelerate()
     assert tree(cache) == before
+    # With its own images it goes on.
+    run_teacher_cache(teacher, cache / "images", cache, entries_per_shard=3, codec="fp32")
+    assert {**tree(cache), "teacher-cache.json": b""} == {**before, "teacher-cache.json": b""}
+
     names = re.search(r"delete (.*), in ", str(caught.value))[1]
-    assert names == (
-        "r0000-s00002.tar and r0000-s00002.index, r0001-s00002.tar and r0001-s00002.index, "
-        "and images/s00001.tar and images/s00001.index"
-    )
+    targets = [f"r000{r}-s0000{s}" for r in (0, 1) for s in (1, 2)]
+    assert re.split(", and |, | and ", names) == [
+        f"{name}.{ending}" for name in ("images/s00001", *targets) for ending in ("tar", "index")
+    ]
     for name in re.split(", and |, | and ", names):
         (cache / name).unlink()
     run_teacher_cache(teacher, latents, cache, entries_per_shard=3, codec="fp32")
     fresh = run_teacher_cache(teacher, latents, tmp_path / "fresh", entries_per_shard=3, codec="fp32")
-    last = "r0001-s00002.tar"
-    assert shard_files(cache)[last] == shard_files(fresh)[last]
+    assert shard_files(cache) == shard_files(fresh)

@@ -25,10 +25,10 @@ from shards.files import write_once
 from shards.manifest import Manifest, read_manifest, write_manifest
 from shards.reader import ShardSet, read_entry
 from shards.schema import CALIBRATION, MANIFEST, ShardError
+from shards.sidecar import read_head
 from shards.store import open_store
 
-# Images to learn from: as many as pay off, but of a set of less than MOST * PART a part, and of a tiny one LEAST. (See
-# tests/benchmarks/codec.md.)
+# Images to learn from: an eighth of them, at least 16 and at most 256. (See tests/benchmarks/codec.md.)
 MOST, LEAST, PART = 256, 16, 8
 
 
@@ -56,17 +56,31 @@ def calibrated(out: Path, images: ShardSet, teacher: Teacher, batch_size: int) -
     """The manifest of a cache with the calibrations of its taps: learned and written now, unless they are there or the
     codec is exact. Raises ShardError if they are lost and shards exist that were made with them."""
     store = open_store(out)
-    manifest = read_manifest(store, "cache")
-    if manifest.spec["codec"]["name"] in EXACT_DTYPES or manifest.calibration_sha256:
+    manifest = adopt_calibrations(out, read_manifest(store, "cache"))
+    finished = len(manifest.plan) - len(manifest.plan.unfinished(store))
+    if manifest.spec["codec"]["name"] in EXACT_DTYPES:
         return manifest
-    if len(manifest.plan.unfinished(store)) < len(manifest.plan):
+    if manifest.calibration_sha256:
+        check_first(out, manifest)
+        return manifest
+    if finished:
         raise ShardError(
             f"{out} has shards, but the {CALIBRATION} that they were written with is missing. Restore it and "
             f"{MANIFEST} from a backup, or delete the shards and rerun the same command."
         )
     learned = learn(images, manifest.spec, teacher, batch_size)
-    write_once(out / CALIBRATION, calibration_bytes(learned))
-    return adopt_calibrations(out, manifest)
+    write_once(out / CALIBRATION, calibration_bytes(learned, manifest.spec_sha256))
+    # Meanwhile another job may have written it, where the disk has no locks.
+    return adopt_calibrations(out, read_manifest(store, "cache"))
+
+
+def check_first(out: Path, manifest: Manifest) -> None:
+    """Raise ShardError, before any work, if the first finished shard was written with other calibrations."""
+    store = open_store(out)
+    unfinished = {shard.name for shard in manifest.plan.unfinished(store)}
+    first = next((shard.name for shard in manifest.plan if shard.name not in unfinished), None)
+    if first:
+        read_head(store, first, manifest)
 
 
 def calibrations_on(device: torch.device, out: Path, manifest: Manifest) -> dict[str, tuple[Tensor, Tensor]]:

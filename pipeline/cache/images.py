@@ -1,68 +1,72 @@
 """The images of a cache: what `encode` wrote, linked or copied into its images/, so that the cache needs nothing else.
 
 A link takes no room, and stays when the latents are deleted or written again. Where no links can be made, as from one
-disk to another, the files are copied. Once targets were made from an image, the cache keeps it.
+disk to another, the files are copied. Once targets were made from a shard of images, the cache keeps that shard.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 from pipeline.system.echo import plural, printable
 from pipeline.system.errors import UserError
-from shards.cache import images_manifest
+from shards.cache import images_manifest, open_images
 from shards.files import atomic_file, file_sha256, fsync_directory, partial_name
-from shards.kept import read_kept
-from shards.manifest import Manifest, difference
+from shards.manifest import Manifest, difference, read_file
 from shards.plan import PlannedShard
-from shards.reader import ShardSet, placed_head, read_entry
-from shards.schema import IMAGES, LATENTS, MANIFEST, conditioning_shapes, empty_prompt_file, image_of
-from shards.sidecar import Head, Sidecar, read_head, read_sidecar
+from shards.reader import ShardSet
+from shards.schema import IMAGES, MANIFEST, conditioning_shapes, empty_prompt_file
+from shards.sidecar import Head, read_head, read_sidecar
 from shards.store import open_store
 
-# Other hardware gives other latents, but their mean square differs by much less than this share.
-TOLERANCE = 1e-3
+SHOWN = 3
 
 
-def add_images(latents: ShardSet, out: Path, manifest: Manifest) -> ShardSet:
-    """The images in a cache, an existing directory; those that it lacks are taken from the latents.
+def add_images(latents: ShardSet, out: Path, manifest: Manifest, *, alone: bool) -> ShardSet:
+    """The images in a cache, an existing directory; those that it lacks are taken from the latents. What it has is
+    replaced only by a job that is `alone` there, and only where no targets were made from it.
 
     Raises UserError if that cannot be done without making finished targets wrong.
     """
     source, images = Path(str(latents.store)), out / IMAGES
     images.mkdir(exist_ok=True)
-    # A first link is made in passing; what fills a gap later is checked, since both names may be the same bad file.
-    fills_gaps = (images / MANIFEST).is_file()
-    shards = shards_to_take(out, manifest, latents)
-    files = [empty_prompt_file(name) for name in conditioning_shapes(latents.manifest.spec)]
-    names = [name for name in (*files, MANIFEST) if name == MANIFEST or name in latents.manifest.files]
-    total = 2 * len(shards) + len(names)
-    with tqdm(total=total, unit="file", desc="images", delay=2) as progress:
-        for head in shards:
+    heads = shards_to_take(out, manifest, latents)
+    # What fills a gap is checked: both names may be links to the same bad file.
+    fills_gaps = any(images.glob("s*.tar"))
+    with tqdm(total=len(heads), unit="shard", desc="images", delay=2) as progress:
+        for head in heads:
+            sidecar = images / latents.manifest.sidecar_name(head.shard)
+            if sidecar.exists() and not alone:
+                raise UserError(
+                    f"{sidecar} is to be replaced, but other jobs write to {out}. Wait until they are done."
+                )
             if fills_gaps and file_sha256(source / head.shard) != head.sha256:
                 raise UserError(
                     f"{source / head.shard} is damaged, so it cannot be put into {images}. Run `distill-sd verify "
-                    f"{source} --full --remove-damaged`, encode what that removes, and rerun the same command."
+                    f"{source} --full`, follow what it says, and rerun the same command."
                 )
-            sidecar = latents.manifest.sidecar_name(head.shard)
             # Without its sidecar, a shard that is replaced counts as missing.
-            (images / sidecar).unlink(missing_ok=True)
-            for name in (head.shard, sidecar):
-                add_file(source / name, images / name)
-                progress.update()
-        for name in names:
-            if not (images / name).is_file():
-                add_file(source / name, images / name)
+            sidecar.unlink(missing_ok=True)
+            for path in (images / head.shard, sidecar):
+                add_file(source / path.name, path)
             progress.update()
+    for name in conditioning_shapes(latents.manifest.spec):
+        file = empty_prompt_file(name)
+        if file in latents.manifest.files and not is_intact(images / file, latents.manifest.files[file]):
+            read_file(latents.store, latents.manifest, file)
+            add_file(source / file, images / file)
+    if not (images / MANIFEST).is_file():
+        add_file(source / MANIFEST, images / MANIFEST)
     fsync_directory(images)
-    return ShardSet(open_store(images), "latents", manifest=images_manifest(open_store(out)))
+    return open_images(open_store(out), manifest)
+
+
+def is_intact(path: Path, sha256: str) -> bool:
+    return path.is_file() and file_sha256(path) == sha256
 
 
 def add_file(source: Path, target: Path) -> None:
@@ -79,55 +83,37 @@ def add_file(source: Path, target: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def bytes_to_copy(latents: ShardSet, out: Path, manifest: Manifest | None, *, try_it: bool) -> int:
-    """The bytes that `add_images` copies: none where it can link. Whether it can is tried, or guessed by the disk."""
+def bytes_to_copy(latents: ShardSet, out: Path, manifest: Manifest | None) -> int:
+    """The bytes that `add_images` copies: none where it can link, as far as that can be told beforehand."""
     missing = sum(head.bytes for head in shards_to_take(out, manifest, latents))
     nearest = next(place for place in (out.resolve(), *out.resolve().parents) if place.exists())
-    source = Path(str(latents.store))
-    if not missing or not try_it:
-        return missing if nearest.stat().st_dev != source.stat().st_dev else 0
-    link = partial_name(nearest / "link")
-    try:
-        os.link(os.path.realpath(source / MANIFEST), link)
-        link.unlink()
-        return 0
-    except OSError:
-        return missing
-
-
-@dataclass(frozen=True)
-class Stale:
-    """Entries of one shard of a cache that were made from other images than the latents hold now, all of one shard."""
-
-    shard: PlannedShard
-    images: np.ndarray
+    same_disk = nearest.stat().st_dev == Path(str(latents.store)).stat().st_dev
+    return 0 if same_disk else missing
 
 
 def shards_to_take(out: Path, manifest: Manifest | None, latents: ShardSet) -> list[Head]:
-    """The shards of the latents that a cache lacks, and those that it holds otherwise although nothing was made from
-    them yet.
+    """The shards of the latents that a cache lacks, and those that it holds otherwise although no targets were made
+    from them.
 
-    Raises UserError if it holds images of other latents, or if targets were made from an image that is another now.
-    Only heads are read, and of the shards that differ the tables.
+    Raises UserError if it holds images of other latents, or if targets were made from shards that are others now. Heads
+    are read, and tables of shards that a cache with targets lacks.
     """
-    if not open_store(out).exists(f"{IMAGES}/{MANIFEST}"):
-        return latents.heads
-    stated = images_manifest(open_store(out))
-    refuse_others(latents, stated, out / IMAGES)
-    wanted, replaced = [], []
-    first = 0
+    store = open_store(out)
+    stated = images_manifest(store) if store.exists(f"{IMAGES}/{MANIFEST}") else latents.manifest
+    refuse_others(latents, stated, out)
+    unfinished = {shard.name for shard in manifest.plan.unfinished(store)} if manifest else set()
+    wanted, replaced, first = [], [], 0
     for head in latents.heads:
         entries = range(first, first + head.count)
         first = entries.stop
         own = own_head(out, stated, head.shard)
         if own and (own.sha256, own.table_crc32) == (head.sha256, head.table_crc32):
             continue
-        now = read_sidecar(latents.store, head.shard, latents.manifest)
-        stale = list(stale_entries(out, manifest, entries, now)) if manifest else []
-        if not stale:
+        made = [shard for shard in covering(manifest, entries) if shard.name not in unfinished] if manifest else []
+        if manifest and made and (own or any(differs(out, manifest, shard, entries, latents, head) for shard in made)):
+            replaced.append((head, made))
+        else:
             wanted.append(head)
-        elif not (own and kept_alike(out, stated, latents, now, stale)):
-            replaced.append((now, stale))
     if manifest and replaced:
         raise UserError(printable(replaced_message(out, manifest, latents, replaced)))
     return wanted
@@ -140,80 +126,54 @@ def own_head(out: Path, stated: Manifest, shard: str) -> Head | None:
     return read_head(store, shard, stated) if complete else None
 
 
-def refuse_others(latents: ShardSet, found: Manifest, images: Path) -> None:
+def refuse_others(latents: ShardSet, found: Manifest, out: Path) -> None:
     """Raise UserError if the images of a cache are those of other latents."""
     lines = difference(found.spec, latents.manifest.spec)
     if lines or found.version != latents.manifest.version:
         shown = "\n".join(f"  {line}" for line in lines or [f"format: {found.version} -> {latents.manifest.version}"])
         raise UserError(
-            f"{images} holds the images of other latents than {latents.store} (existing -> requested):\n{shown}\n"
-            "Use the latents that the cache was made from, or choose another --out."
+            f"{out / IMAGES} holds the images of other latents than {latents.store} (existing -> requested):\n{shown}\n"
+            f"Go on with them by --latents {out / IMAGES}, or choose another --out."
         )
 
 
-def stale_entries(out: Path, manifest: Manifest, entries: range, now: Sidecar) -> Iterator[Stale]:
-    """The entries of a cache's finished and interrupted shards, made from `entries` of the images, that state another
-    image than `now`, which holds those."""
-    store = open_store(out)
-    unfinished = {shard.name for shard in manifest.plan.unfinished(store)}
-    for shard in manifest.plan:
-        shared = range(max(entries.start, shard.indices.start), min(entries.stop, shard.indices.stop))
-        if not shared:
-            continue
-        made = rows_of(out, manifest, shard, shard.name in unfinished)
-        made = made[shared.start - shard.indices.start : shared.stop - shard.indices.start]
-        expected = now.table[shared.start - entries.start : shared.stop - entries.start, :2][: len(made)]
-        others = np.flatnonzero((made != expected).any(axis=1))
-        if len(others):
-            yield Stale(shard, others + shared.start - entries.start)
+def covering(manifest: Manifest, entries: range) -> list[PlannedShard]:
+    """The shards of all rounds of a cache that are made from `entries` of its images."""
+    size, shards = manifest.spec["entries_per_shard"], manifest.plan.shards
+    in_round = len(shards) // (manifest.rounds or 1)
+    places = range(entries.start // size, -(-entries.stop // size)) if entries else range(0)
+    return [shards[first + place] for first in range(0, len(shards), in_round or 1) for place in places]
 
 
-def rows_of(out: Path, manifest: Manifest, shard: PlannedShard, unfinished: bool) -> np.ndarray:
-    """(entries, 2): the image and the image_crc32 that each entry of a shard states, as far as it is written."""
-    store = open_store(out)
-    if not unfinished:
-        placed_head(store, shard, manifest)
-        return read_sidecar(store, shard.name, manifest).table[:, :2]
-    kept = read_kept(store, shard.name, manifest)
-    rows = [(image_of(row.key), row.image_crc32) for row in kept.rows] if kept else []
-    return np.array(rows, np.int64).reshape(-1, 2)
+def overlap(shard: PlannedShard, entries: range) -> range:
+    """The images of a shard of a cache that are among `entries`."""
+    return range(max(entries.start, shard.indices.start), min(entries.stop, shard.indices.stop))
 
 
-def kept_alike(out: Path, stated: Manifest, latents: ShardSet, now: Sidecar, stale: list[Stale]) -> bool:
-    """Whether the images that a cache holds are the same as `now` but for the arithmetic of another machine, where
-    targets were made from them. Then the cache goes on with its own."""
-    store = open_store(out / IMAGES)
-    own = read_sidecar(store, now.shard, stated)
-    for place in np.unique(np.concatenate([entries.images for entries in stale])).tolist():
-        if place >= own.count or own.images[place] != now.images[place]:
-            return False
-        old, new = (
-            read_entry(place_of, now.shard, sidecar.row(place), [LATENTS], stated, latents.expected)
-            for place_of, sidecar in ((store, own), (latents.store, now))
-        )
-        if differ(old.tensors[LATENTS].values, new.tensors[LATENTS].values):
-            return False
-    return True
-
-
-def differ(old: np.ndarray, new: np.ndarray) -> bool:
-    difference = np.square(old.astype(np.float64) - new.astype(np.float64)).mean()
-    return bool(difference > TOLERANCE * np.square(old.astype(np.float64)).mean())
+def differs(out: Path, manifest: Manifest, shard: PlannedShard, entries: range, latents: ShardSet, head: Head) -> bool:
+    """Whether a finished shard states other images than the latents hold now, in a shard that has `entries`."""
+    shared = overlap(shard, entries)
+    made = read_sidecar(open_store(out), shard.name, manifest).table[:, :2]
+    now = read_sidecar(latents.store, head.shard, latents.manifest).table[:, :2]
+    made = made[shared.start - shard.indices.start : shared.stop - shard.indices.start]
+    now = now[shared.start - entries.start : shared.stop - entries.start]
+    return made.shape != now.shape or bool((made != now).any())
 
 
 def replaced_message(
-    out: Path, manifest: Manifest, latents: ShardSet, replaced: list[tuple[Sidecar, list[Stale]]]
+    out: Path, manifest: Manifest, latents: ShardSet, replaced: list[tuple[Head, list[PlannedShard]]]
 ) -> str:
-    """What was replaced, and which files to delete so that it is made again."""
-    now, stale = replaced[0]
-    row = now.row(int(stale[0].images[0]))
-    name = read_entry(latents.store, now.shard, row, [], latents.manifest, latents.expected).meta["source_id"]
-    shards = list(dict.fromkeys(each.shard.name for _, of_images in replaced for each in of_images))
-    images = [f"{IMAGES}/{sidecar.shard}" for sidecar, _ in replaced]
-    entries = sum(len(each.images) for _, of_images in replaced for each in of_images)
+    """What was written again, and what can be done."""
+    images = [f"{IMAGES}/{head.shard}" for head, _ in replaced]
+    made = list(dict.fromkeys(shard.name for _, shards in replaced for shard in shards))
+    more = f" and {plural(len(replaced) - 1, 'more shard')}" if len(replaced) > 1 else ""
+    what = (
+        f"{latents.store}/{replaced[0][0].shard}{more} changed after {out} was made from it. To go on with the cache's "
+        f"own images, pass --latents {out / IMAGES}. For the new ones, choose another --out"
+    )
+    if len(images) > SHOWN:
+        return f"{what}."
     return (
-        f"the latents of {name} in {latents.store} were written again, for another image, after {out}/{shards[0]} was "
-        f"made from them. That is so for {plural(entries, 'entry', 'entries')} in {plural(len(shards), 'shard')}. To "
-        f"make them again, delete {manifest.files_of(shards)}, and {latents.manifest.files_of(images)}, in {out}, and "
-        "rerun the same command. The other shards are kept."
+        f"{what}, or delete {latents.manifest.files_of(images)}, and {manifest.files_of(made)}, in {out}, and rerun "
+        "the same command, which makes only these again."
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,25 @@ from diffusers import DiffusionPipeline
 from pipeline.models.families import Family, family_of_spec
 from pipeline.models.hashing import config_of, tokenizer_sha256, weights_sha256
 from pipeline.system.errors import UserError
-from shards.manifest import difference
+from shards.manifest import Manifest, difference, read_manifest
 from shards.reader import ShardSet
+from shards.schema import IMAGES, MANIFEST
 from shards.store import open_store
 
 
 def open_latents(directory: Path) -> ShardSet:
     """Finished latents. Raises ShardError if they are not, and UserError if they hold no images."""
-    latents = ShardSet(open_store(directory), "latents")
+    latents = ShardSet(open_store(directory), "latents", manifest=manifest_at(directory, "latents"))
     if not len(latents):
         raise UserError(f"{directory} holds no images: all were skipped. See its skipped.jsonl for the reasons.")
     return latents
+
+
+def manifest_at(directory: Path, stage: str | None = None) -> Manifest:
+    """The manifest of a directory. It knows whether that is the images of a cache."""
+    manifest = read_manifest(open_store(directory), stage)
+    lies_in_cache = directory.name == IMAGES and (directory.parent / MANIFEST).is_file()
+    return replace(manifest, in_cache=True) if lies_in_cache and not manifest.is_cache else manifest
 
 
 def captions_of(latents: ShardSet, count: int) -> list[str]:

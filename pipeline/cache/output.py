@@ -67,6 +67,8 @@ def bind_parts(out: Path, manifest: Manifest, saved: list[str]) -> Manifest:
     checksums = checksums_of_parts(out, {*saved, *unbound})
     if not checksums:
         return manifest
+    # Another job may have added to it, where the disk has no locks.
+    manifest = read_manifest(open_store(out), "cache")
     manifest = replace(manifest, files={**manifest.files, **checksums}, sealed=True)
     write_manifest(open_store(out), manifest)
     return manifest

@@ -50,7 +50,7 @@ from pipeline.system.output import check_output, made_by
 from pipeline.system.settings import write_settings
 from pipeline.system.signals import sigterm_interrupts
 from pipeline.system.threads import in_background, ordered_map
-from shards.cache import empty_prompt
+from shards.cache import empty_prompt, same_image
 from shards.files import atomic_directory
 from shards.kept import Kept, read_kept
 from shards.manifest import Manifest, known_to, refuse_other_spec
@@ -97,7 +97,7 @@ def write_cache(settings: TeacherCacheSettings, lock: OutputLock) -> None:
     with state.main_process_first(), lock.claim() as alone:
         manifest = claim(settings.out, "cache", spec, alone=alone, rounds=settings.rounds)
         manifest = adopt_calibrations(settings.out, manifest)
-        images = add_images(latents, settings.out, manifest)
+        images = add_images(latents, settings.out, manifest, alone=alone)
         saved = save_students(settings, folder, unet, noise_scheduler)
         manifest = bind_parts(settings.out, manifest, saved)
         write_origin(settings.out, settings.teacher, folder, settings.revision, settings.latents)
@@ -133,7 +133,7 @@ def write_cache(settings: TeacherCacheSettings, lock: OutputLock) -> None:
     teacher = replace(teacher, calibrations=calibrations_on(state.device, settings.out, manifest))
     bar = tqdm(total=count_entries(own), unit="entry", desc="teacher-cache", disable=not state.is_main_process)
     with bar as progress, compile_failures(settings.compile):
-        kept = kept_batches(settings, own, manifest)
+        kept = kept_batches(settings, own, manifest, images)
         progress.update(sum(len(part.rows) for part in kept.values()))
         entries = cache_entries(own, kept, manifest, images, teacher, settings)
         for shard, of_shard in itertools.groupby(entries, key=lambda pair: pair[0]):
@@ -308,7 +308,7 @@ def bytes_left(
     found = existing_cache(settings.out)
     unfinished = shards_left(settings, len(latents), found)
     entry = sizes.stored_bytes(entry_sizes(latents.manifest.spec, spec["taps"], settings))
-    shards = bytes_to_copy(latents, settings.out, found, try_it=True) + count_entries(unfinished) * entry
+    shards = bytes_to_copy(latents, settings.out, found) + count_entries(unfinished) * entry
     networks = (
         [] if (settings.out / BASE).is_dir() else [m for m in base.components.values() if isinstance(m, nn.Module)]
     )
@@ -325,13 +325,18 @@ def shards_left(settings: TeacherCacheSettings, images: int, found: Manifest | N
     return plan.unfinished(open_store(settings.out), range_of(settings.shard_range))
 
 
-def kept_batches(settings: TeacherCacheSettings, shards: list[PlannedShard], manifest: Manifest) -> dict[str, Kept]:
-    """The complete batches that interrupted runs kept, by shard. The last batch of a shard is left to be written."""
+def kept_batches(
+    settings: TeacherCacheSettings, shards: list[PlannedShard], manifest: Manifest, images: ShardSet
+) -> dict[str, Kept]:
+    """The complete batches that interrupted runs kept, by shard, as far as they were made from these images. The last
+    batch of a shard is left to be written."""
     found = {}
     for shard in shards:
         kept = read_kept(open_store(settings.out), shard.name, manifest)
         if kept:
-            count = min(len(kept.rows), len(shard.indices) - 1)
+            current = zip(kept.rows, (images.row(index)[1] for index in shard.indices), strict=False)
+            same = itertools.takewhile(lambda pair: same_image(*pair), current)
+            count = min(sum(1 for _ in same), len(shard.indices) - 1)
             found[shard.name] = kept.first(count // settings.batch_size * settings.batch_size)
     return found
 
@@ -407,7 +412,7 @@ def plan(settings: TeacherCacheSettings) -> list[str]:
         names = ("entries_per_shard", "seed", "noise_offset", "input_perturbation", "uncond_fraction")
         wanted = {**stated, **{name: getattr(settings, name) for name in names}}
         refuse_other_spec(settings.out, {name: found.spec[name] for name in wanted}, wanted)
-    copied = bytes_to_copy(latents, settings.out, found, try_it=False)
+    copied = bytes_to_copy(latents, settings.out, found)
     rounds = max(settings.rounds, (found.rounds or 0) if found else 0)
     left = shards_left(settings, len(latents), found)
     entries = count_entries(left)

@@ -13,6 +13,7 @@ import torch
 from diffusers import DDPMScheduler
 from tqdm import tqdm
 
+from pipeline.cache.latents import manifest_at
 from pipeline.cache.parts import (
     BASE,
     REMEDY,
@@ -38,7 +39,7 @@ from pipeline.system.errors import UserError
 from pipeline.system.lock import OutputLock
 from pipeline.system.text_files import read_text
 from shards.cache import Cache
-from shards.manifest import Manifest, difference, read_manifest
+from shards.manifest import Manifest, difference
 from shards.schema import ShardError
 from shards.store import Store, open_store
 from shards.survey import Problem, Survey, check_contents, remove_shard, survey, survey_images, unreadable
@@ -55,12 +56,17 @@ def run(settings: VerifySettings) -> None:
             f"{directory} {'is not a directory' if directory.exists() else 'does not exist'}. Check the path."
         )
     try:
-        manifest = read_manifest(store)
+        manifest = manifest_at(directory)
     except ShardError as error:
         say(Problem.of(error).message)
         raise UserError(f"1 problem in {directory}. Nothing else can be checked without its manifest.") from None
     if settings.recompute and not manifest.is_cache:
         raise UserError(f"--recompute needs a cache, but {directory} holds {manifest.spec['stage']}")
+    if settings.remove_damaged and manifest.in_cache:
+        raise UserError(
+            f"--remove-damaged: {directory} holds the images of a cache, which may be the only ones. Move damaged "
+            "files away yourself."
+        )
     if settings.remove_damaged and manifest.is_cache and manifest.version == 1:
         raise UserError(f"--remove-damaged: {directory} is a cache of format 1, whose shards are not written again.")
     with OutputLock(directory) as lock:
