@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import functools
 import itertools
 import json
 from collections import Counter
@@ -26,7 +27,7 @@ from shards.expected import expected_tensors
 from shards.files import atomic_directory
 from shards.manifest import Manifest, read_manifest
 from shards.plan import PlannedShard
-from shards.reader import StoredEntry, placed_head, read_entry
+from shards.reader import ShardSet, StoredEntry, placed_head, read_entry
 from shards.schema import IMAGES, LATENTS
 from shards.sidecar import Head, read_row, read_sidecar
 from shards.store import Store, open_store
@@ -88,10 +89,15 @@ class Inventory:
     def entries(self) -> int:
         return sum(self.counts)
 
+    @functools.cached_property
+    def own_images(self) -> ShardSet | None:
+        """The images of a cache whose entries do not hold them, opened."""
+        return None if self.manifest.has_own_images else open_images(self.store, self.manifest)
+
     def spread(self, count: int, tensors: tuple[str, ...] = ()) -> Iterator[StoredEntry]:
         """Up to `count` entries, evenly spread over the set, each with its image's named tensors and caption."""
         ends = list(itertools.accumulate(self.counts))
-        images = None if self.manifest.has_own_images else open_images(self.store, self.manifest)
+        images = self.own_images
         expected = expected_tensors(self.manifest)
         for index in np.unique(np.linspace(0, self.entries - 1, min(count, self.entries)).astype(int)).tolist():
             owner = bisect.bisect_right(ends, index)
