@@ -65,11 +65,11 @@ class Cache:
         own = [name for name in names if name not in of_image]
         entry = read_entry(self.store, shard, row, own, self.manifest, self.targets.expected)
         unconditional = entry.meta.get("unconditional") if isinstance(entry.meta, dict) else None
-        if not isinstance(unconditional, bool) or (unconditional and not self._empty):
-            if unconditional is True:
-                raise ShardError(f"{images.store} has no empty prompt, but entry {row.key} needs it. {RESTORE_EMPTY}")
+        if not isinstance(unconditional, bool):
             what = f"entry {row.key} does not say whether it is unconditional"
             raise damaged(f"{self.store}/{shard}", what, self.manifest)
+        if unconditional and not self._empty:
+            raise ShardError(f"{images.store} has no empty prompt, but entry {row.key} needs it. {RESTORE_EMPTY}")
         empty = self._empty if unconditional else {}
         shared = [name for name in names if name in of_image and name not in empty]
         image = read_entry(images.store, image_shard, image_row, shared, images.manifest, of_image)

@@ -57,13 +57,16 @@ def calibrated(out: Path, images: ShardSet, teacher: Teacher, batch_size: int) -
     codec is exact. Raises ShardError if they are lost and shards exist that were made with them."""
     store = open_store(out)
     manifest = adopt_calibrations(out, read_manifest(store, "cache"))
-    finished = len(manifest.plan) - len(manifest.plan.unfinished(store))
     if manifest.spec["codec"]["name"] in EXACT_DTYPES:
         return manifest
+    unfinished = {shard.name for shard in manifest.plan.unfinished(store)}
+    first = next((shard.name for shard in manifest.plan if shard.name not in unfinished), None)
     if manifest.calibration_sha256:
-        check_first(out, manifest)
+        if first:
+            # It raises, before any work, if that shard was written with other calibrations.
+            read_head(store, first, manifest)
         return manifest
-    if finished:
+    if first:
         raise ShardError(
             f"{out} has shards, but the {CALIBRATION} that they were written with is missing. Restore it and "
             f"{MANIFEST} from a backup, or delete the shards and rerun the same command."
@@ -72,15 +75,6 @@ def calibrated(out: Path, images: ShardSet, teacher: Teacher, batch_size: int) -
     write_once(out / CALIBRATION, calibration_bytes(learned, manifest.spec_sha256))
     # Meanwhile another job may have written it, where the disk has no locks.
     return adopt_calibrations(out, read_manifest(store, "cache"))
-
-
-def check_first(out: Path, manifest: Manifest) -> None:
-    """Raise ShardError, before any work, if the first finished shard was written with other calibrations."""
-    store = open_store(out)
-    unfinished = {shard.name for shard in manifest.plan.unfinished(store)}
-    first = next((shard.name for shard in manifest.plan if shard.name not in unfinished), None)
-    if first:
-        read_head(store, first, manifest)
 
 
 def calibrations_on(device: torch.device, out: Path, manifest: Manifest) -> dict[str, tuple[Tensor, Tensor]]:

@@ -106,10 +106,10 @@ class Inventory:
             own = tensors if images is None else ()
             entry = read_entry(self.store, shard.name, row, own, self.manifest, expected)
             if images is not None:
-                number = shard.indices.start + place
-                image_shard, image_row = images.row(number)
+                image_shard, image_row = images.row(shard.indices.start + place)
                 check_image(f"{self.store}/{shard.name}", row, f"{images.store}/{image_shard}", image_row)
-                image = images.read(number, tensors)
+                given = images.manifest, images.expected
+                image = read_entry(images.store, image_shard, image_row, tensors, *given)
                 entry = StoredEntry(entry.key, {**image.meta, **entry.meta}, image.tensors)
             yield entry
 
