@@ -46,6 +46,13 @@ def images_in(directory):
     return {name: data for name, data in tree(directory).items() if name.startswith(("s0", "empty_", "manifest"))}
 
 
+def change_an_image(sidecar):
+    """Let a shard of latents state another first image, as after it was replaced and encoded again."""
+    head, table = sidecars.load(sidecar)
+    table[0, 1] ^= 1
+    sidecars.save(sidecar, head, table)
+
+
 def test_they_are_links_to_what_encode_wrote(latents, cache):
     assert images_in(cache / "images") == images_in(latents)
     for path in (cache / "images").iterdir():
@@ -180,9 +187,7 @@ def test_images_without_their_manifest_are_kept(teacher, latents, cache, tmp_pat
     cached(teacher, own, copy)
     assert tree(copy) == tree(cache)
     (copy / "images" / "manifest.json").unlink()
-    head, table = sidecars.load(own / "s00001.index")
-    table[0, 1] ^= 1
-    sidecars.save(own / "s00001.index", head, table)
+    change_an_image(own / "s00001.index")
     with pytest.raises(UserError, match=r"s00001.tar changed after .* pass --latents .*cache/images\."):
         cached(teacher, own, copy)
     reset_accelerate()
@@ -282,9 +287,7 @@ def test_an_image_that_is_missing_and_was_encoded_otherwise_is_not_put_in_its_pl
     copy, own = shutil.copytree(cache, tmp_path / "cache"), shutil.copytree(latents, tmp_path / "latents")
     for name in ("s00001.tar", "s00001.index"):
         (copy / "images" / name).unlink()
-    head, table = sidecars.load(own / "s00001.index")
-    table[0, 1] ^= 1
-    sidecars.save(own / "s00001.index", head, table)
+    change_an_image(own / "s00001.index")
     with pytest.raises(UserError, match=r"latents/s00001.tar changed after .*, or delete images/s00001.tar"):
         cached(teacher, own, copy)
     reset_accelerate()

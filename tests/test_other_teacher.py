@@ -96,6 +96,12 @@ def test_a_cache_is_neither_gone_on_with_nor_recomputed(model, images, tmp_path)
     assert "differ in act_fn" in output
 
 
+def finetuned(model, latents, out, steps):
+    quick = {"train_batch_size": 2, "dataloader_num_workers": 0, "device": "cpu", "report": False}
+    finetune.run(FinetuneSettings(model=str(model), latents=latents, out=out, max_train_steps=steps, **quick))
+    reset_accelerate()
+
+
 @pytest.mark.parametrize(
     ("file", "changes", "field"),
     [
@@ -106,36 +112,18 @@ def test_a_cache_is_neither_gone_on_with_nor_recomputed(model, images, tmp_path)
 )
 def test_a_training_is_not_resumed(model, images, tmp_path, file, changes, field):
     latents = run_encode(model, images, tmp_path / "latents")
-    settings = {
-        "model": str(model),
-        "latents": latents,
-        "out": tmp_path / "out",
-        "train_batch_size": 2,
-        "report": False,
-    }
-    more = {"dataloader_num_workers": 0, "device": "cpu"}
-    finetune.run(FinetuneSettings(**settings, **more, max_train_steps=1))
-    reset_accelerate()
+    finetuned(model, latents, tmp_path / "out", 1)
     change_json(model / file, **changes)
     with pytest.raises(ShardError, match=field):
-        finetune.run(FinetuneSettings(**settings, **more, max_train_steps=2))
+        finetuned(model, latents, tmp_path / "out", 2)
 
 
 def test_a_training_that_an_earlier_version_began_is_resumed(model, images, tmp_path):
     latents = run_encode(model, images, tmp_path / "latents")
-    settings = {
-        "model": str(model),
-        "latents": latents,
-        "out": tmp_path / "out",
-        "train_batch_size": 2,
-        "report": False,
-    }
-    more = {"dataloader_num_workers": 0, "device": "cpu"}
-    finetune.run(FinetuneSettings(**settings, **more, max_train_steps=1))
-    reset_accelerate()
+    finetuned(model, latents, tmp_path / "out", 1)
     spec = json.loads((tmp_path / "out/spec.json").read_text())
     del spec["model_config"], spec["noise_scheduler"]
     (tmp_path / "out/spec.json").write_text(json.dumps(spec))
-    finetune.run(FinetuneSettings(**settings, **more, max_train_steps=2))
+    finetuned(model, latents, tmp_path / "out", 2)
     assert json.loads((tmp_path / "out/finished.json").read_text())["step"] == 2
     assert json.loads((tmp_path / "out/spec.json").read_text()) == spec
