@@ -67,8 +67,9 @@ CASES: dict[str, dict[str, str | int]] = {
     **{f"exact, {tokens} tokens, 8 rounds": exact(8) | {"TOKENS": tokens} for tokens in (64, 16, 4)},
     **{
         f"{db} dB, {tokens} tokens, 8 rounds": dithered(db, tokens)
-        for db, tokens in ((10, 64), (5, 64), (0, 64), (10, 16), (10, 4))
+        for db, tokens in ((20, 64), (10, 64), (5, 64), (0, 64), (10, 16), (10, 4))
     },
+    "5 dB, 64 tokens, 16 rounds": dithered(5, 64, rounds=16),
 }
 """Variables of `make teacher-cache`."""
 

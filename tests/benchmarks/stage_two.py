@@ -30,6 +30,7 @@ import torch
 from machine import in_process, machine
 from online import OnlineBatches, encoded_inputs, stored_inputs
 from sd15_road import random_checkpoint, random_images
+from torch import Tensor
 
 from pipeline.commands import distill, encode, teacher_cache
 from pipeline.demo.scenes import write_folder
@@ -41,7 +42,7 @@ from pipeline.teacher_cache import TeacherCacheSettings
 from pipeline.training import loop
 from pipeline.training.accelerator import make_accelerator
 from pipeline.training.loop import train
-from shards.dataset import Batch
+from shards.dataset import Batch, Feature
 from shards.reader import ShardSet
 from shards.store import open_store
 
@@ -53,9 +54,11 @@ WARM_UP = 2
 
 @dataclass(frozen=True)
 class Run:
-    """Seconds of a step, and peak memory in GB: of the process, and of the device (None on a CPU)."""
+    """Seconds of a step, of them those that decode the taps, and peak memory in GB: of the process, and of the device
+    (None on a CPU)."""
 
     seconds: float
+    decoding: float
     process: float
     device: float | None
 
@@ -150,12 +153,21 @@ def run(row: str, case: Case) -> Run:
     """A few steps of training; timed are those after the first ones, each from asking for its batch."""
     shutil.rmtree(case.work / "student", ignore_errors=True)
     device = torch.device("cpu") if use_cpu(case.device) else torch.device("cuda")
-    source, times = source_of(row, case, device), []
+    source, times, decoding = source_of(row, case, device), [], []
 
-    def tick() -> None:
+    def now() -> float:
         if device.type == "cuda":
             torch.cuda.synchronize()
-        times.append(time.perf_counter())
+        return time.perf_counter()
+
+    def tick() -> None:
+        times.append(now())
+
+    def timed_decode(feature: Feature, calibration: tuple[Tensor, Tensor] | None) -> Tensor:
+        started = now()
+        values = decode(feature, calibration)
+        decoding.append((started, now() - started))
+        return values
 
     def timed(*arguments) -> Iterator[Batch]:
         tick()
@@ -163,9 +175,9 @@ def run(row: str, case: Case) -> Run:
             yield batch
             tick()
 
-    settings = case.settings()
+    settings, decode = case.settings(), Feature.decode
     # A checkpoint is left at the last step, of any row alike: it is not what is measured.
-    with mock.patch.object(loop, "save_state"):
+    with mock.patch.object(loop, "save_state"), mock.patch.object(Feature, "decode", timed_decode):
         accelerator, dataset = make_accelerator(settings), distill.open_cache(settings)
         settings.out.mkdir(parents=True)
         training = distill.prepare(settings, dataset, accelerator)
@@ -173,7 +185,8 @@ def run(row: str, case: Case) -> Run:
         tick()
     peak = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1e6
     on_device = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None
-    return Run((times[-1] - times[WARM_UP]) / case.steps, peak, on_device)
+    decoded = sum(seconds for started, seconds in decoding if started >= times[WARM_UP])
+    return Run((times[-1] - times[WARM_UP]) / case.steps, decoded / case.steps, peak, on_device)
 
 
 def table(runs: dict[str, list[Run]], batch_size: int) -> str:
@@ -190,7 +203,9 @@ def table(runs: dict[str, list[Run]], batch_size: int) -> str:
             f"| {statistics.median(ratios):.2f} | {max(run.process for run in each):.2f} | {device} |"
         )
     bound = [memory.seconds / cache.seconds for memory, cache in zip(runs["in memory"], runs["cache"], strict=True)]
-    return "\n".join([*lines, "", f"From the cache at {statistics.median(bound):.3f} of the speed in memory."])
+    share = statistics.median(run.decoding / run.seconds for run in runs["cache"])
+    speed = f"From the cache at {statistics.median(bound):.3f} of the speed in memory."
+    return "\n".join([*lines, "", f"{speed} There, decoding the taps takes {100 * share:.2f} % of a step."])
 
 
 @click.command()
