@@ -12,7 +12,7 @@ TEACHER  ?= demo
 LEVEL    ?= sd_small
 STUDENTS ?= $(LEVEL)
 CODEC    ?= dither
-SNR_DB   ?= 10
+SNR_DB   ?= 5
 TOKENS   ?= 64
 SEED     ?= 0
 # Guidance also uses the prediction for the empty prompt, so the student has to learn it as well.

@@ -328,7 +328,7 @@ def test_features_that_do_not_fit_fp16_name_the_codecs_that_take_them(teacher, l
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        ({"snr_db": 15.0}, "codec.snr_db: 10.0 -> 15.0"),
+        ({"snr_db": 15.0}, "codec.snr_db: 5.0 -> 15.0"),
         ({"seed": 5}, "seed: 0 -> 5"),
         ({"tokens": 0}, "taps.down_blocks.0.stride: 2 -> 1"),
         ({"students": ("bk_tiny",)}, "taps.down_blocks.2.attentions.1.proj_out"),

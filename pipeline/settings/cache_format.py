@@ -20,7 +20,7 @@ class CacheFormat(Settings):
 
     students: tuple[str, ...] = option(("sd_small",), "Student levels the cache must serve.", choices=tuple(LEVELS))
     codec: str = option("dither", "How features are stored; fp16 and fp32 are exact.", choices=CODECS)
-    snr_db: float = option(10.0, "Signal-to-noise ratio of the dither codec, in decibels.", ge=-10.0, le=MAX_SNR_DB)
+    snr_db: float = option(5.0, "Signal-to-noise ratio of the dither codec, in decibels.", ge=-10.0, le=MAX_SNR_DB)
     tokens: int = option(64, "Positions to keep of each tap, at least; 0 keeps all of every tap.", ge=0)
 
     def __post_init__(self) -> None:

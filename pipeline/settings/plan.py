@@ -21,7 +21,7 @@ UNITS = {"B": 1} | {
     for ending, base in (("B", 1000), ("IB", 1024))
 }
 # (decibels, tokens), from the most exact on. The next one is tried if the requested rounds do not fit.
-LADDER = ((10.0, 64), (5.0, 64), (5.0, 16), (0.0, 16))
+LADDER = ((5.0, 64), (5.0, 16), (0.0, 16))
 
 
 def bytes_of(size: str) -> int:

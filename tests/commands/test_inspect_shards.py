@@ -43,7 +43,7 @@ def test_a_cache_is_shown_and_left_alone(cache):
     for line in (
         "stage: cache",
         "prediction_type: epsilon",
-        'codec: {"name": "dither", "snr_db": 10.0}',
+        'codec: {"name": "dither", "snr_db": 5.0}',
         "resolution: 32",
         "tap up_blocks.3: [8, 16, 16], stride 4",
         "rounds: 2",

@@ -95,7 +95,7 @@ def test_an_array_takes_the_planned_bytes():
 def test_a_budget_goes_into_rounds_of_the_most_exact_entries_that_fit():
     one = cost_of(settings(), SD15).total(1000, 1)
     chosen, why = fit(settings(budget=f"{6 * one / 1e9:.3f}GB"), SD15)
-    assert re.fullmatch(r"4 rounds take \S+ [MG]B at 10 dB and 64 tokens; what is left goes into further rounds", why)
+    assert re.fullmatch(r"4 rounds take \S+ [MG]B at 5 dB and 64 tokens; what is left goes into further rounds", why)
     assert (chosen.snr_db, chosen.tokens) == LADDER[0]
     assert chosen.rounds >= 6
     assert cost_of(chosen, SD15).total(1000, chosen.rounds) <= 6 * one
@@ -105,7 +105,7 @@ def test_a_budget_goes_into_rounds_of_the_most_exact_entries_that_fit():
 def test_a_small_budget_takes_less_exact_entries_before_fewer_rounds():
     one = cost_of(settings(), SD15).total(1000, 1)
     chosen, why = fit(settings(budget=f"{2 * one / 1e9:.3f}GB", rounds=4), SD15)
-    assert " at 10 dB and 64 tokens; " in why
+    assert " at 5 dB and 64 tokens; " in why
     assert (chosen.snr_db, chosen.tokens) != LADDER[0]
     assert chosen.rounds >= 4
 
@@ -138,7 +138,7 @@ def test_the_command_needs_no_weights(teacher, tmp_path):
         main, ["plan", "--teacher", str(bare), "--images", "100", "--resolution", "32", "--budget", "50MB"]
     )
     assert result.exit_code == 0, result.output
-    assert re.search(r"options that fill 50MB: teacher-cache --rounds \d+ --snr-db 10 --tokens 64\n", result.output)
+    assert re.search(r"options that fill 50MB: teacher-cache --rounds \d+ --snr-db 5 --tokens 64\n", result.output)
     assert "\nwhy: 4 rounds take " in result.output
 
 
