@@ -253,7 +253,7 @@ def _head(path: str, data: bytes, shard: str, manifest: Manifest) -> Head:
         _count(content["count"]),
         _count(content["bytes"]),
         str(content["sha256"]),
-        list(content["skipped"]),
+        _skipped(content["skipped"]),
         [str(name) for name in content["members"]],
         images,
         _count(content["table_crc32"]),
@@ -288,11 +288,20 @@ def _parsed_json(path: str, data: bytes, shard: str, manifest: Manifest) -> Side
     table[:, 0] = [image_of(key) for key in keys]
     table[:, NUMBERS:] = places.reshape(len(keys), -1)
     ends = (image_of(keys[0]), image_of(keys[-1])) if keys else None
-    head = Head(shard, len(keys), _count(content["bytes"]), content["sha256"], list(content["skipped"]), members, ends)
+    head = Head(
+        shard, len(keys), _count(content["bytes"]), content["sha256"], _skipped(content["skipped"]), members, ends
+    )
     sidecar = Sidecar(head, table)
     if not manifest.is_cache:
         table[:, 1] = sidecar.crc32_of_tensors()
     return sidecar
+
+
+def _skipped(items: Any) -> list[dict[str, str]]:
+    for item in items:
+        if not isinstance(item, dict) or not all(isinstance(item.get(name), str) for name in ("source_id", "reason")):
+            raise ValueError(f"it states the skipped image {item!r:.80}, not its source_id and the reason")
+    return list(items)
 
 
 def _check_spec(path: str, content: dict[str, Any], shard: str, manifest: Manifest) -> None:

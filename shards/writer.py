@@ -71,7 +71,8 @@ def write_shard(
 ) -> None:
     """Write `entries` as the tar `shard`, then its sidecar. Neither file appears before it is complete.
 
-    With what an interrupted run `kept`, `entries` are those that follow. On KeyboardInterrupt, what is written is kept.
+    With what an interrupted run `kept`, `entries` are those that follow. If it ends early, by Ctrl-C or by an error,
+    what is written is kept.
 
     The tar is hashed as it is written. The sidecar follows and is the only mark of a finished shard. `skipped` is read
     after the last entry, so a producer may append to it while it yields entries. Members have mtime 0, so equal
@@ -87,7 +88,7 @@ def write_shard(
             try:
                 for entry in entries:
                     rows.append(_write_entry(tar, entry))
-            except KeyboardInterrupt:
+            except BaseException:
                 # Where it cannot be kept, as on a full disk, it is written again by the next run.
                 with suppress(OSError):
                     keep(store, Kept(shard, tuple(rows), tuple(skipped)), manifest, stream)

@@ -53,10 +53,29 @@ def change_an_image(sidecar):
     sidecars.save(sidecar, head, table)
 
 
-def test_they_are_links_to_what_encode_wrote(latents, cache):
+def test_they_are_what_encode_wrote_and_the_tars_are_links(latents, cache):
     assert images_in(cache / "images") == images_in(latents)
     for path in (cache / "images").iterdir():
-        assert os.path.samefile(path, latents / path.name)
+        assert os.path.samefile(path, latents / path.name) == (path.suffix == ".tar")
+
+
+def test_latents_that_are_overwritten_in_place_are_noticed(teacher, latents, tmp_path):
+    """As `cp` and some ways to restore a backup do: the link shows the new content too."""
+    own = shutil.copytree(latents, tmp_path / "latents")
+    out = cached(teacher, own, tmp_path / "cache")
+    others = run_encode(teacher, write_images(tmp_path / "data", 7, seed=1), tmp_path / "others", entries_per_shard=3)
+    for name in ("s00001.tar", "s00001.index"):
+        (own / name).write_bytes((others / name).read_bytes())
+    for rounds in (2, 3):
+        with pytest.raises(
+            UserError, match=r"s00001.tar changed after .* in place, and the cache's own images with it"
+        ):
+            cached(teacher, own, out, rounds=rounds)
+        reset_accelerate()
+    for name in ("s00001.tar", "s00001.index"):
+        (own / name).write_bytes((latents / name).read_bytes())
+    cached(teacher, own, out, rounds=3)
+    assert verify(out, "--full")[0] == 0
 
 
 def test_on_another_disk_they_are_copies(teacher, latents, cache, tmp_path, monkeypatch):
@@ -133,6 +152,12 @@ def test_an_image_that_is_damaged_in_the_latents_too_fills_no_gap(teacher, laten
     for name in ("s00001.tar", "s00001.index"):
         (out / "images" / name).unlink()
     with pytest.raises(UserError, match=r"s00001.tar is damaged, so it cannot be put into .*Run `distill-sd verify"):
+        cached(teacher, own, out)
+    reset_accelerate()
+    # No other shard is left either.
+    for path in (out / "images").glob("s0*"):
+        path.unlink()
+    with pytest.raises(UserError, match=r"s00001.tar is damaged, so it cannot be put into"):
         cached(teacher, own, out)
     reset_accelerate()
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM in the middle of a shard: the batches that are done are kept, and the bytes end up the same."""
+"""A shard that a signal or an error interrupts: the batches that are done are kept, and the bytes end up the same."""
 
 import itertools
 import json
@@ -47,6 +47,14 @@ def terminated():
     os.kill(os.getpid(), signal.SIGTERM)
 
 
+def hung_up():
+    os.kill(os.getpid(), signal.SIGHUP)
+
+
+def out_of_memory():
+    raise MemoryError
+
+
 def run_until(monkeypatch, stage, run, out, batch, stop):
     """Run a stage until the call for a batch; returns the number of calls."""
     module, function, _ = BATCHES[stage]
@@ -62,7 +70,7 @@ def run_until(monkeypatch, stage, run, out, batch, stop):
         if batch is None:
             run(out)
         else:
-            with pytest.raises(KeyboardInterrupt):
+            with pytest.raises((KeyboardInterrupt, MemoryError)):
                 run(out)
             reset_accelerate()
     return next(calls)
@@ -76,7 +84,7 @@ def hidden(out):
     return sorted(path.name for path in out.glob(".*"))
 
 
-@pytest.mark.parametrize("stop", [raising, terminated])
+@pytest.mark.parametrize("stop", [raising, terminated, hung_up, out_of_memory])
 @pytest.mark.parametrize(("stage", "shard"), [("encode", "s00000"), ("teacher-cache", "r0000-s00000")])
 def test_the_batches_that_are_done_are_kept(stage, shard, stop, teacher, work, tmp_path, monkeypatch):
     """11 entries, so four batches: the third is interrupted, then the second that is left."""
@@ -149,3 +157,29 @@ def test_another_batch_size_goes_on_from_there(teacher, work, tmp_path, monkeypa
     assert heads[0]["skipped"] == heads[1]["skipped"]
     assert hidden(out) == []
     assert set(tree(out)) == set(tree(work / "latents"))
+
+
+def test_what_was_kept_of_an_image_that_changed_is_made_again(teacher, tmp_path, monkeypatch):
+    """The second image is replaced, the fourth gets its caption, and the sixth can be decoded now."""
+    place = tmp_path / "work"
+    metadata = write_images(place / "images", 13) / "metadata.jsonl"
+    captions, broken = metadata.read_text(), (place / "images" / "005.png")
+    intact = broken.read_bytes()
+    broken.write_bytes(b"no image")
+    other = (place / "images" / "007.png").read_bytes()
+    for name, change in {
+        "replaced": lambda: (place / "images" / "001.png").write_bytes(other + b"\0"),
+        "caption": lambda: metadata.write_text(captions),
+        "decoded": lambda: broken.write_bytes(intact),
+    }.items():
+        metadata.write_text(captions.replace('"picture 3"', '""') if name == "caption" else captions)
+        out = tmp_path / name
+        run_until(monkeypatch, "encode", stages(teacher, place)["encode"], out, 3, raising)
+        change()
+        stages(teacher, place)["encode"](out)
+        fresh = tmp_path / f"{name}-fresh"
+        stages(teacher, place)["encode"](fresh)
+        if name != "caption":
+            assert shard_files(out) == shard_files(fresh)
+        skipped = json.loads((out / "s00000.index").read_bytes().splitlines()[0])["skipped"]
+        assert [item["source_id"] for item in skipped] == ([] if name == "decoded" else ["005.png"])

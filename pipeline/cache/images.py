@@ -1,7 +1,9 @@
 """The images of a cache: what `encode` wrote, linked or copied into its images/, so that the cache needs nothing else.
 
-A link takes no room, and stays when the latents are deleted or written again. Where no links can be made, as from one
-disk to another, the files are copied. Once targets were made from a shard of images, the cache keeps that shard.
+The tars are linked. A link takes no room, and stays when the latents are deleted or written again. Where no links can
+be made, as from one disk to another, tars are copied. The small files are always copied: a tar that is overwritten in
+place changes under both names, and then it no longer fits the cache's sidecar. Once targets were made from a shard of
+images, the cache keeps that shard.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ def add_images(latents: ShardSet, out: Path, manifest: Manifest, *, alone: bool)
     images.mkdir(exist_ok=True)
     heads = shards_to_take(out, manifest, latents)
     # What fills a gap is checked: both names may be links to the same bad file.
-    fills_gaps = any(images.glob("s*.tar"))
+    fills_gaps = (images / MANIFEST).is_file() or any(images.glob("s*.tar"))
     with tqdm(total=len(heads), unit="shard", desc="images", delay=2) as progress:
         for head in heads:
             sidecar = images / latents.manifest.sidecar_name(head.shard)
@@ -51,16 +53,16 @@ def add_images(latents: ShardSet, out: Path, manifest: Manifest, *, alone: bool)
                 )
             # Without its sidecar, a shard that is replaced counts as missing.
             sidecar.unlink(missing_ok=True)
-            for path in (images / head.shard, sidecar):
-                add_file(source / path.name, path)
+            link_file(source / head.shard, images / head.shard)
+            copy_file(source / sidecar.name, sidecar)
             progress.update()
     for name in conditioning_shapes(latents.manifest.spec):
         file = empty_prompt_file(name)
         if file in latents.manifest.files and not is_intact(images / file, latents.manifest.files[file]):
             read_file(latents.store, latents.manifest, file)
-            add_file(source / file, images / file)
+            copy_file(source / file, images / file)
     if not (images / MANIFEST).is_file():
-        add_file(source / MANIFEST, images / MANIFEST)
+        copy_file(source / MANIFEST, images / MANIFEST)
     fsync_directory(images)
     return open_images(open_store(out), manifest)
 
@@ -69,15 +71,20 @@ def is_intact(path: Path, sha256: str) -> bool:
     return path.is_file() and file_sha256(path) == sha256
 
 
-def add_file(source: Path, target: Path) -> None:
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file to `target`, which appears complete or not at all. What has that name is replaced."""
+    with open(source, "rb") as content, atomic_file(target) as stream:
+        shutil.copyfileobj(content, stream, 1 << 20)
+
+
+def link_file(source: Path, target: Path) -> None:
     """Link `target` to a file, or copy it where that cannot be done. What has that name is replaced."""
     real, temporary = os.path.realpath(source), partial_name(target)
     try:
         os.link(real, temporary)
         os.replace(temporary, target)
     except OSError:
-        with open(real, "rb") as content, atomic_file(target) as stream:
-            shutil.copyfileobj(content, stream, 1 << 20)
+        copy_file(Path(real), target)
     finally:
         # To replace a link by another one of the same file does nothing.
         temporary.unlink(missing_ok=True)
@@ -167,9 +174,15 @@ def replaced_message(
     images = [f"{IMAGES}/{head.shard}" for head, _ in replaced]
     made = list(dict.fromkeys(shard.name for _, shards in replaced for shard in shards))
     more = f" and {plural(len(replaced) - 1, 'more shard')}" if len(replaced) > 1 else ""
+    pairs = [(out / name, Path(str(latents.store)) / Path(name).name) for name in images]
+    shared = any(own.exists() and own.samefile(theirs) for own, theirs in pairs)
+    own = (
+        "It was overwritten in place, and the cache's own images with it: restore it, or"
+        if shared
+        else f"To go on with the cache's own images, pass --latents {out / IMAGES}. For the new ones,"
+    )
     what = (
-        f"{latents.store}/{replaced[0][0].shard}{more} changed after {out} was made from it. To go on with the cache's "
-        f"own images, pass --latents {out / IMAGES}. For the new ones, choose another --out"
+        f"{latents.store}/{replaced[0][0].shard}{more} changed after {out} was made from it. {own} choose another --out"
     )
     if len(images) > SHOWN:
         return f"{what}."

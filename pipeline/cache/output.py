@@ -15,8 +15,9 @@ from pipeline.system.options import range_of
 from shards.files import remove_leftovers
 from shards.manifest import Manifest, read_manifest, refuse_other_spec, write_manifest
 from shards.plan import PlannedShard, share
+from shards.reader import placed_head
 from shards.schema import IMAGES, MANIFEST
-from shards.sidecar import Head, read_head
+from shards.sidecar import Head
 from shards.store import Store, open_store
 
 
@@ -102,4 +103,4 @@ def finished_heads(out: Path, manifest: Manifest) -> list[Head] | None:
         done = len(plan) - len(left)
         say(f"{out} holds {done} of {plural(len(plan), 'shard')} so far; the next one to write is {left[0].name}")
         return None
-    return [read_head(store, shard.name, manifest) for shard in plan]
+    return [placed_head(store, shard, manifest) for shard in plan]

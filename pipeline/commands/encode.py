@@ -20,7 +20,7 @@ from pipeline.cache import sizes
 from pipeline.cache.latents import encoders_spec
 from pipeline.cache.output import claim, existing_manifest, finished_heads, share_unfinished
 from pipeline.core import draws
-from pipeline.data.inputs import remember, settled_spec
+from pipeline.data.inputs import count_unchanged, remember, settled_spec
 from pipeline.data.loading import Framing, LoadedImage, load_images, without_skipped
 from pipeline.data.preview import preview
 from pipeline.data.records import Record, inputs_sha256
@@ -39,7 +39,7 @@ from pipeline.system.lock import OutputLock
 from pipeline.system.options import range_of
 from pipeline.system.output import check_output, made_by
 from pipeline.system.settings import write_settings
-from pipeline.system.signals import sigterm_interrupts
+from pipeline.system.signals import signals_interrupt
 from pipeline.system.threads import in_background
 from shards.codec import encode_npy
 from shards.files import atomic_file
@@ -66,7 +66,7 @@ SKIPPED = "skipped.jsonl"
 def run(settings: EncodeSettings) -> None:
     """Encode images and captions into latents and prompt embeddings, in shards."""
     check_out(settings)
-    with OutputLock(settings.out) as lock, sigterm_interrupts():
+    with OutputLock(settings.out) as lock, signals_interrupt():
         write_latents(settings, lock)
 
 
@@ -121,8 +121,8 @@ def write_latents(settings: EncodeSettings, lock: OutputLock) -> None:
     with bar as progress, compile_failures(settings.compile):
         for shard in own:
             records = shard_records(source, shard)
+            kept = kept_batches(settings, shard, manifest, [record for _, record in records])
             remember(open_store(settings.out), manifest, shard, [record for _, record in records])
-            kept = kept_batches(settings, shard, manifest)
             left, skipped = after_kept(records, kept)
             progress.update(len(records) - len(left))
             entries = shard_entries(source, settings, left, len(records), base, family, skipped, progress.update)
@@ -177,10 +177,18 @@ def shard_records(source: OpenSource, shard: PlannedShard) -> list[tuple[int, Re
     return [(index, source.records[index]) for index in shard.indices]
 
 
-def kept_batches(settings: EncodeSettings, shard: PlannedShard, manifest: Manifest) -> Kept | None:
-    """The complete batches that an interrupted run kept of a shard; None if there are none."""
-    kept = read_kept(open_store(settings.out), shard.name, manifest)
-    return kept and kept.first(len(kept.rows) // settings.batch_size * settings.batch_size)
+def kept_batches(
+    settings: EncodeSettings, shard: PlannedShard, manifest: Manifest, records: list[Record]
+) -> Kept | None:
+    """The complete batches that an interrupted run kept of a shard, up to the first image that has changed since; None
+    if there are none."""
+    store = open_store(settings.out)
+    kept = read_kept(store, shard.name, manifest)
+    if kept is None:
+        return None
+    end = shard.indices.start + count_unchanged(store, shard, records, kept.skipped)
+    count = sum(image_of(row.key) < end for row in kept.rows)
+    return kept.first(count // settings.batch_size * settings.batch_size)
 
 
 def after_kept(
@@ -301,7 +309,11 @@ def report(out: Path, manifest: Manifest, prefix: str) -> None:
         stream.writelines(json.dumps(item, ensure_ascii=False).encode() + b"\n" for item in skipped)
     if not encoded:
         raise UserError(f"none of the images could be read. See {out / SKIPPED} for the reasons.")
-    listed = f", {len(skipped)} skipped (see {out / SKIPPED} for the reasons)" if skipped else ""
+    listed = (
+        f", {len(skipped)} skipped (see {out / SKIPPED} for the reasons; --retry-skipped tries them again)"
+        if skipped
+        else ""
+    )
     size = sum(head.bytes for head in heads)
     held = f"{plural(encoded, 'image')} in {plural(len(heads), 'shard')}"
     say(f"{prefix}{out} holds {held}, {format_bytes(size)}{listed}")

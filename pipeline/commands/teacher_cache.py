@@ -48,9 +48,9 @@ from pipeline.system.lock import OutputLock
 from pipeline.system.options import range_of
 from pipeline.system.output import check_output, made_by
 from pipeline.system.settings import write_settings
-from pipeline.system.signals import sigterm_interrupts
+from pipeline.system.signals import signals_interrupt
 from pipeline.system.threads import in_background, ordered_map
-from shards.cache import empty_prompt, same_image
+from shards.cache import empty_prompt, same_image, stored_calibrations
 from shards.files import atomic_directory
 from shards.kept import Kept, read_kept
 from shards.manifest import Manifest, known_to, refuse_other_spec
@@ -68,7 +68,7 @@ SMALLER = "use fewer --rounds, a lower --snr-db or fewer --tokens"
 def run(settings: TeacherCacheSettings) -> None:
     """Run the teacher on latents, in rounds, and store its predictions and features."""
     check_out(settings)
-    with OutputLock(settings.out) as lock, sigterm_interrupts():
+    with OutputLock(settings.out) as lock, signals_interrupt():
         write_cache(settings, lock)
 
 
@@ -93,6 +93,8 @@ def write_cache(settings: TeacherCacheSettings, lock: OutputLock) -> None:
     spec = cache_spec(settings, latents, unet, noise_scheduler, state.device)
     if found := existing_cache(settings.out):
         refuse_other_spec(settings.out, found.spec, spec)
+        # Before rounds are added: damaged ones would stop their making.
+        stored_calibrations(open_store(settings.out), found)
     require_space(settings.out, bytes_left(settings, latents, spec, base, unet), SMALLER)
     with state.main_process_first(), lock.claim() as alone:
         manifest = claim(settings.out, "cache", spec, alone=alone, rounds=settings.rounds)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -49,6 +49,23 @@ def remember(store: Store, manifest: Manifest, shard: PlannedShard, records: lis
     with store.write(_file_name(shard)) as stream:
         content = {"sizes": [record.size for record in records], "without_caption": sorted(without)}
         stream.write(json.dumps(content).encode())
+
+
+def count_unchanged(store: Store, shard: PlannedShard, records: list[Record], skipped: Iterable[dict[str, str]]) -> int:
+    """How many of a shard's records, from the first one on, are as they were when they were remembered.
+
+    One that was `skipped` then is not, if its image or caption may have been fixed. Call this before `remember`.
+    """
+    remembered = _remembered(store, shard)
+    if remembered is None:
+        return 0
+    reasons = {item["source_id"]: item["reason"] for item in skipped}
+    for place, (record, size) in enumerate(zip(records, remembered.sizes, strict=True)):
+        reason = reasons.get(record.source_id)
+        may_be_fixed = reason is not None and (size is None or WITHOUT_CAPTION.match(reason))
+        if record.size != size or (may_be_fixed and record.problem is None):
+            return place
+    return len(records)
 
 
 def settled_spec(store: Store, manifest: Manifest, spec: dict[str, Any], records: list[Record]) -> dict[str, Any]:

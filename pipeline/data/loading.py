@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import functools
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +19,22 @@ from pipeline.data.source import OpenSource
 from pipeline.system.echo import printable
 from pipeline.system.errors import UserError
 from pipeline.system.threads import ordered_map
+
+# What the system says of a file that is not there or not to be read. Anything else may pass: it says nothing of the
+# image. An error without a number comes from the decoder.
+OF_THE_IMAGE = {
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.EINVAL,
+    errno.EFBIG,
+    errno.EACCES,
+    errno.EPERM,
+}
+# Seconds before another try.
+PAUSES = (0.1, 1.0)
 
 
 @dataclass(frozen=True)
@@ -54,7 +72,7 @@ def load_image(source: OpenSource, framing: Framing, indexed: tuple[int, Record]
         return LoadedImage(index, record, problem=record.problem)
     draw = draws.generator(framing.seed, record.source_id, 0, "crop")
     try:
-        image = open_image(source.read(record))
+        image = open_image(read_patiently(source, record))
         if min(image.size) < framing.min_size:
             return LoadedImage(index, record, problem=f"too small: {image.width} x {image.height} pixels")
         with memory_of(image):
@@ -66,10 +84,27 @@ def load_image(source: OpenSource, framing: Framing, indexed: tuple[int, Record]
                 draw=draw,
             )
     except OSError as error:
+        if error.errno is not None and error.errno not in OF_THE_IMAGE:
+            raise UserError(
+                f"{printable(record.source_id)} cannot be read: {reason_of(error)}. Nothing is skipped for that. Rerun "
+                "the same command to go on; if it fails at this image again, remove it from the input."
+            ) from None
         return LoadedImage(index, record, problem=reason_of(error))
     except ValueError as error:
         return LoadedImage(index, record, problem=str(error))
     return LoadedImage(index, record, pixels, crop)
+
+
+def read_patiently(source: OpenSource, record: Record) -> bytes:
+    """The encoded image. A failure of the disk or the network is tried again, twice."""
+    for pause in PAUSES:
+        try:
+            return source.read(record)
+        except OSError as error:
+            if error.errno is None or error.errno in OF_THE_IMAGE:
+                raise
+            time.sleep(pause)
+    return source.read(record)
 
 
 def without_skipped(

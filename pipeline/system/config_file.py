@@ -74,6 +74,7 @@ def section_of(file: Path, settings: type[Settings]) -> dict[str, Any]:
         content = content[command]
     hints = typing.get_type_hints(settings)
     known = [setting.name for setting in fields(settings)]
+    repeated = {setting.name for setting in fields(settings) if setting.metadata.get("repeated")}
     found = {}
     for key, value in content.items():
         name = str(key).replace("-", "_")
@@ -86,7 +87,7 @@ def section_of(file: Path, settings: type[Settings]) -> dict[str, Any]:
             expected = mismatch(value, kind_of(hints[name]))
             if expected:
                 raise click.UsageError(f"--config {file}: {key} is {SHORT.repr(value)}; write {expected}.")
-            found[name] = value
+            found[name] = [value] if name in repeated and isinstance(value, str) else value
     return found
 
 

@@ -26,6 +26,8 @@ SHARDED = {
 }
 # What torchrun and `accelerate launch` set.
 LAUNCH = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+# What mpirun and srun set, and accelerate reads in place of WORLD_SIZE.
+MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -66,6 +68,7 @@ def check_launch(device: str) -> None:
     is_set("ACCELERATE_USE_CPU")
     refuse_sharding()
     refuse_incomplete_launch()
+    refuse_mpi_launch()
     if device.startswith("cuda:"):
         take_gpu(device)
     wanted = os.environ.get("ACCELERATE_TORCH_DEVICE")
@@ -123,6 +126,20 @@ def refuse_incomplete_launch() -> None:
         raise UserError(f"RANK is {rank}, but WORLD_SIZE is {size}. {remedy}")
     if size > 1 and "TORCHELASTIC_RUN_ID" not in os.environ and not torch.distributed.is_initialized():
         say(f"waiting for the other processes: WORLD_SIZE is {size}, and this is number {rank}. {remedy}", err=True)
+
+
+def refuse_mpi_launch() -> None:
+    """Raise UserError if mpirun or srun started several processes without saying where they meet."""
+    if "WORLD_SIZE" in os.environ:
+        return
+    for name in MPI_SIZES:
+        size = os.environ.get(name, "1")
+        if size.isdecimal() and int(size) <= 1:
+            continue
+        raise UserError(
+            f"{name} is {size!r}, as mpirun and srun set it, but the processes do not know where to meet. Start them "
+            f"with torchrun or `accelerate launch`. For jobs that each do a --shard-range, unset {name}."
+        )
 
 
 def refuse_other_device(asked: str, device: torch.device) -> None:

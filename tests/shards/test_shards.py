@@ -217,6 +217,14 @@ def test_a_shard_with_many_skipped_images_has_a_long_head(tmp_path):
     assert read_row(open_store(tmp_path), head, 0, manifest).key == "000000200"
 
 
+@pytest.mark.parametrize("item", [1, "x", {}, {"source_id": "a.png"}, {"source_id": 1, "reason": "gone"}])
+def test_a_skipped_image_without_its_name_or_reason_is_damage(tmp_path, item):
+    manifest = Manifest(SPEC | {"entries": 2, "entries_per_shard": 2})
+    write_shard(open_store(tmp_path), "s00000.tar", manifest, [make_entry(0)], [item])
+    with pytest.raises(ShardError, match=r"s00000.index is damaged: .*it states the skipped image"):
+        read_head(open_store(tmp_path), "s00000.tar", manifest)
+
+
 def test_a_set_of_format_1_goes_on_in_its_format(tmp_path):
     """Its sidecars are JSON, and a reader sees the same."""
     manifest = Manifest(SPEC, version=1)

@@ -13,10 +13,12 @@ from support.fake_command import command_doing
 from pipeline.cli import main
 from pipeline.distill import DistillSettings
 from pipeline.encode import EncodeSettings
+from pipeline.settings.sample import SampleSettings
 from pipeline.system.config_file import PRESETS
 from pipeline.teacher_cache import TeacherCacheSettings
 
 STAGES = {"encode": EncodeSettings, "teacher-cache": TeacherCacheSettings, "distill": DistillSettings}
+COMMANDS = {**STAGES, "sample": SampleSettings}
 GIVEN = {
     "encode": EncodeSettings(teacher="demo", data="d", out="o", center_crop=True, seed=3, dtype="bf16"),
     "teacher-cache": TeacherCacheSettings(teacher="demo", latents="l", out="o", students=("sd_tiny", "bk_base")),
@@ -27,7 +29,7 @@ GIVEN = {
 def run(stage, *arguments):
     """(exit status, output, the settings that arrive)."""
     arrived = []
-    command = command_doing(arrived.append, lambda settings: [f"a plan of {settings.out}"], STAGES[stage])
+    command = command_doing(arrived.append, lambda settings: [f"a plan of {settings.out}"], COMMANDS[stage])
     result = CliRunner().invoke(command, [str(argument) for argument in arguments])
     return result.exit_code, result.output, arrived[0] if arrived else None
 
@@ -97,6 +99,13 @@ def test_a_mistake_in_the_file_is_named(tmp_path, text, message):
     status, output, _ = run("distill", "--config", tmp_path / "run.yaml")
     assert status == 2
     assert message in " ".join(output.split())
+
+
+@pytest.mark.parametrize("text", ["prompts: a red bicycle", "prompts: [a red bicycle]"])
+def test_one_text_is_a_list_of_one(tmp_path, text):
+    (tmp_path / "run.yaml").write_text(f"{text}\nmodel: demo\nout: {tmp_path / 'images'}\n")
+    _, output, arrived = run("sample", "--config", tmp_path / "run.yaml")
+    assert arrived.prompts == ("a red bicycle",), output
 
 
 def test_a_value_that_unfolds_to_millions_is_shown_in_short(tmp_path):

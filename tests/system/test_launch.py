@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from pipeline.system.device import LAUNCH, check_launch
+from pipeline.system.device import LAUNCH, MPI_SIZES, check_launch
 from pipeline.system.errors import UserError
 from pipeline.system.options import DeviceOptions
 
@@ -13,7 +13,7 @@ WHOLE = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "127.
 
 @pytest.fixture
 def environment(monkeypatch):
-    for name in (*LAUNCH, "TORCHELASTIC_RUN_ID"):
+    for name in (*LAUNCH, *MPI_SIZES, "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
     return lambda **variables: [monkeypatch.setenv(name, value) for name, value in variables.items()]
 
@@ -26,6 +26,8 @@ def environment(monkeypatch):
         ({"WORLD_SIZE": "2", "RANK": "0"}, "LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not"),
         ({"WORLD_SIZE": "abc"}, "WORLD_SIZE is 'abc', which is not a number"),
         (WHOLE | {"RANK": "2"}, "RANK is 2, but WORLD_SIZE is 2"),
+        ({"PMI_SIZE": "2"}, "PMI_SIZE is '2', as mpirun and srun set it.* unset PMI_SIZE"),
+        ({"OMPI_COMM_WORLD_SIZE": "many"}, "OMPI_COMM_WORLD_SIZE is 'many'"),
         ({"ACCELERATE_USE_CPU": "maybe"}, "ACCELERATE_USE_CPU is 'maybe'; it must be true or false"),
         ({"ACCELERATE_USE_FSDP": "perhaps"}, "ACCELERATE_USE_FSDP is 'perhaps'"),
         ({"ACCELERATE_TORCH_DEVICE": "gpu"}, "ACCELERATE_TORCH_DEVICE is 'gpu'"),
@@ -38,7 +40,7 @@ def test_a_launch_that_is_not_one_is_refused(environment, variables, message):
 
 
 @pytest.mark.parametrize(
-    "variables", [{}, {"WORLD_SIZE": "1", "RANK": "0"}, {"MASTER_ADDR": "node", "MASTER_PORT": "1"}]
+    "variables", [{}, {"PMI_SIZE": "1"}, {"WORLD_SIZE": "1", "RANK": "0"}, {"MASTER_ADDR": "node", "MASTER_PORT": "1"}]
 )
 def test_what_does_no_harm_is_accepted(environment, variables, capsys):
     """Schedulers set some of it for single processes too."""
