@@ -9,6 +9,7 @@ from diffusers import DiffusionPipeline
 
 from pipeline.models.families.family import Family, Frame, Shapes, denoise, placed, random_conditioning
 from pipeline.models.families.sd import SD
+from pipeline.models.families.sdxl import SDXL
 
 __all__ = [
     "FAMILIES",
@@ -24,7 +25,7 @@ __all__ = [
     "random_conditioning",
 ]
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (SD,)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (SD, SDXL)}
 
 
 def family_of_index(index: Mapping[str, Any]) -> Family | None:
