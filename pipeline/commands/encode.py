@@ -107,10 +107,11 @@ def write_latents(settings: EncodeSettings, lock: OutputLock) -> None:
             report(settings.out, manifest, "already finished, nothing to do: ")
         return
 
-    base.to(state.device, DTYPES[settings.dtype])
-    base.vae.to(vae_dtype(settings, base, family), memory_format=torch.channels_last)
+    text_encoders = [getattr(base, part) for part in family.encoders if part != "vae"]
+    for text_encoder in text_encoders:
+        text_encoder.to(state.device, DTYPES[settings.dtype])
+    base.vae.to(state.device, vae_dtype(settings, base, family), memory_format=torch.channels_last)
     if settings.compile:
-        text_encoders = [getattr(base, part) for part in family.encoders if part != "vae"]
         compile_networks(state.device, base.vae.encoder, *text_encoders)
     needed = count_entries(unfinished) * sizes.stored_bytes(entry_sizes(spec))
     require_space(settings.out, needed, "use a smaller --resolution")
