@@ -57,7 +57,7 @@ class Expected:
 
 HALF = np.dtype(np.float16)
 # The dtypes of an image's tensors, as specs state them.
-IMAGE_DTYPES = {"float16": HALF, "int32": np.dtype(np.int32)}
+IMAGE_DTYPES: dict[str, np.dtype] = {"float16": HALF, "int32": np.dtype(np.int32)}
 
 
 def image_tensors(spec: dict[str, Any]) -> dict[str, Expected]:
