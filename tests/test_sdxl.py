@@ -272,7 +272,7 @@ def test_a_training_ends_with_validation_images_a_report_and_a_card(cache, held_
     assert {"held_out/task"} <= metrics(out)[-1].keys()
     assert "ssd_1b" in (out / "report.html").read_text()
     card = (out / "README.md").read_text()
-    assert "StableDiffusionXL" in card or "DiffusionPipeline" in card
+    assert "The shape of its U-Net is that of [SSD-1B](https://arxiv.org/abs/2401.02677), and the loss follows" in card
     assert "fewer transformer blocks in its attentions, and a mid block of one ResNet" in card
 
 

@@ -15,6 +15,8 @@ from pipeline.models.levels.sd import teacher_key
 
 DOWN = tuple(f"down_blocks.{i}" for i in range(3))
 UP = tuple(f"up_blocks.{i}" for i in range(3))
+SSD_1B = "https://arxiv.org/abs/2401.02677"
+KOALA = ("KOALA", "https://arxiv.org/abs/2312.04005")
 # Transformer blocks of an attention: one number for all those of a stage, or one each. None stands for the teacher's.
 Depth = int | tuple[int | None, ...] | None
 
@@ -63,11 +65,11 @@ def _same(*names: str) -> tuple[tuple[str, str], ...]:
     return tuple((name, name) for name in names)
 
 
-def _segmind(depths: tuple[Depth, ...], up_depths: tuple[Depth, ...]) -> Level:
+def _segmind(name: str, depths: tuple[Depth, ...], up_depths: tuple[Depth, ...]) -> Level:
     """All layers are kept, with fewer transformer blocks, and of the mid block the first ResNet."""
     made = functools.partial(student_config, layers=2, depths=depths, up_depths=up_depths, mid_block="UNetMidBlock2D")
     summary = "fewer transformer blocks in its attentions, and a mid block of one ResNet"
-    return Level(made, same_key, _same(*DOWN, "mid_block", *UP), summary)
+    return Level(made, same_key, _same(*DOWN, "mid_block", *UP), summary, (name, SSD_1B))
 
 
 def _one_layer(innermost: int | None, mid_block: bool) -> Level:
@@ -85,12 +87,13 @@ def _one_layer(innermost: int | None, mid_block: bool) -> Level:
     ]
     summary = changes[0] if len(changes) == 1 else f"{', '.join(changes[:-1])} and {changes[-1]}"
     taps = _same(*DOWN, "mid_block", *UP) if mid_block else _same(*DOWN, *UP)
-    return Level(made, functools.partial(teacher_key, innermost_stage=True), taps, summary)
+    source = None if innermost is None else KOALA
+    return Level(made, functools.partial(teacher_key, innermost_stage=True), taps, summary, source)
 
 
 LEVELS: dict[str, Level] = {
-    "ssd_1b": _segmind((None, (2, 2), (4, 4)), ((4, 4, None), (2, 1, 1), None)),
-    "vega": _segmind((None, (1, 1), (2, 2)), ((2, 2, 2), (1, 1, 1), None)),
+    "ssd_1b": _segmind("SSD-1B", (None, (2, 2), (4, 4)), ((4, 4, None), (2, 1, 1), None)),
+    "vega": _segmind("Segmind-Vega", (None, (1, 1), (2, 2)), ((2, 2, 2), (1, 1, 1), None)),
     "koala_1b": _one_layer(6, mid_block=True),
     "koala_700m": _one_layer(5, mid_block=False),
     "sdxl_small": _one_layer(None, mid_block=True),
