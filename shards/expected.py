@@ -12,6 +12,7 @@ import numpy as np
 from shards.codec import DITHER_TABLE_SIZE, EXACT_DTYPES
 from shards.manifest import Manifest
 from shards.schema import (
+    DTYPE_SUFFIX,
     INPUT_NOISE,
     LATENTS,
     NOISE,
@@ -55,15 +56,26 @@ class Expected:
 
 
 HALF = np.dtype(np.float16)
+# The dtypes of an image's tensors, as specs state them.
+IMAGE_DTYPES: dict[str, np.dtype] = {"float16": HALF, "int32": np.dtype(np.int32)}
 
 
 def image_tensors(spec: dict[str, Any]) -> dict[str, Expected]:
-    """The tensors of an image, by name without file ending: latents and conditioning, fp16."""
+    """The tensors of an image, by name without file ending: latents and conditioning, fp16 unless the spec states
+    another dtype."""
     latents = spec.get("latents", spec)
     if "latents_shape" not in latents:
         return {}
     shapes = {LATENTS: tuple(latents["latents_shape"]), **conditioning_shapes(spec)}
-    return {name: Expected(shape, HALF) for name, shape in shapes.items()}
+    return {name: Expected(shape, image_dtype(latents, name)) for name, shape in shapes.items()}
+
+
+def image_dtype(latents_spec: dict[str, Any], name: str) -> np.dtype:
+    """The dtype of an image's tensor. Raises ShardError for one that this version does not know."""
+    stated = latents_spec.get(name + DTYPE_SUFFIX, "float16")
+    if stated not in IMAGE_DTYPES:
+        raise ShardError(f"its spec states the dtype {stated!r} for {name}. Read it with the version that wrote it.")
+    return IMAGE_DTYPES[stated]
 
 
 def target_tensors(manifest: Manifest) -> dict[str, Expected]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 FORMAT_VERSION = 2
@@ -23,6 +24,8 @@ TEACHER_PRED = "teacher_pred"
 TAP_PREFIX = "tap."
 # The spec states the shape of each of an image's tensors as `<name>_shape`.
 SHAPE_SUFFIX = "_shape"
+# And the dtype of those that are not fp16 as `<name>_dtype`.
+DTYPE_SUFFIX = "_dtype"
 
 # A tar is made of blocks: a header takes one, and data is padded to full ones.
 BLOCK = 512
@@ -79,6 +82,11 @@ def tap_member(tap: str) -> str:
 def stated_shapes(latents: tuple[int, ...], conditioning: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """How the spec of latents states the shapes of an image's tensors: `{"latents_shape": (4, 64, 64), ...}`."""
     return {name + SHAPE_SUFFIX: shape for name, shape in {LATENTS: latents, **conditioning}.items()}
+
+
+def stated_dtypes(dtypes: Mapping[str, str]) -> dict[str, str]:
+    """How the spec of latents states the dtypes of the tensors that are not fp16: `{"time_ids_dtype": "int32"}`."""
+    return {name + DTYPE_SUFFIX: dtype for name, dtype in dtypes.items()}
 
 
 def conditioning_shapes(spec: dict[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -58,6 +58,16 @@ def v_teacher(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def xl_teacher(tmp_path_factory) -> Path:
+    """An SDXL teacher's folder in diffusers layout."""
+    from support.tiny import tiny_xl_pipeline
+
+    folder = tmp_path_factory.mktemp("xl-teacher")
+    tiny_xl_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def images(tmp_path_factory) -> Path:
     from support.tiny import write_images
 

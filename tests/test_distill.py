@@ -29,7 +29,7 @@ from pipeline.commands import distill
 from pipeline.core.diffusion import min_snr_weights
 from pipeline.core.losses import total_loss
 from pipeline.distill import DistillSettings
-from pipeline.models.levels import LEVELS
+from pipeline.models.levels.sd import LEVELS
 from pipeline.system.errors import UserError
 from pipeline.training.checkpoint import list_checkpoints
 from pipeline.training.interrupts import Interrupts

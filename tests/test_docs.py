@@ -46,6 +46,7 @@ SLOW = "--format onnx"
 
 SMALL = {
     "--resolution 512": "--resolution 32",
+    "--resolution 1024": "--resolution 32",
     "--max-train-steps 15000": "--max-train-steps 2",
     "--max-train-steps 2000": "--max-train-steps 2",
     "--trial": "--trial --resolution 32 --batch-size 2",
@@ -84,12 +85,13 @@ def files_of(page: str) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def desk(teacher, images, tmp_path_factory):
+def desk(teacher, xl_teacher, images, tmp_path_factory):
     """A directory in which the names of the pages exist."""
     place = tmp_path_factory.mktemp("desk")
     (place / "path" / "to").mkdir(parents=True)
     for name in ("checkpoint", "path/to/checkpoint"):
         (place / name).symlink_to(teacher)
+    (place / "sdxl").symlink_to(xl_teacher)
     for name in ("images", "path/to/images"):
         (place / name).symlink_to(images)
     for name, text in itertools.chain.from_iterable(files_of(page).items() for page in PAGES):
@@ -315,10 +317,16 @@ def test_the_floors_on_the_page_are_those_that_are_tested():
     assert lowest == {"shards"}
 
 
-@pytest.mark.parametrize("codec", ["dither", "fp16", "fp32"])
-def test_the_reader_on_the_format_page_reads_what_the_dataset_reads(codec, teacher, images, tmp_path, monkeypatch):
-    latents = run_encode(teacher, images, tmp_path / "latents")
-    run_teacher_cache(teacher, latents, tmp_path / "cache", codec=codec, uncond_fraction=0.5, input_perturbation=0.1)
+@pytest.mark.parametrize(
+    ("codec", "level"), [*((c, "sd_small") for c in ("dither", "fp16", "fp32")), ("dither", "vega")]
+)
+def test_the_reader_on_the_format_page_reads_what_the_dataset_reads(
+    codec, level, teacher, xl_teacher, images, tmp_path, monkeypatch
+):
+    source = xl_teacher if level == "vega" else teacher
+    latents = run_encode(source, images, tmp_path / "latents")
+    options = {"codec": codec, "students": (level,), "uncond_fraction": 0.5, "input_perturbation": 0.1}
+    run_teacher_cache(source, latents, tmp_path / "cache", **options)
     monkeypatch.chdir(tmp_path)
     reader: dict = {}
     exec(compile(snippets_of(FORMAT)[0], FORMAT, "exec"), reader)

@@ -106,7 +106,11 @@ def finetuned(model, latents, out, steps):
     ("file", "changes", "field"),
     [
         ("scheduler/scheduler_config.json", {"beta_end": 0.02}, "noise_scheduler.beta_end: 0.012 -> 0.02"),
-        ("scheduler/scheduler_config.json", {"rescale_betas_zero_snr": True}, "noise_scheduler.rescale_betas_zero_snr"),
+        (
+            "scheduler/scheduler_config.json",
+            {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"},
+            "noise_scheduler.rescale_betas_zero_snr",
+        ),
         ("unet/config.json", {"act_fn": "relu"}, 'model_config.act_fn: null -> "relu"'),
     ],
 )

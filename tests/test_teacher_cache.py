@@ -18,7 +18,7 @@ from support.tiny import tiny_pipeline, tiny_unet, write_images
 from pipeline.cli import main
 from pipeline.commands import teacher_cache, verify
 from pipeline.commands.verify import VerifySettings
-from pipeline.models.levels import LEVELS
+from pipeline.models.levels.sd import LEVELS
 from pipeline.system.errors import UserError
 from pipeline.teacher_cache import TeacherCacheSettings
 from shards.cache import Cache

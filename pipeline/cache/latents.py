@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from diffusers import DiffusionPipeline
 
-from pipeline.models.families import Family, family_of_spec
+from pipeline.models.families import Family, family_of_pipeline, family_of_spec
 from pipeline.models.hashing import config_of, tokenizer_sha256, weights_sha256
 from pipeline.system.errors import UserError
 from shards.manifest import Manifest, difference, read_manifest
@@ -47,12 +47,19 @@ def sampling_size(latents: ShardSet, config: Mapping[str, Any]) -> tuple[int, in
 
 
 def check_encoders(latents: ShardSet, base: DiffusionPipeline, model: str) -> None:
-    """Raise UserError if the latents were made with another VAE, text encoder or tokenizer than those of `base`.
+    """Raise UserError if the latents were made with a pipeline of another family, or with another VAE, text encoder or
+    tokenizer than those of `base`.
 
     `model` is how the message calls the pipeline, such as `--teacher path`.
     """
     spec = latents.manifest.spec
-    other = other_part(spec, encoders_spec(base, family_of_spec(spec)))
+    family, its_own = family_of_spec(spec), family_of_pipeline(base)
+    if family is not its_own:
+        raise UserError(
+            f"{latents.store} was encoded with a pipeline of {family.title}, and {model} is of {its_own.title}. "
+            "Use the pipeline that it was encoded with, or encode again."
+        )
+    other = other_part(spec, encoders_spec(base, family))
     if other:
         raise UserError(
             f"{latents.store} was encoded with another {other[0]} than the one of {model}{other[1]}. "

@@ -23,12 +23,18 @@ META_BYTES, META_BYTES_PER_TAP, ROW_BYTES = 300, 90, 32
 Shape = tuple[int, ...]
 
 
-def latents_entry(latents: Shape, conditioning: Mapping[str, Shape]) -> dict[str, int]:
-    """Bytes per member of an entry that `encode` writes: latents (C, H, W) and conditioning, fp16."""
+def latents_entry(
+    latents: Shape, conditioning: Mapping[str, Shape], dtypes: Mapping[str, str] | None = None
+) -> dict[str, int]:
+    """Bytes per member of an entry that `encode` writes: latents (C, H, W) and conditioning.
+
+    `dtypes` are those of the tensors that are not fp16, by name.
+    """
+    sizes = {name: np.dtype(dtype).itemsize for name, dtype in (dtypes or {}).items()}
     return {
         "json": META_BYTES,
         LATENTS: npy_bytes(latents, 2),
-        **{name: npy_bytes(shape, 2) for name, shape in conditioning.items()},
+        **{name: npy_bytes(shape, sizes.get(name, 2)) for name, shape in conditioning.items()},
     }
 
 

@@ -20,13 +20,14 @@ from pipeline.cache import sizes
 from pipeline.cache.latents import encoders_spec
 from pipeline.cache.output import claim, existing_manifest, finished_heads, share_unfinished
 from pipeline.core import draws
+from pipeline.data.images import Crop
 from pipeline.data.inputs import count_unchanged, remember, settled_spec
 from pipeline.data.loading import Framing, LoadedImage, load_images, without_skipped
 from pipeline.data.preview import preview
 from pipeline.data.records import Record, inputs_sha256
 from pipeline.data.source import OpenSource, open_source
 from pipeline.models.encoders import encode_images, latents_shape
-from pipeline.models.families import Family, Shapes
+from pipeline.models.families import Family, Frame, Shapes, family_of_spec
 from pipeline.models.hashing import library_versions
 from pipeline.models.load import family_of, find_pipeline, load_base
 from pipeline.settings.encode import EncodeSettings
@@ -54,6 +55,7 @@ from shards.schema import (
     empty_prompt_file,
     image_key,
     image_of,
+    stated_dtypes,
     stated_shapes,
 )
 from shards.sidecar import read_head
@@ -105,10 +107,11 @@ def write_latents(settings: EncodeSettings, lock: OutputLock) -> None:
             report(settings.out, manifest, "already finished, nothing to do: ")
         return
 
-    base.to(state.device, DTYPES[settings.dtype])
-    base.vae.to(memory_format=torch.channels_last)
+    text_encoders = [getattr(base, part) for part in family.encoders if part != "vae"]
+    for text_encoder in text_encoders:
+        text_encoder.to(state.device, DTYPES[settings.dtype])
+    base.vae.to(state.device, vae_dtype(settings, base, family), memory_format=torch.channels_last)
     if settings.compile:
-        text_encoders = [getattr(base, part) for part in family.encoders if part != "vae"]
         compile_networks(state.device, base.vae.encoder, *text_encoders)
     needed = count_entries(unfinished) * sizes.stored_bytes(entry_sizes(spec))
     require_space(settings.out, needed, "use a smaller --resolution")
@@ -158,10 +161,18 @@ def latents_spec(settings: EncodeSettings, source: OpenSource, folder: Path, bas
         # Left out at its default, as by earlier versions.
         **({"min_size": settings.min_size} if settings.min_size else {}),
         "dtype": settings.dtype,
+        **({"vae_dtype": "fp32"} if vae_dtype(settings, base, family) != DTYPES[settings.dtype] else {}),
         **stated_shapes(latents_shape(base.vae, settings.resolution), family.conditioning_shapes(folder)),
+        **stated_dtypes(family.dtypes),
         **encoders_spec(base, family),
         "libraries": library_versions(),
     }
+
+
+def vae_dtype(settings: EncodeSettings, base: DiffusionPipeline, family: Family) -> torch.dtype:
+    """The precision of the VAE: that of the settings, or float32 in place of fp16 where the VAE overflows in it."""
+    upcasts = family.follows_force_upcast and base.vae.config.force_upcast and settings.dtype == "fp16"
+    return torch.float32 if upcasts else DTYPES[settings.dtype]
 
 
 def settled(settings: EncodeSettings, source: OpenSource, spec: dict[str, Any]) -> dict[str, Any]:
@@ -244,7 +255,7 @@ def shard_entries(
 def encode_batch(
     batch: list[LoadedImage], settings: EncodeSettings, base: DiffusionPipeline, family: Family
 ) -> list[EntryBuilder]:
-    """One forward pass of the VAE's encoder and one of the text encoder."""
+    """One forward pass of the VAE's encoder and one of each text encoder."""
     shape = latents_shape(base.vae, settings.resolution)
     ids = [image.record.source_id for image in batch]
     noise = [draws.standard_normal(settings.seed, source_id, 0, "posterior", shape) for source_id in ids]
@@ -255,8 +266,26 @@ def encode_batch(
     conditioning = family.encode_prompts(base, [image.record.caption for image in batch])
     stored = {name: t.half().cpu().numpy() for name, t in {LATENTS: latents, **conditioning}.items()}
     return [
-        new_entry(image, {name: array[i] for name, array in stored.items()}, settings) for i, image in enumerate(batch)
+        new_entry(
+            image,
+            {name: array[i] for name, array in stored.items()} | of_image(image, settings.resolution, family),
+            settings,
+        )
+        for i, image in enumerate(batch)
     ]
+
+
+def of_image(image: LoadedImage, resolution: int, family: Family) -> dict[str, np.ndarray]:
+    """The conditioning that belongs to the image and its crop, by name, in the dtypes that are stored."""
+    assert image.crop is not None
+    conditioning = family.image_conditioning(frame_of(image.crop, resolution))
+    return {name: tensor.numpy().astype(family.dtypes.get(name, "float16")) for name, tensor in conditioning.items()}
+
+
+def frame_of(crop: Crop, resolution: int) -> Frame:
+    """What the pixels show. A crop that is flipped begins where it would if the image had been flipped before."""
+    left = crop.resized[0] - resolution - crop.left if crop.flip else crop.left
+    return Frame(crop.original[::-1], (crop.top, left), (resolution, resolution))
 
 
 def new_entry(image: LoadedImage, arrays: dict[str, np.ndarray], settings: EncodeSettings) -> EntryBuilder:
@@ -341,4 +370,4 @@ def plan(settings: EncodeSettings) -> list[str]:
 
 
 def entry_sizes(spec: dict[str, Any]) -> dict[str, int]:
-    return sizes.latents_entry(spec["latents_shape"], conditioning_shapes(spec))
+    return sizes.latents_entry(spec["latents_shape"], conditioning_shapes(spec), family_of_spec(spec).dtypes)

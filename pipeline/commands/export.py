@@ -20,10 +20,10 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.export import int8, onnx
-from pipeline.models.families import Family
+from pipeline.models.families import Family, Frame
 from pipeline.models.load import MODEL_INDEX, family_of, find_pipeline, load_base, load_unet
 from pipeline.models.reading import read_json
 from pipeline.models.save import copy_parts
@@ -56,22 +56,24 @@ def require_packages(format: str) -> None:
 
 
 def export_single_file(settings: ExportSettings, folder: Path) -> None:
-    pipe = load_complete_pipeline(settings, folder)
-    require_space(settings.out, network_bytes(pipe.unet, pipe.vae, pipe.text_encoder), "use --dtype fp16")
+    pipe, family = load_complete_pipeline(settings, folder), family_of(folder)
+    size = network_bytes(pipe.unet, *encoders_of(pipe, family))
+    require_space(settings.out, size, "use --dtype fp16")
     try:
-        weights = family_of(folder).single_file(pipe)
+        weights = {**family.single_file(pipe), **family.schedule_marks(pipe.scheduler.config)}
     except ValueError as error:
         raise UserError(f"--model {settings.model}: {error}. Export it as onnx or int8.") from None
     settings.out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(settings.out) as stream:
         # safetensors wants a path: this is the temporary file next to --out.
-        say_wait(f"writing {settings.out}", network_bytes(pipe.unet, pipe.vae, pipe.text_encoder))
+        say_wait(f"writing {settings.out}", size)
         save_file(weights, stream.name, metadata={"format": "pt", **schedule_metadata(pipe.scheduler.config)})
     pipeline = read_json(folder / MODEL_INDEX)["_class_name"]
     how = f'Load it with {pipeline}.from_single_file("{settings.out}", config="{folder}")'
     if not hasattr(getattr(diffusers, pipeline, None), "from_single_file"):
         how = f"It is for other programs: diffusers loads no {pipeline} from a single file."
-    say(f"Wrote U-Net, VAE and text encoder to {settings.out}, {format_bytes(settings.out.stat().st_size)}. {how}")
+    encoders = "text encoder" if len(family.encoders) == 2 else "text encoders"
+    say(f"Wrote U-Net, VAE and {encoders} to {settings.out}, {format_bytes(settings.out.stat().st_size)}. {how}")
     if advice := schedule_advice(pipe.scheduler.config):
         say(advice)
 
@@ -115,9 +117,8 @@ def export_int8(settings: ExportSettings, folder: Path) -> None:
     quantised = int8.load_int8(folder, settings.variant, dtype).eval()
     pipe = load_base(folder, settings.variant, quantised)
     inputs = guided_step(pipe, family, unet.config.in_channels, onnx.latents_size(unet))
-    for part in (pipe.vae, pipe.text_encoder):
-        part.to(dtype)
-    require_space(settings.out, network_bytes(unet, pipe.vae, pipe.text_encoder), "use --dtype fp16")
+    encoders = [part.to(dtype) for part in encoders_of(pipe, family)]
+    require_space(settings.out, network_bytes(unet, *encoders), "use --dtype fp16")
     with atomic_directory(settings.out) as out:
         copy_parts(folder, settings.variant, out, dtype)
         quantised.save_pretrained(out / "unet")
@@ -139,9 +140,17 @@ def guided_step(
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Latents (2, C, S, S) of pure noise, a high and a low timestep (2,), and conditioning (2, ...) by name."""
     latents = torch.randn(len(CAPTIONS), channels, size, size, generator=torch.Generator().manual_seed(0))
+    side = size * pipe.vae_scale_factor
+    of_image = family.image_conditioning(Frame((side, side), (0, 0), (side, side)))
     with torch.inference_mode():
         conditioning = family.encode_prompts(pipe, CAPTIONS)
+    conditioning |= {name: torch.stack([tensor] * len(CAPTIONS)) for name, tensor in of_image.items()}
     return latents, torch.tensor([999, 400]), conditioning
+
+
+def encoders_of(pipe: DiffusionPipeline, family: Family) -> list[nn.Module]:
+    """The VAE and the text encoders."""
+    return [getattr(pipe, part) for part in family.encoders]
 
 
 def load_complete_pipeline(settings: ExportSettings, folder: Path) -> DiffusionPipeline:

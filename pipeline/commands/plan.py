@@ -13,7 +13,7 @@ from pipeline.cache.trial import try_teacher
 from pipeline.evaluation.training_cost import TrainingCost, training_cost
 from pipeline.models.load import family_of, find_pipeline, load_unet
 from pipeline.models.shapes import TeacherShapes, teacher_shapes
-from pipeline.models.students import teacher_taps
+from pipeline.models.students import refuse_foreign, teacher_taps
 from pipeline.settings.plan import LADDER, PlanSettings, bytes_of
 from pipeline.system.device import DTYPES, device_name, process_state, resolve_dtype
 from pipeline.system.disk import format_bytes, free_bytes
@@ -42,7 +42,8 @@ def cost_of(settings: PlanSettings, shapes: TeacherShapes) -> Cost:
     assert settings.snr_db is not None
     taps = tap_specs(settings, shapes.taps)
     entry = sizes.cache_entry(shapes.latents, taps, settings.codec, settings.snr_db)
-    return Cost(sizes.stored_bytes(sizes.latents_entry(shapes.latents, shapes.conditioning)), entry)
+    latents = sizes.latents_entry(shapes.latents, shapes.conditioning, shapes.dtypes)
+    return Cost(sizes.stored_bytes(latents), entry)
 
 
 def fit(settings: PlanSettings, shapes: TeacherShapes) -> tuple[PlanSettings, str]:
@@ -83,6 +84,7 @@ def exactness(settings: PlanSettings) -> str:
 def plan(settings: PlanSettings) -> list[str]:
     """The lines of the plan."""
     folder = find_pipeline(settings.teacher, settings.revision, settings.variant)
+    refuse_foreign(settings.students, family_of(folder), f"--teacher {settings.teacher}")
     shapes = teacher_shapes(folder, settings.resolution, teacher_taps(settings.students))
     chosen, why = fit(settings, shapes) if settings.budget else (settings.at(*LADDER[0]), "")
     cost = cost_of(chosen, shapes)

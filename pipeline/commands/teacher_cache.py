@@ -34,7 +34,7 @@ from pipeline.models.provenance import write_origin
 from pipeline.models.save import save_base
 from pipeline.models.schedule import load_noise_scheduler, set_prediction_type
 from pipeline.models.shapes import tap_shapes
-from pipeline.models.students import initialised_student, meta_student, teacher_taps
+from pipeline.models.students import initialised_student, meta_student, refuse_foreign, teacher_taps
 from pipeline.models.weights import network_bytes
 from pipeline.sampling.generate import SAMPLES, Sampler, check_sampler, save_images
 from pipeline.sampling.process import PipelineRef, generate_in_process
@@ -262,6 +262,7 @@ def checked_taps(settings: TeacherCacheSettings, latents: ShardSet, config: dict
     """The taps of the cache's spec. Raises UserError for a teacher that the levels do not fit."""
     spec = latents.manifest.spec
     family = family_of_spec(spec)
+    refuse_foreign(settings.students, family, f"--teacher {settings.teacher}")
     try:
         family.check(config)
     except ValueError as error:

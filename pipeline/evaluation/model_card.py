@@ -144,11 +144,14 @@ def _teacher_name(inputs: CardInputs) -> str:
 
 
 def _lead(inputs: CardInputs) -> str:
+    source, follows = LEVELS[inputs.settings["level"]].source, "The levels and the loss follow"
+    if source:
+        follows = f"The shape of its U-Net is that of [{source[0]}]({source[1]}), and the loss follows"
     return (
         f"A text-to-image pipeline whose U-Net ({inputs.parameters:,} parameters) was distilled offline from "
         f"{_teacher_name(inputs)}: it has {LEVELS[inputs.settings['level']].summary}. "
         "Its VAE, text encoder and tokenizer are the "
-        f"teacher's. The levels and the loss follow [distill-sd]({SOURCE}) and [BK-SDM]({PAPER})."
+        f"teacher's. {follows} [distill-sd]({SOURCE}) and [BK-SDM]({PAPER})."
     )
 
 

@@ -15,7 +15,7 @@ import torch
 from diffusers import TorchAoConfig, UNet2DConditionModel
 from torch import Tensor
 
-from pipeline.models.families import Family, denoise
+from pipeline.models.families import Family, denoise, placed
 from pipeline.models.weights import find_weights
 from pipeline.system.disk import size_of
 from pipeline.system.echo import say_wait
@@ -62,8 +62,7 @@ def compare(
     """
     latents, timesteps, conditioning = inputs
     device, dtype = unet.device, unet.dtype
-    placed = {name: tensor.to(device, dtype) for name, tensor in conditioning.items()}
-    inputs = latents.to(device, dtype), timesteps.to(device), placed
+    inputs = latents.to(device, dtype), timesteps.to(device), placed(conditioning, device, dtype)
     outputs = [_forward(model, inputs, family)[0] for model in (unet, quantised)]
     seconds: tuple[list[float], list[float]] = ([], [])
     for _ in range(TURNS):

@@ -14,6 +14,7 @@ import logging
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -88,13 +89,22 @@ def largest_difference(
 
 def input_names(family: Family, inputs: Inputs) -> list[str]:
     """The names of the graph's inputs: those of diffusers' U-Nets."""
-    return ["sample", "timestep", *family.unet_kwargs(inputs[2])]
+    return ["sample", "timestep", *flat(family.unet_kwargs(inputs[2]))]
+
+
+def flat(kwargs: dict[str, Any]) -> dict[str, Tensor]:
+    """Tensors by name, with those that lie in a dictionary, such as `added_cond_kwargs`, beside the others."""
+    return {
+        name: tensor
+        for key, value in kwargs.items()
+        for name, tensor in (value.items() if isinstance(value, dict) else [(key, value)])
+    }
 
 
 def graph_inputs(family: Family, inputs: Inputs) -> dict[str, np.ndarray]:
     """The inputs as onnxruntime takes them, by name."""
     latents, timesteps, conditioning = inputs
-    tensors = (latents, timesteps, *family.unet_kwargs(conditioning).values())
+    tensors = (latents, timesteps, *flat(family.unet_kwargs(conditioning)).values())
     return {name: tensor.numpy() for name, tensor in zip(input_names(family, inputs), tensors, strict=True)}
 
 

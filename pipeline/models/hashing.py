@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import diffusers
@@ -34,6 +34,8 @@ DECIDES_NOTHING = {
     "bos_token_id",
     "eos_token_id",
 }
+# Of these, what decides the pooled output, at the end token of the prompt.
+DECIDES_POOLED = {"eos_token_id"}
 # Keys that a family reads from a text encoder's config, though its class does not know them.
 READ_BY_FAMILIES = {"use_attention_mask": False}
 SPECIAL_TOKENS = ("bos", "eos", "pad", "unk")
@@ -74,12 +76,14 @@ def plain_tensors(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.
 def config_of(network: Any) -> dict[str, Any]:
     """What a network of diffusers or transformers computes besides its weights; see `deciding`."""
     config = network.config
+    if isinstance(network, transformers.CLIPTextModelWithProjection):
+        return deciding(type(config), config.to_dict(), DECIDES_NOTHING - DECIDES_POOLED)
     if isinstance(config, transformers.PretrainedConfig):
         return deciding(type(config), config.to_dict())
     return deciding(type(network), config)
 
 
-def deciding(kind: Any, config: Mapping[str, Any]) -> dict[str, Any]:
+def deciding(kind: Any, config: Mapping[str, Any], left_out: Collection[str] = DECIDES_NOTHING) -> dict[str, Any]:
     """The keys of a config that decide what its network computes, as JSON has them, sorted.
 
     Keys with the default of the class `kind`, whose parameters they are, are left out. So it is the same whether a file
@@ -89,7 +93,7 @@ def deciding(kind: Any, config: Mapping[str, Any]) -> dict[str, Any]:
     if issubclass(kind, transformers.PretrainedConfig):
         general = defaults_of(transformers.PretrainedConfig)
         known = {key: value for key, value in known.items() if key not in general} | READ_BY_FAMILIES
-    stated = {key: config[key] for key in sorted(known) if key in config and key not in DECIDES_NOTHING}
+    stated = {key: config[key] for key in sorted(known) if key in config and key not in left_out}
     # JSON has neither tuples nor NaN.
     plain, defaults = (json.loads(json.dumps(value, default=str), parse_constant=str) for value in (stated, known))
     return {key: value for key, value in plain.items() if value != defaults[key]}

@@ -106,6 +106,8 @@ def check_index(folder: Path) -> Iterator[tuple[bool, str]]:
     Only classes of diffusers and transformers that the family lists are ever imported, and no code of a pipeline's own.
     """
     family, index = family_of(folder), read_json(folder / MODEL_INDEX)
+    refusal = family.refusal(index)
+    yield refusal is None, refusal or ""
     missing = [part for part in family.parts if index.get(part) in (None, [None, None])]
     yield not missing, f"it has no {', '.join(missing)}. Use a complete pipeline of {family.title}."
     for part, classes in family.parts.items():
@@ -189,7 +191,7 @@ def load_base(folder: Path, variant: str | None = None, unet: UNet2DConditionMod
             parts[part] = load_network(kind, folder / part, variant).to(torch.float32)
         else:
             parts[part] = read_part(kind, folder, part)
-    return family_of(folder).assemble(**parts)
+    return family_of(folder).assemble(read_json(folder / MODEL_INDEX), **parts)
 
 
 def load_scheduler(folder: Path) -> Any:

@@ -45,7 +45,8 @@ def load_noise_scheduler(folder: Path, prediction_type: str | None) -> DDPMSched
     """The noise schedule of the pipeline in `folder`, to train with. `prediction_type` overrides its config.
 
     Keys of the schedule that the config leaves out have the defaults of the config's own class. Raises UserError for a
-    scheduler without a schedule of betas, or with a prediction type that cannot be trained.
+    scheduler without a schedule of betas, or with a prediction type that cannot be trained, on any schedule or on its
+    own.
     """
     noise_scheduler = read_noise_scheduler(folder)
     if prediction_type:
@@ -55,6 +56,13 @@ def load_noise_scheduler(folder: Path, prediction_type: str | None) -> DDPMSched
         raise UserError(
             f"{folder / 'scheduler' / CONFIG} has prediction type {stated!r}, which is not supported. "
             f"Set --prediction-type to one of {', '.join(PREDICTION_TYPES)}."
+        )
+    if stated == "epsilon" and noise_scheduler.alphas_cumprod[-1] == 0:
+        raise UserError(
+            f"{folder / 'scheduler' / CONFIG} has prediction type epsilon and a terminal SNR of zero "
+            "(rescale_betas_zero_snr). Then the last timestep is noise alone, and a prediction of the noise says "
+            "nothing of the image. Set --prediction-type v_prediction if the model predicts v, or else remove "
+            "rescale_betas_zero_snr there."
         )
     return noise_scheduler
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,15 @@ from pipeline.system.errors import UserError
 
 @dataclass(frozen=True)
 class TeacherShapes:
-    """Latents (C, H, W), the conditioning without B by name, and the output (C, H, W) of each tap."""
+    """Latents (C, H, W), the conditioning without B by name, and the output (C, H, W) of each tap.
+
+    `dtypes` are those of the conditioning that is not stored in fp16, by name.
+    """
 
     latents: tuple[int, int, int]
     conditioning: Shapes
     taps: dict[str, tuple[int, int, int]]
+    dtypes: Mapping[str, str] = field(default_factory=dict)
 
 
 def tap_shapes(
@@ -66,4 +70,4 @@ def teacher_shapes(folder: Path, resolution: int, taps: list[str]) -> TeacherSha
     except ValueError as error:
         raise UserError(f"--teacher {folder}: {error}. Pass a teacher of that family.") from None
     latents = latents_shape(vae, resolution)
-    return TeacherShapes(latents, conditioning, tap_shapes(config, latents, conditioning, taps, family))
+    return TeacherShapes(latents, conditioning, tap_shapes(config, latents, conditioning, taps, family), family.dtypes)

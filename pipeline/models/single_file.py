@@ -28,6 +28,17 @@ from pipeline.system.errors import UserError, failing_with, first_line
 from shards.files import atomic_directory
 
 SAFETENSORS = ".safetensors"
+# What files hold that are of no family, by the beginning of a name.
+OTHERS = {
+    "model.diffusion_model.joint_blocks.": "a checkpoint of SD3",
+    "model.diffusion_model.double_blocks.": "a checkpoint of Flux",
+    "double_blocks.": "a checkpoint of Flux",
+    "lora_": "a LoRA, which changes a checkpoint and is none",
+    "unet.": "a LoRA or a network of diffusers, not a checkpoint",
+    "down_blocks.": "a network of diffusers, not a checkpoint",
+    "input_blocks.": "a U-Net without a VAE and a text encoder",
+    "encoder.down.": "a VAE alone",
+}
 SINGLE_FILES = (SAFETENSORS, ".ckpt", ".pt", ".bin")
 CONVERTED = Path(HF_HOME) / "distill-sd"
 
@@ -57,7 +68,8 @@ def convert(file: Path, folder: Path, named: str) -> None:
         for name, config in configs.items():
             (out / name).parent.mkdir(exist_ok=True)
             (out / name).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        write_tokenizer(out / "tokenizer")
+        for tokenizer in family.tokenizers:
+            write_tokenizer(out / tokenizer)
         made = getattr(diffusers, configs["model_index.json"]["_class_name"])
         try:
             pipe = made.from_single_file(str(file), config=str(out), local_files_only=True, torch_dtype=dtype)
@@ -90,19 +102,21 @@ def identify(
 ) -> tuple[Family, str, dict[str, dict[str, Any]]]:
     """The family of a file, what it is in words, and the configs of its parts, by their files."""
     shapes = {name: tuple(value.shape) for name, value in weights.items()}
-    problems = []
-    for family in FAMILIES.values():
+    other = next((what for start, what in OTHERS.items() if any(name.startswith(start) for name in shapes)), None)
+    for family in FAMILIES.values() if other is None else ():
         try:
-            what, configs = family.single_file_configs(shapes, stated)
-            return family, what, configs
+            found = family.single_file_configs(shapes, stated)
         except ValueError as error:
-            problems.append(str(error))
-    raise UserError(f"{named}: {problems[0]}")
+            raise UserError(f"{named}: {error}") from None
+        if found:
+            return family, *found
+    titles = " or ".join(family.title.replace(" and ", " or ") for family in FAMILIES.values())
+    raise UserError(f"{named}: it is {other or 'not a checkpoint of Stable Diffusion'}. Use one of {titles}.")
 
 
 def precision(weights: Mapping[str, Tensor]) -> torch.dtype:
     """What the converted networks are kept in: the file's own precision if it has only one, else float32."""
-    dtypes = {value.dtype for value in weights.values() if value.is_floating_point()}
+    dtypes = {value.dtype for value in weights.values() if value.is_floating_point() and value.numel()}
     return dtypes.pop() if len(dtypes) == 1 and dtypes <= {torch.float16, torch.bfloat16} else torch.float32
 
 

@@ -9,9 +9,21 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from pipeline.models.families import family_of_level
+from pipeline.models.families import Family, family_of_level
 from pipeline.models.hashing import shapes_of
 from pipeline.models.levels import LEVELS
+from pipeline.system.errors import UserError
+
+
+def refuse_foreign(levels: Iterable[str], family: Family, teacher: str) -> None:
+    """Raise UserError if one of the levels is not a student of this family. `teacher` is how messages call its teacher,
+    such as `--teacher path`."""
+    for level in levels:
+        if level not in family.levels:
+            raise UserError(
+                f"{level} is a student of {family_of_level(level).title}, and {teacher} is of {family.title}. "
+                f"Choose from {', '.join(family.levels)} with --students."
+            )
 
 
 def student_config(teacher_config: dict[str, Any], level: str) -> dict[str, Any]:

@@ -120,8 +120,8 @@ def generate(pipe: DiffusionPipeline, prompts: list[str], sampler: Sampler, desc
             generators = [torch.Generator().manual_seed(sampler.seed + first + i) for i in range(len(chunk))]
             pixels = pipe(
                 chunk,
-                height,
-                width,
+                height=height,
+                width=width,
                 num_inference_steps=sampler.steps,
                 guidance_scale=sampler.guidance_scale,
                 negative_prompt=negative,

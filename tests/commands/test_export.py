@@ -19,7 +19,7 @@ from pipeline.cli import main
 from pipeline.commands import export
 from pipeline.export import onnx
 from pipeline.models.families.sd import SD
-from pipeline.models.levels import LEVELS
+from pipeline.models.levels.sd import LEVELS
 from pipeline.system.extras import install_command
 
 PARTS = ("unet", "vae", "text_encoder")

@@ -1,5 +1,6 @@
 """The plan's bytes against written ones, at the demo's and at SD-1.x's shapes; and the budget's choice."""
 
+import json
 import re
 import shutil
 from dataclasses import replace
@@ -18,8 +19,10 @@ from pipeline.commands.plan import cost_of, fit
 from pipeline.core.taps import token_stride
 from pipeline.evaluation.cost import count_macs
 from pipeline.evaluation.training_cost import TrainingCost, training_cost
+from pipeline.models.families.sdxl_configs import CONFIGS
 from pipeline.models.shapes import TeacherShapes, teacher_shapes
 from pipeline.models.students import teacher_taps
+from pipeline.models.tokenizer import write_tokenizer
 from pipeline.settings.plan import LADDER, PlanSettings, bytes_of
 from pipeline.system.disk import format_bytes, require_space
 from pipeline.system.echo import PERIODS, format_duration
@@ -245,6 +248,39 @@ def test_the_plan_counts_what_the_networks_compute(teacher):
     assert cost.vae_encoder == count_macs(vae.encode, torch.zeros(1, 3, 32, 32, device="meta"))
     result = CliRunner().invoke(main, ["plan", "--teacher", str(teacher), "--images", "100", "--resolution", "32"])
     assert f"when each student trains on more than {cost_of_sd_small(cost).break_even(100, 4)} samples" in result.output
+
+
+@pytest.fixture(scope="module")
+def sdxl_configs(tmp_path_factory):
+    """A folder with SDXL's configs and tokenizers, and no weights."""
+    folder = tmp_path_factory.mktemp("sdxl")
+    for name, config in CONFIGS.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(json.dumps(config))
+    for tokenizer in ("tokenizer", "tokenizer_2"):
+        write_tokenizer(folder / tokenizer)
+    return folder
+
+
+def test_sdxl_at_1024_px_is_planned_from_configs_alone(sdxl_configs):
+    """The bytes of what is not quantised, by hand: 128 each for the header, and fp16 or, for six numbers, int32."""
+    arguments = ["plan", "--teacher", sdxl_configs, "--images", 1000, "--rounds", 8, "--resolution", 1024]
+    result = CliRunner().invoke(main, [str(a) for a in (*arguments, "--students", "koala_700m")])
+    reset_accelerate()
+    assert result.exit_code == 0, result.output
+    lines = {line.split()[0]: line for line in result.output.splitlines() if line.startswith("  ")}
+    latents = 128 + 2 * 4 * 128 * 128
+    assert lines["noise"].split()[1] == lines["teacher_pred"].split()[1] == f"{latents:,}"
+    conditioning = {"prompt_embeds": (77, 2048), "pooled_prompt_embeds": (1280,), "time_ids": (6,)}
+    image = sizes.latents_entry((4, 128, 128), conditioning, {"time_ids": "int32"})
+    assert image["prompt_embeds"] == 128 + 2 * 77 * 2048
+    assert image["pooled_prompt_embeds"] == 128 + 2 * 1280
+    assert image["time_ids"] == 128 + 4 * 6
+    assert f"latents: {sizes.stored_bytes(image):,} bytes per image" in result.output
+    assert "up_blocks.2: 8 x 8 of 128 x 128, stride 16" in result.output
+    assert "down_blocks.2: 8 x 8 of 32 x 32, stride 4" in result.output
+    assert "mid_block" not in result.output
+    assert "arithmetic of both stages for koala_700m" in result.output
 
 
 def cost_of_sd_small(cost: TrainingCost) -> TrainingCost:

@@ -15,7 +15,7 @@ from pipeline.demo.evaluate import captions_of, evaluate, judge, table
 from pipeline.demo.scenes import make_scene
 from pipeline.demo.trainer import Trainer
 from pipeline.models.bundled import CHECKSUMS, TEACHER, teacher_folder
-from pipeline.models.levels import LEVELS
+from pipeline.models.levels.sd import LEVELS
 from pipeline.models.students import student_config, student_weights
 from pipeline.sampling.generate import Sampler, generate
 from pipeline.system.errors import UserError

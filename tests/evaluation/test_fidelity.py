@@ -19,7 +19,7 @@ from pipeline.evaluation.fidelity import (
     read_held_out,
 )
 from pipeline.models.families.sd import SD
-from pipeline.models.levels import LEVELS
+from pipeline.models.levels.sd import LEVELS
 from pipeline.models.students import student_config, student_weights
 from pipeline.system.errors import UserError
 from shards.reader import ShardSet

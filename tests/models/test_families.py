@@ -7,7 +7,7 @@ from support.tiny import SD15, SD21, SD_BLOCKS, tiny_unet
 
 from pipeline.core.taps import Taps
 from pipeline.models.families.sd import check_teacher
-from pipeline.models.levels import LEVELS
+from pipeline.models.levels.sd import LEVELS
 from pipeline.models.students import student_config, student_weights, teacher_taps
 
 PARAMETERS = {

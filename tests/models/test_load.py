@@ -107,7 +107,7 @@ def load(folder):
         ("model_index.json", {"vae": [1, 2]}, "the vae in its model_index.json is [1, 2]"),
         ("model_index.json", {"text_encoder": ["transformers", "T5EncoderModel"]}, "is transformers.T5EncoderModel"),
         ("model_index.json", {"_class_name": ["pipeline", "Evil"]}, "is a ['pipeline', 'Evil']"),
-        ("model_index.json", {"_class_name": "StableDiffusionXLPipeline"}, "is a StableDiffusionXLPipeline"),
+        ("model_index.json", {"_class_name": "StableDiffusion3Pipeline"}, "is a StableDiffusion3Pipeline"),
         ("model_index.json", {"unet": [None, None]}, "it has no unet"),
     ],
 )

@@ -148,9 +148,9 @@ VAE_CONV = "first_stage_model.decoder.conv_in.bias"
 REFUSED = {
     "holds no VAE. Use a checkpoint with all its parts": without("first_stage_model."),
     "holds no text encoder. Use a checkpoint with all its parts": without("cond_stage_model."),
-    "is a checkpoint of SDXL. Use one of SD-1.x or SD-2.x": lambda t: {
+    "is a checkpoint of SD3. Use one of SD-1.x or SD-2.x or SDXL": lambda t: {
         **t,
-        "conditioner.embedders.0.x": torch.zeros(1),
+        "model.diffusion_model.joint_blocks.0.x": torch.zeros(1),
     },
     "is a LoRA": lambda t: {"lora_unet_down_blocks_0.alpha": torch.zeros(1)},
     "is not a checkpoint of Stable Diffusion": lambda t: {"something": torch.zeros(1)},

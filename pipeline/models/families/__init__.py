@@ -5,21 +5,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.models.families.family import Family, Shapes, denoise, random_conditioning
+from diffusers import DiffusionPipeline
+
+from pipeline.models.families.family import Family, Frame, Shapes, denoise, placed, random_conditioning
 from pipeline.models.families.sd import SD
+from pipeline.models.families.sdxl import SDXL
 
 __all__ = [
     "FAMILIES",
     "Family",
+    "Frame",
     "Shapes",
     "denoise",
     "family_of_index",
     "family_of_level",
+    "family_of_pipeline",
     "family_of_spec",
+    "placed",
     "random_conditioning",
 ]
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (SD,)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (SD, SDXL)}
 
 
 def family_of_index(index: Mapping[str, Any]) -> Family | None:
@@ -33,6 +39,11 @@ def family_of_index(index: Mapping[str, Any]) -> Family | None:
         ),
         None,
     )
+
+
+def family_of_pipeline(pipe: DiffusionPipeline) -> Family:
+    """The family of a pipeline that was assembled by one."""
+    return next(family for family in FAMILIES.values() if type(pipe).__name__ in family.pipelines)
 
 
 def family_of_level(level: str) -> Family:

@@ -19,27 +19,43 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
+class Frame:
+    """What an image's pixels show of it, each (height, width) in pixels: its `original` size, the `corner` at which the
+    crop begins, after resizing and flipping, and the `size` of the crop."""
+
+    original: tuple[int, int]
+    corner: tuple[int, int]
+    size: tuple[int, int]
+
+
+@dataclass(frozen=True)
 class Family:
     """What the stages need to know about a kind of teacher.
 
     `pipelines` are the classes of diffusers that a model_index.json may name. `parts` are the pipeline's parts that
     must exist, each with the classes that it may have, such as `diffusers.AutoencoderKL`; nothing else is imported. Of
     them `encoders` make latents and conditioning, and the spec states their hashes. `assemble` makes a pipeline that
-    generates images from the loaded parts.
+    generates images from the pipeline's model_index.json and its loaded parts. Where `follows_force_upcast`, the VAE
+    runs in float32 instead of fp16 if its config says force_upcast, as diffusers' pipelines of the family do.
 
+    `refusal` says, from a model_index.json, why a pipeline of the family's classes is none of the family all the same.
     `problems(folder, any_channels)` gives, from the configs of a pipeline, (whether it holds, the problem and its
     remedy) for everything that must hold in every command. Unless `any_channels`, the U-Net must take and give the
     VAE's latents alone. `check` raises ValueError for a U-Net config that the levels do not fit. `modules` are the
     teacher's modules that can be tapped, in the order of the forward pass, and `blocks` those that a student with all
     of the teacher's layers is compared at.
 
-    `conditioning_shapes` reads the shapes of the conditioning from a pipeline's folder, without B. `encode_prompts`
-    computes it from captions, float32; what it returns for the empty prompt is the unconditional conditioning.
-    `count_truncated` counts the captions that do not fit the text encoder. `unet_kwargs` names conditioning as
-    the U-Net does. `single_file` gives a pipeline's weights under the names of the original single-file layout, and
-    raises ValueError if that layout has no name for one. `single_file_configs` finds out from the shapes of such a
-    file's tensors and its header what it is: in words, and as the configs of the pipeline's parts by their files. It
-    raises ValueError for a file that holds no complete pipeline of the family.
+    `conditioning_shapes` reads the shapes of the conditioning from a pipeline's folder, without B. What belongs to
+    captions is computed by `encode_prompts`, float32, and what belongs to an image by `image_conditioning`, without B.
+    For the empty prompt the first gives the unconditional conditioning; what belongs to an image stays with it.
+    Conditioning is stored in fp16, or as `dtypes` says by name. `count_truncated` counts the captions that do not fit
+    the text encoder. `unet_kwargs` names conditioning as the U-Net does.
+
+    `single_file` gives a pipeline's weights under the names of the original single-file layout, and raises ValueError
+    if that layout has no name for one. `schedule_marks` are empty tensors that such a file has besides, from the config
+    of a scheduler. `single_file_configs` finds out from the shapes of such a file's tensors and its header what it is:
+    in words, and as the configs of the pipeline's parts by their files. It gives None for a file of another family, and
+    raises ValueError for one that holds no complete pipeline of this family.
 
     `spec` is what specs of latents and caches state about the family; SD-1.x, the first, states nothing.
     """
@@ -61,8 +77,13 @@ class Family:
     unet_kwargs: Callable[[Conditioning], dict[str, Any]]
     single_file: Callable[[DiffusionPipeline], dict[str, Tensor]]
     single_file_configs: Callable[
-        [Mapping[str, tuple[int, ...]], Mapping[str, str]], tuple[str, dict[str, dict[str, Any]]]
+        [Mapping[str, tuple[int, ...]], Mapping[str, str]], tuple[str, dict[str, dict[str, Any]]] | None
     ]
+    image_conditioning: Callable[[Frame], dict[str, Tensor]] = lambda frame: {}
+    refusal: Callable[[Mapping[str, Any]], str | None] = lambda index: None
+    schedule_marks: Callable[[Mapping[str, Any]], dict[str, Tensor]] = lambda config: {}
+    dtypes: Mapping[str, str] = field(default_factory=dict)
+    follows_force_upcast: bool = False
     spec: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -79,8 +100,16 @@ def denoise(unet: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: Con
     """
     first = next(unet.parameters())
     device, dtype = first.device, first.dtype
-    placed = {name: tensor.to(device, dtype) for name, tensor in conditioning.items()}
-    return unet(noisy.to(device, dtype), timesteps.to(device), **family.unet_kwargs(placed), return_dict=False)[0]
+    inputs = family.unet_kwargs(placed(conditioning, device, dtype))
+    return unet(noisy.to(device, dtype), timesteps.to(device), **inputs, return_dict=False)[0]
+
+
+def placed(conditioning: Conditioning, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The conditioning on a device and in a dtype. Integers stay integers: half precision could not tell large ones."""
+    return {
+        name: tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+        for name, tensor in conditioning.items()
+    }
 
 
 def random_conditioning(shapes: Shapes, batch_size: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:

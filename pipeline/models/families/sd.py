@@ -12,8 +12,9 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTokenizer
 
+from pipeline.models.families import clip
 from pipeline.models.families.family import Conditioning, Family, Shapes
-from pipeline.models.families.sd_check import problems, prompt_length
+from pipeline.models.families.sd_check import problems
 from pipeline.models.families.sd_configs import configs_of
 from pipeline.models.families.sd_single_file import pipeline_weights
 from pipeline.models.levels.sd import BK_TINY_MIDDLE, DOWN, LEVELS, UP
@@ -60,13 +61,13 @@ def conditioning_shapes(folder: Path) -> Shapes:
     """{"prompt_embeds": (L, D)} of the pipeline in a folder, from its configs."""
     text = read_part(CLIPTextConfig, folder, "text_encoder")
     tokenizer = read_part(CLIPTokenizer, folder, "tokenizer")
-    return {PROMPT_EMBEDS: (prompt_length(tokenizer, text), text.hidden_size)}
+    return {PROMPT_EMBEDS: (clip.prompt_length(tokenizer, text), text.hidden_size)}
 
 
-def assemble(**parts: Any) -> DiffusionPipeline:
+def assemble(index: Mapping[str, Any], **parts: Any) -> DiffusionPipeline:
     """The pipeline, without a safety checker: it would turn images black. Prompts have the text encoder's length."""
     tokenizer = parts["tokenizer"]
-    tokenizer.model_max_length = prompt_length(tokenizer, parts["text_encoder"].config)
+    tokenizer.model_max_length = clip.prompt_length(tokenizer, parts["text_encoder"].config)
     # Looked up here, and not imported above: that would print notes before `load` turns them off.
     made = diffusers.StableDiffusionPipeline
     return made(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
@@ -75,9 +76,7 @@ def assemble(**parts: Any) -> DiffusionPipeline:
 def encode_prompts(base: DiffusionPipeline, captions: list[str]) -> dict[str, Tensor]:
     """prompt_embeds (B, L, D) float32: the text encoder's last hidden state, as StableDiffusionPipeline uses it."""
     tokenizer, text_encoder = base.tokenizer, base.text_encoder
-    tokens = tokenizer(
-        captions, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
-    )
+    tokens = clip.tokenize(tokenizer, captions)
     device = text_encoder.device
     uses_mask = getattr(text_encoder.config, "use_attention_mask", False)
     mask = tokens.attention_mask.to(device) if uses_mask else None
@@ -86,11 +85,7 @@ def encode_prompts(base: DiffusionPipeline, captions: list[str]) -> dict[str, Te
 
 def count_truncated(base: DiffusionPipeline, captions: list[str]) -> int:
     """How many captions have more tokens than the text encoder takes, start and end tokens included."""
-    tokenizer, truncated = base.tokenizer, 0
-    for first in range(0, len(captions), 1000):
-        tokens = tokenizer(captions[first : first + 1000], truncation=False, verbose=False).input_ids
-        truncated += sum(len(ids) > tokenizer.model_max_length for ids in tokens)
-    return truncated
+    return clip.count_truncated([base.tokenizer], captions)
 
 
 def unet_kwargs(conditioning: Conditioning) -> dict[str, Tensor]:

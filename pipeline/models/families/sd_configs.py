@@ -20,20 +20,13 @@ from pipeline.models.families.sd_single_file import (
     unet_weights,
     vae_weights,
 )
+from pipeline.models.levels.level import Level
 
 CONV_IN = f"{UNET}input_blocks.0.0.weight"
-# What other kinds of files hold, by the beginning of a name.
-OTHERS = {
-    "conditioner.": "a checkpoint of SDXL",
-    "model.diffusion_model.joint_blocks.": "a checkpoint of SD3",
-    "model.diffusion_model.double_blocks.": "a checkpoint of Flux",
-    "double_blocks.": "a checkpoint of Flux",
-    "lora_": "a LoRA, which changes a checkpoint and is none",
-    "unet.": "a LoRA or a network of diffusers, not a checkpoint",
-    "down_blocks.": "a network of diffusers, not a checkpoint",
-    "input_blocks.": "a U-Net without a VAE and a text encoder",
-    "encoder.down.": "a VAE alone",
-}
+# What files of SDXL have, and files of SD-1.x and SD-2.x do not.
+OTHER_FAMILIES = ("conditioner.", f"{UNET}label_emb.")
+# Tensors that mark the noise schedule by their names.
+V_MARK, ZERO_SNR_MARK = "v_pred", "ztsnr"
 BETAS = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 UNET_CONFIG = {
     "_class_name": "UNet2DConditionModel",
@@ -161,59 +154,80 @@ VERSIONS = (
 
 
 def configs_of(
-    shapes: Mapping[str, tuple[int, ...]], stated: Mapping[str, str], levels: Mapping[str, Any]
-) -> tuple[str, dict[str, dict[str, Any]]]:
+    shapes: Mapping[str, tuple[int, ...]], stated: Mapping[str, str], levels: Mapping[str, Level]
+) -> tuple[str, dict[str, dict[str, Any]]] | None:
     """What a file is, such as "SD-1.x", and the configs of its parts, by their files.
 
-    `shapes` are those of its tensors by name, and `stated` is the header of a safetensors file. Raises ValueError with
-    the problem and its remedy for a file that holds no complete pipeline of the family.
+    `shapes` are those of its tensors by name, and `stated` is the header of a safetensors file. None for a file without
+    a U-Net that SD-1.x or SD-2.x could have. Raises ValueError with the problem and its remedy for a file that holds no
+    complete pipeline of the family.
     """
-
-    def holds(start: str) -> bool:
-        return any(name.startswith(start) for name in shapes)
-
-    other = next((what for start, what in OTHERS.items() if holds(start)), None)
-    if other or CONV_IN not in shapes:
-        raise ValueError(f"it is {other or 'not a checkpoint of Stable Diffusion'}. Use one of SD-1.x or SD-2.x.")
-    version = next((v for v in VERSIONS if holds(v.text_prefix)), None)
-    if version is None or not holds(VAE):
+    if CONV_IN not in shapes or any(name.startswith(OTHER_FAMILIES) for name in shapes):
+        return None
+    version = next((v for v in VERSIONS if holds(shapes, v.text_prefix)), None)
+    if version is None or not holds(shapes, VAE):
         missing = "text encoder" if version is None else "VAE"
         raise ValueError(f"it holds no {missing}. Use a checkpoint with all its parts.")
+    refuse_other_channels(shapes)
+    configs = {name: dict(config) for name, config in version.configs.items()}
+    level, configs["unet/config.json"] = unet_of(shapes, version.title, configs["unet/config.json"], levels)
+    refuse_incomplete(shapes, _other_names(configs, version))
+    configs["scheduler/scheduler_config.json"] |= schedule_of_file(version.prediction_type, shapes, stated)
+    return version.title + level, configs
+
+
+def holds(shapes: Mapping[str, Any], start: str) -> bool:
+    return any(name.startswith(start) for name in shapes)
+
+
+def refuse_other_channels(shapes: Mapping[str, tuple[int, ...]]) -> None:
     if shapes[CONV_IN][1] != 4:
         raise ValueError(
             f"its U-Net takes {shapes[CONV_IN][1]} input channels, as inpainting models do. Use a text-to-image model."
         )
-    teacher = dict(version.configs["unet/config.json"])
+
+
+def unet_of(
+    shapes: Mapping[str, tuple[int, ...]], title: str, teacher: dict[str, Any], levels: Mapping[str, Level]
+) -> tuple[str, dict[str, Any]]:
+    """What a file's U-Net is besides `title`, in words, and its config: the teacher's or that of a level."""
     found = {name: shape for name, shape in shapes.items() if name.startswith(UNET)}
-    candidates = {"": teacher, **{level: levels[level].student_config(teacher) for level in levels}}
+    candidates = {"": teacher, **{name: level.student_config(teacher) for name, level in levels.items()}}
     level = next((level for level, config in candidates.items() if _unet_shapes(config) == found), None)
     if level is None:
-        raise ValueError(f"its U-Net has the shape of neither {version.title} nor one of its students. Use a folder.")
-    configs = {name: dict(config) for name, config in version.configs.items()}
-    configs["unet/config.json"] = candidates[level]
-    lacking = sorted(_other_names(configs, version) - shapes.keys())
+        raise ValueError(f"its U-Net has the shape of neither {title} nor one of its students. Use a folder.")
+    return f", a student of the shape of {level}" if level else "", candidates[level]
+
+
+def refuse_incomplete(shapes: Mapping[str, Any], names: set[str]) -> None:
+    """Raise ValueError, with the name, if a file lacks one of the tensors."""
+    lacking = sorted(names - shapes.keys())
     if lacking:
         raise ValueError(f"it lacks {lacking[0]}. Use a complete checkpoint, or download it again.")
-    configs["scheduler/scheduler_config.json"] |= _schedule(version, shapes, stated)
-    return version.title + (f", a student of the shape of {level}" if level else ""), configs
 
 
-def _schedule(version: Version, shapes: Mapping[str, Any], stated: Mapping[str, str]) -> dict[str, Any]:
-    """The prediction type and zero terminal SNR that a file states, in its header or by tensors named so."""
+def schedule_of_file(usual: str, shapes: Mapping[str, Any], stated: Mapping[str, str]) -> dict[str, Any]:
+    """The prediction type, by default the `usual` one, and zero terminal SNR that a file states, in its header or by
+    tensors named so."""
     kinds = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon"}
-    kind = kinds.get(stated.get("modelspec.prediction_type", ""), version.prediction_type)
-    zero_snr = stated.get("ss_zero_terminal_snr", "").lower() == "true" or "ztsnr" in shapes
+    kind = kinds.get(stated.get("modelspec.prediction_type", ""), usual)
+    zero_snr = stated.get("ss_zero_terminal_snr", "").lower() == "true" or ZERO_SNR_MARK in shapes
     more = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if zero_snr else {}
-    return {"prediction_type": "v_prediction" if "v_pred" in shapes else kind, **more}
+    return {"prediction_type": "v_prediction" if V_MARK in shapes else kind, **more}
+
+
+def vae_names(config: dict[str, Any]) -> set[str]:
+    """The names of all tensors of the VAE of this config."""
+    with torch.device("meta"):
+        return set(vae_weights(AutoencoderKL.from_config(config).state_dict()))
 
 
 def _other_names(configs: Mapping[str, dict[str, Any]], version: Version) -> set[str]:
     """The names of all tensors of the VAE and the text encoder."""
     with torch.device("meta"):
-        vae = AutoencoderKL.from_config(configs["vae/config.json"]).state_dict()
         text_encoder = CLIPTextModel(CLIPTextConfig(**configs["text_encoder/config.json"])).state_dict()
     text = open_clip_weights(text_encoder) if version.text_prefix == OPEN_CLIP else clip_weights(text_encoder)
-    return vae_weights(vae).keys() | text.keys()
+    return vae_names(configs["vae/config.json"]) | text.keys()
 
 
 def _unet_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:

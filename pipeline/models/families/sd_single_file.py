@@ -26,6 +26,8 @@ CLIP, OPEN_CLIP = "cond_stage_model.transformer.text_model.", "cond_stage_model.
 _UNET_ENDS = {
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
     "conv_in": "input_blocks.0.0",
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
@@ -103,26 +105,26 @@ def vae_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return named
 
 
-def clip_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def clip_weights(weights: dict[str, Tensor], prefix: str = CLIP) -> dict[str, Tensor]:
     """The text encoder's tensors under SD-1.x's names, which are those of transformers with a prefix."""
-    return {CLIP + key.removeprefix("text_model."): tensor for key, tensor in weights.items()}
+    return {prefix + key.removeprefix("text_model."): tensor for key, tensor in weights.items()}
 
 
-def open_clip_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def open_clip_weights(weights: dict[str, Tensor], prefix: str = OPEN_CLIP) -> dict[str, Tensor]:
     """The text encoder's tensors under SD-2.x's names. Queries, keys and values are stacked in that order."""
     bare = {key.removeprefix("text_model."): tensor for key, tensor in weights.items()}
     named = {}
     for key, tensor in bare.items():
         matched = re.match(r"encoder\.layers\.(\d+)\.(.*)", key)
         if key in _OPEN_CLIP_ENDS:
-            named[OPEN_CLIP + _OPEN_CLIP_ENDS[key]] = tensor
+            named[prefix + _OPEN_CLIP_ENDS[key]] = tensor
         elif not matched:
             raise ValueError(f"the single-file layout has no place for the text encoder's {key}")
         elif projected := re.fullmatch(r"self_attn\.[qkv]_proj\.(weight|bias)", matched[2]):
             projections = [bare[f"encoder.layers.{matched[1]}.self_attn.{name}_proj.{projected[1]}"] for name in "qkv"]
-            named[f"{OPEN_CLIP}transformer.resblocks.{matched[1]}.attn.in_proj_{projected[1]}"] = torch.cat(projections)
+            named[f"{prefix}transformer.resblocks.{matched[1]}.attn.in_proj_{projected[1]}"] = torch.cat(projections)
         else:
-            named[f"{OPEN_CLIP}transformer.resblocks.{matched[1]}.{_renamed(matched[2], _OPEN_CLIP_LAYER)}"] = tensor
+            named[f"{prefix}transformer.resblocks.{matched[1]}.{_renamed(matched[2], _OPEN_CLIP_LAYER)}"] = tensor
     return named
 
 
