@@ -5,6 +5,7 @@ The libraries are imported where they are used: a process that only hands out te
 
 import gc
 import os
+import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -33,8 +34,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What the libraries made at import stays: collections need not look through it again, and there are many."""
+    """What the libraries made at import stays: collections need not look through it again, and there are many.
+
+    The server of processes starts now, where the libraries are loaded and no test has patched them.
+    """
     gc.freeze()
+    if "pipeline.system.children" in sys.modules:
+        from support import forkserver
+
+        forkserver.start()
     gc.enable()
 
 
