@@ -16,6 +16,7 @@ import pytest
 # Until the tests are collected: collections would look through all that the libraries make, and all of it stays.
 gc.disable()
 LONGEST = ("test_docs.py", "test_kill.py", "test_cli.py", "test_distill.py", "test_options.py")
+TWO_LEVELS = ("sd_small", "sd_tiny")
 
 
 @pytest.fixture(autouse=True)
@@ -70,3 +71,27 @@ def images(tmp_path_factory) -> Path:
     from support.tiny import write_images
 
     return write_images(tmp_path_factory.mktemp("images"), 13)
+
+
+@pytest.fixture(scope="session")
+def latents(teacher, images, tmp_path_factory) -> Path:
+    """The images, encoded. What tests share is only read: one that changes it works on a copy."""
+    from support.stages import run_encode
+
+    return run_encode(teacher, images, tmp_path_factory.mktemp("encoded") / "latents")
+
+
+@pytest.fixture(scope="session")
+def cache(teacher, latents, tmp_path_factory) -> Path:
+    """A cache as the defaults make it, quantised and sampled, of two rounds and for two levels."""
+    from support.stages import run_teacher_cache
+
+    return run_teacher_cache(teacher, latents, tmp_path_factory.mktemp("cached") / "cache", students=TWO_LEVELS)
+
+
+@pytest.fixture(scope="session")
+def cache_of_one_round(teacher, latents, tmp_path_factory) -> Path:
+    from support.stages import run_teacher_cache
+
+    place = tmp_path_factory.mktemp("one-round")
+    return run_teacher_cache(teacher, latents, place / "cache", rounds=1, students=TWO_LEVELS)
