@@ -6,6 +6,7 @@ The libraries are imported where they are used: a process that only hands out te
 import gc
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -95,3 +96,25 @@ def cache_of_one_round(teacher, latents, tmp_path_factory) -> Path:
 
     place = tmp_path_factory.mktemp("one-round")
     return run_teacher_cache(teacher, latents, place / "cache", rounds=1, students=TWO_LEVELS)
+
+
+@pytest.fixture(scope="module")
+def few_steps() -> Iterator[None]:
+    """Images take two steps where no option says how many, and the passes of a report are timed once."""
+    from pipeline.commands import distill
+    from pipeline.sampling.generate import Sampler
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distill, "TURNS", 1)
+        patch.setattr(Sampler.__init__, "__defaults__", (2, *Sampler.__init__.__defaults__[1:]))
+        yield
+
+
+@pytest.fixture(scope="module")
+def remembered_evaluations() -> Iterator[None]:
+    """What is evaluated from configs alone is computed once."""
+    from support.remembered import remember_evaluations
+
+    with pytest.MonkeyPatch.context() as patch:
+        remember_evaluations(patch)
+        yield

@@ -10,7 +10,7 @@ import weakref
 import huggingface_hub.utils
 import pytest
 import torch
-from support.stages import as_an_earlier_version_wrote_it, run_distill, run_encode, run_teacher_cache
+from support.stages import as_an_earlier_version_wrote_it, run_distill, run_teacher_cache
 from support.tiny import tiny_pipeline
 
 from pipeline.commands import distill, finetune, teacher_cache
@@ -19,13 +19,15 @@ from pipeline.sampling.process import generating_process
 from pipeline.system.errors import UserError
 from pipeline.training.objective import Objective
 
+pytestmark = pytest.mark.usefixtures("few_steps")
+
 
 @pytest.fixture(scope="module")
-def work(teacher, images, tmp_path_factory):
+def work(latents, cache_of_one_round, tmp_path_factory):
     """Latents, and a cache with the teacher's images."""
     place = tmp_path_factory.mktemp("endings")
-    run_encode(teacher, images, place / "latents")
-    run_teacher_cache(teacher, place / "latents", place / "cache", rounds=1)
+    (place / "latents").symlink_to(latents)
+    shutil.copytree(cache_of_one_round, place / "cache")
     pictures = tiny_images(1)
     teacher_cache.save_images(pictures, teacher_cache.Sampler(), place / "cache" / "samples")
     return place
