@@ -138,10 +138,11 @@ def test_a_report_that_fails_keeps_the_student_and_is_written_by_the_same_comman
 def test_validation_images_that_fail_do_not_end_the_training(work, tmp_path, monkeypatch, use_ema):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red cat")
-    whole = run_distill(work / "cache", tmp_path / "whole", use_ema=use_ema)
+    settings = {"use_ema": use_ema, "max_train_steps": 2}
+    whole = run_distill(work / "cache", tmp_path / "whole", **settings)
     monkeypatch.setattr("pipeline.training.validation.generate", failing(FAILURES["memory"]))
-    with pytest.raises(UserError, match="validation images of step 2 failed .CUDA out of memory.*distill-sd sample"):
-        run_distill(work / "cache", tmp_path / "out", use_ema=use_ema, validation_prompts=prompts, validation_steps=2)
+    with pytest.raises(UserError, match="validation images of step 1 failed .CUDA out of memory.*distill-sd sample"):
+        run_distill(work / "cache", tmp_path / "out", validation_prompts=prompts, validation_steps=1, **settings)
     assert weights(tmp_path / "out") == weights(whole)
 
 
