@@ -5,6 +5,8 @@ The libraries are imported where they are used: a process that only hands out te
 
 import gc
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -15,6 +17,7 @@ import pytest
 # Until the tests are collected: collections would look through all that the libraries make, and all of it stays.
 gc.disable()
 LONGEST = ("test_docs.py", "test_kill.py", "test_cli.py", "test_distill.py", "test_options.py")
+TWO_LEVELS = ("sd_small", "sd_tiny")
 
 
 @pytest.fixture(autouse=True)
@@ -33,8 +36,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What the libraries made at import stays: collections need not look through it again, and there are many."""
+    """What the libraries made at import stays: collections need not look through it again, and there are many.
+
+    The server of processes starts now, where the libraries are loaded and no test has patched them.
+    """
     gc.freeze()
+    if "pipeline.system.children" in sys.modules:
+        from support import forkserver
+
+        forkserver.start()
     gc.enable()
 
 
@@ -72,3 +82,49 @@ def images(tmp_path_factory) -> Path:
     from support.tiny import write_images
 
     return write_images(tmp_path_factory.mktemp("images"), 13)
+
+
+@pytest.fixture(scope="session")
+def latents(teacher, images, tmp_path_factory) -> Path:
+    """The images, encoded. What tests share is only read: one that changes it works on a copy."""
+    from support.stages import run_encode
+
+    return run_encode(teacher, images, tmp_path_factory.mktemp("encoded") / "latents")
+
+
+@pytest.fixture(scope="session")
+def cache(teacher, latents, tmp_path_factory) -> Path:
+    """A cache as the defaults make it, quantised and sampled, of two rounds and for two levels."""
+    from support.stages import run_teacher_cache
+
+    return run_teacher_cache(teacher, latents, tmp_path_factory.mktemp("cached") / "cache", students=TWO_LEVELS)
+
+
+@pytest.fixture(scope="session")
+def cache_of_one_round(teacher, latents, tmp_path_factory) -> Path:
+    from support.stages import run_teacher_cache
+
+    place = tmp_path_factory.mktemp("one-round")
+    return run_teacher_cache(teacher, latents, place / "cache", rounds=1, students=TWO_LEVELS)
+
+
+@pytest.fixture(scope="module")
+def few_steps() -> Iterator[None]:
+    """Images take two steps where no option says how many, and the passes of a report are timed once."""
+    from pipeline.commands import distill
+    from pipeline.sampling.generate import Sampler
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distill, "TURNS", 1)
+        patch.setattr(Sampler.__init__, "__defaults__", (2, *Sampler.__init__.__defaults__[1:]))
+        yield
+
+
+@pytest.fixture(scope="module")
+def remembered_evaluations() -> Iterator[None]:
+    """What is evaluated from configs alone is computed once."""
+    from support.remembered import remember_evaluations
+
+    with pytest.MonkeyPatch.context() as patch:
+        remember_evaluations(patch)
+        yield

@@ -28,6 +28,8 @@ from shards.manifest import read_manifest
 from shards.sidecar import read_sidecar
 from shards.store import open_store
 
+pytestmark = pytest.mark.usefixtures("few_steps")
+
 ROOT = Path(__file__).parent.parent
 STAGES = {"encode": EncodeSettings, "teacher-cache": TeacherCacheSettings, "distill": DistillSettings}
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

@@ -77,11 +77,20 @@ def caches(teacher, v_teacher, images, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def cache(teacher, images, tmp_path_factory):
-    """A cache as the defaults make it: quantised, sampled."""
-    work = tmp_path_factory.mktemp("default")
-    latents = run_encode(teacher, images, work / "latents")
-    return run_teacher_cache(teacher, latents, work / "cache", students=("sd_small", "sd_tiny"))
+def trained(cache, tmp_path_factory):
+    """What `run_distill` makes of the cache; not to be changed."""
+    return run_distill(cache, tmp_path_factory.mktemp("trained") / "out")
+
+
+@pytest.fixture(scope="module")
+def begun(cache, tmp_path_factory):
+    """The same training after its first step; not to be changed."""
+    return run_distill(cache, tmp_path_factory.mktemp("begun") / "out", max_train_steps=1)
+
+
+@pytest.fixture(scope="module")
+def of_five_steps(cache, tmp_path_factory):
+    return run_distill(cache, tmp_path_factory.mktemp("five") / "out", max_train_steps=5)
 
 
 # The largest relative difference from online training, by how the cache stores its tensors.
@@ -292,7 +301,7 @@ class Stopped(Exception):
 @pytest.mark.parametrize(("stop_at", "lr_scheduler"), [(1, "constant"), (5, "cosine")])
 def test_a_stopped_run_resumes_bit_for_bit(cache, tmp_path, monkeypatch, stop_at, lr_scheduler):
     settings = {
-        "max_train_steps": 8,
+        "max_train_steps": 7,
         "checkpointing_steps": 2,
         "use_ema": True,
         "lr_scheduler": lr_scheduler,
@@ -313,13 +322,12 @@ def test_a_stopped_run_resumes_bit_for_bit(cache, tmp_path, monkeypatch, stop_at
     with pytest.raises(Stopped):
         run_distill(cache, tmp_path / "stopped", **settings)
     monkeypatch.setattr(Objective, "total", real)
-    assert_equal_training(run_distill(cache, tmp_path / "stopped", **settings), whole, 8)
+    assert_equal_training(run_distill(cache, tmp_path / "stopped", **settings), whole, 7)
 
 
-def test_raising_the_steps_of_a_constant_schedule_continues_it(cache, tmp_path):
-    whole = run_distill(cache, tmp_path / "whole", max_train_steps=6)
-    out = run_distill(cache, tmp_path / "out", max_train_steps=3)
-    assert_equal_training(run_distill(cache, out, max_train_steps=6), whole, 6)
+def test_raising_the_steps_of_a_constant_schedule_continues_it(cache, trained, of_five_steps, tmp_path):
+    out = shutil.copytree(trained, tmp_path / "out")
+    assert_equal_training(run_distill(cache, out, max_train_steps=5), of_five_steps, 5)
 
 
 def test_accumulation_equals_the_large_batch(cache, tmp_path):
@@ -367,7 +375,7 @@ def test_the_schedule_counts_optimiser_steps(cache, tmp_path, lr_scheduler, warm
         tmp_path / "out",
         lr_scheduler=lr_scheduler,
         lr_warmup_steps=warmup,
-        gradient_accumulation_steps=3,
+        gradient_accumulation_steps=2,
         train_batch_size=1,
     )
     assert [line["learning_rate"] / 1e-3 for line in metrics(out)] == approx(expected)
@@ -395,13 +403,12 @@ def test_the_saved_student_is_the_average_when_there_is_one(cache, tmp_path):
     assert any(not torch.equal(saved[name], steps[2][name]) for name in saved)
 
 
-def test_gradient_checkpointing_changes_neither_losses_nor_weights(cache, tmp_path):
-    plain = run_distill(cache, tmp_path / "plain")
+def test_gradient_checkpointing_changes_neither_losses_nor_weights(cache, trained, tmp_path):
     saving = run_distill(cache, tmp_path / "saving", gradient_checkpointing=True)
-    left, right = state_dict_of(plain / "unet"), state_dict_of(saving / "unet")
+    left, right = state_dict_of(trained / "unet"), state_dict_of(saving / "unet")
     for name in left:
         torch.testing.assert_close(left[name], right[name], rtol=1e-4, atol=1e-5)
-    assert metrics(saving)[-1]["loss"] == approx(metrics(plain)[-1]["loss"], rel=1e-4)
+    assert metrics(saving)[-1]["loss"] == approx(metrics(trained)[-1]["loss"], rel=1e-4)
 
 
 def test_gradients_are_clipped_to_the_norm(cache, tmp_path, monkeypatch):
@@ -422,14 +429,13 @@ def test_gradients_are_clipped_to_the_norm(cache, tmp_path, monkeypatch):
     assert all(before > 0.01 and after == approx(0.01, rel=1e-2) for before, after in seen)
 
 
-def test_mixed_precision_trains_and_keeps_float32_weights(cache, tmp_path):
+def test_mixed_precision_trains_and_keeps_float32_weights(cache, trained, tmp_path):
     out = run_distill(cache, tmp_path / "out", mixed_precision="bf16")
-    plain = run_distill(cache, tmp_path / "plain")
     weights = state_dict_of(out / "unet")
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
     assert all(tensor.is_contiguous() for tensor in weights.values())
-    assert metrics(out)[0]["loss"] == approx(metrics(plain)[0]["loss"], rel=0.03)
-    assert metrics(out)[0]["loss"] != metrics(plain)[0]["loss"]
+    assert metrics(out)[0]["loss"] == approx(metrics(trained)[0]["loss"], rel=0.03)
+    assert metrics(out)[0]["loss"] != metrics(trained)[0]["loss"]
 
 
 def test_only_the_newest_checkpoints_are_kept(cache, tmp_path):
@@ -439,8 +445,8 @@ def test_only_the_newest_checkpoints_are_kept(cache, tmp_path):
     assert loaded.config.layers_per_block == 1
 
 
-def test_a_finished_student_is_left_alone_and_reported(cache, tmp_path, capsys):
-    out = run_distill(cache, tmp_path / "out")
+def test_a_finished_student_is_left_alone_and_reported(cache, trained, tmp_path, capsys):
+    out = shutil.copytree(trained, tmp_path / "out")
     before = tree(out)
     run_distill(cache, out)
     assert "already finished, nothing to do" in capsys.readouterr().out
@@ -457,18 +463,16 @@ def test_a_finished_student_is_left_alone_and_reported(cache, tmp_path, capsys):
         ({"gradient_accumulation_steps": 2}, "global_batch_size: 3 -> 6"),
     ],
 )
-def test_other_settings_on_the_same_output_are_refused_with_the_difference(cache, tmp_path, changes, line):
-    out = run_distill(cache, tmp_path / "out", max_train_steps=1)
-    before = tree(out)
+def test_other_settings_on_the_same_output_are_refused_with_the_difference(cache, begun, changes, line):
+    before = tree(begun)
     with pytest.raises(ShardError, match=line):
-        run_distill(cache, out, **changes)
-    assert tree(out) == before
+        run_distill(cache, begun, **changes)
+    assert tree(begun) == before
 
 
-def test_another_cache_on_the_same_output_is_refused(cache, caches, tmp_path):
-    out = run_distill(cache, tmp_path / "out", max_train_steps=1)
+def test_another_cache_on_the_same_output_is_refused(caches, begun):
     with pytest.raises(ShardError, match="cache: "):
-        run_distill(caches(), out)
+        run_distill(caches(), begun)
 
 
 def test_a_level_that_the_cache_lacks_is_refused_with_the_remedy(cache, tmp_path):
@@ -492,16 +496,16 @@ def test_a_missing_report_is_written_by_the_next_run(cache, tmp_path, monkeypatc
 
     monkeypatch.setattr(distill, "write_report", fail)
     with pytest.raises(Stopped):
-        run_distill(cache, tmp_path / "out", report=True)
+        run_distill(cache, tmp_path / "out", report=True, max_train_steps=1)
     monkeypatch.undo()
     weights = (tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors").stat().st_mtime_ns
-    run_distill(cache, tmp_path / "out", report=True)
+    run_distill(cache, tmp_path / "out", report=True, max_train_steps=1)
     assert (tmp_path / "out" / "report.html").is_file()
     assert (tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors").stat().st_mtime_ns == weights
 
 
-def test_checkpoints_without_their_spec_are_refused(cache, tmp_path):
-    out = run_distill(cache, tmp_path / "out", max_train_steps=1)
+def test_checkpoints_without_their_spec_are_refused(cache, begun, tmp_path):
+    out = shutil.copytree(begun, tmp_path / "out")
     (out / "spec.json").unlink()
     with pytest.raises(UserError, match="without its spec.json"):
         run_distill(cache, out, max_train_steps=2)
@@ -583,8 +587,9 @@ def heeded_signals():
 
 @pytest.mark.usefixtures("heeded_signals")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_an_interrupted_run_leaves_a_checkpoint_and_resumes_bit_for_bit(cache, tmp_path, monkeypatch, number):
-    whole = run_distill(cache, tmp_path / "whole", max_train_steps=5)
+def test_an_interrupted_run_leaves_a_checkpoint_and_resumes_bit_for_bit(
+    cache, of_five_steps, tmp_path, monkeypatch, number
+):
     real, calls = Objective.losses, []
 
     def interrupting(*arguments):
@@ -598,7 +603,7 @@ def test_an_interrupted_run_leaves_a_checkpoint_and_resumes_bit_for_bit(cache, t
         run_distill(cache, tmp_path / "out", max_train_steps=5)
     assert [step for step, _ in list_checkpoints(tmp_path / "out" / "checkpoints")] == [3]
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    assert_equal_training(run_distill(cache, tmp_path / "out", max_train_steps=5), whole, 5)
+    assert_equal_training(run_distill(cache, tmp_path / "out", max_train_steps=5), of_five_steps, 5)
 
 
 @pytest.mark.usefixtures("heeded_signals")
@@ -654,10 +659,9 @@ def test_a_damaged_checkpoint_is_named(cache, tmp_path):
         run_distill(cache, out, max_train_steps=3)
 
 
-def test_loader_workers_change_nothing(cache, tmp_path):
-    alone = run_distill(cache, tmp_path / "alone")
+def test_loader_workers_change_nothing(cache, trained, tmp_path):
     helped = run_distill(cache, tmp_path / "helped", dataloader_num_workers=2)
-    assert_equal_training(alone, helped, 4)
+    assert_equal_training(trained, helped, 4)
 
 
 def test_batches_hold_what_the_entries_hold_for_any_position(cache, tmp_path):

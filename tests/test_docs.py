@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from support.stages import reset_accelerate, run_encode, run_teacher_cache
+from support.tiny import write_images
 from support.web import IMG2DATASET, serving, write_list
 from test_floors import FLOORS
 
@@ -31,6 +32,8 @@ from pipeline.data.source import OpenSource
 from pipeline.settings.data import DataSettings
 from shards.dataset import CacheDataset
 from shards.store import open_store
+
+pytestmark = pytest.mark.usefixtures("few_steps", "remembered_evaluations")
 
 ROOT = Path(__file__).parent.parent
 NAMES = ("data", "teachers", "stages", "recipes", "deployment", "disk", "trust", "scaling", "api", "troubleshooting")
@@ -85,15 +88,15 @@ def files_of(page: str) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def desk(teacher, xl_teacher, images, tmp_path_factory):
+def desk(teacher, xl_teacher, tmp_path_factory):
     """A directory in which the names of the pages exist."""
     place = tmp_path_factory.mktemp("desk")
+    images = write_images(place / "images", 5)
     (place / "path" / "to").mkdir(parents=True)
     for name in ("checkpoint", "path/to/checkpoint"):
         (place / name).symlink_to(teacher)
     (place / "sdxl").symlink_to(xl_teacher)
-    for name in ("images", "path/to/images"):
-        (place / name).symlink_to(images)
+    (place / "path" / "to" / "images").symlink_to(images)
     for name, text in itertools.chain.from_iterable(files_of(page).items() for page in PAGES):
         (place / name).write_text(small(text))
     (place / "prompts.txt").write_text("a lighthouse at dusk\na red bicycle\n")
@@ -160,7 +163,7 @@ def run_in_process(command: str) -> None:
 def test_make_distill_alone_runs_the_demo(desk):
     """The scenes are made, and then the commands that make starts are run in one process."""
     assert "make distill" in MAKE
-    started = run_make("make distill", "LAUNCH=echo SCENES=12 ROUNDS=1 SAMPLES=2 STEPS=2 BATCH=2", desk).stdout
+    started = run_make("make distill", "LAUNCH=echo SCENES=12 ROUNDS=1 SAMPLES=1 STEPS=2 BATCH=2", desk).stdout
     lines = re.findall(r"^-m pipeline\.(\w+) (.*)$", started, re.MULTILINE)
     stages = [f"{stage.replace('_', '-')} {arguments}" for stage, arguments in lines]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

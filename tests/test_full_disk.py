@@ -60,6 +60,8 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_shard(stage, share, teacher, im
             16,
             "--entries-per-shard",
             6,
+            "--batch-size",
+            6,
             "--samples",
             0,
         ]
@@ -86,10 +88,8 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_shard(stage, share, teacher, im
 
 
 @pytest.mark.parametrize("room", [0.5, 0.9])
-def test_a_disk_that_fills_up_in_a_checkpoint(room, teacher, images, disk, tmp_path):
+def test_a_disk_that_fills_up_in_a_checkpoint(room, cache, disk, tmp_path):
     """Once in the student's weights, once in the optimiser's state."""
-    latents = run_encode(teacher, images, tmp_path / "latents")
-    cache = run_teacher_cache(teacher, latents, tmp_path / "cache")
     arguments = [
         "--cache",
         cache,

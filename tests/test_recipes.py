@@ -73,6 +73,7 @@ def test_the_counts_are_those_of_the_preset(name):
     assert trained == f"{samples(name) / 1e6:.1f} M"
 
 
+@pytest.mark.usefixtures("remembered_evaluations")
 @pytest.mark.parametrize("name", TAKEN)
 def test_the_bytes_and_the_arithmetic_are_those_of_plan(name, sd15):
     recipe, images, rounds, size, _, _, share = TAKEN[name]

@@ -19,6 +19,8 @@ from shards.reader import ShardSet
 from shards.schema import ShardError
 from shards.store import open_store
 
+pytestmark = pytest.mark.usefixtures("few_steps")
+
 
 @pytest.mark.parametrize(
     ("text", "chosen"), [(None, "abcde"), ("0:2", "ab"), ("2:", "cde"), (":1", "a"), ("4:9", "e"), ("7:9", "")]

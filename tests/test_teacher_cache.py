@@ -30,16 +30,6 @@ from shards.store import open_store
 BLOCKS = [f"{kind}_blocks.{i}" for kind in ("down", "up") for i in range(4)]
 
 
-@pytest.fixture(scope="module")
-def latents(teacher, images, tmp_path_factory):
-    return run_encode(teacher, images, tmp_path_factory.mktemp("encoded") / "latents")
-
-
-@pytest.fixture(scope="module")
-def cache(teacher, latents, tmp_path_factory):
-    return run_teacher_cache(teacher, latents, tmp_path_factory.mktemp("cached") / "cache")
-
-
 def asked_again(teacher, sample, added="noise"):
     """The teacher's prediction and block outputs for an entry, by hooks and noising that are not ours."""
     unet = UNet2DConditionModel.from_pretrained(teacher, subfolder="unet").eval()
@@ -92,10 +82,12 @@ def test_a_quantised_cache_is_within_half_a_step_at_the_sampled_positions(teache
     assert batch.features["mid_block"].stride == 1
 
 
-def test_the_calibrations_are_learned_from_the_teacher_and_stay_when_rounds_are_added(teacher, latents, tmp_path):
+def test_the_calibrations_are_learned_from_the_teacher_and_stay_when_rounds_are_added(
+    teacher, latents, cache_of_one_round, tmp_path
+):
     """Means and principal directions of the first round's features, as numpy finds them in an exact cache."""
     exact = run_teacher_cache(teacher, latents, tmp_path / "exact", codec="fp32", rounds=1)
-    out = run_teacher_cache(teacher, latents, tmp_path / "c", rounds=1)
+    out = shutil.copytree(cache_of_one_round, tmp_path / "c")
     tap = "tap.up_blocks.3"
     vectors = np.concatenate(
         [np.moveaxis(e.tensors[tap].values, 0, -1).reshape(-1, 8) for e in read_entries(exact, "cache", [tap])]
@@ -148,7 +140,7 @@ def test_two_runs_write_the_same_bytes(teacher, latents, cache, tmp_path):
 def test_batch_sizes_change_nothing_but_rounding(teacher, latents, tmp_path):
     one, seven = (
         read_entries(
-            run_teacher_cache(teacher, latents, tmp_path / str(size), batch_size=size, codec="fp32"),
+            run_teacher_cache(teacher, latents, tmp_path / str(size), batch_size=size, codec="fp32", rounds=1),
             "cache",
             [*TENSORS, "tap.up_blocks.3"],
         )
@@ -171,8 +163,8 @@ def test_each_round_has_its_own_noise_and_a_timestep_of_another_half(cache):
         assert not np.array_equal(first.tensors["noise"].values, second.tensors["noise"].values)
 
 
-def test_raising_rounds_adds_shards_and_rewrites_nothing(teacher, latents, tmp_path, capsys):
-    out = run_teacher_cache(teacher, latents, tmp_path / "c")
+def test_raising_rounds_adds_shards_and_rewrites_nothing(teacher, latents, cache, tmp_path, capsys):
+    out = shutil.copytree(cache, tmp_path / "c")
     before, stamps = shard_files(out), {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.suffix != ".json"}
     run_teacher_cache(teacher, latents, out, rounds=3)
     after = shard_files(out)
@@ -186,8 +178,8 @@ def test_raising_rounds_adds_shards_and_rewrites_nothing(teacher, latents, tmp_p
     assert shard_files(out) == after
 
 
-def test_a_level_that_is_added_to_a_finished_cache_is_told(teacher, latents, tmp_path, capsys):
-    out = run_teacher_cache(teacher, latents, tmp_path / "c", rounds=1)
+def test_a_level_that_is_added_to_a_finished_cache_is_told(teacher, latents, cache_of_one_round, tmp_path, capsys):
+    out = shutil.copytree(cache_of_one_round, tmp_path / "c")
     capsys.readouterr()
     run_teacher_cache(teacher, latents, out, rounds=1, students=["sd_small", "bk_base"])
     assert capsys.readouterr().out.startswith(
@@ -195,8 +187,8 @@ def test_a_level_that_is_added_to_a_finished_cache_is_told(teacher, latents, tmp
     )
 
 
-def test_a_missing_shard_is_written_again_with_the_same_bytes(teacher, latents, tmp_path):
-    out = run_teacher_cache(teacher, latents, tmp_path / "c")
+def test_a_missing_shard_is_written_again_with_the_same_bytes(teacher, latents, cache, tmp_path):
+    out = shutil.copytree(cache, tmp_path / "c")
     before = shard_files(out)
     (out / "r0001-s00001.index").unlink()
     (out / "r0000-s00000.index").unlink()
@@ -373,15 +365,14 @@ def test_a_dry_run_refuses_other_settings(teacher, latents, cache):
     assert (result.exit_code, "seed: 0 -> 5" in result.output) == (2, True)
 
 
-def test_a_small_disk_is_refused_before_anything_is_written(teacher, latents, tmp_path, monkeypatch):
+def test_a_small_disk_is_refused_before_anything_is_written(teacher, latents, cache, tmp_path, monkeypatch):
     """Room for the shards but not for base/ and the students is too little."""
-    whole = run_teacher_cache(teacher, latents, tmp_path / "whole")
-    shards = sum(path.stat().st_size for path in whole.glob("r0*"))
+    shards = sum(path.stat().st_size for path in cache.glob("r0*"))
     monkeypatch.setattr("pipeline.system.disk.free_bytes", lambda out: int(1.1 * shards))
     with pytest.raises(UserError, match="needs about .* more, but its disk has only"):
         run_teacher_cache(teacher, latents, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    run_teacher_cache(teacher, latents, whole)
+    run_teacher_cache(teacher, latents, cache)
 
 
 def test_other_versions_of_the_libraries_are_refused_with_the_command_that_installs_them(
@@ -459,7 +450,7 @@ def test_a_scheduler_that_cannot_be_sampled_is_refused_before_the_first_shard(la
     with pytest.raises(UserError, match="the scheduler dpm cannot sample from --teacher .* in 25 steps"):
         run_teacher_cache(tmp_path / "short", latents, tmp_path / "c", samples=1)
     assert not (tmp_path / "c").exists()
-    run_teacher_cache(tmp_path / "short", latents, tmp_path / "c", samples=0)
+    run_teacher_cache(tmp_path / "short", latents, tmp_path / "c", samples=0, rounds=1)
 
 
 def test_samples_that_could_not_be_decoded_are_refused_before_the_first_shard(teacher, latents, tmp_path, monkeypatch):

@@ -3,7 +3,7 @@
 import pytest
 import yaml
 from click.testing import CliRunner
-from support.stages import pruned_pipeline, reset_accelerate, run_encode, run_teacher_cache
+from support.stages import pruned_pipeline, reset_accelerate
 from torch import nn
 
 from pipeline.cli import main
@@ -51,13 +51,10 @@ WAITS = {
 
 
 @pytest.fixture(scope="module")
-def places(teacher, images, tmp_path_factory):
-    work = tmp_path_factory.mktemp("waits")
-    latents = run_encode(teacher, images, work / "latents")
-    cache = run_teacher_cache(teacher, latents, work / "cache", rounds=1)
-    student = work / "student"
+def places(teacher, images, latents, cache_of_one_round, tmp_path_factory):
+    student = tmp_path_factory.mktemp("waits") / "student"
     pruned_pipeline("sd_small").save_pretrained(student)
-    return {"teacher": teacher, "images": images, "student": student, "latents": latents, "cache": cache}
+    return {"teacher": teacher, "images": images, "student": student, "latents": latents, "cache": cache_of_one_round}
 
 
 @pytest.mark.parametrize("command", WAITS)

@@ -12,13 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
-from diffusers import UNet2DConditionModel
 
 from pipeline.evaluation.table import markdown, rows_of
 from pipeline.models.levels import LEVELS
 from pipeline.models.provenance import CARD, read_origin
+from pipeline.models.weights import stored_parameters
 from pipeline.settings.evaluate import EVALUATION
 from pipeline.system.echo import plural, printable
 from pipeline.system.jsonl import read_jsonl
@@ -73,8 +72,6 @@ def write_model_card(out: Path, settings: dict[str, Any]) -> None:
     """Write README.md for the student in `out`, which was trained with `settings` on the cache they name."""
     cache = Path(settings["cache"])
     manifest = read_manifest(open_store(cache), "cache")
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(out, subfolder="unet"))
     spec = json.loads((out / "spec.json").read_text(encoding="utf-8"))
     settings = {**settings, "global_batch_size": spec["global_batch_size"]}
     lines = [line for line in read_jsonl(out / "metrics.jsonl") if "step" in line]
@@ -83,7 +80,7 @@ def write_model_card(out: Path, settings: dict[str, Any]) -> None:
         settings=settings,
         cache=manifest.spec,
         rounds=settings.get("rounds") or manifest.rounds or 0,
-        parameters=unet.num_parameters(),
+        parameters=stored_parameters(out / "unet"),
         origin=read_origin(cache),
         metrics=lines[-1] if lines else {},
         evaluation=json.loads(evaluation.read_text(encoding="utf-8")) if evaluation.is_file() else {},

@@ -8,6 +8,7 @@ pytorch_model.bin                       a pickle, read with weights_only
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 from collections import defaultdict
@@ -179,6 +180,15 @@ def stored_precisions(folder: Path) -> list[str]:
         with safe_open(path, "pt") as file:
             found |= {file.get_slice(name).get_dtype() for name in list(file.keys())}
     return [name for dtype, name in PRECISIONS.items() if dtype in found]
+
+
+def stored_parameters(folder: Path) -> int:
+    """How many parameters a network's safetensors files hold, by their headers."""
+    count = 0
+    for path in find_weights(folder, None).files:
+        with safe_open(path, "pt") as file:
+            count += sum(math.prod(file.get_slice(name).get_shape()) for name in list(file.keys()))
+    return count
 
 
 def _and_others(names: list[str]) -> str:

@@ -40,40 +40,85 @@ def download(*arguments):
     return CliRunner().invoke(main, options + (["--img2dataset", IMG2DATASET] if IMG2DATASET else []))
 
 
+# What the server answers with; "inward" comes from one that redirects to it.
+KINDS = [
+    *["good"] * 6,
+    "moved",
+    "animated",
+    "missing",
+    "missing",
+    "broken",
+    "loop",
+    "html",
+    "empty",
+    "cut",
+    "slow",
+    "refused",
+    *["inward"] * 2,
+]
+
+
+@pytest.fixture(scope="module")
+def downloaded(server, tmp_path_factory):
+    """A list with all kinds and a file of this machine, downloaded; the command's options, its output, and the tars."""
+    place = tmp_path_factory.mktemp("download")
+    (place / "secret.jpg").write_bytes(encoded_image(1))
+
+    class Redirecting(Server):
+        def do_GET(self):
+            self.send_response(302)
+            self.send_header("Location", f"{server}/good/1.jpg")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+    with serving(Redirecting) as other:
+        rows = [
+            (f"{other if kind == 'inward' else server}/{kind}/{number}.jpg", f"{kind} {number}")
+            for number, kind in enumerate(KINDS)
+        ]
+        urls = write_list(place / "list.parquet", [*rows, (f"file://{place}/secret.jpg", "file")])
+        options = ("--urls", urls, "--out", place / "tars", "--entries-per-tar", 10, "--timeout", 4, "--retries", 0)
+        result = download(*options)
+        assert result.exit_code == 0, result.output
+        yield options, result.output, place / "tars"
+
+
+def captions_in(tars):
+    return {record.caption for record in open_source(DataSettings(data=str(tars))).records}
+
+
 @needs_program
-def test_available_images_are_downloaded_and_failures_are_counted_by_cause(server, tmp_path):
-    kinds = ["good"] * 6 + [
-        "moved",
-        "animated",
-        "missing",
-        "missing",
-        "broken",
-        "loop",
-        "html",
-        "empty",
-        "cut",
-        "slow",
-        "refused",
-    ]
-    rows = [(f"{server}/{kind}/{number}.jpg", f"{kind} {number}") for number, kind in enumerate(kinds)]
-    urls, out = write_list(tmp_path / "list.parquet", rows), tmp_path / "tars"
-    options = ("--urls", urls, "--out", out, "--entries-per-tar", 9, "--timeout", 4, "--retries", 0)
-    result = download(*options)
-    assert result.exit_code == 0, result.output
+def test_available_images_are_downloaded_and_failures_are_counted_by_cause(downloaded):
+    options, output, out = downloaded
     source = open_source(DataSettings(data=str(out)))
-    captions = {record.caption for record in source.records}
+    captions = captions_in(out)
     assert {f"good {number}" for number in range(6)} | {"moved 6"} <= captions
     assert not any(
         caption.split()[0] in ("missing", "broken", "loop", "html", "empty", "refused") for caption in captions
     )
     for record in source.records:
         assert min(Image.open(io.BytesIO(source.read(record))).size) == 512
-    assert f"holds {len(captions)} images from {len(kinds)} URLs, in 2 tars" in result.output
-    assert "2 x HTTP Error 404: Not Found" in result.output
-    assert "1 x HTTP Error 500" in result.output
-    assert sum(int(line.split(" x ")[0]) for line in result.output.splitlines() if " x " in line) == 17 - len(captions)
+    assert f"holds {len(captions)} images from {len(KINDS)} URLs, in 2 tars" in output
+    assert "2 x HTTP Error 404: Not Found" in output
+    assert "1 x HTTP Error 500" in output
+    counted = sum(int(line.split(" x ")[0]) for line in output.splitlines() if " x " in line)
+    assert counted == len(KINDS) - len(captions)
 
-    before, requests = tree(out), len(Server.hits)
+
+@needs_program
+def test_a_redirect_to_another_server_of_this_machine_is_not_followed(downloaded):
+    """Nor are files read, whatever the list says."""
+    _, output, out = downloaded
+    assert "note: 1 URLs are left out: neither http nor https" in output
+    assert "2 x <urlopen error redirected to a private address>" in output
+    assert not any(caption.split()[0] in ("inward", "file") for caption in captions_in(out))
+    assert "did not load the rules" not in output
+
+
+@needs_program
+def test_a_download_is_resumed_and_a_finished_one_left_alone(downloaded):
+    options, _, out = downloaded
+    captions, before, requests = captions_in(out), tree(out), len(Server.hits)
     rerun = download(*options)
     assert rerun.exit_code == 0, rerun.output
     assert tree(out) == before
@@ -85,7 +130,7 @@ def test_available_images_are_downloaded_and_failures_are_counted_by_cause(serve
     (out / "note.txt").write_text("a user's file")
     assert download(*options).exit_code == 0
     assert (out / "00000.tar").read_bytes() == before["00000.tar"]
-    assert {record.caption for record in open_source(DataSettings(data=str(out))).records} == captions
+    assert captions_in(out) == captions
     assert (out / "note.txt").read_text() == "a user's file"
 
     other = download(*options, "--seed", 1)
@@ -108,30 +153,6 @@ cd {tmp_path}/tars && tar cf 00000.tar -T /dev/null && echo '{json.dumps(counts)
     assert "holds 0 images from 3 URLs" in result.output
     assert "3 x HTTP Error 404" in result.output
     assert "All downloads failed." in result.output
-
-
-@needs_program
-def test_a_redirect_to_another_server_of_this_machine_is_not_followed(server, tmp_path):
-    """Nor are files read, whatever the list says."""
-    (tmp_path / "secret.jpg").write_bytes(encoded_image(1))
-
-    class Redirecting(Server):
-        def do_GET(self):
-            self.send_response(302)
-            self.send_header("Location", f"{server}/good/1.jpg")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-    with serving(Redirecting) as other:
-        rows = [(f"{other}/{i}.jpg", "inward") for i in range(2)]
-        rows += [(f"{server}/good/1.jpg", "good"), (f"file://{tmp_path}/secret.jpg", "file")]
-        urls = write_list(tmp_path / "list.parquet", rows)
-        result = download("--urls", urls, "--out", tmp_path / "tars", "--retries", 0)
-    assert result.exit_code == 0, result.output
-    assert "note: 1 URLs are left out: neither http nor https" in result.output
-    assert "2 x <urlopen error redirected to a private address>" in result.output
-    assert [record.caption for record in open_source(DataSettings(data=str(tmp_path / "tars"))).records] == ["good"]
-    assert "did not load the rules" not in result.output
 
 
 def test_urls_that_are_not_of_the_web_are_left_out(tmp_path):

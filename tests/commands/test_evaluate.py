@@ -11,7 +11,7 @@ import torch
 from click.testing import CliRunner
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from PIL import Image
-from support.stages import reset_accelerate, run_distill, run_encode, run_teacher_cache, tree
+from support.stages import reset_accelerate, run_distill, run_teacher_cache, tree
 from support.tiny import tiny_pipeline
 
 from pipeline.cli import main
@@ -26,11 +26,13 @@ from pipeline.models.students import student_config, student_weights
 from pipeline.sampling import folder
 from pipeline.sampling.generate import Sampler, generate
 
+pytestmark = pytest.mark.usefixtures("few_steps", "remembered_evaluations")
+
 PROMPTS = ["a red cat", "a dog", "three birds", "a house", "the sea"]
 
 
 @pytest.fixture(scope="module")
-def place(teacher, images, tmp_path_factory):
+def place(teacher, latents, tmp_path_factory):
     """A folder with a student, its teacher, held-out latents and prompts."""
     work = tmp_path_factory.mktemp("evaluate")
     pipe = tiny_pipeline()
@@ -41,7 +43,7 @@ def place(teacher, images, tmp_path_factory):
     pipe.save_pretrained(work / "student")
     (work / "teacher").symlink_to(teacher)
     (work / "prompts.txt").write_text("\n".join(PROMPTS))
-    run_encode(teacher, images, work / "latents")
+    (work / "latents").symlink_to(latents)
     return work
 
 
@@ -142,10 +144,16 @@ def test_missing_inputs_are_named_with_the_remedy_and_the_rest_runs(done, place,
     assert not (tmp_path / "out" / "pictures").exists()
 
 
-def test_a_student_with_int8_weights_is_evaluated_like_any_other(done, place, tmp_path):
-    options = ["--model", place / "student", "--format", "int8", "--out", tmp_path / "int8"]
+@pytest.fixture(scope="module")
+def int8(place):
+    """The student with int8 weights."""
+    options = ["--model", place / "student", "--format", "int8", "--out", place / "int8"]
     assert CliRunner().invoke(main, ["export", *map(str, options)]).exit_code == 0
-    result = evaluate_all(place, tmp_path / "out", "--student", tmp_path / "int8")
+    return place / "int8"
+
+
+def test_a_student_with_int8_weights_is_evaluated_like_any_other(done, place, int8, tmp_path):
+    result = evaluate_all(place, tmp_path / "out", "--student", int8)
     assert result.exit_code == 0, result.output
     exact, found = results(done[0]), results(tmp_path / "out")
     assert found["student"]["level"] == "sd_small"
@@ -157,18 +165,16 @@ def test_a_student_with_int8_weights_is_evaluated_like_any_other(done, place, tm
     assert errors[0] == pytest.approx(errors[1], rel=0.05)
 
 
-def test_quantised_weights_can_generate_but_not_train_or_teach(place, tmp_path):
-    options = ["--model", place / "student", "--format", "int8", "--out", tmp_path / "int8"]
-    assert CliRunner().invoke(main, ["export", *map(str, options)]).exit_code == 0
+def test_quantised_weights_can_generate_but_not_train_or_teach(place, int8, tmp_path):
     for command in (
-        ["finetune", "--model", tmp_path / "int8", "--latents", place / "latents", "--out", tmp_path / "out"],
-        ["teacher-cache", "--teacher", tmp_path / "int8", "--latents", place / "latents", "--out", tmp_path / "out"],
+        ["finetune", "--model", int8, "--latents", place / "latents", "--out", tmp_path / "out"],
+        ["teacher-cache", "--teacher", int8, "--latents", place / "latents", "--out", tmp_path / "out"],
     ):
         result = CliRunner().invoke(main, list(map(str, [*command, "--device", "cpu"])))
         reset_accelerate()
         assert result.exit_code == 2
         assert "has quantised weights, which cannot be trained. Use the pipeline it was exported from." in result.output
-    sample = ["sample", "--model", tmp_path / "int8", "--prompts", "a cat", "--out", tmp_path / "images"]
+    sample = ["sample", "--model", int8, "--prompts", "a cat", "--out", tmp_path / "images"]
     result = CliRunner().invoke(main, list(map(str, [*sample, "--num-inference-steps", 1, "--device", "cpu"])))
     assert result.exit_code == 0, result.output
 

@@ -19,7 +19,6 @@ from support.stages import (
     reset_accelerate,
     run_distill,
     run_encode,
-    run_teacher_cache,
     state_dict_of,
     tree,
 )
@@ -36,19 +35,15 @@ from pipeline.training.lora import WEIGHTS
 from pipeline.training.objective import Objective
 from shards.schema import ShardError
 
+pytestmark = pytest.mark.usefixtures("few_steps")
+
 V = {"prediction_type": "v_prediction"}
 
 
 @pytest.fixture(scope="module")
-def latents(teacher, images, tmp_path_factory):
-    return run_encode(teacher, images, tmp_path_factory.mktemp("finetune") / "latents")
-
-
-@pytest.fixture(scope="module")
-def student(teacher, latents, tmp_path_factory):
-    place = tmp_path_factory.mktemp("student")
-    cache = run_teacher_cache(teacher, latents, place / "cache", rounds=1, students=("sd_tiny",))
-    return run_distill(cache, place / "student", level="sd_tiny", max_train_steps=1)
+def student(cache_of_one_round, tmp_path_factory):
+    out = tmp_path_factory.mktemp("student") / "student"
+    return run_distill(cache_of_one_round, out, level="sd_tiny", max_train_steps=1)
 
 
 def settings_of(model, latents, out, **changes):

@@ -135,6 +135,7 @@ def test_sizes_are_decimal():
     assert [format_bytes(x) for x in (0, 999, 1234567, 2e12)] == ["0 bytes", "999 bytes", "1.23 MB", "2 TB"]
 
 
+@pytest.mark.usefixtures("remembered_evaluations")
 def test_the_command_needs_no_weights(teacher, tmp_path):
     bare = shutil.copytree(teacher, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
     result = CliRunner().invoke(
@@ -150,6 +151,7 @@ def test_a_disk_that_is_too_small_is_reported_before_anything_is_computed(tmp_pa
         require_space(tmp_path / "not" / "yet", 10**21, "give fewer --rounds")
 
 
+@pytest.mark.usefixtures("remembered_evaluations")
 @pytest.mark.parametrize("codec", ["dither", "fp16"])
 def test_a_trial_runs_the_teacher_and_estimates_the_time(teacher, monkeypatch, codec):
     monkeypatch.setattr(trial, "SECONDS", 0.0)

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import yaml
+from diffusers import UNet2DConditionModel
 from markdown_it import MarkdownIt
 from support.stages import run_distill, run_encode, run_teacher_cache
 from support.tiny import RESOLUTION
@@ -71,6 +72,8 @@ def test_a_distilled_students_card_says_how_it_was_made(student):
     assert head_of(card)["license_name"] == "tiny-license"
     assert head_of(card)["library_name"] == "diffusers"
     assert card.count("# sd_small, distilled from my-teacher\n") == 1
+    parameters = UNet2DConditionModel.from_pretrained(out, subfolder="unet").num_parameters()
+    assert f"U-Net ({parameters:,} parameters)" in card
     assert "The teacher's licence is [tiny-license](https://example.org/licence)" in card
     rows = rows_of(card)
     assert rows["data"] == images.name

@@ -1,5 +1,6 @@
 """A checkpoint in one file is read like a folder: its kind is found out, and each tensor is the file's own."""
 
+import gzip
 import json
 from dataclasses import replace
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
+from support.remembered import remembered
 from support.stages import pruned_pipeline, reset_accelerate, run_encode, run_teacher_cache, shard_files
 from support.tiny import tiny_pipeline
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -22,22 +24,42 @@ from shards.manifest import read_manifest
 from shards.store import open_store
 
 PARTS = ("unet", "vae", "text_encoder")
+# Most tests take the first of CLIP's merges alone, because it takes a second to read them all.
+MERGES, FEW = tokenizer.MERGES, 200
+UNET_SHAPES = remembered(sd_configs._unet_shapes)
 
 
-def with_clip_tokens(pipe, **changes):
-    """The pipeline with CLIP's own tokenizer, and a text encoder for as many tokens."""
-    config = {**pipe.text_encoder.config.to_dict(), **sd_configs.TEXT_CONFIG, **changes}
+def text_config(merges):
+    """What a text encoder for a tokenizer with so many merges differs in from CLIP's."""
+    tokens = 2 * 256 + merges + len(tokenizer.SPECIAL)
+    return {**sd_configs.TEXT_CONFIG, "vocab_size": tokens, "bos_token_id": tokens - 2, "eos_token_id": tokens - 1}
+
+
+def with_clip_tokens(pipe, merges=FEW, **changes):
+    """The pipeline with a text encoder for the tokens of the first of CLIP's merges."""
+    config = {**pipe.text_encoder.config.to_dict(), **text_config(merges), **changes}
     torch.manual_seed(4)
     pipe.register_modules(text_encoder=CLIPTextModel(CLIPTextConfig(**config)).eval())
     return pipe
 
 
 @pytest.fixture(scope="module")
+def few_merges(tmp_path_factory):
+    file = tmp_path_factory.mktemp("merges") / MERGES.name
+    file.write_bytes(gzip.compress(b"".join(gzip.decompress(MERGES.read_bytes()).splitlines(keepends=True)[:FEW])))
+    return file
+
+
+@pytest.fixture(scope="module")
 def small_versions():
+    return versions_with(FEW)
+
+
+def versions_with(merges):
     """Two versions of the tiny pipeline's shape."""
     versions = []
     for version, act in zip(sd_configs.VERSIONS, ("quick_gelu", "gelu"), strict=True):
-        pipe = with_clip_tokens(tiny_pipeline(), hidden_act=act)
+        pipe = with_clip_tokens(tiny_pipeline(), merges, hidden_act=act)
         configs = dict(version.configs)
         configs["unet/config.json"] = {k: v for k, v in dict(pipe.unet.config).items() if k != "_name_or_path"}
         configs["vae/config.json"] = dict(pipe.vae.config)
@@ -47,9 +69,11 @@ def small_versions():
 
 
 @pytest.fixture(autouse=True)
-def _small(tmp_path, monkeypatch, small_versions):
-    """These versions, and a cache of this test's own."""
+def _small(tmp_path, monkeypatch, small_versions, few_merges):
+    """These versions and merges, and a cache of this test's own."""
+    monkeypatch.setattr(sd_configs, "_unet_shapes", UNET_SHAPES)
     monkeypatch.setattr(sd_configs, "VERSIONS", small_versions)
+    monkeypatch.setattr(tokenizer, "MERGES", few_merges)
     monkeypatch.setattr(single_file, "CONVERTED", tmp_path / "converted")
 
 
@@ -80,8 +104,18 @@ def test_every_kind_is_found_out_and_has_the_files_weights(tmp_path, level, caps
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
-def test_open_clip_makes_it_sd_2_and_v_prediction(tmp_path):
-    pipe = with_clip_tokens(tiny_pipeline(), hidden_act="gelu", num_hidden_layers=1)
+@pytest.fixture
+def all_merges(monkeypatch):
+    """Versions with all of CLIP's tokens; returns how many merges they have."""
+    monkeypatch.setattr(tokenizer, "MERGES", MERGES)
+    count = len(gzip.decompress(MERGES.read_bytes()).splitlines())
+    monkeypatch.setattr(sd_configs, "VERSIONS", versions_with(count))
+    return count
+
+
+def test_open_clip_makes_it_sd_2_and_v_prediction(tmp_path, all_merges):
+    """With all of CLIP's tokens."""
+    pipe = with_clip_tokens(tiny_pipeline(), all_merges, hidden_act="gelu", num_hidden_layers=1)
     folder, read = found(write(pipe, tmp_path / "x.safetensors"))
     assert read.scheduler.config.prediction_type == "v_prediction"
     assert read.tokenizer.pad_token == "!"
@@ -202,6 +236,7 @@ def test_the_stages_write_what_they_write_from_the_folder(tmp_path, images):
     assert result.exit_code == 0, result.output
 
 
+@pytest.mark.usefixtures("all_merges")
 def test_the_tokens_are_those_of_clip(tmp_path):
     """Numbers that are known from CLIP's vocabulary, and a text with what it has no merges for."""
     tokenizer.write_tokenizer(tmp_path)

@@ -41,7 +41,7 @@ def run_teacher_cache(teacher: Path | str, latents: Path, out: Path, **changes) 
     settings = {
         "rounds": 2,
         "tokens": 16,
-        "batch_size": 4,
+        "batch_size": 6,
         "entries_per_shard": 6,
         "device": "cpu",
         "samples": 0,

@@ -8,7 +8,7 @@ import signal
 
 import pytest
 import torch
-from support.stages import metrics, prepared, run_distill, run_encode, run_teacher_cache, state_dict_of, tree
+from support.stages import metrics, prepared, run_distill, state_dict_of, tree
 
 from pipeline.commands import distill
 from pipeline.system.errors import UserError
@@ -17,10 +17,8 @@ from pipeline.training.objective import Objective
 
 
 @pytest.fixture(scope="module")
-def cache(teacher, images, tmp_path_factory):
-    work = tmp_path_factory.mktemp("checkpoints")
-    latents = run_encode(teacher, images, work / "latents")
-    return run_teacher_cache(teacher, latents, work / "cache", rounds=1, students=("sd_small", "sd_tiny"))
+def cache(cache_of_one_round):
+    return cache_of_one_round
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import weakref
 import huggingface_hub.utils
 import pytest
 import torch
-from support.stages import as_an_earlier_version_wrote_it, run_distill, run_encode, run_teacher_cache
+from support.stages import as_an_earlier_version_wrote_it, run_distill, run_teacher_cache
 from support.tiny import tiny_pipeline
 
 from pipeline.commands import distill, finetune, teacher_cache
@@ -19,13 +19,15 @@ from pipeline.sampling.process import generating_process
 from pipeline.system.errors import UserError
 from pipeline.training.objective import Objective
 
+pytestmark = pytest.mark.usefixtures("few_steps")
+
 
 @pytest.fixture(scope="module")
-def work(teacher, images, tmp_path_factory):
+def work(latents, cache_of_one_round, tmp_path_factory):
     """Latents, and a cache with the teacher's images."""
     place = tmp_path_factory.mktemp("endings")
-    run_encode(teacher, images, place / "latents")
-    run_teacher_cache(teacher, place / "latents", place / "cache", rounds=1)
+    (place / "latents").symlink_to(latents)
+    shutil.copytree(cache_of_one_round, place / "cache")
     pictures = tiny_images(1)
     teacher_cache.save_images(pictures, teacher_cache.Sampler(), place / "cache" / "samples")
     return place
@@ -136,10 +138,11 @@ def test_a_report_that_fails_keeps_the_student_and_is_written_by_the_same_comman
 def test_validation_images_that_fail_do_not_end_the_training(work, tmp_path, monkeypatch, use_ema):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red cat")
-    whole = run_distill(work / "cache", tmp_path / "whole", use_ema=use_ema)
+    settings = {"use_ema": use_ema, "max_train_steps": 2}
+    whole = run_distill(work / "cache", tmp_path / "whole", **settings)
     monkeypatch.setattr("pipeline.training.validation.generate", failing(FAILURES["memory"]))
-    with pytest.raises(UserError, match="validation images of step 2 failed .CUDA out of memory.*distill-sd sample"):
-        run_distill(work / "cache", tmp_path / "out", use_ema=use_ema, validation_prompts=prompts, validation_steps=2)
+    with pytest.raises(UserError, match="validation images of step 1 failed .CUDA out of memory.*distill-sd sample"):
+        run_distill(work / "cache", tmp_path / "out", validation_prompts=prompts, validation_steps=1, **settings)
     assert weights(tmp_path / "out") == weights(whole)
 
 

@@ -14,13 +14,8 @@ from pipeline.training.accelerator import make_accelerator, refuse_precision
 
 
 @pytest.fixture(scope="module")
-def latents(teacher, images, tmp_path_factory):
-    return run_encode(teacher, images, tmp_path_factory.mktemp("environment") / "latents")
-
-
-@pytest.fixture(scope="module")
-def cache(teacher, latents, tmp_path_factory):
-    return run_teacher_cache(teacher, latents, tmp_path_factory.mktemp("environment") / "cache", rounds=1)
+def cache(cache_of_one_round):
+    return cache_of_one_round
 
 
 def spec(out):

@@ -16,12 +16,13 @@ COUNT = 11
 
 
 @pytest.fixture(scope="module")
-def work(teacher, images, tmp_path_factory):
+def work(teacher, latents, cache_of_one_round, tmp_path_factory):
     """Latents and caches to train on and of held-out images."""
     folder = tmp_path_factory.mktemp("held-out")
-    for name, data in (("train", images), ("held_out", write_images(folder / "images", COUNT, seed=7))):
-        latents = run_encode(teacher, data, folder / f"{name}-latents")
-        run_teacher_cache(teacher, latents, folder / f"{name}-cache", rounds=1)
+    (folder / "train-latents").symlink_to(latents)
+    (folder / "train-cache").symlink_to(cache_of_one_round)
+    held_out = run_encode(teacher, write_images(folder / "images", COUNT, seed=7), folder / "held_out-latents")
+    run_teacher_cache(teacher, held_out, folder / "held_out-cache", rounds=1)
     return folder
 
 

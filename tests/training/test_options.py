@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import re
+import shutil
 import sys
 import types
 
@@ -21,8 +22,6 @@ from support.stages import (
     prepared,
     reset_accelerate,
     run_distill,
-    run_encode,
-    run_teacher_cache,
     state_dict_of,
 )
 
@@ -32,17 +31,31 @@ from pipeline.settings.training import resolve_steps_and_lr
 from pipeline.system.errors import UserError
 from shards.schema import ShardError
 
+pytestmark = pytest.mark.usefixtures("few_steps")
+
 
 @pytest.fixture(scope="module")
-def cache(teacher, images, tmp_path_factory):
-    work = tmp_path_factory.mktemp("options")
-    latents = run_encode(teacher, images, work / "latents")
-    return run_teacher_cache(teacher, latents, work / "cache", rounds=1, students=("sd_small", "sd_tiny"))
+def cache(cache_of_one_round):
+    return cache_of_one_round
+
+
+@pytest.fixture(scope="module")
+def trained(cache, tmp_path_factory):
+    """A student of two steps and the same one of four, in one process each; not to be changed."""
+    place = tmp_path_factory.mktemp("trained")
+    return [run_distill(cache, place / str(steps), max_train_steps=steps) for steps in (2, 4)]
 
 
 @pytest.fixture
-def saved(cache, tmp_path):
-    return run_distill(cache, tmp_path / "saved", max_train_steps=2)
+def saved(trained, tmp_path):
+    """A copy of the student of two steps."""
+    return shutil.copytree(trained[0], tmp_path / "saved")
+
+
+@pytest.fixture(scope="module")
+def plain(trained):
+    """The student of four steps."""
+    return trained[1]
 
 
 @pytest.mark.parametrize("part", [".", "unet"])
@@ -73,19 +86,17 @@ def test_a_saved_student_can_be_trained_on_without_distillation(cache, saved, tm
     assert not [name for name in metrics(out)[0] if name.startswith(("output", "feature"))]
 
 
-def test_the_initial_student_is_part_of_the_spec(cache, saved, tmp_path):
+def test_the_initial_student_is_part_of_the_spec(cache, plain, saved, tmp_path):
     out = run_distill(cache, tmp_path / "out", init_from=saved, max_train_steps=2)
     moved = saved.rename(tmp_path / "moved")
     run_distill(cache, out, init_from=moved, max_train_steps=4)
-    other = run_distill(cache, tmp_path / "other", max_train_steps=1)
     with pytest.raises(ShardError, match="init_from"):
-        run_distill(cache, out, init_from=other, max_train_steps=6)
+        run_distill(cache, out, init_from=plain, max_train_steps=6)
 
 
-def test_a_student_of_another_level_is_refused(cache, tmp_path):
-    tiny = run_distill(cache, tmp_path / "tiny", level="sd_tiny", max_train_steps=1)
-    with pytest.raises(UserError, match="does not have the layers of sd_small"):
-        run_distill(cache, tmp_path / "out", init_from=tiny)
+def test_a_student_of_another_level_is_refused(cache, saved, tmp_path):
+    with pytest.raises(UserError, match="does not have the layers of sd_tiny"):
+        run_distill(cache, tmp_path / "out", level="sd_tiny", init_from=saved)
 
 
 def test_a_folder_without_a_student_is_refused(cache, tmp_path):
@@ -180,19 +191,17 @@ def test_8_bit_adam_without_its_package_is_refused(cache, tmp_path, monkeypatch)
         run_distill(cache, tmp_path / "out", use_8bit_adam=True)
 
 
-def test_a_checkpoint_with_another_memory_format_resumes_the_same(cache, tmp_path):
+def test_a_checkpoint_with_another_memory_format_resumes_the_same(cache, plain, saved):
     """As one made on a GPU does on a CPU, where fused steps would mix up the numbers and say nothing."""
-    whole = run_distill(cache, tmp_path / "whole", max_train_steps=4)
-    out = run_distill(cache, tmp_path / "out", max_train_steps=2)
-    path = out / "checkpoints" / "step-0000002" / "state.pt"
+    path = saved / "checkpoints" / "step-0000002" / "state.pt"
     state = torch.load(path, weights_only=True)
     for moments in state["optimizer"]["state"].values():
         for name, value in moments.items():
             if value.ndim == 4:
                 moments[name] = value.contiguous(memory_format=torch.channels_last)
     torch.save(state, path)
-    run_distill(cache, out, max_train_steps=4)
-    expected, found = state_dict_of(whole / "unet"), state_dict_of(out / "unet")
+    run_distill(cache, saved, max_train_steps=4)
+    expected, found = state_dict_of(plain / "unet"), state_dict_of(saved / "unet")
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
@@ -225,10 +234,10 @@ def test_the_tracker_may_be_changed_between_two_runs(cache, tmp_path):
 
 
 @pytest.mark.parametrize("use_ema", [False, True])
-def test_validation_images_do_not_change_the_training(cache, tmp_path, use_ema):
+def test_validation_images_do_not_change_the_training(cache, plain, tmp_path, use_ema):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red cat\n\na blue sky\n")
-    plain = run_distill(cache, tmp_path / "plain", use_ema=use_ema)
+    plain = run_distill(cache, tmp_path / "plain", use_ema=True) if use_ema else plain
     out = run_distill(
         cache, tmp_path / "out", use_ema=use_ema, validation_prompts=prompts, validation_steps=2, max_train_steps=3
     )
@@ -307,9 +316,9 @@ def test_a_failed_upload_keeps_the_student_and_is_retried(cache, tmp_path, monke
     calls = []
     monkeypatch.setattr("pipeline.models.hub.HfApi", lambda: Hub(calls, refuse=["upload_folder"]))
     with pytest.raises(UserError, match="is finished but was not uploaded .*Rerun the same command"):
-        run_distill(cache, tmp_path / "out", push_to_hub="me/student")
+        run_distill(cache, tmp_path / "out", push_to_hub="me/student", max_train_steps=1)
     weights = (tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors").stat().st_mtime_ns
     monkeypatch.setattr("pipeline.models.hub.HfApi", lambda: Hub(calls))
-    run_distill(cache, tmp_path / "out", push_to_hub="me/student")
+    run_distill(cache, tmp_path / "out", push_to_hub="me/student", max_train_steps=1)
     assert calls[-1][0] == "upload_folder"
     assert (tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors").stat().st_mtime_ns == weights

@@ -26,6 +26,8 @@ from pipeline.system.memory import peak_memory
 from pipeline.system.page import curves
 from pipeline.training.report import Report, write_report
 
+pytestmark = pytest.mark.usefixtures("few_steps")
+
 PROMPTS = [f"image {i}" for i in range(5)]
 METRICS = [
     {"step": s, "loss": 1 / s, "task": 0.5 / s, "output": 0.1 / s, "feature/mid_block": 0.2 / s, "epoch": s / 10}
@@ -87,11 +89,11 @@ def test_the_oracle_scores_only_scenes():
 
 
 @pytest.fixture(scope="module")
-def student(teacher, images, tmp_path_factory):
+def student(teacher, latents, cache_of_one_round, tmp_path_factory):
     """A student distilled with a report, from a cache with images of the teacher."""
     work = tmp_path_factory.mktemp("reported")
-    latents = run_encode(teacher, images, work / "latents")
-    cache = run_teacher_cache(teacher, latents, work / "cache", rounds=1, samples=3)
+    cache = shutil.copytree(cache_of_one_round, work / "cache")
+    run_teacher_cache(teacher, latents, cache, rounds=1, samples=3)
     return run_distill(cache, work / "student", report=True)
 
 
