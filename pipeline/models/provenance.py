@@ -10,7 +10,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 
@@ -19,6 +18,7 @@ from pipeline.system.json_files import read_json
 from pipeline.system.names import is_on_hub, public_name
 from pipeline.system.output import DEMO
 from pipeline.system.text_files import read_text
+from pipeline.system.yaml_file import parse_yaml
 from shards.files import write_json
 
 ORIGIN, CARD = "origin.json", "README.md"
@@ -74,8 +74,8 @@ def licence(card: str) -> dict[str, str]:
     """The licence fields of a card's YAML header; empty if the header is missing or unreadable."""
     matched = re.match(r"---\r?\n(.*?)\r?\n---", card, re.DOTALL)
     try:
-        header = yaml.safe_load(matched[1]) if matched else None
-    except yaml.YAMLError:
+        header = parse_yaml(matched[1]) if matched else None
+    except ValueError:
         header = None
     fields = header if isinstance(header, dict) else {}
     return {name: fields[name] for name in LICENCE_FIELDS if isinstance(fields.get(name), str)}

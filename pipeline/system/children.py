@@ -16,9 +16,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
-from multiprocessing.context import BaseContext
+from multiprocessing.context import BaseContext, ForkServerContext, ForkServerProcess
 from multiprocessing.forkserver import ensure_running
 from multiprocessing.queues import Queue
+from types import ModuleType
 from typing import Any
 
 # Ctrl-C, a scheduler and a closed terminal tell them to every process of a group.
@@ -65,13 +66,32 @@ def bound_children() -> Iterator[tuple[Bound, Callable[[], None]]]:
         reading.close()
 
 
+class _Process(ForkServerProcess):
+    """A child that does not import `__main__`. Nothing that it is given comes from there, and a script that calls the
+    stages without a guard would run again in each child."""
+
+    @staticmethod
+    def _Popen(process: Any) -> Any:
+        main = sys.modules["__main__"]
+        sys.modules["__main__"] = ModuleType("__main__")
+        try:
+            return ForkServerProcess._Popen(process)  # type: ignore[attr-defined]
+        finally:
+            sys.modules["__main__"] = main
+
+
+class _Context(ForkServerContext):
+    Process = _Process
+
+
 def forkserver(*preload: str) -> BaseContext:
     """multiprocessing's context of that name, with a server that signals to this process's group do not reach.
 
-    The server imports the modules in `preload`, for all its children. It is started here if it is not running.
+    The server imports the modules in `preload`, for all its children. Neither imports the program's `__main__`. It is
+    started here if it is not running.
     """
-    context: Any = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", *preload])
+    context: Any = _Context()
+    context.set_forkserver_preload(list(preload))
     # Starting the tracker unblocks signals.
     resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)

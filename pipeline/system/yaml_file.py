@@ -38,3 +38,6 @@ def parse_yaml(text: str) -> Any:
         raise ValueError(" ".join(str(error).split())) from None
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+    # What PyYAML raises for a value that is not of its tag, such as `!!timestamp x` or `!!int ''`.
+    except (ValueError, TypeError, AttributeError, LookupError, OverflowError) as error:
+        raise ValueError(f"a value does not fit its tag ({error})") from None

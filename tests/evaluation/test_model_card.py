@@ -132,10 +132,22 @@ def test_the_last_losses_are_shown():
 
 
 @pytest.mark.parametrize(
-    "card", ["", "no head", "---\nlicense: [unclosed\n---\n", "---\n- a list\n---\n", "---\nlicense: 3\n---\n"]
+    "card",
+    [
+        "",
+        "no head",
+        *(
+            f"---\n{head}\n---\n"
+            for head in ("license: [unclosed", "- a list", "license: 3", "a: !!timestamp x", "a: " + "[" * 5000)
+        ),
+    ],
 )
 def test_a_card_that_cannot_be_read_has_no_licence(card):
     assert licence(card) == {}
+
+
+def test_a_date_that_does_not_exist_hides_no_licence():
+    assert licence("---\nlicense: mit\ndate: 2024-02-31\n---\n") == {"license": "mit"}
 
 
 def test_the_origin_is_written_once_and_reveals_no_folders(teacher, tmp_path):
