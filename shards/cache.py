@@ -14,7 +14,7 @@ import numpy as np
 from shards.calibration import Calibration, read_calibrations, spec_of_calibrations
 from shards.codec import decode_npy
 from shards.expected import image_tensors, target_tensors
-from shards.manifest import Manifest, known_to, read_file, read_manifest
+from shards.manifest import Manifest, known_to, read_file, read_manifest, sha256_of_json
 from shards.reader import ShardSet, StoredEntry, StoredTensor, read_entry
 from shards.schema import CALIBRATION, IMAGES, MANIFEST, ShardError, conditioning_shapes, empty_prompt_file, image_of
 from shards.sidecar import Row, damaged
@@ -47,6 +47,11 @@ class Cache:
     def calibrations(self) -> dict[str, Calibration]:
         """The calibrations of the taps, by name; empty where taps are not rotated."""
         return stored_calibrations(self.store, self.manifest)
+
+    def digest(self) -> str:
+        """As that of a ShardSet, of the targets and their images."""
+        sets = [self.targets, self.images] if self.images else [self.targets]
+        return sha256_of_json([shards.digest() for shards in sets])
 
     def __len__(self) -> int:
         return len(self.targets)

@@ -27,7 +27,7 @@ from shards.store import LocalStore, Store
 # What a set can hold, and the command that writes it.
 STAGE_COMMANDS = {"latents": "encode", "cache": "teacher-cache"}
 # Fields of specs that earlier versions did not state.
-ADDED_LATER = ("configs", "tokenizer_sha256", "teacher_config", "model_config", "noise_scheduler")
+ADDED_LATER = ("configs", "tokenizer_sha256", "teacher_config", "model_config", "noise_scheduler", "shards_sha256")
 RESTORE = "Restore it from a backup or regenerate the directory"
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from shards.codec import decode_npy, unpack_quantised
 from shards.expected import Expected, expected_tensors
-from shards.manifest import Manifest, read_manifest
+from shards.manifest import Manifest, read_manifest, sha256_of_json
 from shards.packing import unpack
 from shards.plan import PlannedShard
 from shards.schema import BLOCK, ShardError, round_of
@@ -90,6 +90,10 @@ class ShardSet:
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
+
+    def digest(self) -> str:
+        """A sha256 of the contents that the sidecars state. It changes if a shard was made again otherwise."""
+        return sha256_of_json([[head.shard, head.sha256, head.table_crc32] for head in self.heads])
 
     def locate(self, index: int) -> tuple[int, int]:
         """The number of the shard that holds entry `index`, and the entry's place in it."""

@@ -200,7 +200,7 @@ FIXABLE = {
     DISTILL + "--cache {blocked}": "blocked is a file, not a directory",
     CACHE + "--latents {road}/cache": "describes cache, not latents",
     CACHE + "--students sd_smal": "--students 'sd_smal' is not one of sd_small, sd_tiny, bk_base",
-    CACHE + "--students sd_tinny": "bk_tiny. Did you mean sd_tiny?",
+    CACHE + "--students sd_tinny": "sdxl_tiny. Did you mean sd_tiny?",
     CACHE + "--students ,": "--students names no level",
     CACHE + "--uncond-fraction 1.5": "--uncond-fraction is 1.5; it must be at most 1.0",
     CACHE + "--out {road}/cache --rounds 2 --seed 9": "seed: 0 -> 9",

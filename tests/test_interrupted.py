@@ -39,6 +39,14 @@ def stages(teacher, place):
 BATCHES = {"encode": (encode, "encode_batch", "latents"), "teacher-cache": (teacher_cache, "run_teacher", "cache")}
 
 
+@pytest.fixture(autouse=True)
+def usual_handlers():
+    """A test run that `nohup` started ignores SIGHUP, and then so do the stages."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 def raising():
     raise KeyboardInterrupt
 

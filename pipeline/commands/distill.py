@@ -86,7 +86,7 @@ def train_student(settings: DistillSettings, lock: OutputLock) -> None:
     settings = resolve_steps_and_lr(settings, len(dataset), accelerator.num_processes)
     with accelerator.main_process_first():
         if accelerator.is_main_process:
-            claim(settings, training_spec(settings, accelerator.num_processes), lock)
+            claim(settings, training_spec(settings, dataset, accelerator.num_processes), lock)
     done = finished_step(settings.out)
     if done >= (settings.max_train_steps or 0) and accelerator.is_main_process:
         refuse_damaged_result(settings.out)
@@ -123,13 +123,18 @@ def write_missing_card(settings: DistillSettings) -> None:
         write_model_card(settings.out, settings.as_json())
 
 
-def training_spec(settings: DistillSettings, processes: int) -> dict[str, Any]:
+def training_spec(settings: DistillSettings, dataset: CacheDataset, processes: int) -> dict[str, Any]:
     """What the training is, for a later run that continues it."""
     spec = resume_fingerprint(settings, processes, free=("cache",))
     if settings.init_from is not None:
         spec["init_from"] = weights_sha256s(settings.init_from)
-    manifest = read_manifest(open_store(settings.cache), "cache")
-    return {"cache": manifest.spec_sha256, **spec, "rounds": settings.rounds or manifest.rounds}
+    manifest = dataset.cache.manifest
+    return {
+        "cache": manifest.spec_sha256,
+        "shards_sha256": dataset.cache.digest(),
+        **spec,
+        "rounds": settings.rounds or manifest.rounds,
+    }
 
 
 def prepare(settings: DistillSettings, dataset: CacheDataset, accelerator: Accelerator) -> Training:

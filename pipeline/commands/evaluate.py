@@ -23,7 +23,7 @@ from pipeline.evaluation.measure import (
     read_result,
     sampler_of,
 )
-from pipeline.evaluation.model_card import add_evaluation
+from pipeline.evaluation.model_card import add_evaluation, split_card
 from pipeline.evaluation.pair import level_of, load_named_pipeline
 from pipeline.evaluation.quality import (
     Clip,
@@ -108,8 +108,8 @@ def measure(settings: EvaluateSettings, lock: OutputLock) -> None:
     say(f"Wrote {settings.out / EVALUATION} and {REPORT}.")
     if settings.update_card:
         card = task.student.folder / CARD
-        added = add_evaluation(task.student.folder, evaluation)
-        say(f"Added the results to the model card {card}." if added else f"{card} is not a card that `distill` wrote.")
+        add_evaluation(task.student.folder, evaluation)
+        say(f"Added the results to the model card {card}.")
 
 
 def plan(settings: EvaluateSettings) -> list[str]:
@@ -145,6 +145,8 @@ def open_task(settings: EvaluateSettings) -> Task:
         raise UserError(
             f"--out {settings.out} is the folder of a pipeline, whose report it would replace. Use another."
         )
+    if settings.update_card:
+        split_card(student.folder)
     level = level_of(teacher, student, settings.level)
     for loaded, flag in ((teacher, "--teacher"), (student, "--student")):
         check_sampler(loaded.pipe.scheduler, sampler_of(settings, 1), f"{flag} {loaded.name}")
@@ -178,6 +180,7 @@ def specs_of(settings: EvaluateSettings, task: Task) -> dict[str, dict[str, Any]
             "dtype": dtype,
             "level": task.level,
             "latents": task.latents.manifest.spec_sha256,
+            "shards_sha256": task.latents.digest(),
             "entries": settings.entries,
             "bins": settings.bins,
             "seed": settings.seed,

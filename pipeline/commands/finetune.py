@@ -213,6 +213,7 @@ def finetune_spec(
     spec = resume_fingerprint(settings, processes, free=("model", "latents", "revision", "variant", "lora_format"))
     return {
         "latents": dataset.shards.manifest.spec_sha256,
+        "shards_sha256": dataset.shards.digest(),
         "model": weights_sha256(unet),
         "model_config": config_of(unet),
         "noise_scheduler": schedule_of(load_noise_scheduler(folder, settings.prediction_type)),

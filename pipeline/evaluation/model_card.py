@@ -20,10 +20,11 @@ from pipeline.models.provenance import CARD, read_origin
 from pipeline.models.weights import stored_parameters
 from pipeline.settings.evaluate import EVALUATION
 from pipeline.system.echo import plural, printable
+from pipeline.system.errors import UserError
 from pipeline.system.jsonl import read_jsonl
+from pipeline.system.text_files import read_text
 from shards.files import write_bytes, write_json
 from shards.manifest import read_manifest
-from shards.schema import MANIFEST
 from shards.store import open_store
 
 TAGS = ["stable-diffusion", "stable-diffusion-diffusers", "text-to-image", "distillation", "distill-sd"]
@@ -88,20 +89,34 @@ def write_model_card(out: Path, settings: dict[str, Any]) -> None:
     write_bytes(out / CARD, model_card(inputs).encode())
 
 
-def add_evaluation(out: Path, evaluation: dict[str, Any]) -> bool:
-    """Add the results to the card of the student that `distill` wrote to `out`. Returns whether it has such a card.
+def add_evaluation(out: Path, evaluation: dict[str, Any]) -> None:
+    """Put the results into the card of the student in `out`; its other sections stay as they are.
 
-    The results are also stored in `out`, without the names of any folders. The card is regenerated from the cache, so
-    without the cache nothing is written.
+    The results are also stored in `out`, without the names of any folders. Raises UserError as `split_card` does.
     """
-    path = out / "distill.json"
-    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if not settings or not (Path(settings["cache"]) / MANIFEST).is_file():
-        return False
+    before, after = split_card(out)
     results = {part: evaluation[part] for part in ("cost", "fidelity", "quality")}
     write_json(out / EVALUATION, {"student": {"level": evaluation["student"]["level"]}, **results})
-    write_model_card(out, settings)
-    return True
+    lines = [line for line in read_jsonl(out / "metrics.jsonl") if "step" in line]
+    section = results_text(evaluation, lines[-1] if lines else {})
+    write_bytes(out / CARD, f"{before}{section}\n{after}".encode())
+
+
+def split_card(out: Path) -> tuple[str, str]:
+    """A card's text up to the content of its section Results, and from the next section on.
+
+    Raises UserError if there is no such card.
+    """
+    path = out / CARD
+    try:
+        text = read_text(path)
+    except (OSError, ValueError):
+        raise UserError(f"{path} cannot be read, so no results can be added to it. Leave out --update-card.") from None
+    found = re.search(r"^## Results[ \t]*$", text, re.MULTILINE)
+    if found is None:
+        raise UserError(f"{path} has no section Results. Add a line `## Results` to it, or leave out --update-card.")
+    following = re.compile(r"^## ", re.MULTILINE).search(text, found.end())
+    return f"{text[: found.end()]}\n\n", f"\n{text[following.start() :]}" if following else ""
 
 
 def model_card(inputs: CardInputs) -> str:
@@ -112,7 +127,7 @@ def model_card(inputs: CardInputs) -> str:
         _lead(inputs),
         _usage(inputs),
         f"## How it was made\n\n{settings_table(_made(inputs))}",
-        f"## Results\n\n{_results(inputs)}",
+        f"## Results\n\n{results_text(inputs.evaluation, inputs.metrics)}",
         f"## Licence\n\n{licence_text(inputs.origin.get('teacher', {}), 'teacher', STUDENTS)}",
     ]
     return "\n\n".join(sections) + "\n"
@@ -189,10 +204,10 @@ def _named(name: str, value: str | None) -> dict[str, str]:
     return {name: value} if value else {}
 
 
-def _results(inputs: CardInputs) -> str:
+def results_text(evaluation: dict[str, Any], metrics: dict[str, Any]) -> str:
     """The evaluation, if there is one, and the last losses."""
-    parts = [markdown(rows_of(inputs.evaluation))] if inputs.evaluation else []
-    if losses := training_losses(inputs.metrics):
+    parts = [markdown(rows_of(evaluation))] if evaluation else []
+    if losses := training_losses(metrics):
         parts.append(losses)
     return "\n\n".join(parts) or "Nothing was measured."
 

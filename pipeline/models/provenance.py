@@ -20,6 +20,7 @@ from pipeline.system.output import DEMO
 from pipeline.system.text_files import read_text
 from pipeline.system.yaml_file import parse_yaml
 from shards.files import write_json
+from shards.schema import IMAGES
 
 ORIGIN, CARD = "origin.json", "README.md"
 LICENCE_FIELDS = ("license", "license_name", "license_link")
@@ -82,10 +83,11 @@ def licence(card: str) -> dict[str, str]:
 
 
 def data_origin(latents: Path) -> dict[str, Any]:
-    """The data's `name`, as passed to `encode`, and whether that is a name on the hub."""
+    """The data's `name`, as passed to `encode`, and whether that is a name on the hub. The images of a cache have that
+    of the cache."""
     path = latents / "encode.json"
     if not path.is_file():
-        return {}
+        return read_origin(latents.parent).get("data", {}) if latents.resolve().name == IMAGES else {}
     data = read_json(path, "Delete it, and rerun the same `distill-sd encode` on these latents.").get("data")
     if not isinstance(data, str):
         return {}

@@ -47,7 +47,7 @@ from pipeline.training.interrupts import Interrupts
 from pipeline.training.metrics import Metrics, SeenBatch
 from pipeline.training.objective import Objective
 from pipeline.training.optimizer import check_moments, laid_out_like, make_optimizer, match_memory_format
-from pipeline.training.output import CHECKPOINTS, FINISHED, METRICS, VALIDATION, weights_of
+from pipeline.training.output import CHECKPOINTS, FINISHED, METRICS, VALIDATION, hashes_of_result
 from pipeline.training.peers import Peers
 from pipeline.training.transform import Transform
 from pipeline.training.validation import evaluated, generate_validation, prompts_of
@@ -226,7 +226,7 @@ def run_training(
         # Without it, a run that is killed while it saves is one that has its last step to save.
         (settings.out / FINISHED).unlink(missing_ok=True)
         save()
-        write_json(settings.out / FINISHED, {"step": training.step, "sha256": weights_of(settings.out)})
+        write_json(settings.out / FINISHED, {"step": training.step, "sha256": hashes_of_result(settings.out)})
     training.peers.wait()
     for active in accelerator.trackers:
         active.finish()

@@ -2,7 +2,7 @@
 
 out/spec.json        what the training is
 out/checkpoints/     see `checkpoint`
-out/finished.json    the step of the saved result, and the sha256 of its weights
+out/finished.json    the step of the saved result, and the sha256 of its files
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from accelerate import Accelerator
 
 from pipeline.models.checksums import hashed
 from pipeline.models.hub import open_repository
+from pipeline.models.load import MODEL_INDEX
 from pipeline.settings.training import TrainingSettings
 from pipeline.system.echo import plural
 from pipeline.system.errors import UserError
@@ -49,11 +50,12 @@ def claim(settings: TrainingSettings, spec: dict[str, Any], lock: OutputLock) ->
         if not path.is_file():
             raise UserError(f"{settings.out} holds a training without its {SPEC}. Choose another output directory.")
         refuse_other_spec(settings.out, read_json(path, SPEC_REMEDY), spec)
-        remove_leftovers(settings.out, settings.out / CHECKPOINTS)
-        return
+    else:
+        write_json(path, spec)
     remove_leftovers(settings.out, settings.out / CHECKPOINTS)
-    write_json(path, spec)
-    write_settings(settings.out, settings.command, settings)
+    # Those of the result stay with it where there is nothing to train.
+    if finished_step(settings.out) < (settings.max_train_steps or 0):
+        write_settings(settings.out, settings.command, settings)
 
 
 def existing_spec(out: Path) -> dict[str, Any]:
@@ -106,22 +108,25 @@ def checkpointed_step(out: Path) -> int:
     return max([step for step, _ in list_checkpoints(out / CHECKPOINTS)], default=0)
 
 
-def weights_of(out: Path) -> dict[str, str]:
-    """The sha256 of each weight file of the result, by its path in `out`."""
-    files = sorted(file.relative_to(out) for file in out.rglob("*.safetensors"))
-    return {file.as_posix(): hashed(out / file) for file in files if file.parts[0] != CHECKPOINTS}
+def hashes_of_result(out: Path) -> dict[str, str]:
+    """The sha256 of each file of the result, by its path in `out`: a pipeline's parts and their list, or LoRA's."""
+    index = out / MODEL_INDEX
+    parts = [out / name for name in read_json(index, FINISHED_REMEDY)] if index.is_file() else []
+    files = [index, *out.glob("*.safetensors"), *(file for part in parts for file in part.glob("*"))]
+    return {file.relative_to(out).as_posix(): hashed(file) for file in sorted(files) if file.is_file()}
 
 
 def refuse_damaged_result(out: Path) -> None:
-    """Raise UserError if weights of a finished result are not what was saved. Earlier versions kept no checksums."""
+    """Raise UserError if files of a finished result are not what was saved. Earlier versions kept the checksums of the
+    weights alone, or none."""
     path = out / FINISHED
     if not path.is_file():
         return
     saved = read_json(path, FINISHED_REMEDY).get("sha256", {})
-    found = weights_of(out)
-    for name in saved:
-        if found.get(name) != saved[name]:
+    for name, sha256 in saved.items():
+        is_there = (out / name).is_file()
+        if not is_there or hashed(out / name) != sha256:
             raise UserError(
-                f"{out / name} {'was changed' if name in found else 'is missing'}, though the training is finished. "
+                f"{out / name} {'was changed' if is_there else 'is missing'}, though the training is finished. "
                 f"Delete {path} and rerun the same command: the last checkpoint is saved again."
             )

@@ -466,16 +466,32 @@ def test_the_table_fits_a_terminal():
 def test_the_results_are_added_to_the_card_of_a_distilled_student(place, teacher, tmp_path):
     cache = run_teacher_cache(teacher, place / "latents", tmp_path / "cache", rounds=1)
     student = run_distill(cache, tmp_path / "student", max_train_steps=1)
-    before = (student / "README.md").read_text()
+    readme = student / "README.md"
+    by_hand = "## Notes\n\nMine.\n"
+    readme.write_text(readme.read_text() + f"\n{by_hand}")
+    before = readme.read_text()
     result = invoke(place, tmp_path / "out", "--student", student)
     assert result.exit_code == 0, result.output
-    assert (student / "README.md").read_text() == before
+    assert readme.read_text() == before
+    # The figures are all that it needs.
+    shutil.rmtree(cache)
+    (student / "distill.json").write_text("{")
     result = invoke(place, tmp_path / "out", "--student", student, "--update-card")
     assert result.exit_code == 0, result.output
     assert f"Added the results to the model card {student / 'README.md'}." in result.output
     evaluation = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     card = (student / "README.md").read_text()
     assert markdown(rows_of(evaluation)) in card
+    assert "Training losses at step 1" in card
+    assert card.startswith(before.partition("## Results")[0])
+    assert card.endswith(before[before.index("## Licence") :])
+    invoke(place, tmp_path / "out", "--student", student, "--update-card")
+    assert readme.read_text() == card
+    readme.write_text(card.replace("## Results", "## Figures"))
+    result = invoke(place, tmp_path / "second", "--student", student, "--update-card")
+    assert result.exit_code == 2
+    assert f"{readme} has no section Results. Add a line `## Results` to it" in result.output
+    assert not (tmp_path / "second").exists()
     assert str(tmp_path) not in card
     assert str(place) not in card + (student / "evaluation.json").read_text()
 

@@ -191,7 +191,7 @@ def test_an_existing_file_is_left_alone(teacher, tmp_path):
             "single-file",
             "out.safetensors",
             [],
-            "is a StableDiffusionXLPipeline. Use a pipeline of a supported family",
+            "it has no tokenizer_2. Use a complete pipeline of SDXL.",
         ),
         (
             "projecting",

@@ -12,8 +12,9 @@ from markdown_it import MarkdownIt
 from support.stages import run_distill, run_encode, run_teacher_cache
 from support.tiny import RESOLUTION
 
-from pipeline.evaluation.model_card import PAPER, SOURCE, CardInputs, model_card
+from pipeline.evaluation.model_card import PAPER, SOURCE, CardInputs, model_card, split_card
 from pipeline.models.provenance import licence, read_origin, teacher_origin, write_origin
+from pipeline.system.errors import UserError
 
 TEACHER_CARD = """---
 license: other
@@ -208,3 +209,26 @@ def test_names_and_licences_of_others_are_shown_as_plain_text():
 def test_a_licence_link_that_is_no_web_address_is_left_out(link):
     origin = {"teacher": {"name": "sd", "hub": False, "license": "other", "license_link": link}}
     assert "The teacher's licence is other. " in model_card(replace(INPUTS, origin=origin))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("# A\n\n## Results\n\nold\n\n## Licence\n\nMIT\n", ("# A\n\n## Results\n\n", "\n## Licence\n\nMIT\n")),
+        ("# A\n\n## Results\n\n## Licence\n", ("# A\n\n## Results\n\n", "\n## Licence\n")),
+        ("# A\n\n## Results\n## Licence\n", ("# A\n\n## Results\n\n", "\n## Licence\n")),
+        ("# A\n\n## Results", ("# A\n\n## Results\n\n", "")),
+        ("## Results of others\n\n## Results \nold", ("## Results of others\n\n## Results \n\n", "")),
+    ],
+)
+def test_the_results_of_a_card_are_a_section(tmp_path, text, expected):
+    (tmp_path / "README.md").write_text(text)
+    assert split_card(tmp_path) == expected
+
+
+@pytest.mark.parametrize("text", [None, "", "# Results\n", "### Results\n"])
+def test_a_card_without_that_section_is_named_with_the_remedy(tmp_path, text):
+    if text is not None:
+        (tmp_path / "README.md").write_text(text)
+    with pytest.raises(UserError, match=r"README.md .*eave out --update-card"):
+        split_card(tmp_path)

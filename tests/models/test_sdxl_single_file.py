@@ -6,11 +6,12 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
+from support.few_merges import text_config, write_few
 from support.stages import run_encode, shard_files
 from support.tiny import tiny_xl_pipeline
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from pipeline.models import single_file
+from pipeline.models import single_file, tokenizer
 from pipeline.models.families import sdxl_configs
 from pipeline.models.families.sdxl import SDXL
 from pipeline.models.families.sdxl_single_file import pipeline_weights
@@ -23,10 +24,10 @@ UNET = "model.diffusion_model."
 
 
 def with_clip_tokens():
-    """The tiny SDXL with text encoders for CLIP's own tokens."""
+    """The tiny SDXL with text encoders for the tokens of the first of CLIP's merges."""
     pipe = tiny_xl_pipeline()
     for part, kind in (("text_encoder", CLIPTextModel), ("text_encoder_2", CLIPTextModelWithProjection)):
-        config = {**getattr(pipe, part).config.to_dict(), **sdxl_configs.TEXT_CONFIG}
+        config = {**getattr(pipe, part).config.to_dict(), **text_config()}
         torch.manual_seed(4)
         pipe.register_modules(**{part: kind(CLIPTextConfig(**config)).eval()})
     return pipe
@@ -48,9 +49,15 @@ def small_configs(pipe):
     return {name: {**config, **plain.get(name, {})} for name, config in sdxl_configs.CONFIGS.items()}
 
 
+@pytest.fixture(scope="module")
+def few_merges(tmp_path_factory):
+    return write_few(tmp_path_factory.mktemp("merges"))
+
+
 @pytest.fixture(autouse=True)
-def _small(tmp_path, monkeypatch, small_configs):
-    """These configs, and a cache of this test's own."""
+def _small(tmp_path, monkeypatch, small_configs, few_merges):
+    """These configs and merges, and a cache of this test's own."""
+    monkeypatch.setattr(tokenizer, "MERGES", few_merges)
     monkeypatch.setattr(sdxl_configs, "CONFIGS", small_configs)
     monkeypatch.setattr(single_file, "CONVERTED", tmp_path / "converted")
 

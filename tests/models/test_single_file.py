@@ -8,6 +8,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
+from support.few_merges import FEW, MERGES, text_config, write_few
 from support.remembered import remembered
 from support.stages import pruned_pipeline, reset_accelerate, run_encode, run_teacher_cache, shard_files
 from support.tiny import tiny_pipeline
@@ -24,15 +25,7 @@ from shards.manifest import read_manifest
 from shards.store import open_store
 
 PARTS = ("unet", "vae", "text_encoder")
-# Most tests take the first of CLIP's merges alone, because it takes a second to read them all.
-MERGES, FEW = tokenizer.MERGES, 200
 UNET_SHAPES = remembered(sd_configs._unet_shapes)
-
-
-def text_config(merges):
-    """What a text encoder for a tokenizer with so many merges differs in from CLIP's."""
-    tokens = 2 * 256 + merges + len(tokenizer.SPECIAL)
-    return {**sd_configs.TEXT_CONFIG, "vocab_size": tokens, "bos_token_id": tokens - 2, "eos_token_id": tokens - 1}
 
 
 def with_clip_tokens(pipe, merges=FEW, **changes):
@@ -45,9 +38,7 @@ def with_clip_tokens(pipe, merges=FEW, **changes):
 
 @pytest.fixture(scope="module")
 def few_merges(tmp_path_factory):
-    file = tmp_path_factory.mktemp("merges") / MERGES.name
-    file.write_bytes(gzip.compress(b"".join(gzip.decompress(MERGES.read_bytes()).splitlines(keepends=True)[:FEW])))
-    return file
+    return write_few(tmp_path_factory.mktemp("merges"))
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,14 @@ import signal
 
 import pytest
 import torch
+from support import sidecars
 from support.stages import metrics, prepared, run_distill, state_dict_of, tree
 
 from pipeline.commands import distill
 from pipeline.system.errors import UserError
 from pipeline.system.jsonl import read_jsonl
 from pipeline.training.objective import Objective
+from shards.schema import ShardError
 
 
 @pytest.fixture(scope="module")
@@ -133,14 +135,49 @@ def test_a_state_of_another_training_is_told_in_a_sentence(cache, out, change, t
     assert str(caught.value).count("\n") == 0
 
 
-def test_a_flipped_bit_in_a_finished_student_is_told_and_mended_by_the_remedy(cache, out, trained):
-    weights = out / "unet" / "diffusion_pytorch_model.safetensors"
-    flip(weights)
-    with pytest.raises(UserError, match=re.escape(f"{weights} was changed, though the training is finished. Delete ")):
+@pytest.mark.parametrize(
+    "name",
+    [
+        "unet/diffusion_pytorch_model.safetensors",
+        "unet/config.json",
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "tokenizer/tokenizer_config.json",
+    ],
+)
+def test_a_flipped_bit_in_a_finished_student_is_told_and_mended_by_the_remedy(cache, out, trained, name):
+    file = out / name
+    flip(file)
+    with pytest.raises(UserError, match=re.escape(f"{file} was changed, though the training is finished. Delete ")):
         resume(cache, out, steps=4)
     (out / "finished.json").unlink()
     resume(cache, out, steps=4)
-    assert weights.read_bytes() == (trained / weights.relative_to(out)).read_bytes()
+    assert file.read_bytes() == (trained / name).read_bytes()
+
+
+def test_the_settings_are_those_of_the_result(cache, out):
+    """A student that is trained further states it; one that needs no training stays as it is."""
+    resume(cache, out, steps=5)
+    stated = json.loads((out / "distill.json").read_text())
+    assert stated["max_train_steps"] == 5
+    resume(cache, out, steps=4)
+    assert json.loads((out / "distill.json").read_text()) == stated
+
+
+def test_a_cache_whose_shards_were_made_again_otherwise_is_refused(cache, out, tmp_path):
+    other = shutil.copytree(cache, tmp_path / "cache")
+    sidecar = next((other / "images").glob("s*.index"))
+    head, table = sidecars.load(sidecar)
+    sidecars.save(sidecar, {**head, "sha256": "0" * 64}, table)
+    before = tree(out)
+    with pytest.raises(ShardError, match="shards_sha256: "):
+        resume(other, out)
+    assert tree(out) == before
+    # One of an earlier version stated nothing of it.
+    spec = json.loads((out / "spec.json").read_text())
+    del spec["shards_sha256"]
+    (out / "spec.json").write_text(json.dumps(spec))
+    resume(cache, out)
 
 
 def test_a_lost_weight_file_of_a_finished_student_is_told(cache, out):
