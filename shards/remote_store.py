@@ -138,13 +138,17 @@ class RemoteStore:
     def _shown(self, name: str) -> str:
         return f"{self}/{name}" if name else str(self)
 
-    def _ask(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[Any]:
+    def _ask(self, name: str, ranges: Sequence[tuple[int, int]]) -> Sequence[Any]:
         """The bytes of each range, or the error in their place."""
         files, path = self._files, self._path(name)
         if files.async_impl:
             starts, ends = [start for start, _ in ranges], [start + length for start, length in ranges]
             return _answer(lambda: files.cat_ranges([path] * len(ranges), starts, ends, on_error="return"), len(ranges))
-        return [_answer(lambda r=r: [files.cat_file(path, start=r[0], end=sum(r))], 1)[0] for r in ranges]
+
+        def one(start: int, length: int) -> Sequence[Any]:
+            return _answer(lambda: [files.cat_file(path, start=start, end=start + length)], 1)
+
+        return [answer for start, length in ranges for answer in one(start, length)]
 
     def _checked(self, name: str, asked: tuple[int, int], answer: Any) -> bytes:
         """The bytes of a range if all of them came. Raises PassingError if another try may help, else OSError."""
@@ -258,8 +262,9 @@ def status_of(error: BaseException) -> int | None:
         status = found.status if hasattr(found, "status") else getattr(found, "code", None)
         if isinstance(status, int | str) and str(status).isdigit():
             return int(status)
-        if isinstance(getattr(response, "status_code", None), int):
-            return response.status_code
+        status = getattr(response, "status_code", None)
+        if isinstance(status, int):
+            return status
     if isinstance(error, PermissionError):
         return 403
     # fsspec also says that a file is missing where the connection failed, which then is the cause.

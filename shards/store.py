@@ -27,7 +27,8 @@ CHUNK = 1 << 20
 # Of a file that is read at once. Sidecars and manifests have megabytes at most.
 MAX_READ_BYTES = 1 << 30
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class Store(Protocol):
