@@ -20,7 +20,7 @@ from shards.cache import Cache
 from shards.codec import EXACT_DTYPES
 from shards.reader import StoredEntry
 from shards.schema import INPUT_NOISE, LATENTS, NOISE, TEACHER_PRED, ShardError, conditioning_shapes, tap_member
-from shards.store import Store
+from shards.store import Store, at_once
 
 
 def _map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
@@ -126,6 +126,10 @@ class CacheDataset(Dataset):
 
     def __getitem__(self, index: int) -> StoredEntry:
         return self.cache.read(index, [*self.tensors, *map(tap_member, self.taps)])
+
+    def __getitems__(self, indices: Sequence[int]) -> list[StoredEntry]:
+        """Several entries, as torch's loader asks for those of a batch: read at once where reads wait."""
+        return list(at_once(self.cache.store, self.__getitem__, indices))
 
     def collate(self, entries: list[StoredEntry]) -> Batch:
         stacked = stack_tensors(entries, self.tensors)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import bisect
 import itertools
 import json
+import threading
 import zlib
 from collections import OrderedDict
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,14 +21,14 @@ from shards.packing import unpack
 from shards.plan import PlannedShard
 from shards.schema import BLOCK, ShardError, round_of
 from shards.sidecar import Head, Row, Sidecar, damaged, read_head, read_row, read_sidecar
-from shards.store import Store
+from shards.store import Store, at_once
 
 # The header of a tar member begins with its name.
 NAME_BYTES = 100
 # Bytes between two members that are read with them: that takes less time than another read.
 BRIDGED = 1 << 16
-# Parsed sidecars of format 1 that a ShardSet keeps. Those of 1,000 entries take 100 (latents) to 500 kB (a cache).
-CACHED_SIDECARS = 256
+# Bytes of parsed sidecars that a ShardSet keeps, of format 1 and where reads wait. An entry takes 100 to 500 bytes.
+KEPT_BYTES, KEPT_REMOTE_BYTES = 1 << 27, 1 << 30
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,40 @@ class StoredEntry:
     tensors: dict[str, StoredTensor]
 
 
+class KeptSidecars:
+    """The sidecars that were used last, up to a number of bytes. Several threads may share them; a process that they
+    are sent to starts without any."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.bytes = limit, 0
+        self._kept: OrderedDict[str, Sidecar] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[type[KeptSidecars], tuple[int]]:
+        return KeptSidecars, (self.limit,)
+
+    def get(self, shard: str, read: Callable[[], Sidecar]) -> Sidecar:
+        """The sidecar of a shard, by `read` if it is not kept."""
+        with self._lock:
+            if shard in self._kept:
+                self._kept.move_to_end(shard)
+                return self._kept[shard]
+        found = read()
+        with self._lock:
+            if shard not in self._kept:
+                self._kept[shard] = found
+                self.bytes += found.table.nbytes
+            while self.bytes > self.limit and len(self._kept) > 1:
+                self.bytes -= self._kept.popitem(last=False)[1].table.nbytes
+        return found
+
+
 class ShardSet:
     """The entries of a finished set, numbered from 0 in the order of the plan.
 
     With `rounds` N, only the entries of a cache's first N rounds, whether or not later rounds are finished. Opening a
     set reads its manifest, unless that is given, and the head of every sidecar; an entry is found by reading its row.
+    Where a read waits for an answer, whole sidecars are read instead, when they are first needed, and kept in memory.
     Raises ShardError for a set that is unfinished, mixed from several specs, or truncated.
     """
 
@@ -77,8 +107,7 @@ class ShardSet:
         self.heads: list[Head] = []
         members, last = member_names(self.expected), None
         lists: dict[tuple[str, ...], list[str]] = {}
-        for shard in self.manifest.plan:
-            head = placed_head(store, shard, self.manifest)
+        for head in at_once(store, lambda shard: placed_head(store, shard, self.manifest), self.manifest.plan):
             check_order(store, last, head, self.manifest)
             if self.expected:
                 check_members(store, head, members, self.manifest)
@@ -86,7 +115,8 @@ class ShardSet:
             self.heads.append(replace(head, members=lists.setdefault(tuple(head.members), head.members)))
             last = head if head.count else last
         self._ends = list(itertools.accumulate(head.count for head in self.heads))
-        self._sidecars: OrderedDict[str, Sidecar] = OrderedDict()
+        self._keeps_sidecars = self.manifest.version == 1 or store.in_flight > 1
+        self._sidecars = KeptSidecars(KEPT_BYTES if store.in_flight == 1 else KEPT_REMOTE_BYTES)
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -106,7 +136,7 @@ class ShardSet:
         """The shard that holds entry `index`, and the entry's row."""
         number, place = self.locate(index)
         head = self.heads[number]
-        if self.manifest.version == 1:
+        if self._keeps_sidecars:
             return head.shard, self._sidecar(head.shard).row(place)
         return head.shard, read_row(self.store, head, place, self.manifest)
 
@@ -117,13 +147,7 @@ class ShardSet:
         return read_entry(self.store, shard, row, tensors, self.manifest, self.expected)
 
     def _sidecar(self, shard: str) -> Sidecar:
-        """The sidecar of a shard; the most recently used ones are kept."""
-        if shard not in self._sidecars:
-            if len(self._sidecars) >= CACHED_SIDECARS:
-                self._sidecars.popitem(last=False)
-            self._sidecars[shard] = read_sidecar(self.store, shard, self.manifest)
-        self._sidecars.move_to_end(shard)
-        return self._sidecars[shard]
+        return self._sidecars.get(shard, lambda: read_sidecar(self.store, shard, self.manifest))
 
 
 def read_entry(

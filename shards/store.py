@@ -9,19 +9,26 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO, Protocol, TypeVar, overload
 
 from shards.files import atomic_file
+from shards.location import Location, location_of
 from shards.regular import open_descriptor, read_regular
+from shards.remote_store import RemoteStore
 
 # Bytes per read where a file is read from end to end.
 CHUNK = 1 << 20
 # Of a file that is read at once. Sidecars and manifests have megabytes at most.
 MAX_READ_BYTES = 1 << 30
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class Store(Protocol):
@@ -51,6 +58,10 @@ class Store(Protocol):
 
     def folder(self, name: str) -> Store:
         """The store of the files in a folder of this one."""
+
+    @property
+    def in_flight(self) -> int:
+        """How many reads are worth having at once: 1 where they need not wait for an answer from elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -101,18 +112,63 @@ class LocalStore:
     def folder(self, name: str) -> LocalStore:
         return LocalStore(self.directory / name)
 
+    @property
+    def in_flight(self) -> int:
+        return 1
 
-def open_store(location: str | Path) -> LocalStore:
-    """The store at `location`: a directory, which need not exist yet."""
-    return LocalStore(Path(location))
+
+@overload
+def open_store(location: Path) -> LocalStore: ...
+
+
+@overload
+def open_store(location: str | Location) -> LocalStore | RemoteStore: ...
+
+
+def open_store(location: str | Location) -> LocalStore | RemoteStore:
+    """The store at `location`: a directory, which need not exist yet, or an address such as s3://bucket/cache.
+
+    Raises LocationError for an address that cannot be used.
+    """
+    place = location_of(location)
+    return LocalStore(place) if isinstance(place, Path) else RemoteStore(place)
+
+
+def at_once(store: Store, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """`function` of each item, in order: of as many at once, in threads, as the store has reads in flight.
+
+    What one of them raises is raised in its place, and then no other is begun.
+    """
+    if store.in_flight == 1:
+        yield from map(function, items)
+        return
+    ahead: deque[Future[Result]] = deque()
+    threads = ThreadPoolExecutor(store.in_flight)
+    try:
+        for item in items:
+            ahead.append(threads.submit(function, item))
+            if len(ahead) > 2 * store.in_flight:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+    finally:
+        threads.shutdown(wait=False, cancel_futures=True)
 
 
 def read_chunks(store: Store, name: str) -> Iterator[bytes]:
     """A file from end to end, CHUNK bytes at a time."""
-    offset = 0
-    while chunk := store.read_ranges(name, [(offset, CHUNK)])[0]:
-        yield chunk
-        offset += len(chunk)
+    if store.in_flight == 1:
+        offset = 0
+        while chunk := store.read_ranges(name, [(offset, CHUNK)])[0]:
+            yield chunk
+            offset += len(chunk)
+        return
+    size = store.size(name)
+    if size is None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), f"{store}/{name}")
+    ranges = [(offset, min(CHUNK, size - offset)) for offset in range(0, size, CHUNK)]
+    for first in range(0, len(ranges), store.in_flight):
+        yield from store.read_ranges(name, ranges[first : first + store.in_flight])
 
 
 @contextmanager

@@ -128,3 +128,32 @@ def remembered_evaluations() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         remember_evaluations(patch)
         yield
+
+
+@pytest.fixture(scope="session")
+def s3_server():
+    """An S3 server on the loopback, seen through a proxy. See support/buckets.py."""
+    from support.buckets import s3_server
+
+    with s3_server() as bucket:
+        yield bucket
+
+
+@pytest.fixture
+def bucket(s3_server, monkeypatch):
+    """The server, with an empty bucket `bucket`, no faults, and retries that do not wait."""
+    from support.buckets import environment
+
+    from shards import remote_store
+
+    for name, value in environment(s3_server).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(remote_store, "WAITS", (0.0, 0.0))
+    s3_server.reset()
+    files = remote_store.file_system("s3", os.getpid())
+    if files.exists("bucket"):
+        files.rm("bucket", recursive=True)
+    files.mkdir("bucket")
+    s3_server.reset()
+    yield s3_server
+    s3_server.reset()

@@ -22,6 +22,7 @@ from pipeline.system.errors import UserError, did_you_mean
 from pipeline.system.names import public_name
 from pipeline.system.text_files import is_unicode
 from shards.files import write_json
+from shards.location import is_url, without_secrets
 from shards.regular import is_special
 
 REQUIRED = dataclasses.MISSING
@@ -55,7 +56,8 @@ def option(
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """Base class of every stage's settings. Checks each field at construction: its limits, that text can be written
-    as UTF-8, that neither a path nor anything required is empty, and that a path leads to no FIFO or device.
+    as UTF-8, that neither a path nor anything required is empty, and that a path is no address and leads to no FIFO or
+    device.
 
     Paths may be given as strings, and tuples as lists. Raises UserError with the option, its value and the allowed
     values. The docstring of a subclass is its command's help. `work_module` holds `run(settings)`, and
@@ -73,6 +75,11 @@ class Settings:
         for setting in fields(self):
             value = getattr(self, setting.name)
             is_path = kind_of(hints[setting.name]) is Path
+            if is_path and isinstance(value, str) and is_url(value):
+                raise UserError(
+                    f"{flag(setting.name)} {without_secrets(value)} is an address, not a path on this machine. "
+                    "Only `shards.store.open_store`, from Python, takes addresses."
+                )
             _check_text(flag(setting.name), value, needed=is_path or setting.default is REQUIRED)
             if is_path and value is not None and is_special(Path(value)):
                 raise UserError(

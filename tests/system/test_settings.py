@@ -112,3 +112,9 @@ def test_settings_for_others_hold_no_paths(tmp_path, monkeypatch):
         assert (published["teacher"], published["student"]) == shown
         assert (published["out"], published["latents"]) == ("out", "latents")
         assert str(tmp_path) not in str(published)
+
+
+def test_an_address_is_refused_where_a_path_belongs_without_what_may_be_secret():
+    with pytest.raises(UserError, match="--out s3://bucket/out is an address, not a path on this machine") as caught:
+        EncodeSettings(teacher="demo", data="images", out="s3://key:secret@bucket/out?token=secret")
+    assert "secret" not in str(caught.value)
