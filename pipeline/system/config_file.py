@@ -68,12 +68,13 @@ def section_of(file: Path, settings: type[Settings]) -> dict[str, Any]:
         raise click.UsageError(f"--config {file} cannot be read: {reason}") from None
     if not isinstance(content, dict):
         raise click.UsageError(f"--config {file} is not a list of options. Write lines such as `seed: 0`.")
-    if content and all(isinstance(value, dict) for value in content.values()):
+    known = [setting.name for setting in fields(settings)]
+    sections = [key for key, value in content.items() if isinstance(value, dict) or (key == command and value is None)]
+    if sections and not any(str(key).replace("-", "_") in known for key in content):
         if command not in content:
             raise click.UsageError(f"--config {file} has no section {command}. It has {', '.join(map(str, content))}.")
-        content = content[command]
+        content = content[command] or {}
     hints = typing.get_type_hints(settings)
-    known = [setting.name for setting in fields(settings)]
     repeated = {setting.name for setting in fields(settings) if setting.metadata.get("repeated")}
     found = {}
     for key, value in content.items():

@@ -104,6 +104,14 @@ def test_a_mistake_in_the_file_is_named(tmp_path, text, message):
     assert message in " ".join(output.split())
 
 
+def test_a_section_may_be_empty(tmp_path):
+    (tmp_path / "run.yaml").write_text("encode: {seed: 3}\ndistill:\n")
+    _, output, arrived = run(
+        "distill", "--config", tmp_path / "run.yaml", "--cache", "c", "--out", "o", "--level", "sd_tiny"
+    )
+    assert arrived.seed == 0, output
+
+
 @pytest.mark.parametrize("text", ["prompts: a red bicycle", "prompts: [a red bicycle]"])
 def test_one_text_is_a_list_of_one(tmp_path, text):
     (tmp_path / "run.yaml").write_text(f"{text}\nmodel: demo\nout: {tmp_path / 'images'}\n")
