@@ -16,7 +16,21 @@ import pytest
 
 # Until the tests are collected: collections would look through all that the libraries make, and all of it stays.
 gc.disable()
-LONGEST = ("test_docs.py", "test_kill.py", "test_cli.py", "test_distill.py", "test_options.py")
+LONGEST = (
+    "test_docs.py",
+    "test_kill.py",
+    "test_cli.py",
+    "test_distill.py",
+    "test_options.py",
+    "test_sdxl.py",
+    "test_stops.py",
+    "test_export.py",
+    "test_export_sdxl.py",
+    "test_report.py",
+    "test_evaluate.py",
+    "test_teacher_cache.py",
+    "test_endings.py",
+)
 TWO_LEVELS = ("sd_small", "sd_tiny")
 
 

@@ -39,6 +39,8 @@ from pipeline.sampling.generate import Sampler, generate
 from pipeline.training.loop import step_losses
 from pipeline.training.objective import Objective
 
+pytestmark = pytest.mark.usefixtures("few_steps", "remembered_evaluations")
+
 approx = pytest.approx
 # A third of the entries have no prompt, and some images are flipped.
 OPTIONS = {"uncond_fraction": 0.3}

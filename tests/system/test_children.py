@@ -4,11 +4,13 @@ import subprocess
 import sys
 
 SCRIPT = """
+from concurrent.futures import ProcessPoolExecutor
+
 from pipeline.system.children import forkserver
 
 print("ran", flush=True)
-with forkserver("zlib").Pool(1) as pool:
-    print(pool.apply(divmod, (7, 2)))
+with ProcessPoolExecutor(1, mp_context=forkserver("zlib")) as pool:
+    print(pool.submit(divmod, 7, 2).result())
 """
 
 
