@@ -1,6 +1,7 @@
 """The images of a cache: stored once, linked or copied, its own for good, and noticed when they are others."""
 
 import errno
+import json
 import os
 import shutil
 from dataclasses import replace
@@ -98,6 +99,8 @@ def test_a_cache_needs_its_latents_no_longer(teacher, latents, cache, tmp_path):
     # Its images are latents like any other.
     cached(teacher, out / "images", tmp_path / "second")
     assert tree(tmp_path / "second" / "images") == tree(out / "images")
+    data = [json.loads((place / "origin.json").read_text())["data"] for place in (out, tmp_path / "second")]
+    assert data[0] == data[1] != {}
     settings = {"train_batch_size": 2, "max_train_steps": 1, "device": "cpu", "report": False}
     finetune.run(FinetuneSettings(model=str(teacher), latents=out / "images", out=tmp_path / "tuned", **settings))
     reset_accelerate()
