@@ -84,7 +84,7 @@ def load_image(source: OpenSource, framing: Framing, indexed: tuple[int, Record]
                 draw=draw,
             )
     except OSError as error:
-        if error.errno is not None and error.errno not in OF_THE_IMAGE:
+        if may_pass(error):
             raise UserError(
                 f"{printable(record.source_id)} cannot be read: {reason_of(error)}. Nothing is skipped for that. Rerun "
                 "the same command to go on; if it fails at this image again, remove it from the input."
@@ -95,13 +95,18 @@ def load_image(source: OpenSource, framing: Framing, indexed: tuple[int, Record]
     return LoadedImage(index, record, pixels, crop)
 
 
+def may_pass(error: OSError) -> bool:
+    """Whether an error is of the disk or the network, and says nothing of the image."""
+    return error.errno is not None and error.errno not in OF_THE_IMAGE
+
+
 def read_patiently(source: OpenSource, record: Record) -> bytes:
     """The encoded image. A failure of the disk or the network is tried again, twice."""
     for pause in PAUSES:
         try:
             return source.read(record)
         except OSError as error:
-            if error.errno is None or error.errno in OF_THE_IMAGE:
+            if not may_pass(error):
                 raise
             time.sleep(pause)
     return source.read(record)
