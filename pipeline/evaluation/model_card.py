@@ -75,7 +75,6 @@ def write_model_card(out: Path, settings: dict[str, Any]) -> None:
     manifest = read_manifest(open_store(cache), "cache")
     spec = json.loads((out / "spec.json").read_text(encoding="utf-8"))
     settings = {**settings, "global_batch_size": spec["global_batch_size"]}
-    lines = [line for line in read_jsonl(out / "metrics.jsonl") if "step" in line]
     evaluation = out / EVALUATION
     inputs = CardInputs(
         settings=settings,
@@ -83,7 +82,7 @@ def write_model_card(out: Path, settings: dict[str, Any]) -> None:
         rounds=settings.get("rounds") or manifest.rounds or 0,
         parameters=stored_parameters(out / "unet"),
         origin=read_origin(cache),
-        metrics=lines[-1] if lines else {},
+        metrics=last_metrics(out),
         evaluation=json.loads(evaluation.read_text(encoding="utf-8")) if evaluation.is_file() else {},
     )
     write_bytes(out / CARD, model_card(inputs).encode())
@@ -97,9 +96,13 @@ def add_evaluation(out: Path, evaluation: dict[str, Any]) -> None:
     before, after = split_card(out)
     results = {part: evaluation[part] for part in ("cost", "fidelity", "quality")}
     write_json(out / EVALUATION, {"student": {"level": evaluation["student"]["level"]}, **results})
-    lines = [line for line in read_jsonl(out / "metrics.jsonl") if "step" in line]
-    section = results_text(evaluation, lines[-1] if lines else {})
+    section = results_text(evaluation, last_metrics(out))
     write_bytes(out / CARD, f"{before}{section}\n{after}".encode())
+
+
+def last_metrics(out: Path) -> dict[str, Any]:
+    """The last line of metrics.jsonl that belongs to a step; empty if there is none."""
+    return next((line for line in reversed(read_jsonl(out / "metrics.jsonl")) if "step" in line), {})
 
 
 def split_card(out: Path) -> tuple[str, str]:
