@@ -34,7 +34,7 @@ from pipeline.settings.encode import EncodeSettings
 from pipeline.system.compiling import compile_failures, compile_networks
 from pipeline.system.device import DTYPES, is_accelerator, leave_processes, process_state
 from pipeline.system.disk import format_bytes, free_bytes, require_space
-from pipeline.system.echo import plural, printable, say
+from pipeline.system.echo import one_line, plural, say
 from pipeline.system.errors import UserError
 from pipeline.system.lock import OutputLock
 from pipeline.system.options import range_of
@@ -304,7 +304,7 @@ def new_entry(image: LoadedImage, arrays: dict[str, np.ndarray], settings: Encod
                 else "Run with --dtype fp32, or remove the image."
             )
             raise UserError(
-                f"the {name} of {printable(record.source_id)} contain NaN or Inf in {settings.dtype}, or do not fit in "
+                f"the {name} of {one_line(record.source_id)} contain NaN or Inf in {settings.dtype}, or do not fit in "
                 f"fp16. {remedy}"
             )
         entry.add_array(name, array)

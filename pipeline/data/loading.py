@@ -16,7 +16,7 @@ from pipeline.data.files import reason_of
 from pipeline.data.images import Crop, memory_of, open_image, square, upright_rgb
 from pipeline.data.records import Record
 from pipeline.data.source import OpenSource
-from pipeline.system.echo import printable
+from pipeline.system.echo import one_line
 from pipeline.system.errors import UserError
 from pipeline.system.threads import ordered_map
 
@@ -86,7 +86,7 @@ def load_image(source: OpenSource, framing: Framing, indexed: tuple[int, Record]
     except OSError as error:
         if may_pass(error):
             raise UserError(
-                f"{printable(record.source_id)} cannot be read: {reason_of(error)}. Nothing is skipped for that. Rerun "
+                f"{one_line(record.source_id)} cannot be read: {reason_of(error)}. Nothing is skipped for that. Rerun "
                 "the same command to go on; if it fails at this image again, remove it from the input."
             ) from None
         return LoadedImage(index, record, problem=reason_of(error))
@@ -126,9 +126,7 @@ def without_skipped(
         skipped.append({"source_id": item.record.source_id, "reason": item.problem})
         advance(1)
         if len(skipped) > allowed:
-            examples = "".join(
-                f"\n  {printable(skip['source_id'])}: {printable(skip['reason'])}" for skip in skipped[:3]
-            )
+            examples = "".join(f"\n  {one_line(skip['source_id'])}: {one_line(skip['reason'])}" for skip in skipped[:3])
             raise UserError(
                 f"{len(skipped)} of the first {seen} images of a shard cannot be used, more than --max-skipped "
                 f"allows. The first ones:{examples}\nFix the input or raise --max-skipped."

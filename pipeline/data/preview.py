@@ -6,7 +6,7 @@ from pipeline.data.files import reason_of
 from pipeline.data.images import open_image
 from pipeline.data.records import Record
 from pipeline.data.source import OpenSource
-from pipeline.system.echo import plural, printable
+from pipeline.system.echo import one_line, plural, printable
 
 CAPTIONS, LOOKED_AT = 3, 200
 CAPTION_LENGTH = 100
@@ -16,15 +16,15 @@ def preview(source: OpenSource, resolution: int, min_size: int) -> list[str]:
     """Three captions; and of LOOKED_AT images, spread over all, how many cannot be read, are too small, enlarged, or
     much cropped."""
     usable = [record for record in source.records if record.problem is None]
-    lines = [f"caption of {printable(record.source_id)}: {_caption(record)}" for record in _spread(usable, CAPTIONS)]
+    lines = [f"caption of {one_line(record.source_id)}: {_caption(record)}" for record in _spread(usable, CAPTIONS)]
     sizes, unreadable = [], []
     for record in _spread(usable, LOOKED_AT):
         try:
             sizes.append(open_image(source.read(record)).size)
         except OSError as error:
-            unreadable.append(printable(f"{record.source_id}: {reason_of(error)}"))
+            unreadable.append(one_line(f"{record.source_id}: {reason_of(error)}"))
         except ValueError as error:
-            unreadable.append(printable(f"{record.source_id}: {error}"))
+            unreadable.append(one_line(f"{record.source_id}: {error}"))
     looked_at = f"of {plural(len(sizes) + len(unreadable), 'image')} looked at"
     if unreadable:
         lines.append(

@@ -15,7 +15,7 @@ from pipeline.data.records import Record, Source, inputs_sha256, records_of
 from pipeline.data.tables import Table, is_saved, tables_in
 from pipeline.data.tars import Tars, tars_named
 from pipeline.settings.data import DataSettings
-from pipeline.system.echo import plural, printable
+from pipeline.system.echo import one_line, plural, printable
 from pipeline.system.errors import UserError
 
 __all__ = ["DataSettings", "OpenSource", "Record", "inputs_sha256", "open_source"]
@@ -45,8 +45,9 @@ class OpenSource:
             lines.append(f"note: passed over {plural(over.total(), 'file')} of other kinds: {printable(kinds)}")
         unusable = [record for record in self.records if record.problem]
         if unusable:
-            first = printable(f"{unusable[0].source_id}: {unusable[0].problem}")
-            lines.append(f"note: {len(unusable)} of {len(self.records)} entries will be skipped. The first is {first}")
+            first = one_line(f"{unusable[0].source_id}: {unusable[0].problem}")
+            entries = plural(len(self.records), "entry", "entries")
+            lines.append(f"note: {len(unusable)} of {entries} will be skipped. The first is {first}")
         return lines
 
 

@@ -46,6 +46,12 @@ class Table:
                     f"--data {settings.data} has no column {column!r}. It has "
                     f"{', '.join(map(repr, dataset.column_names))}: choose one with {flag}."
                 )
+        fields = dataset.features[self.outer]
+        if isinstance(fields, dict) and self.outer == self.caption_column:
+            raise UserError(
+                f"--data {settings.data}: column {self.outer!r} holds several fields, not one caption. Choose one: "
+                f"{', '.join(f'--caption-column {self.outer}.{name}' for name in fields)}."
+            )
         self.dataset = _undecoded(dataset, self.image_column, settings)
         self.rows = self.dataset.select_columns([self.image_column])
         self.may_read_paths = may_read_paths
@@ -156,7 +162,8 @@ def _opened(
         return open_dataset()
     # The library raises its own errors, the hub's and the file formats'.
     except Exception as error:
-        raise UserError(f"--data {settings.data} {problem}: {first_line(error)}") from None
+        # What it says itself is "An error occurred"; the file's own error is the cause.
+        raise UserError(f"--data {settings.data} {problem}: {first_line(error.__cause__ or error)}") from None
 
 
 def _undecoded(dataset: Any, column: str, settings: DataSettings) -> Any:

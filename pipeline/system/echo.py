@@ -55,6 +55,11 @@ def printable(text: str) -> str:
     return "".join(character if _is_harmless(character) else ascii(character)[1:-1] for character in text)
 
 
+def one_line(text: str) -> str:
+    """`text`, such as a file's name, as it can stand within a line: newlines and tabs are escapes too."""
+    return printable(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
 def plural(count: int, one: str, several: str | None = None) -> str:
     """A count with its noun: `1 shard`, `2 shards`; `several` is the plural of a noun that takes more than an s."""
     return f"{count} {one if count == 1 else several or one + 's'}"

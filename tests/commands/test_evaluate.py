@@ -11,6 +11,7 @@ import torch
 from click.testing import CliRunner
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from PIL import Image
+from support import sidecars
 from support.stages import reset_accelerate, run_distill, run_teacher_cache, tree
 from support.tiny import tiny_pipeline
 
@@ -284,7 +285,7 @@ def test_other_settings_on_the_same_output_are_refused(copied, place, option, fi
     assert tree(copied) == before
 
 
-def test_other_prompts_or_another_student_are_refused(copied, place, tmp_path):
+def test_other_prompts_latents_or_another_student_are_refused(copied, place, tmp_path):
     (tmp_path / "other.txt").write_text("a cat\n" * len(PROMPTS))
     result = evaluate_all(place, copied, "--prompts", tmp_path / "other.txt")
     assert result.exit_code == 2
@@ -292,6 +293,11 @@ def test_other_prompts_or_another_student_are_refused(copied, place, tmp_path):
     result = evaluate_all(place, copied, "--student", place / "teacher")
     assert result.exit_code == 2
     assert "student.unet" in result.output
+    others = shutil.copytree(place / "latents", tmp_path / "latents")
+    sidecars.of_another_writing(others / "s00000.index")
+    result = evaluate_all(place, copied, "--latents", others)
+    assert result.exit_code == 2
+    assert "shards_sha256" in result.output
 
 
 def test_fid_inception_and_clip_score_are_in_the_table(done, copied, place, tmp_path, monkeypatch):

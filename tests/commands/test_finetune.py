@@ -12,6 +12,7 @@ import yaml
 from accelerate import Accelerator
 from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
+from support import sidecars
 from support.edited import change_json
 from support.stages import (
     first,
@@ -198,6 +199,11 @@ def test_another_training_in_the_same_place_is_refused(student, latents, tmp_pat
     out = run(student, latents, tmp_path / "out", max_train_steps=1)
     with pytest.raises(ShardError, match="noise_offset: 0.0 -> 0.1"):
         run(student, latents, out, max_train_steps=2, noise_offset=0.1)
+    reset_accelerate()
+    others = shutil.copytree(latents, tmp_path / "latents")
+    sidecars.of_another_writing(others / "s00000.index")
+    with pytest.raises(ShardError, match="shards_sha256: "):
+        run(student, others, out, max_train_steps=2)
     reset_accelerate()
 
 

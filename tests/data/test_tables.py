@@ -128,6 +128,25 @@ def test_columns_that_cannot_be_used(tmp_path, chosen, message):
         open_table(tmp_path / "data.parquet", **chosen)
 
 
+def test_captions_in_several_fields_are_asked_for_by_name(tmp_path):
+    table = rows(text=[{"short": "a", "long": "aa"}, {"short": "b", "long": "bb"}])
+    table.to_parquet(tmp_path / "data.parquet")
+    with pytest.raises(
+        UserError, match="holds several fields.*--caption-column text.short, --caption-column text.long"
+    ):
+        open_table(tmp_path / "data.parquet")
+    source = open_table(tmp_path / "data.parquet", caption_column="text.long")
+    assert [record.caption for record in source.records] == ["aa", "bb"]
+
+
+def test_a_table_with_a_column_twice_is_refused_with_the_library_s_reason(tmp_path):
+    images, texts = pyarrow.array([b"a", b"b"]), pyarrow.array(["a", "b"])
+    twice = pyarrow.table([images, images, texts], names=["image", "image", "text"])
+    pyarrow.parquet.write_table(twice, tmp_path / "data.parquet")
+    with pytest.raises(UserError, match="data.parquet cannot be read as a dataset: Multiple matches for .*image"):
+        open_table(tmp_path / "data.parquet")
+
+
 def test_a_table_from_elsewhere_cannot_name_local_files(tmp_path):
     (tmp_path / "secret.png").write_bytes(b"secret")
     images = [{"bytes": None, "path": str(tmp_path / "secret.png")}, {"bytes": None, "path": None}]

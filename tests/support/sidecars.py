@@ -27,6 +27,12 @@ def save(path: Path, head: dict, table: np.ndarray) -> None:
     path.write_bytes(line + b"\n" + data)
 
 
+def of_another_writing(path: Path) -> None:
+    """Rewrite a sidecar as if the shard had been written again with other bytes."""
+    head, table = load(path)
+    save(path, {**head, "sha256": "0" * 64}, table)
+
+
 def columns(head: dict, member: str) -> slice:
     """The columns of a member: offset, length, raw_bytes, crc32."""
     first = OWN + OF_MEMBER * head["members"].index(member)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.system.echo import printable, say
+from pipeline.system.echo import one_line, printable, say
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,6 +28,10 @@ def test_control_characters_are_shown_as_escapes(text, shown):
 def test_ordinary_text_stays_as_it_is():
     text = "two lines\n\tand a tab: Zürich, 東京, 👩\u200d🚀, 'quotes' and \\backslash"
     assert printable(text) == text
+
+
+def test_a_name_stays_within_its_line():
+    assert one_line("a\nb\tc\x1b.png") == r"a\nb\tc\x1b.png"
 
 
 def test_say_prints_the_escapes(capsys):
