@@ -218,8 +218,9 @@ def test_entries_without_a_prompt_keep_the_numbers_of_their_image(cache, latents
 def test_two_runs_write_the_same_bytes(xl_teacher, images, latents, cache, tmp_path):
     again = run_encode(xl_teacher, images, tmp_path / "latents", random_flip=True)
     assert shard_files(again) == shard_files(latents)
-    options = {"students": ("ssd_1b", "koala_700m"), **OPTIONS}
+    options = {"students": ("ssd_1b", "koala_700m"), "taps": "blocks", **OPTIONS}
     assert shard_files(run_teacher_cache(xl_teacher, again, tmp_path / "cache", **options)) == shard_files(cache)
+    assert "tap_set" not in json.loads((cache / "manifest.json").read_text())["spec"]
 
 
 def test_the_cache_is_verified_and_computed_again(cache, xl_teacher):

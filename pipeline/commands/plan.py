@@ -12,8 +12,9 @@ from pipeline.cache.taps import sampling_lines, tap_specs
 from pipeline.cache.trial import try_teacher
 from pipeline.evaluation.training_cost import TrainingCost, training_cost
 from pipeline.models.load import family_of, find_pipeline, load_unet
-from pipeline.models.shapes import TeacherShapes, teacher_shapes
-from pipeline.models.students import refuse_foreign, teacher_taps
+from pipeline.models.shapes import TeacherShapes, checked_unet_config, teacher_shapes
+from pipeline.models.students import refuse_foreign
+from pipeline.models.tap_pairs import taps_of_teacher
 from pipeline.settings.plan import LADDER, PlanSettings, bytes_of
 from pipeline.system.device import DTYPES, device_name, process_state, resolve_dtype
 from pipeline.system.disk import format_bytes, free_bytes
@@ -85,7 +86,8 @@ def plan(settings: PlanSettings) -> list[str]:
     """The lines of the plan."""
     folder = find_pipeline(settings.teacher, settings.revision, settings.variant)
     refuse_foreign(settings.students, family_of(folder), f"--teacher {settings.teacher}")
-    shapes = teacher_shapes(folder, settings.resolution, teacher_taps(settings.students))
+    taps = taps_of_teacher(checked_unet_config(folder), settings.students, settings.taps)
+    shapes = teacher_shapes(folder, settings.resolution, taps)
     chosen, why = fit(settings, shapes) if settings.budget else (settings.at(*LADDER[0]), "")
     cost = cost_of(chosen, shapes)
     entries = chosen.images * chosen.rounds

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from pipeline.models.levels import LEVELS
+from pipeline.models.levels.tap_sets import BLOCKS, TAP_SETS
 from pipeline.system.errors import UserError
 from pipeline.system.settings import Settings, option
 from shards.codec import CODECS, MAX_SNR_DB
@@ -19,6 +20,12 @@ class CacheFormat(Settings):
     )
 
     students: tuple[str, ...] = option(("sd_small",), "Student levels the cache must serve.", choices=tuple(LEVELS))
+    taps: str = option(
+        BLOCKS,
+        "Outputs of the teacher to store: of its blocks, of all their ResNets and attentions, or of the self-attention "
+        "in their transformer blocks.",
+        choices=tuple(TAP_SETS),
+    )
     codec: str = option("dither", "How features are stored; fp16 and fp32 are exact.", choices=CODECS)
     snr_db: float = option(5.0, "Signal-to-noise ratio of the dither codec, in decibels.", ge=-10.0, le=MAX_SNR_DB)
     tokens: int = option(64, "Positions to keep of each tap, at least; 0 keeps all of every tap.", ge=0)
