@@ -30,12 +30,12 @@ from pipeline.models.checksums import write_checksums
 from pipeline.models.families import family_of_spec
 from pipeline.models.hashing import config_of, deciding, library_versions, weights_sha256
 from pipeline.models.levels.tap_sets import BLOCKS
-from pipeline.models.load import find_pipeline, load_base, load_unet, unet_config
+from pipeline.models.load import family_of, find_pipeline, load_base, load_unet, unet_config
 from pipeline.models.provenance import write_origin
 from pipeline.models.save import save_base
 from pipeline.models.schedule import load_noise_scheduler, set_prediction_type
 from pipeline.models.shapes import tap_shapes
-from pipeline.models.students import initialised_student, meta_student, refuse_foreign
+from pipeline.models.students import initialised_student, levels_of, meta_student, refuse_foreign
 from pipeline.models.tap_pairs import taps_of_teacher
 from pipeline.models.weights import network_bytes
 from pipeline.sampling.generate import SAMPLES, Sampler, check_sampler, save_images
@@ -265,12 +265,13 @@ def checked_taps(settings: TeacherCacheSettings, latents: ShardSet, config: dict
     """The taps of the cache's spec. Raises UserError for a teacher that the levels do not fit."""
     spec = latents.manifest.spec
     family = family_of_spec(spec)
-    refuse_foreign(settings.students, family, f"--teacher {settings.teacher}")
+    levels = levels_of(settings.students, family)
+    refuse_foreign(levels, family, f"--teacher {settings.teacher}")
     try:
         family.check(config)
     except ValueError as error:
         raise UserError(f"--teacher {settings.teacher}: {error}. Pass a teacher of that family.") from None
-    taps = taps_of_teacher(config, settings.students, settings.taps)
+    taps = taps_of_teacher(config, levels, settings.taps)
     shapes = tap_shapes(config, spec["latents_shape"], conditioning_shapes(spec), taps, family)
     return tap_specs(settings, shapes)
 
@@ -287,7 +288,7 @@ def save_students(
         save_base(folder, settings.variant, noise_scheduler, settings.out / BASE)
         saved.append(BASE)
     teacher_weights = unet.state_dict()
-    for level in settings.students:
+    for level in levels_of(settings.students, family_of(folder)):
         student_folder = settings.out / student_part(level)
         if student_folder.is_dir():
             continue
@@ -318,7 +319,7 @@ def bytes_left(
     networks = (
         [] if (settings.out / BASE).is_dir() else [m for m in base.components.values() if isinstance(m, nn.Module)]
     )
-    for level in settings.students:
+    for level in levels_of(settings.students, family_of_spec(latents.manifest.spec)):
         if not (settings.out / student_part(level)).is_dir():
             networks.append(meta_student(dict(unet.config), level))
     return shards + sum(4 * parameter.numel() for network in networks for parameter in network.parameters())

@@ -19,7 +19,11 @@ class CacheFormat(Settings):
         ("token_stride", "token_min"), "--tokens N, which keeps about N positions of each tap"
     )
 
-    students: tuple[str, ...] = option(("sd_small",), "Student levels the cache must serve.", choices=tuple(LEVELS))
+    students: tuple[str, ...] | None = option(
+        None,
+        "Student levels the cache must serve; by default sd_small, or sdxl_small of an SDXL teacher.",
+        choices=tuple(LEVELS),
+    )
     taps: str = option(
         BLOCKS,
         "Outputs of the teacher to store: of its blocks, of all their ResNets and attentions, or of the self-attention "
@@ -32,5 +36,5 @@ class CacheFormat(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.students:
+        if self.students is not None and not self.students:
             raise UserError(f"--students names no level. Choose from {', '.join(LEVELS)}.")
