@@ -1,5 +1,7 @@
 """SDXL's students: parameter counts, which of the teacher's tensors they start from, and shapes of taps."""
 
+import itertools
+
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
@@ -120,8 +122,24 @@ def outputs(unet, names) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in recorded.items()}
 
 
-def test_tap_pairs_have_equal_shapes(teacher, students):
-    of_teacher = outputs(teacher, teacher_taps(tuple(LEVELS)))
+# Taps, and their values for an image of 1024 px.
+SETS = {
+    ("ssd_1b", "resnets-attentions"): (26, 66_846_720),
+    ("koala_1b", "self-attention"): (30, 47_185_920),
+    ("koala_700m", "self-attention"): (21, 35_389_440),
+}
+
+
+@pytest.fixture(scope="module")
+def all_outputs(teacher):
+    """The shapes of all the teacher's taps, whatever the set."""
+    names = [taps_of_teacher(dict(teacher.config), [level], taps) for level, taps in SETS]
+    return outputs(teacher, dict.fromkeys(itertools.chain(teacher_taps(tuple(LEVELS)), *names)))
+
+
+def test_tap_pairs_have_equal_shapes(all_outputs, students):
+    blocks = teacher_taps(tuple(LEVELS))
+    of_teacher = {name: shape for name, shape in all_outputs.items() if name in blocks}
     assert list(of_teacher) == [
         *(f"down_blocks.{i}" for i in range(3)),
         "mid_block",
@@ -135,19 +153,10 @@ def test_tap_pairs_have_equal_shapes(teacher, students):
         assert ("mid_block" in of_student) == (student.mid_block is not None), level
 
 
-# Taps, and their values for an image of 1024 px.
-SETS = {
-    ("ssd_1b", "resnets-attentions"): (26, 66_846_720),
-    ("koala_1b", "self-attention"): (30, 47_185_920),
-    ("koala_700m", "self-attention"): (21, 35_389_440),
-}
-
-
-def test_the_authors_sets_have_their_taps(teacher):
-    wanted = {pair: taps_of_teacher(dict(teacher.config), [pair[0]], pair[1]) for pair in SETS}
-    shapes = outputs(teacher, {name for names in wanted.values() for name in names})
-    sizes = {pair: (len(names), sum(shapes[name].numel() for name in names)) for pair, names in wanted.items()}
-    assert sizes == SETS
+@pytest.mark.parametrize(("level", "taps"), SETS)
+def test_the_authors_sets_have_their_taps(teacher, all_outputs, level, taps):
+    names = taps_of_teacher(dict(teacher.config), [level], taps)
+    assert (len(names), sum(all_outputs[name].numel() for name in names)) == SETS[level, taps]
 
 
 # Written down by hand.
