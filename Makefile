@@ -1,15 +1,20 @@
 # Two-stage offline distillation. `make help` lists the targets and the variables, which are set on the command line,
 # as in `make distill TEACHER=path/to/checkpoint DATA=path/to/images LEVEL=sd_tiny`.
-# Without TEACHER, the stages run on the bundled demo teacher and generated scenes. With CONFIG=run.yaml, each stage
-# takes its options from that file alone, and from ENCODE_FLAGS, CACHE_FLAGS and DISTILL_FLAGS.
+# Without TEACHER, the stages run on a bundled demo teacher and generated scenes: SD in miniature, or with FAMILY=sdxl
+# SDXL. With CONFIG=run.yaml, each stage takes its options from that file alone, and from ENCODE_FLAGS, CACHE_FLAGS and
+# DISTILL_FLAGS.
 
 PYTHON ?= python3
 VENV   ?= .venv
 LAUNCH ?= $(BIN)/python
 
 CONFIG   ?=
-TEACHER  ?= demo
-LEVEL    ?= sd_small
+# sd or sdxl: it only chooses defaults, of the teacher, the level and the resolution.
+FAMILY   ?= sd
+$(if $(filter-out sd sdxl,$(FAMILY)),$(error FAMILY=$(FAMILY) is not one of sd, sdxl))
+for_sdxl = $(if $(filter sdxl,$(FAMILY)),$(1),$(2))
+TEACHER  ?= $(call for_sdxl,demo-xl,demo)
+LEVEL    ?= $(call for_sdxl,sdxl_small,sd_small)
 STUDENTS ?= $(LEVEL)
 CODEC    ?= dither
 SNR_DB   ?= 5
@@ -23,8 +28,10 @@ CACHE_FLAGS   ?=
 # Variables of earlier versions.
 $(foreach name,STRIDE TOKEN_MIN,$(if $(filter command line,$(origin $(name))),$(error $(name)= was replaced by TOKENS=)))
 
-ifeq ($(TEACHER),demo)
-WORK       ?= work/demo
+DEMO := $(if $(word 2,$(TEACHER)),,$(filter demo demo-xl,$(TEACHER)))
+
+ifneq ($(DEMO),)
+WORK       ?= work/$(DEMO)
 DATA       ?= $(WORK)/scenes
 SCENES     ?= 2000
 RESOLUTION ?= 64
@@ -38,7 +45,7 @@ DISTILL_FLAGS ?= --use-ema --output-weight 5 --feature-weight 0.1
 else
 WORK       ?= work
 DATA       ?=
-RESOLUTION ?= 512
+RESOLUTION ?= $(call for_sdxl,1024,512)
 ROUNDS     ?= 4
 SAMPLES    ?= 8
 GUIDANCE   ?= 7
@@ -77,14 +84,14 @@ endif
 .PHONY: help install test test-gpu lint encode teacher-cache distill data check-teacher-cache check-distill clean
 
 # What can be set on the command line, as `make help` shows it.
-VARIABLES := TEACHER DATA LEVEL STUDENTS WORK CONFIG SCENES RESOLUTION ROUNDS CODEC SNR_DB TOKENS \
+VARIABLES := FAMILY TEACHER DATA LEVEL STUDENTS WORK CONFIG SCENES RESOLUTION ROUNDS CODEC SNR_DB TOKENS \
   UNCOND SAMPLES GUIDANCE STEPS BATCH LR SEED ENCODE_FLAGS CACHE_FLAGS DISTILL_FLAGS \
   LATENTS CACHE STUDENT PYTHON VENV TOOLS LAUNCH
 
 help: ## List the targets and the variables.
 	@echo 'Targets:'
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  \1|\2/' | column -t -s '|'
-	@echo 'Variables, and their values with TEACHER=$(TEACHER):'
+	@echo 'Variables, and their values with FAMILY=$(FAMILY) TEACHER=$(TEACHER):'
 	@$(foreach name,$(VARIABLES),printf '  %-13s  %s\n' $(name) $(call q,$($(name)));)
 
 install: $(READY) ## Create the environment in .venv with the pinned versions.
@@ -133,7 +140,7 @@ check-distill: $(READY)
 data: $(READY) $(CHECKS)
 ifneq ($(CONFIG),)
 	@test -f $(call q,$(CONFIG)) || { echo Error: CONFIG=$(call q,$(CONFIG)) is not a file >&2; exit 2; }
-else ifeq ($(TEACHER),demo)
+else ifneq ($(DEMO),)
 	$(BIN)/distill-sd demo-scenes --out $(call q,$(DATA)) --count $(SCENES) --seed $(SEED)
 else
 	@test -n $(call q,$(DATA)) || { echo 'Error: set DATA= to a folder of images with captions, or another input that --data accepts' >&2; exit 2; }

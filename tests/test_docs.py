@@ -183,6 +183,31 @@ def test_make_distill_alone_runs_the_demo(desk):
     assert [line for line in lines if not re.match(bars, line)] == []
 
 
+@pytest.mark.parametrize(
+    ("variables", "teacher", "level", "resolution", "work"),
+    [
+        ("", "demo", "sd_small", 64, "work/demo"),
+        ("FAMILY=sdxl", "demo-xl", "sdxl_small", 64, "work/demo-xl"),
+        ("FAMILY=sdxl LEVEL=vega", "demo-xl", "vega", 64, "work/demo-xl"),
+        ("FAMILY=sdxl TEACHER=xl DATA=images", "xl", "sdxl_small", 1024, "work"),
+    ],
+)
+def test_a_family_chooses_teacher_level_and_resolution(tmp_path, variables, teacher, level, resolution, work):
+    shown = run_make(f"make distill {variables}", "-n", tmp_path).stdout
+    stages = dict(re.findall(r"-m pipeline\.(\w+) (.*)", re.sub(r"\s*\\\n\s*", " ", shown)))
+    assert f"--teacher '{teacher}' " in stages["encode"]
+    assert f"--resolution {resolution} " in stages["encode"]
+    assert f"--teacher '{teacher}' --latents '{work}/latents' " in stages["teacher_cache"]
+    assert f"--students {level} " in stages["teacher_cache"]
+    assert f"--out '{work}/{level}' --level {level} " in stages["distill"]
+    assert ("demo-scenes" in shown) == (teacher != "xl")
+
+
+def test_another_family_is_refused(tmp_path):
+    with pytest.raises(AssertionError, match="FAMILY=flux is not one of sd, sdxl"):
+        run_make("make distill FAMILY=flux", "-n", tmp_path)
+
+
 def test_make_distill_runs_all_stages_on_a_checkpoint(at_desk):
     """The commands that make would start are run here, in one process."""
     command = next(command for command in MAKE if command.startswith("make distill TEACHER"))

@@ -33,8 +33,10 @@ from pipeline.cli import main
 from pipeline.commands import finetune
 from pipeline.commands.finetune import FinetuneSettings, LatentsDataset
 from pipeline.core.losses import total_loss
+from pipeline.models.families.sdxl import SDXL
 from pipeline.models.levels.sdxl import LEVELS
 from pipeline.models.load import load_base, load_unet
+from pipeline.models.students import levels_of
 from pipeline.sampling.generate import Sampler, generate
 from pipeline.training.loop import step_losses
 from pipeline.training.objective import Objective
@@ -218,8 +220,9 @@ def test_entries_without_a_prompt_keep_the_numbers_of_their_image(cache, latents
 def test_two_runs_write_the_same_bytes(xl_teacher, images, latents, cache, tmp_path):
     again = run_encode(xl_teacher, images, tmp_path / "latents", random_flip=True)
     assert shard_files(again) == shard_files(latents)
-    options = {"students": ("ssd_1b", "koala_700m"), **OPTIONS}
+    options = {"students": ("ssd_1b", "koala_700m"), "taps": "blocks", **OPTIONS}
     assert shard_files(run_teacher_cache(xl_teacher, again, tmp_path / "cache", **options)) == shard_files(cache)
+    assert "tap_set" not in json.loads((cache / "manifest.json").read_text())["spec"]
 
 
 def test_the_cache_is_verified_and_computed_again(cache, xl_teacher):
@@ -227,6 +230,13 @@ def test_the_cache_is_verified_and_computed_again(cache, xl_teacher):
     assert "no damage found; 6 of 6 shards intact" in output
     assert "tap.mid_block" in output
     assert "TOO LARGE" not in output
+
+
+def test_the_default_student_is_one_of_sdxl(xl_teacher, latents, tmp_path):
+    given = ("--teacher", xl_teacher, "--latents", latents, "--out", tmp_path / "cache", "--rounds", 1, "--samples", 0)
+    assert "  mid_block" in command("teacher-cache", *given, "--dry-run")
+    assert levels_of(None, SDXL) == ("sdxl_small",)
+    assert levels_of(("vega",), SDXL) == ("vega",)
 
 
 def test_inspect_shows_what_is_stored(latents):

@@ -6,7 +6,7 @@ versions state nothing, and their folders are used as they are.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,10 @@ from diffusers import UNet2DConditionModel
 from pipeline.models.checksums import CHECKSUMS, changed_files, has_checksums
 from pipeline.models.families import family_of_spec
 from pipeline.models.levels import LEVELS
+from pipeline.models.levels.tap_sets import BLOCKS
 from pipeline.models.reading import reading
 from pipeline.models.shapes import tap_shapes
+from pipeline.models.tap_pairs import tap_pairs
 from pipeline.system.errors import UserError
 from pipeline.system.json_files import read_json
 from shards.files import file_sha256, write_json
@@ -25,6 +27,8 @@ from shards.schema import conditioning_shapes
 
 BASE, STUDENTS = "base", "students"
 REMEDY = "Copy it from an intact cache, or delete the folder and rerun the same `distill-sd teacher-cache`."
+# What the spec states of the taps, unless they are those of blocks.
+TAP_SET = "tap_set"
 # The config of the teacher's U-Net, without weights.
 TEACHER = "teacher.json"
 
@@ -88,6 +92,28 @@ def check_part(cache: Path, manifest: Manifest, part: str, *, contents: bool) ->
     changed = changes(cache, manifest, part, contents=contents)
     if changed:
         raise UserError(f"{cache / part}: {changed[0]}. {REMEDY}")
+
+
+def require_student(cache: Path, level: str) -> None:
+    """Raise UserError if a cache does not hold the initial student of a level."""
+    if not (cache / student_part(level) / "config.json").is_file():
+        raise UserError(
+            f"{cache} has no initial weights of {level}. "
+            f"Run `teacher-cache --students {level}` on it with the other settings unchanged."
+        )
+
+
+def stored_pairs(cache: Path, level: str, spec: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    """(student module, teacher module) pairs of the set of taps that a cache with this spec holds.
+
+    Raises UserError if it needs to be known what the level's student is like, and the cache does not hold it.
+    """
+    tap_set = spec.get(TAP_SET, BLOCKS)
+    if tap_set == BLOCKS:
+        return LEVELS[level].taps
+    require_student(cache, level)
+    folder = cache / student_part(level)
+    return tap_pairs(reading(folder, lambda: UNet2DConditionModel.load_config(folder)), level, tap_set)
 
 
 def check_student(cache: Path, level: str, spec: dict[str, Any]) -> None:

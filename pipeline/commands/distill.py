@@ -5,6 +5,7 @@ A step: batch of entries -> noisy latents -> student U-Net -> three losses -> ba
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,16 @@ import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler, UNet2DConditionModel
 
-from pipeline.cache.parts import BASE, check_part, check_student, is_bound, student_part, teacher_config
+from pipeline.cache.parts import (
+    BASE,
+    check_part,
+    check_student,
+    is_bound,
+    require_student,
+    stored_pairs,
+    student_part,
+    teacher_config,
+)
 from pipeline.demo.oracle import score_scenes
 from pipeline.evaluation.cost import forward_seconds
 from pipeline.evaluation.model_card import write_model_card
@@ -72,9 +82,9 @@ def inputs_of(settings: DistillSettings) -> dict[str, Path | str | None]:
     return {"--cache": settings.cache, "--init-from": settings.init_from}
 
 
-def objective_of(settings: DistillSettings) -> Objective:
-    """Features without weight need no taps."""
-    pairs = LEVELS[settings.level].taps if settings.feature_weight else ()
+def objective_of(settings: DistillSettings, spec: Mapping[str, Any]) -> Objective:
+    """What is compared with the taps of a cache with this spec. Features without weight need none."""
+    pairs = stored_pairs(settings.cache, settings.level, spec) if settings.feature_weight else ()
     return Objective(pairs, settings.output_weight, settings.feature_weight, settings.feature_loss, settings.snr_gamma)
 
 
@@ -151,7 +161,7 @@ def prepare(settings: DistillSettings, dataset: CacheDataset, accelerator: Accel
         accelerator,
         student,
         state,
-        objective=replace(objective_of(settings), calibrations=dataset.calibrations(accelerator.device)),
+        objective=replace(objective_of(settings, spec), calibrations=dataset.calibrations(accelerator.device)),
         transform=transform,
         family=family_of_spec(spec),
         dataset=dataset,
@@ -231,9 +241,11 @@ def folder_before(settings: DistillSettings) -> dict[str, Path]:
 
 def open_cache(settings: DistillSettings) -> CacheDataset:
     """The entries, of which only what has a weight is read."""
-    teacher_taps = [teacher_tap for _, teacher_tap in objective_of(settings).pairs]
+    store = open_store(settings.cache)
+    spec = read_manifest(store, "cache").spec
+    teacher_taps = [teacher_tap for _, teacher_tap in objective_of(settings, spec).pairs]
     dataset = CacheDataset(
-        open_store(settings.cache),
+        store,
         teacher_taps,
         with_teacher_pred=settings.output_weight > 0,
         rounds=settings.rounds,
@@ -248,11 +260,7 @@ def check_parts(settings: DistillSettings, manifest: Manifest) -> None:
     The files are looked for and not read, since there is much of them.
     """
     part = student_part(settings.level)
-    if not (settings.cache / part / "config.json").is_file():
-        raise UserError(
-            f"{settings.cache} has no initial weights of {settings.level}. "
-            f"Run `teacher-cache --students {settings.level}` on it with the other settings unchanged."
-        )
+    require_student(settings.cache, settings.level)
     if not (settings.cache / BASE / MODEL_INDEX).is_file():
         raise UserError(
             f"{settings.cache} has no base/, the pipeline that the student becomes part of. Copy the complete cache."

@@ -41,6 +41,7 @@ SHOWN = (
     "resolution",
     "dtype",
     "prediction_type",
+    "tap_set",
     "codec",
     "noise_offset",
     "input_perturbation",

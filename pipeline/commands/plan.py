@@ -12,8 +12,9 @@ from pipeline.cache.taps import sampling_lines, tap_specs
 from pipeline.cache.trial import try_teacher
 from pipeline.evaluation.training_cost import TrainingCost, training_cost
 from pipeline.models.load import family_of, find_pipeline, load_unet
-from pipeline.models.shapes import TeacherShapes, teacher_shapes
-from pipeline.models.students import refuse_foreign, teacher_taps
+from pipeline.models.shapes import TeacherShapes, checked_unet_config, teacher_shapes
+from pipeline.models.students import levels_of, refuse_foreign
+from pipeline.models.tap_pairs import taps_of_teacher
 from pipeline.settings.plan import LADDER, PlanSettings, bytes_of
 from pipeline.system.device import DTYPES, device_name, process_state, resolve_dtype
 from pipeline.system.disk import format_bytes, free_bytes
@@ -84,8 +85,10 @@ def exactness(settings: PlanSettings) -> str:
 def plan(settings: PlanSettings) -> list[str]:
     """The lines of the plan."""
     folder = find_pipeline(settings.teacher, settings.revision, settings.variant)
-    refuse_foreign(settings.students, family_of(folder), f"--teacher {settings.teacher}")
-    shapes = teacher_shapes(folder, settings.resolution, teacher_taps(settings.students))
+    levels = levels_of(settings.students, family_of(folder))
+    refuse_foreign(levels, family_of(folder), f"--teacher {settings.teacher}")
+    taps = taps_of_teacher(checked_unet_config(folder), levels, settings.taps)
+    shapes = teacher_shapes(folder, settings.resolution, taps)
     chosen, why = fit(settings, shapes) if settings.budget else (settings.at(*LADDER[0]), "")
     cost = cost_of(chosen, shapes)
     entries = chosen.images * chosen.rounds
@@ -99,14 +102,14 @@ def plan(settings: PlanSettings) -> list[str]:
         f"latents and cache: {format_bytes(cost.total(chosen.images, chosen.rounds))}; "
         f"the disk of {chosen.out} has {format_bytes(free_bytes(chosen.out))} free",
         f"teacher forward passes: {entries}",
-        *training_lines(training_cost(folder, chosen.resolution, shapes, chosen.students), chosen),
+        *training_lines(training_cost(folder, chosen.resolution, shapes, levels), chosen, levels),
         *([time_of(chosen, folder, shapes, entries)] if chosen.trial else []),
     ]
 
 
-def training_lines(cost: TrainingCost, settings: PlanSettings) -> list[str]:
+def training_lines(cost: TrainingCost, settings: PlanSettings, levels: tuple[str, ...]) -> list[str]:
     """Both stages beside online training, by arithmetic."""
-    students = " and ".join(settings.students)
+    students = " and ".join(levels)
     shares = [f"{cost.share_of_online(settings.rounds, uses):.2f} {often}" for uses, often in USES.items()]
     samples = cost.break_even(settings.images, settings.rounds)
     return [

@@ -22,19 +22,21 @@ from pipeline.cache.calibrate import adopt_calibrations, calibrated, calibration
 from pipeline.cache.images import add_images, bytes_to_copy
 from pipeline.cache.latents import captions_of, check_encoders, open_latents, sampling_size
 from pipeline.cache.output import bind_parts, claim, existing_manifest, finished_heads, share_unfinished
-from pipeline.cache.parts import BASE, student_part, write_teacher_config
+from pipeline.cache.parts import BASE, TAP_SET, student_part, write_teacher_config
 from pipeline.cache.taps import sampling_lines, tap_specs
 from pipeline.cache.targets import BatchTargets, Teacher, compress_targets, run_teacher
 from pipeline.core.taps import Taps
 from pipeline.models.checksums import write_checksums
 from pipeline.models.families import family_of_spec
 from pipeline.models.hashing import config_of, deciding, library_versions, weights_sha256
-from pipeline.models.load import find_pipeline, load_base, load_unet, unet_config
+from pipeline.models.levels.tap_sets import BLOCKS
+from pipeline.models.load import family_of, find_pipeline, load_base, load_unet, unet_config
 from pipeline.models.provenance import write_origin
 from pipeline.models.save import save_base
 from pipeline.models.schedule import load_noise_scheduler, set_prediction_type
 from pipeline.models.shapes import tap_shapes
-from pipeline.models.students import initialised_student, meta_student, refuse_foreign, teacher_taps
+from pipeline.models.students import initialised_student, levels_of, meta_student, refuse_foreign
+from pipeline.models.tap_pairs import taps_of_teacher
 from pipeline.models.weights import network_bytes
 from pipeline.sampling.generate import SAMPLES, Sampler, check_sampler, save_images
 from pipeline.sampling.process import PipelineRef, generate_in_process
@@ -204,6 +206,7 @@ def cache_spec(
         "strata": found.spec["strata"] if found else settings.rounds,
         "seed": settings.seed,
         "taps": wanted_taps(checked_taps(settings, latents, dict(unet.config)), found),
+        **({} if settings.taps == BLOCKS else {TAP_SET: settings.taps}),
         "codec": {"name": settings.codec, **({"snr_db": settings.snr_db} if settings.codec == "dither" else {})},
         "noise_offset": settings.noise_offset,
         "input_perturbation": settings.input_perturbation,
@@ -262,12 +265,13 @@ def checked_taps(settings: TeacherCacheSettings, latents: ShardSet, config: dict
     """The taps of the cache's spec. Raises UserError for a teacher that the levels do not fit."""
     spec = latents.manifest.spec
     family = family_of_spec(spec)
-    refuse_foreign(settings.students, family, f"--teacher {settings.teacher}")
+    levels = levels_of(settings.students, family)
+    refuse_foreign(levels, family, f"--teacher {settings.teacher}")
     try:
         family.check(config)
     except ValueError as error:
         raise UserError(f"--teacher {settings.teacher}: {error}. Pass a teacher of that family.") from None
-    taps = teacher_taps(settings.students)
+    taps = taps_of_teacher(config, levels, settings.taps)
     shapes = tap_shapes(config, spec["latents_shape"], conditioning_shapes(spec), taps, family)
     return tap_specs(settings, shapes)
 
@@ -284,7 +288,7 @@ def save_students(
         save_base(folder, settings.variant, noise_scheduler, settings.out / BASE)
         saved.append(BASE)
     teacher_weights = unet.state_dict()
-    for level in settings.students:
+    for level in levels_of(settings.students, family_of(folder)):
         student_folder = settings.out / student_part(level)
         if student_folder.is_dir():
             continue
@@ -315,7 +319,7 @@ def bytes_left(
     networks = (
         [] if (settings.out / BASE).is_dir() else [m for m in base.components.values() if isinstance(m, nn.Module)]
     )
-    for level in settings.students:
+    for level in levels_of(settings.students, family_of_spec(latents.manifest.spec)):
         if not (settings.out / student_part(level)).is_dir():
             networks.append(meta_student(dict(unet.config), level))
     return shards + sum(4 * parameter.numel() for network in networks for parameter in network.parameters())

@@ -6,8 +6,11 @@ up blocks of SD-1.x with two layers each, so code that works with it also works 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import diffusers
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from pipeline.demo.scenes import BACKGROUNDS, COUNT_WORDS, OBJECT_COLOURS, RELATIONS, SHAPES, SIDE, SIZES
@@ -74,21 +77,24 @@ def _merge(pieces: list[str], pair: tuple[str, str]) -> list[str]:
     return merged
 
 
-def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """Token ids (B, 24) -> hidden states (B, 24, TEXT_WIDTH)."""
-    config = CLIPTextConfig(
+def text_config(tokenizer: CLIPTokenizer, width: int, layers: int) -> CLIPTextConfig:
+    return CLIPTextConfig(
         vocab_size=len(tokenizer),
-        hidden_size=TEXT_WIDTH,
-        intermediate_size=4 * TEXT_WIDTH,
-        projection_dim=TEXT_WIDTH,
-        num_hidden_layers=3,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        projection_dim=width,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         max_position_embeddings=MAXIMUM_TOKENS,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return CLIPTextModel(config)
+
+
+def make_text_encoders(tokenizer: CLIPTokenizer) -> dict[str, nn.Module]:
+    """Token ids (B, 24) -> hidden states (B, 24, TEXT_WIDTH)."""
+    return {"text_encoder": CLIPTextModel(text_config(tokenizer, TEXT_WIDTH, layers=3))}
 
 
 def make_autoencoder() -> AutoencoderKL:
@@ -141,13 +147,13 @@ def make_noise_scheduler() -> DDIMScheduler:
 
 def make_pipeline(
     autoencoder: AutoencoderKL,
-    text_encoder: CLIPTextModel,
+    text_encoders: Mapping[str, nn.Module],
     tokenizer: CLIPTokenizer,
-    unet: UNet2DConditionModel,
+    unet: UNet2DConditionModel | None,
 ) -> DiffusionPipeline:
     return diffusers.StableDiffusionPipeline(
         vae=autoencoder,
-        text_encoder=text_encoder,
+        **text_encoders,
         tokenizer=tokenizer,
         unet=unet,
         scheduler=make_noise_scheduler(),
@@ -155,3 +161,8 @@ def make_pipeline(
         feature_extractor=None,
         requires_safety_checker=False,
     )
+
+
+def take_over(unet: UNet2DConditionModel, other: Mapping[str, Tensor]) -> None:
+    """Fill the U-Net with the weights of another. Raises RuntimeError for those of another architecture."""
+    unet.load_state_dict(other)

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pipeline.demo.networks import TEXT_WIDTH
 from pipeline.demo.scenes import COLOURS, COUNT_WORDS, SHAPES, SIZES, SceneFacts
 
 ANYWHERE, BACKGROUND = "anywhere", "background"
@@ -61,14 +60,14 @@ def answers_of(facts: SceneFacts) -> torch.Tensor:
 
 
 class Reader(nn.Module):
-    """Token states (B, T, TEXT_WIDTH) -> logits of each query's answers, by kind of fact: (B, 15, values + 1)."""
+    """Token states (B, T, width) -> logits of each query's answers, by kind of fact: (B, 15, values + 1)."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.queries = nn.Parameter(torch.randn(len(QUERIES), TEXT_WIDTH))
-        self.attention = nn.MultiheadAttention(TEXT_WIDTH, 4, batch_first=True)
-        self.norm = nn.LayerNorm(TEXT_WIDTH)
-        self.answers = nn.ModuleDict({kind: nn.Linear(TEXT_WIDTH, len(values) + 1) for kind, values in VALUES.items()})
+        self.queries = nn.Parameter(torch.randn(len(QUERIES), width))
+        self.attention = nn.MultiheadAttention(width, 4, batch_first=True)
+        self.norm = nn.LayerNorm(width)
+        self.answers = nn.ModuleDict({kind: nn.Linear(width, len(values) + 1) for kind, values in VALUES.items()})
 
     def forward(self, states: torch.Tensor) -> dict[str, torch.Tensor]:
         queries = self.queries.expand(len(states), -1, -1)

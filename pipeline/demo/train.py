@@ -17,24 +17,17 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from torch import nn
 from tqdm import tqdm
-from transformers import CLIPTextModel, CLIPTokenizer
 
-from pipeline.demo.networks import (
-    LATENT_SIDE,
-    make_autoencoder,
-    make_noise_scheduler,
-    make_pipeline,
-    make_text_encoder,
-    make_tokenizer,
-    make_unet,
-)
+from pipeline.demo.networks import LATENT_SIDE, make_autoencoder, make_noise_scheduler, make_tokenizer
 from pipeline.demo.scenes import SIDE, make_scene, parse_caption
+from pipeline.demo.teachers import DemoTeacher
 from pipeline.demo.text import Reader, answers_of, reading_loss
 from pipeline.demo.trainer import Trainer
-from pipeline.models.bundled import TEACHER
+from pipeline.models.bundled import BUNDLED
 from pipeline.models.checksums import CHECKSUMS, write_checksums
-from pipeline.models.families import denoise
-from pipeline.models.families.sd import SD
+from pipeline.models.families import Frame, denoise, family_of_pipeline
+from pipeline.models.families.family import Conditioning
+from pipeline.models.families.sd import PROMPT_EMBEDS
 from pipeline.models.save import save_pipeline
 from pipeline.settings.demo_teacher import DemoTeacherSettings
 from pipeline.system.errors import UserError, first_line
@@ -49,6 +42,7 @@ MAY_CHANGE = {"out", "work", "steps", "checkpoint_every", "evaluate"}
 # raised to a power below 1, which makes high timesteps more frequent.
 LOSS_POWER, DRAW_POWER = 0.75, 2 / 3
 GUIDANCES = (3.0, 5.0)
+IMITATION_WEIGHT = 10.0
 
 
 def claim_work_folder(settings: DemoTeacherSettings) -> None:
@@ -124,40 +118,71 @@ def encode_latents(work: Path, autoencoder: AutoencoderKL, settings: DemoTeacher
     return latents, float(1 / np.sqrt(mean.var() + np.square(deviation).mean()))
 
 
-def train_text_encoder(work: Path, settings: DemoTeacherSettings) -> CLIPTextModel:
-    """Train a text encoder on the captions until one attention layer can read all their facts from its states."""
+def train_text_encoders(
+    work: Path,
+    teacher: DemoTeacher,
+    settings: DemoTeacherSettings,
+    pipeline: DiffusionPipeline,
+    initial: DiffusionPipeline | None,
+) -> None:
+    """Train the text encoders of the pipeline until one attention layer can read all facts of a caption from each
+    tensor that they give the U-Net. Of an `initial` teacher, whose U-Net is trained further, they learn the states."""
     _, captions = render_scenes(work, settings)
-    tokenizer = make_tokenizer()
-    tokens = tokenize(tokenizer, captions)
     answers = torch.stack([answers_of(parse_caption(caption)) for caption in captions])
-    torch.manual_seed(settings.seed)
-    text_encoder, reader = make_text_encoder(tokenizer), Reader()
-    networks = nn.ModuleDict({"text_encoder": text_encoder, "reader": reader})
+    encoders = {part: getattr(pipeline, part) for part in teacher.family.encoders if part != "vae"}
+    for part, encoder in encoders.items():
+        if initial is not None and hasattr(initial, part):
+            # The new one may have a layer more.
+            encoder.load_state_dict(getattr(initial, part).state_dict(), strict=False)
+    conditioning = teacher.family.encode_prompts(pipeline, [""])
+    readers = nn.ModuleDict({name: Reader(given.shape[-1]) for name, given in conditioning.items()})
+    networks = nn.ModuleDict({**encoders, "readers": readers})
     trainer = Trainer(networks, work / "text_encoder.pt", settings.text_steps, settings.text_learning_rate, settings)
     for _ in trainer.remaining("text encoder"):
         index = torch.randint(len(captions), (settings.text_batch,))
-        trainer.update(reading_loss(reader(text_encoder(tokens[index])[0]), answers[index]))
+        chosen = [captions[i] for i in index.tolist()]
+        conditioning = teacher.family.encode_prompts(pipeline, chosen)
+        read = [reading_loss(readers[name](as_states(given)), answers[index]) for name, given in conditioning.items()]
+        trainer.update(sum(read, imitation_loss(conditioning, chosen, initial)))
     networks.load_state_dict(trainer.average)
-    return text_encoder.eval().requires_grad_(False)
+    networks.eval().requires_grad_(False)
 
 
-def train_diffusion(work: Path, settings: DemoTeacherSettings) -> DiffusionPipeline:
+def as_states(given: torch.Tensor) -> torch.Tensor:
+    """Token states (B, T, D) as they are; a pooled embedding (B, D) as those of one token."""
+    return given if given.ndim == 3 else given[:, None]
+
+
+def imitation_loss(conditioning: Conditioning, captions: list[str], initial: DiffusionPipeline | None) -> torch.Tensor:
+    """How far the first channels of the token states are from those of the initial teacher; 0 without one."""
+    if initial is None:
+        return torch.zeros(())
+    with torch.no_grad():
+        wanted = family_of_pipeline(initial).encode_prompts(initial, captions)[PROMPT_EMBEDS]
+    return IMITATION_WEIGHT * F.mse_loss(conditioning[PROMPT_EMBEDS][..., : wanted.shape[-1]], wanted)
+
+
+def train_diffusion(work: Path, teacher: DemoTeacher, settings: DemoTeacherSettings) -> DiffusionPipeline:
     """Train the U-Net on the latents and states of a trained autoencoder and text encoder, which are frozen.
 
     It learns noise prediction with Min-SNR weights (Hang et al. 2023) and more weight on high noise. Some captions are
     left empty for classifier-free guidance. Returns the pipeline with averaged weights.
     """
-    autoencoder, unet = initial_networks(settings)
-    autoencoder = autoencoder or train_autoencoder(work, settings)
-    text_encoder = train_text_encoder(work, settings)
+    initial = initial_teacher(settings)
+    unet = initial_unet(teacher, initial, settings)
+    autoencoder = train_autoencoder(work, settings) if initial is None else initial.vae
+    torch.manual_seed(settings.seed)
+    tokenizer = make_tokenizer()
+    pipeline = teacher.make_pipeline(autoencoder, teacher.make_text_encoders(tokenizer), tokenizer, None)
+    train_text_encoders(work, teacher, settings, pipeline, initial)
     latents, scale = encode_latents(work, autoencoder, settings)
     autoencoder.register_to_config(scaling_factor=scale)
     _, captions = render_scenes(work, settings)
-    tokenizer, noise_scheduler = make_tokenizer(), make_noise_scheduler()
-    tokens = tokenize(tokenizer, [*captions, ""])
-    torch.manual_seed(settings.seed)
-    unet = (unet or make_unet()).to(memory_format=torch.channels_last).train()
+    noise_scheduler = make_noise_scheduler()
+    unet = unet.to(memory_format=torch.channels_last).train()
     alphas = noise_scheduler.alphas_cumprod
+    framing = teacher.family.image_conditioning(Frame((SIDE, SIDE), (0, 0), (SIDE, SIDE)))
+    framings = {name: given.expand(settings.batch, -1) for name, given in framing.items()}
     trainer = Trainer(unet, work / "unet.pt", settings.steps, settings.learning_rate, settings)
     for _ in trainer.remaining("U-Net"):
         index = torch.randint(len(captions), (settings.batch,))
@@ -168,43 +193,56 @@ def train_diffusion(work: Path, settings: DemoTeacherSettings) -> DiffusionPipel
         noise = torch.randn_like(sampled)
         timesteps = (torch.rand(settings.batch) ** DRAW_POWER * len(alphas)).long().clamp(max=len(alphas) - 1)
         noisy = noise_scheduler.add_noise(sampled, noise, timesteps).to(memory_format=torch.channels_last)
-        captioned = torch.rand(settings.batch) >= settings.caption_dropout
+        captioned = (torch.rand(settings.batch) >= settings.caption_dropout).tolist()
+        chosen = [captions[i] if kept else "" for i, kept in zip(index.tolist(), captioned, strict=True)]
         with torch.no_grad():
-            prompt_embeds = text_encoder(tokens[torch.where(captioned, index, len(captions))])[0]
-        predicted = denoise(unet, noisy, timesteps, {"prompt_embeds": prompt_embeds}, SD)
+            conditioning = teacher.family.encode_prompts(pipeline, chosen)
+        predicted = denoise(unet, noisy, timesteps, {**conditioning, **framings}, teacher.family)
         signal_to_noise = alphas[timesteps] / (1 - alphas[timesteps])
         weight = settings.min_snr_gamma / signal_to_noise.clamp(min=settings.min_snr_gamma)
         weight = weight / alphas[timesteps] ** LOSS_POWER
         trainer.update((weight * (predicted - noise).square().mean(dim=(1, 2, 3))).mean())
     unet.load_state_dict(trainer.average)
-    return make_pipeline(autoencoder, text_encoder, tokenizer, unet.eval())
+    pipeline.register_modules(unet=unet.eval())
+    return pipeline
 
 
-def initial_networks(settings: DemoTeacherSettings) -> tuple[AutoencoderKL | None, UNet2DConditionModel | None]:
-    """The autoencoder and the U-Net of the `init_from` pipeline, in float32, or None for both without such a pipeline.
-
-    Raises UserError if the pipeline cannot be loaded or has another architecture.
-    """
+def initial_teacher(settings: DemoTeacherSettings) -> DiffusionPipeline | None:
+    """The `init_from` pipeline, in float32, or None without one. Raises UserError if it cannot be loaded, or has
+    another autoencoder than demo teachers."""
     if settings.init_from is None:
-        return None, None
-    autoencoder, unet = make_autoencoder(), make_unet()
+        return None
+    autoencoder = make_autoencoder()
     try:
-        teacher = DiffusionPipeline.from_pretrained(settings.init_from, local_files_only=True)
-        autoencoder.load_state_dict(teacher.vae.state_dict())
-        unet.load_state_dict(teacher.unet.state_dict())
+        initial = DiffusionPipeline.from_pretrained(settings.init_from, local_files_only=True).to(torch.float32)
+        autoencoder.load_state_dict(initial.vae.state_dict())
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"--init-from {settings.init_from} is not a demo teacher: {first_line(error)}") from None
-    return autoencoder.to(memory_format=torch.channels_last).eval().requires_grad_(False), unet
+        raise not_a_demo_teacher(settings, error) from None
+    initial.register_modules(vae=autoencoder.to(memory_format=torch.channels_last).eval().requires_grad_(False))
+    return initial
 
 
-def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
-    """Token ids (B, 24) int64, padded or truncated to length."""
-    return tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+def initial_unet(
+    teacher: DemoTeacher, initial: DiffusionPipeline | None, settings: DemoTeacherSettings
+) -> UNet2DConditionModel:
+    """The U-Net that training starts from: untrained, or with the weights of the initial teacher's."""
+    torch.manual_seed(settings.seed)
+    unet = teacher.make_unet()
+    if initial is not None:
+        try:
+            teacher.take_over(unet, initial.unet.state_dict())
+        except (KeyError, RuntimeError) as error:
+            raise not_a_demo_teacher(settings, error) from None
+    return unet
+
+
+def not_a_demo_teacher(settings: DemoTeacherSettings, error: Exception) -> UserError:
+    return UserError(f"--init-from {settings.init_from} is not a demo teacher: {first_line(error)}")
 
 
 def is_exported(out: Path) -> bool:
     """Whether `out` is the bundled teacher, or holds what `export` wrote, whose checksums are of weights alone."""
-    if out.resolve() == TEACHER.resolve():
+    if out.resolve() in (folder.resolve() for folder in BUNDLED.values()):
         return True
     remedy = "Choose another --out."
     names = read_json(out / CHECKSUMS, remedy) if (out / CHECKSUMS).is_file() else {}

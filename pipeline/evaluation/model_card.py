@@ -22,6 +22,7 @@ from pipeline.settings.evaluate import EVALUATION
 from pipeline.system.echo import plural, printable
 from pipeline.system.errors import UserError
 from pipeline.system.jsonl import read_jsonl
+from pipeline.system.output import DEMOS
 from pipeline.system.text_files import read_text
 from shards.files import write_bytes, write_json
 from shards.manifest import read_manifest
@@ -155,7 +156,7 @@ def licence_fields(origin: dict[str, Any]) -> dict[str, str]:
 
 def _teacher_name(inputs: CardInputs) -> str:
     name = inputs.origin.get("teacher", {}).get("name", "an unnamed teacher")
-    return "the demo teacher of distill-sd" if name == "demo" else inline(name)
+    return f"the {name} teacher of distill-sd" if name in DEMOS else inline(name)
 
 
 def _lead(inputs: CardInputs) -> str:

@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 from torch import nn
 
-from pipeline.models.bundled import teacher_folder
+from pipeline.models.bundled import BUNDLED, teacher_folder
 from pipeline.models.families import FAMILIES, Family, family_of_index
 from pipeline.models.reading import read_json, read_part, reading
 from pipeline.models.schedule import no_betas
@@ -39,12 +39,13 @@ LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
 def find_pipeline(
     name: str, revision: str | None, variant: str | None, flag: str = "--teacher", any_channels: bool = False
 ) -> Path:
-    """The local folder of a pipeline: `demo`, a folder, a single file, which is converted, or a name on the hub.
+    """The local folder of a pipeline: a bundled one by its name, such as `demo`, a folder, a single file, which is
+    converted, or a name on the hub.
 
     Raises UserError if there is none, or if its configs show that it is of no known family or does not fit together.
     Its weights are not read. With `any_channels`, the U-Net may take more than the VAE's latents.
     """
-    folder = teacher_folder() if name == "demo" else Path(name)
+    folder = teacher_folder(BUNDLED[name]) if name in BUNDLED else Path(name)
     if folder.is_file():
         folder = converted(folder, f"{flag} {name}")
     if not folder.is_dir():
@@ -174,7 +175,7 @@ def _similar(name: str) -> str:
     place = Path(name)
     beside = place.parent.iterdir() if place.parent.is_dir() else ()
     names = [path.name for path in beside if path.is_dir() or path.suffix in SINGLE_FILES]
-    return did_you_mean(place.name, [*names, "demo"] if place.name == name else names)
+    return did_you_mean(place.name, [*names, *BUNDLED] if place.name == name else names)
 
 
 def load_base(folder: Path, variant: str | None = None, unet: UNet2DConditionModel | None = None) -> DiffusionPipeline:

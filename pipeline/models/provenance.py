@@ -16,7 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from pipeline.system.errors import UserError
 from pipeline.system.json_files import read_json
 from pipeline.system.names import is_on_hub, public_name
-from pipeline.system.output import DEMO
+from pipeline.system.output import DEMOS
 from pipeline.system.text_files import read_text
 from pipeline.system.yaml_file import parse_yaml
 from shards.files import write_json
@@ -54,7 +54,7 @@ def _is_plain(value: Any) -> bool:
 
 def teacher_origin(teacher: str, folder: Path, revision: str | None) -> dict[str, Any]:
     """The teacher's `name`, whether that is a name on a hub (`hub`), its `revision`, and the licence on its card."""
-    hub = teacher != DEMO and is_on_hub(teacher)
+    hub = teacher not in DEMOS and is_on_hub(teacher)
     name = public_name(teacher)
     origin = {"name": name, "hub": hub, **({"revision": revision} if revision else {})}
     return origin | licence(card_text(teacher, folder, revision, hub))

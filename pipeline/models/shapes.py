@@ -59,15 +59,21 @@ def _tap_shapes(
     return {tap: (features[tap].shape[1], features[tap].shape[2], features[tap].shape[3]) for tap in taps}
 
 
+def checked_unet_config(folder: Path) -> dict[str, Any]:
+    """The config of a teacher's U-Net. Raises UserError for a teacher that no level fits."""
+    config = unet_config(folder)
+    try:
+        family_of(folder).check(config)
+    except ValueError as error:
+        raise UserError(f"--teacher {folder}: {error}. Pass a teacher of that family.") from None
+    return config
+
+
 def teacher_shapes(folder: Path, resolution: int, taps: list[str]) -> TeacherShapes:
     """The shapes of a teacher's data at a resolution. Raises UserError for a teacher that no level fits."""
     with torch.device("meta"):
         vae = part_classes(folder)["vae"].from_config(read_json(folder / "vae" / "config.json"))
     family = family_of(folder)
-    config, conditioning = unet_config(folder), family.conditioning_shapes(folder)
-    try:
-        family.check(config)
-    except ValueError as error:
-        raise UserError(f"--teacher {folder}: {error}. Pass a teacher of that family.") from None
+    config, conditioning = checked_unet_config(folder), family.conditioning_shapes(folder)
     latents = latents_shape(vae, resolution)
     return TeacherShapes(latents, conditioning, tap_shapes(config, latents, conditioning, taps, family), family.dtypes)

@@ -15,6 +15,11 @@ from pipeline.models.levels import LEVELS
 from pipeline.system.errors import UserError
 
 
+def levels_of(named: tuple[str, ...] | None, family: Family) -> tuple[str, ...]:
+    """The levels that --students names, or its family's own where it names none."""
+    return (family.default_level,) if named is None else named
+
+
 def refuse_foreign(levels: Iterable[str], family: Family, teacher: str) -> None:
     """Raise UserError if one of the levels is not a student of this family. `teacher` is how messages call its teacher,
     such as `--teacher path`."""

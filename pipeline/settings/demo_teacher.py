@@ -6,20 +6,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from pipeline.models.bundled import TEACHER
+from pipeline.models.bundled import BUNDLED
 from pipeline.system.options import MAX_BATCH
 from pipeline.system.settings import Settings, option
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemoTeacherSettings(Settings):
-    """Retrain the demo's bundled teacher. This takes hours on a CPU and is needed only to change the teacher."""
+    """Retrain one of the demo's bundled teachers. This takes hours on a CPU and is needed only to change it."""
 
     command: ClassVar[str] = "demo-teacher"
     work_module: ClassVar[str] = "pipeline.commands.demo_teacher"
     has_plan: ClassVar[bool] = True
 
-    out: Path = option(TEACHER, "Folder to write the pipeline to.")
+    name: str = option("demo", "The teacher to train.", choices=tuple(BUNDLED))
+    out: Path | None = option(None, "Folder to write the pipeline to; by default the bundled teacher's.")
     work: Path = option(Path("work/demo-teacher"), "Folder for scenes, latents and checkpoints.")
     scenes: int = option(24000, "Scenes to train on.", ge=1)
     seed: int = option(0, "Seed for scenes, weights and noise.", ge=0)
@@ -30,7 +31,7 @@ class DemoTeacherSettings(Settings):
     text_steps: int = option(1200, "Training steps of the text encoder.", ge=1)
     text_batch: int = option(128, "Captions per step of the text encoder.", ge=1, le=MAX_BATCH)
     text_learning_rate: float = option(1e-3, "Peak learning rate of the text encoder.", gt=0)
-    init_from: Path | None = option(None, "Pipeline whose autoencoder is kept and whose U-Net is trained further.")
+    init_from: Path | None = option(None, "Demo teacher whose autoencoder is kept and whose U-Net is trained further.")
     steps: int = option(7300, "Training steps of the U-Net.", ge=1)
     batch: int = option(32, "Latents per step of the U-Net.", ge=1, le=MAX_BATCH)
     learning_rate: float = option(1.2e-3, "Peak learning rate of the U-Net.", gt=0)

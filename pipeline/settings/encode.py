@@ -29,7 +29,9 @@ class EncodeSettings(DataSettings, DeviceOptions, HubOptions, ShardRangeOptions)
     has_plan: ClassVar[bool] = True
 
     teacher: str = option(
-        REQUIRED, "Stable Diffusion pipeline: a folder in diffusers layout, a name on the hub, or demo.", place=True
+        REQUIRED,
+        "Stable Diffusion pipeline: a folder in diffusers layout, a name on the hub, demo or demo-xl.",
+        place=True,
     )
     out: Path = option(REQUIRED, "Directory to write the latents to.")
     resolution: int = option(512, "Side of the square training images, in pixels.", ge=8, le=MAX_SIDE)

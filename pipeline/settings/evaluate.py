@@ -26,7 +26,7 @@ class EvaluateSettings(PrecisionOptions, HubOptions):
     has_plan: ClassVar[bool] = True
 
     student: str = option(REQUIRED, "Student pipeline: a folder or a name on the hub.", place=True)
-    teacher: str = option(REQUIRED, "Teacher pipeline: a folder, a name on the hub, or demo.", place=True)
+    teacher: str = option(REQUIRED, "Teacher pipeline: a folder, a name on the hub, demo or demo-xl.", place=True)
     out: Path = option(REQUIRED, "Directory for the table, the report and the images.")
     level: str | None = option(None, "The student's level; by default detected from its layers.", choices=tuple(LEVELS))
     latents: Path | None = option(None, "Held-out latents that `encode` wrote; without them fidelity is not measured.")

@@ -21,7 +21,7 @@ class ExportSettings(HubOptions):
     command: ClassVar[str] = "export"
     work_module: ClassVar[str] = "pipeline.commands.export"
 
-    model: str = option(REQUIRED, "Pipeline to export: a folder, a name on the hub, or demo.", place=True)
+    model: str = option(REQUIRED, "Pipeline to export: a folder, a name on the hub, demo or demo-xl.", place=True)
     format: str = option(REQUIRED, "Format to write.", choices=("single-file", "onnx", "int8"))
     out: Path = option(REQUIRED, f"New folder, or for single-file a new {SUFFIX} file.")
     dtype: str = option(

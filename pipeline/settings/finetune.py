@@ -23,7 +23,7 @@ class FinetuneSettings(TrainingSettings, HubOptions):
     has_plan: ClassVar[bool] = True
 
     model: str = option(
-        REQUIRED, "Pipeline whose U-Net is trained: a student's folder, a name on the hub, or demo.", place=True
+        REQUIRED, "Pipeline whose U-Net is trained: a student's folder, a name on the hub, demo or demo-xl.", place=True
     )
     latents: Path = option(REQUIRED, "Directory that `encode` wrote, with the model's own VAE and text encoder.")
     lora_rank: int | None = option(None, "Train LoRA adapters of this rank instead of the whole U-Net.", ge=1, le=4096)

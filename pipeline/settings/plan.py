@@ -46,7 +46,7 @@ class PlanSettings(CacheFormat, PrecisionOptions, HubOptions):
     has_plan: ClassVar[bool] = True
 
     teacher: str = option(
-        REQUIRED, "The teacher: a folder (its configs are enough), a name on the hub, or demo.", place=True
+        REQUIRED, "The teacher: a folder (its configs are enough), a name on the hub, demo or demo-xl.", place=True
     )
     images: int = option(REQUIRED, "Images to train on.", ge=1)
     rounds: int = option(4, "Passes over the images; with a budget, the minimum to aim for.", ge=1)

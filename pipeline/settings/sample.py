@@ -18,7 +18,11 @@ class SampleSettings(PrecisionOptions, HubOptions):
     command: ClassVar[str] = "sample"
     work_module: ClassVar[str] = "pipeline.commands.sample"
 
-    model: str = option(REQUIRED, "Pipeline to generate with: a folder, a name on the hub, or demo.", place=True)
+    model: str = option(
+        REQUIRED,
+        "Pipeline to generate with: a folder, a name on the hub, demo or demo-xl.",
+        place=True,
+    )
     prompts: tuple[str, ...] = option(
         REQUIRED, "A prompt, or a text file with one prompt per line; may be repeated.", repeated=True
     )

@@ -20,7 +20,9 @@ class TeacherCacheSettings(CacheFormat, PrecisionOptions, HubOptions, ShardRange
     has_plan: ClassVar[bool] = True
 
     teacher: str = option(
-        REQUIRED, "The pipeline that the latents were made with: a folder, a name on the hub, or demo.", place=True
+        REQUIRED,
+        "The pipeline that the latents were made with: a folder, a name on the hub, demo or demo-xl.",
+        place=True,
     )
     latents: Path = option(REQUIRED, "Directory that `encode` wrote.")
     out: Path = option(REQUIRED, "Directory to write the cache to.")

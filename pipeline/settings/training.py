@@ -43,6 +43,12 @@ class TrainingSettings(DeviceOptions):
     use_8bit_adam: bool = option(False, "AdamW with 8-bit moments, which take less memory; needs bitsandbytes.")
     use_ema: bool = option(False, "Keep an exponential moving average of the weights and save it as the student.")
     ema_decay: float = option(0.9999, "Decay of the average, after its warm-up.", ge=0.0, le=1.0)
+    ema_device: str | None = option(
+        None,
+        "Where the average is kept: cpu saves its memory on a GPU, and copies the weights at each step. By default "
+        "where the student is trained.",
+        choices=("cpu",),
+    )
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass: less memory, more time.")
     mixed_precision: str | None = option(
         None,
@@ -86,6 +92,8 @@ class TrainingSettings(DeviceOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.ema_device and not self.use_ema:
+            raise UserError(f"--ema-device {self.ema_device} is for the average of --use-ema. Add that option.")
         if self.lr_scheduler == "constant" and self.lr_warmup_steps:
             raise UserError("--lr-scheduler constant has no warm-up. Use constant_with_warmup.")
         if self.max_train_steps is not None and self.num_train_epochs is not None:
@@ -106,6 +114,7 @@ MAY_CHANGE_ON_RESUME = (
     "logging_steps",
     "dataloader_num_workers",
     "device",
+    "ema_device",
     "gradient_checkpointing",
     "compile",
     "report_to",

@@ -25,7 +25,7 @@ class VerifySettings(DeviceOptions, HubOptions):
     full: bool = option(False, "Read every byte: check all checksums and decode every member.")
     recompute: int | None = option(None, "Number of random entries to run the teacher on again.", ge=1)
     teacher: str | None = option(
-        None, "The cache's teacher, for --recompute: a folder, a name on the hub, or demo.", place=True
+        None, "The cache's teacher, for --recompute: a folder, a name on the hub, demo or demo-xl.", place=True
     )
     seed: int = option(0, "Seed for the entries of --recompute.", ge=0)
     remove_damaged: bool = option(False, "Delete damaged shards, so that the stage can write them again.")

@@ -12,7 +12,9 @@ from pipeline.system.text_files import read_text
 from shards.manifest import STAGE_COMMANDS
 from shards.schema import MANIFEST
 
-DEMO, MODEL_INDEX = "demo", "model_index.json"
+MODEL_INDEX = "model_index.json"
+# The bundled teachers, by which --teacher and the like mean no folder.
+DEMOS = ("demo", "demo-xl")
 MODEL_FLAGS = ("--teacher", "--student", "--model", "--init-from")
 # A folder with one of these is a pipeline or a U-Net.
 MODEL_MARKS = (MODEL_INDEX, "config.json", "unet")
@@ -80,7 +82,7 @@ def overlap(place: Path, flag: str, value: Path | str | None) -> str | None:
     """
     if value is None or not Path(value).is_dir():
         return None
-    is_model = value != DEMO and any((Path(value) / name).exists() for name in MODEL_MARKS)
+    is_model = value not in DEMOS and any((Path(value) / name).exists() for name in MODEL_MARKS)
     if flag in MODEL_FLAGS and not is_model:
         return None
     source = Path(value).resolve()

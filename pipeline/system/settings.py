@@ -233,7 +233,7 @@ def _click_option(setting: dataclasses.Field[Any], hint: Any) -> click.Parameter
         [name, setting.name],
         type=_parameter_type(kind, setting),
         default=default,
-        show_default=",".join(default) if is_list else default is not None,
+        show_default=",".join(default) if is_list and default is not None else default is not None,
         help=help + (f" Choices: {', '.join(choices)}." if is_list and choices else ""),
     )
 

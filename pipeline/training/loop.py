@@ -200,7 +200,7 @@ def prepare_training(
             training.load_state(state)
         accelerator.print(f"resuming from step {training.step} of {settings.max_train_steps}")
     if ema:
-        ema.to(accelerator.device)
+        ema.to(settings.ema_device or accelerator.device)
     return training
 
 
@@ -288,7 +288,7 @@ def after_step(
     learning_rate = float(training.lr_scheduler.get_last_lr()[0])
     training.lr_scheduler.step()
     if training.ema:
-        training.ema.step(training.trained)
+        average(training.ema, training.trained)
     metrics.advance()
     interval = training.step == settings.max_train_steps or training.step % settings.checkpointing_steps == 0
     logging = interval or training.step == 1 or training.step % settings.logging_steps == 0
@@ -309,6 +309,13 @@ def after_step(
         save_state(settings, accelerator, training)
     if training.prompts and not stop and validating:
         validate(settings, accelerator, training)
+
+
+def average(ema: EMAModel, trained: list[torch.nn.Parameter]) -> None:
+    """Take the weights into the average, on the average's device."""
+    device = ema.shadow_params[0].device
+    # Weights without gradients would be copied, not averaged.
+    ema.step([weights.detach().to(device).requires_grad_() for weights in trained])
 
 
 def validate(settings: TrainingSettings, accelerator: Accelerator, training: Training) -> None:

@@ -1,4 +1,4 @@
-"""The bundled teacher is complete, loads with diffusers and follows captions; and the command that retrains it."""
+"""The bundled teachers are complete, load with diffusers and follow captions; and the command that retrains them."""
 
 import json
 import shutil
@@ -7,16 +7,21 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from support.tiny import SDXL
 
 from pipeline.cli import main
 from pipeline.core.taps import Taps
+from pipeline.demo import networks_xl
 from pipeline.demo.evaluate import captions_of, evaluate, judge, table
 from pipeline.demo.scenes import make_scene
 from pipeline.demo.trainer import Trainer
-from pipeline.models.bundled import CHECKSUMS, TEACHER, teacher_folder
+from pipeline.models.bundled import CHECKSUMS, TEACHER, TEACHER_XL, teacher_folder
+from pipeline.models.hashing import shapes_of
+from pipeline.models.levels import sdxl as levels_xl
 from pipeline.models.levels.sd import LEVELS
-from pipeline.models.students import student_config, student_weights
+from pipeline.models.load import find_pipeline, unet_config
+from pipeline.models.students import meta_student, student_config, student_weights
 from pipeline.sampling.generate import Sampler, generate
 from pipeline.system.errors import UserError
 
@@ -41,15 +46,27 @@ def pipeline():
     return DiffusionPipeline.from_pretrained(teacher_folder()).to(torch.float32)
 
 
+@pytest.fixture(scope="module")
+def xl_pipeline():
+    return DiffusionPipeline.from_pretrained(teacher_folder(TEACHER_XL)).to(torch.float32)
+
+
 @pytest.fixture
 def copy(tmp_path):
     return shutil.copytree(TEACHER, tmp_path / "teacher")
 
 
-def test_the_bundled_weights_are_complete_and_small():
-    weights = json.loads((teacher_folder() / CHECKSUMS).read_text())
-    assert {name.split("/")[0] for name in weights} == {"vae", "text_encoder", "unet"}
-    assert sum((TEACHER / name).stat().st_size for name in weights) <= 12e6
+@pytest.mark.parametrize(
+    ("folder", "parts", "limit"),
+    [
+        (TEACHER, {"vae", "text_encoder", "unet"}, 12e6),
+        (TEACHER_XL, {"vae", "text_encoder", "text_encoder_2", "unet"}, 14e6),
+    ],
+)
+def test_the_bundled_weights_are_complete_and_small(folder, parts, limit):
+    weights = json.loads((teacher_folder(folder) / CHECKSUMS).read_text())
+    assert {name.split("/")[0] for name in weights} == parts
+    assert sum((folder / name).stat().st_size for name in weights) <= limit
 
 
 def test_the_bundled_teacher_has_the_blocks_of_sd(pipeline):
@@ -58,6 +75,29 @@ def test_the_bundled_teacher_has_the_blocks_of_sd(pipeline):
     assert config.up_block_types == ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3
     assert config.layers_per_block == 2
     assert config.mid_block_type == "UNetMidBlock2DCrossAttn"
+
+
+def test_demo_xl_has_the_blocks_of_sdxl(xl_pipeline):
+    """`find_pipeline` makes all checks of the family."""
+    config = unet_config(find_pipeline("demo-xl", None, None))
+    for key in ("down_block_types", "up_block_types", "layers_per_block", "use_linear_projection"):
+        assert config[key] == ([*SDXL[key]] if isinstance(SDXL[key], tuple) else SDXL[key])
+    assert config["mid_block_type"] == "UNetMidBlock2DCrossAttn"
+    assert xl_pipeline.config.force_zeros_for_empty_prompt
+
+
+def test_every_student_of_sdxl_can_be_made_from_demo_xl(xl_pipeline):
+    config, weights = dict(xl_pipeline.unet.config), xl_pipeline.unet.state_dict()
+    for level in levels_xl.LEVELS:
+        student = meta_student(config, level)
+        assert student_weights(shapes_of(student), weights, level)
+        assert student.num_parameters() < 0.9 * xl_pipeline.unet.num_parameters()
+
+
+def test_ssd_1b_and_vega_differ_with_demo_xl(xl_pipeline):
+    configs = [student_config(dict(xl_pipeline.unet.config), level) for level in ("ssd_1b", "vega")]
+    assert configs[0]["transformer_layers_per_block"] == [1, [2, 2], [3, 3]]
+    assert configs[1]["transformer_layers_per_block"] == [1, [1, 1], [2, 2]]
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -80,6 +120,12 @@ def test_every_student_can_be_made_from_the_bundled_teacher(pipeline, level):
 def test_the_bundled_teacher_follows_captions(pipeline):
     captions = captions_of("train", 8)
     generated = generate(pipeline, captions, Sampler(steps=12, guidance_scale=BEST_GUIDANCE), "test")
+    assert judge(generated.images, captions).score >= FLOOR
+
+
+def test_demo_xl_follows_captions(xl_pipeline):
+    captions = captions_of("train", 4)
+    generated = generate(xl_pipeline, captions, Sampler(steps=8, guidance_scale=BEST_GUIDANCE), "test")
     assert judge(generated.images, captions).score >= FLOOR
 
 
@@ -137,16 +183,38 @@ def test_the_command_makes_a_teacher_that_loads(tmp_path):
     assert made.unet.dtype == torch.float32
 
 
-def test_training_from_another_teacher_keeps_its_autoencoder_and_trains_its_unet(tmp_path):
-    result = train(tmp_path / "teacher", tmp_path / "work", "--init-from", str(TEACHER), "--learning-rate", "1e-6")
+def test_an_sdxl_trained_from_the_other_teacher_keeps_its_autoencoder_and_trains_its_networks(tmp_path):
+    rates = ("--learning-rate", "0.1", "--text-learning-rate", "0.1")
+    changes = ("--name", "demo-xl", "--init-from", str(TEACHER), *rates, "--checkpoint-every", "9")
+    result = train(tmp_path / "teacher", tmp_path / "work", *changes)
     assert result.exit_code == 0, result.output
     initial, made = (DiffusionPipeline.from_pretrained(folder) for folder in (TEACHER, tmp_path / "teacher"))
+    assert isinstance(made, StableDiffusionXLPipeline)
     assert torch.equal(made.vae.decoder.conv_in.weight, initial.vae.decoder.conv_in.weight)
     change = made.unet.conv_in.weight - initial.unet.conv_in.weight
-    assert 0 <= change.abs().max() < 1e-3
-    assert not torch.equal(
-        made.text_encoder.get_input_embeddings().weight, initial.text_encoder.get_input_embeddings().weight
-    )
+    assert 0 < change.abs().max() < 0.01
+    change = made.text_encoder.get_input_embeddings().weight - initial.text_encoder.get_input_embeddings().weight
+    assert 0 < change.abs().max() < 0.01
+
+
+def test_an_sdxl_takes_over_what_it_can_of_the_other_teachers_unet(pipeline):
+    """And it begins by adding nothing: transformer blocks and conditioning that the other lacks close with zeros."""
+    unet, other = networks_xl.make_unet(), pipeline.unet.state_dict()
+    networks_xl.take_over(unet, other)
+    weights = unet.state_dict()
+    taken = {
+        "down_blocks.1.resnets.0.conv1.weight": "down_blocks.1.resnets.0.conv1.weight",
+        "up_blocks.0.resnets.2.conv1.weight": "up_blocks.1.resnets.2.conv1.weight",
+        "mid_block.attentions.0.proj_in.weight": "mid_block.attentions.0.proj_in.weight",
+    }
+    for name, source in taken.items():
+        assert torch.equal(weights[name].flatten(), other[source].flatten())
+    second = unet.mid_block.attentions[0].transformer_blocks[1]
+    states, prompts = torch.randn(1, 16, 80), torch.randn(1, 24, 144)
+    with torch.no_grad():
+        assert torch.equal(second(states, encoder_hidden_states=prompts), states)
+        assert not unet.add_embedding(torch.randn(1, 160)).any()
+    networks_xl.take_over(networks_xl.make_unet(), weights)
 
 
 def test_a_folder_that_is_not_a_demo_teacher_is_refused_as_the_initial_one(tmp_path, copy):

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from pipeline.demo.evaluate import captions_of
-from pipeline.demo.networks import make_text_encoder, make_tokenizer
+from pipeline.demo.networks import TEXT_WIDTH, make_text_encoders, make_tokenizer
 from pipeline.demo.scenes import RELATIONS, parse_caption
 from pipeline.demo.text import PLACES, QUERIES, VALUES, Reader, answers_of, reading_loss, things_of
-from pipeline.demo.train import tokenize
+from pipeline.models.families.clip import tokenize
 
 
 def words(caption, query):
@@ -55,10 +55,10 @@ def test_no_two_things_of_a_caption_share_a_colour_or_a_place(split):
 def test_a_reader_and_a_text_encoder_can_memorise_captions():
     captions = captions_of("train", 6)
     tokenizer = make_tokenizer()
-    tokens = tokenize(tokenizer, captions)
+    tokens = tokenize(tokenizer, captions).input_ids
     answers = torch.stack([answers_of(parse_caption(caption)) for caption in captions])
     torch.manual_seed(0)
-    text_encoder, reader = make_text_encoder(tokenizer), Reader()
+    text_encoder, reader = make_text_encoders(tokenizer)["text_encoder"], Reader(TEXT_WIDTH)
     optimizer = torch.optim.AdamW([*text_encoder.parameters(), *reader.parameters()], lr=1e-3)
     before = share_read(reader(text_encoder(tokens)[0]), answers)
     for _ in range(200):

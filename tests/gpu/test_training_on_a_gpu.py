@@ -57,6 +57,13 @@ def test_losses_are_those_of_the_cpu(cache, on_cpu, tmp_path, precision, more):
     assert all(torch.isfinite(tensor).all() for tensor in state_dict_of(tmp_path / "out" / "unet").values())
 
 
+def test_the_average_may_be_kept_on_the_cpu(cache, tmp_path):
+    settings = {"device": "auto", "use_ema": True, "mixed_precision": "no", "allow_tf32": False}
+    expected = state_dict_of(run_distill(cache, tmp_path / "gpu", **settings) / "unet")
+    found = state_dict_of(run_distill(cache, tmp_path / "cpu", ema_device="cpu", **settings) / "unet")
+    assert all(torch.allclose(tensor, found[name], rtol=1e-3, atol=1e-5) for name, tensor in expected.items())
+
+
 def test_the_average_and_validation_images_work_in_bf16(cache, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a\nb\n")

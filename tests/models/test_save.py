@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.tiny import tiny_unet
 
-from pipeline.models.bundled import TEACHER
+from pipeline.models.bundled import TEACHER, TEACHER_XL
 from pipeline.models.hashing import weights_sha256
 from pipeline.models.load import load_base
 from pipeline.models.save import copy_parts, save_base, save_pipeline
@@ -55,8 +55,9 @@ def test_transformers_4_knows_every_tensor_of_a_base_and_of_a_student(teacher, t
         assert weights_sha256(load_base(folder).text_encoder) == weights_sha256(load_base(teacher).text_encoder)
 
 
-def test_transformers_4_knows_every_tensor_of_the_demo_teacher():
-    assert set(load_file(TEACHER / TEXT)) == names_of_transformers_4(3)
+@pytest.mark.parametrize(("folder", "layers"), [(TEACHER, 3), (TEACHER_XL, 4)])
+def test_transformers_4_knows_every_tensor_of_the_demo_teachers(folder, layers):
+    assert set(load_file(folder / TEXT)) == names_of_transformers_4(layers)
 
 
 @pytest.mark.parametrize("source", ["teacher", "demo"])

@@ -1,5 +1,7 @@
 """SDXL's students: parameter counts, which of the teacher's tensors they start from, and shapes of taps."""
 
+import itertools
+
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
@@ -10,6 +12,7 @@ from pipeline.models.families import FAMILIES, denoise, family_of_level, random_
 from pipeline.models.families.sdxl import check_teacher
 from pipeline.models.levels.sdxl import LEVELS
 from pipeline.models.students import student_config, student_weights, teacher_taps
+from pipeline.models.tap_pairs import tap_pairs, taps_of_teacher
 
 TEACHER = 2_567_463_684
 PARAMETERS = {
@@ -119,8 +122,24 @@ def outputs(unet, names) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in recorded.items()}
 
 
-def test_tap_pairs_have_equal_shapes(teacher, students):
-    of_teacher = outputs(teacher, teacher_taps(tuple(LEVELS)))
+# Taps, and their values for an image of 1024 px.
+SETS = {
+    ("ssd_1b", "resnets-attentions"): (26, 66_846_720),
+    ("koala_1b", "self-attention"): (30, 47_185_920),
+    ("koala_700m", "self-attention"): (21, 35_389_440),
+}
+
+
+@pytest.fixture(scope="module")
+def all_outputs(teacher):
+    """The shapes of all the teacher's taps, whatever the set."""
+    names = [taps_of_teacher(dict(teacher.config), [level], taps) for level, taps in SETS]
+    return outputs(teacher, dict.fromkeys(itertools.chain(teacher_taps(tuple(LEVELS)), *names)))
+
+
+def test_tap_pairs_have_equal_shapes(all_outputs, students):
+    blocks = teacher_taps(tuple(LEVELS))
+    of_teacher = {name: shape for name, shape in all_outputs.items() if name in blocks}
     assert list(of_teacher) == [
         *(f"down_blocks.{i}" for i in range(3)),
         "mid_block",
@@ -132,6 +151,38 @@ def test_tap_pairs_have_equal_shapes(teacher, students):
         of_student = outputs(student, [name for name, _ in pairs])
         assert [of_student[name] for name, _ in pairs] == [of_teacher[name] for _, name in pairs], level
         assert ("mid_block" in of_student) == (student.mid_block is not None), level
+
+
+@pytest.mark.parametrize(("level", "taps"), SETS)
+def test_the_authors_sets_have_their_taps(teacher, all_outputs, level, taps):
+    names = taps_of_teacher(dict(teacher.config), [level], taps)
+    assert (len(names), sum(all_outputs[name].numel() for name in names)) == SETS[level, taps]
+
+
+# Written down by hand.
+EXPECTED_PAIRS = {
+    ("ssd_1b", "resnets-attentions"): [
+        ("mid_block", "mid_block"),
+        ("up_blocks.0.resnets.1", "up_blocks.0.resnets.1"),
+        ("up_blocks.1.attentions.2", "up_blocks.1.attentions.2"),
+        ("down_blocks.0.resnets.1", "down_blocks.0.resnets.1"),
+    ],
+    ("koala_700m", "resnets-attentions"): [("up_blocks.2.resnets.1", "up_blocks.2.resnets.2")],
+    ("koala_1b", "self-attention"): [
+        (
+            "up_blocks.0.attentions.1.transformer_blocks.2.attn1",
+            "up_blocks.0.attentions.2.transformer_blocks.2.attn1",
+        ),
+        ("mid_block.attentions.0.transformer_blocks.0.attn1", "mid_block.attentions.0.transformer_blocks.0.attn1"),
+    ],
+}
+
+
+@pytest.mark.parametrize(("level", "taps"), EXPECTED_PAIRS)
+def test_a_module_is_compared_with_the_one_that_its_weights_start_from(level, taps):
+    pairs = tap_pairs(student_config(dict(tiny_xl_unet().config), level), level, taps)
+    assert set(EXPECTED_PAIRS[level, taps]) <= set(pairs)
+    assert len({student for student, _ in pairs}) == len({teacher for _, teacher in pairs}) == len(pairs)
 
 
 @pytest.mark.parametrize(

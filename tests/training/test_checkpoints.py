@@ -45,6 +45,16 @@ def resume(cache, out, steps=6):
     return run_distill(cache, out, max_train_steps=steps, checkpointing_steps=2, use_ema=True)
 
 
+def test_where_the_average_is_kept_may_change_and_changes_no_bit(cache, trained, out, tmp_path):
+    shutil.rmtree(out / "checkpoints" / "step-0000004")
+    (out / "finished.json").unlink()
+    run_distill(cache, out, checkpointing_steps=2, use_ema=True, ema_device="cpu")
+    expected, found = state_dict_of(trained / "unet"), state_dict_of(out / "unet")
+    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+    with pytest.raises(UserError, match="--ema-device cpu is for the average of --use-ema"):
+        run_distill(cache, tmp_path / "other", ema_device="cpu")
+
+
 @pytest.mark.parametrize(
     ("name", "where"),
     [

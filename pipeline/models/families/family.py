@@ -38,6 +38,8 @@ class Family:
     generates images from the pipeline's model_index.json and its loaded parts. Where `follows_force_upcast`, the VAE
     runs in float32 instead of fp16 if its config says force_upcast, as diffusers' pipelines of the family do.
 
+    `levels` are its students by name, and `default_level` the one that a cache serves where none is named.
+
     `refusal` says, from a model_index.json, why a pipeline of the family's classes is none of the family all the same.
     `problems(folder, any_channels)` gives, from the configs of a pipeline, (whether it holds, the problem and its
     remedy) for everything that must hold in every command. Unless `any_channels`, the U-Net must take and give the
@@ -66,6 +68,7 @@ class Family:
     parts: Mapping[str, tuple[str, ...]]
     encoders: tuple[str, ...]
     levels: Mapping[str, Level]
+    default_level: str
     modules: tuple[str, ...]
     blocks: tuple[str, ...]
     assemble: Callable[..., DiffusionPipeline]

@@ -99,6 +99,7 @@ SD = Family(
     parts=PARTS,
     encoders=("vae", "text_encoder"),
     levels=LEVELS,
+    default_level="sd_small",
     modules=(*DOWN[:3], BK_TINY_MIDDLE[1], DOWN[3], "mid_block", *UP),
     blocks=(*DOWN, "mid_block", *UP),
     assemble=assemble,

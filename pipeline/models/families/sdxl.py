@@ -124,6 +124,7 @@ SDXL = Family(
     parts=PARTS,
     encoders=("vae", *ENCODERS),
     levels=LEVELS,
+    default_level="sdxl_small",
     modules=(*DOWN, "mid_block", *UP),
     blocks=(*DOWN, "mid_block", *UP),
     assemble=assemble,
