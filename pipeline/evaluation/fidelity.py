@@ -138,7 +138,7 @@ def predict(
     family: Family,
 ) -> dict[str, Tensor]:
     """A U-Net's output and its taps, by name."""
-    with taps.recording() as features:
+    with taps.recording(noisy) as features:
         prediction = denoise(unet, noisy, timesteps, conditioning, family)
     return {OUTPUT: prediction, **features}
 
