@@ -45,7 +45,7 @@ from pipeline.system.page import GRID_PICTURES, REPORT
 from pipeline.training.accelerator import make_accelerator, resolve_precision
 from pipeline.training.ending import finish
 from pipeline.training.held_out import held_out_of
-from pipeline.training.loader import collated_batches
+from pipeline.training.loader import collated_batches, order_of
 from pipeline.training.loop import Training, prepare_training, run_training, start
 from pipeline.training.lora import Lora
 from pipeline.training.objective import Objective
@@ -80,6 +80,14 @@ class LatentsDataset(Dataset):
 
     def __len__(self) -> int:
         return len(self.shards)
+
+    @property
+    def rounds(self) -> int:
+        return 1
+
+    def counts(self) -> list[int]:
+        """The images of each bucket. Batches are of one."""
+        return self.shards.counts()
 
     def __getitem__(self, index: int) -> StoredEntry:
         return self.shards.read(index, [LATENTS, *self.conditioning])
@@ -267,9 +275,10 @@ def batches(
     """
     empty = empty_prompt(dataset.shards)
     size = settings.train_batch_size
-    first = position + accelerator.process_index * size
-    for entries in collated_batches(settings, dataset, accelerator, position):
-        visits = [(first + place) // len(dataset) for place in range(size)]
+    order = order_of(settings, dataset, accelerator, position)
+    read = collated_batches(settings, dataset, accelerator, position)
+    for entries, (bucket, first) in zip(read, order.places(), strict=False):
+        visits = [order.visit(bucket, first + place) for place in range(size)]
         drawn = [
             draw_inputs(settings, entry, visit, train_timesteps) for entry, visit in zip(entries, visits, strict=True)
         ]
@@ -296,7 +305,6 @@ def batches(
             input_noise=torch.from_numpy(np.stack(added)) if settings.input_perturbation else None,
         )
         yield batch.to(accelerator.device)
-        first += size * accelerator.num_processes
 
 
 def draw_inputs(

@@ -93,7 +93,7 @@ def plan(settings: PlanSettings) -> list[str]:
     return [
         *([f"options that fill {settings.budget}: teacher-cache {flags}", f"why: {why}"] if why else []),
         f"entries: {plural(chosen.images, 'image')} x {plural(chosen.rounds, 'round')} = {entries}",
-        *sizes.lines(cost.entry, entries),
+        *sizes.lines([sizes.Planned("", entries, cost.entry)]),
         *sampling_lines(tap_specs(chosen, shapes.taps)),
         f"latents: {cost.latents:,} bytes per image, {format_bytes(chosen.images * cost.latents)}",
         f"latents and cache: {format_bytes(cost.total(chosen.images, chosen.rounds))}; "

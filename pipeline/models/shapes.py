@@ -42,6 +42,12 @@ def tap_shapes(
     return _tap_shapes(named, tuple(latents), stated, tuple(taps), family.name).copy()
 
 
+@functools.lru_cache(maxsize=2)
+def _meta_unet(config: str) -> UNet2DConditionModel:
+    with torch.device("meta"):
+        return UNet2DConditionModel.from_config(json.loads(config))
+
+
 @functools.cache
 def _tap_shapes(
     config: str,
@@ -51,11 +57,12 @@ def _tap_shapes(
     family: str,
 ) -> dict[str, tuple[int, int, int]]:
     """Cached, because a pass on the meta device takes a second or two whatever the network."""
+    unet = _meta_unet(config)
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(json.loads(config))
-        with Taps(unet, taps).recording() as features:
-            inputs = random_conditioning(dict(conditioning), 1)
-            denoise(unet, torch.empty(1, *latents), torch.zeros(1), inputs, FAMILIES[family])
+        noisy, found = torch.empty(1, *latents), Taps(unet, taps)
+        with found.recording(noisy) as features:
+            denoise(unet, noisy, torch.zeros(1), random_conditioning(dict(conditioning), 1), FAMILIES[family])
+    found.remove()
     return {tap: (features[tap].shape[1], features[tap].shape[2], features[tap].shape[3]) for tap in taps}
 
 
