@@ -24,6 +24,7 @@ GOLDEN = 0x9E3779B97F4A7C15
 # Steps whose buckets are found at once.
 STEPS = 1 << 20
 Item = TypeVar("Item")
+Kind = TypeVar("Kind")
 
 
 def counts(spec: dict[str, Any]) -> list[int]:
@@ -59,9 +60,10 @@ def bucket_of_image(spec: dict[str, Any], image: int) -> int:
 
 
 def batched_alike(
-    items: Iterable[Item], size: int, bucket_of: Callable[[Item], int]
-) -> Iterator[tuple[int, list[Item]]]:
-    """The items in batches of up to `size`, in order, each of one bucket, with that bucket."""
+    items: Iterable[Item], size: int, bucket_of: Callable[[Item], Kind]
+) -> Iterator[tuple[Kind, list[Item]]]:
+    """The items in batches of up to `size`, in order, each of one bucket (or of one kind of another sort), with that
+    bucket."""
     for bucket, alike in itertools.groupby(items, bucket_of):
         while batch := list(itertools.islice(alike, size)):
             yield bucket, batch

@@ -190,15 +190,17 @@ def _buckets_problem(spec: dict[str, Any], latents: dict[str, Any]) -> str | Non
     for stated in lists:
         alike = isinstance(stated, list) and stated and len(stated) == len(lists[0])
         if not alike or not all(isinstance(item, dict) for item in stated):
-            return f"its buckets are not described: {stated!r:.80}"
-    pairs = list(zip(latents[BUCKETS], spec[BUCKETS], strict=True))
-    if not all("latents_shape" in images and "entries" in images and "entries" in own for images, own in pairs):
-        return "its buckets are not described"
-    if any(type(n) is not int for pair in pairs for n in (pair[0]["entries"], pair[1]["entries"])):
-        return "its buckets have no numbers of entries"
-    if any(own["entries"] > images["entries"] for images, own in pairs):
-        return "one of its buckets has more entries than images"
-    return None
+            return f"its buckets are described by {stated!r:.80}"
+    for images, own in zip(latents[BUCKETS], spec[BUCKETS], strict=True):
+        size, numbers = images.get("size"), (images.get("entries"), own.get("entries"))
+        if (
+            not (isinstance(size, list) and len(size) == 2 and all(map(_is_side, size)))
+            or "latents_shape" not in images
+        ):
+            return f"one of its buckets is {images!r:.80}"
+        if any(type(number) is not int for number in numbers) or not 0 <= numbers[1] <= numbers[0]:
+            return f"one of its buckets has {numbers[1]!r:.40} entries of {numbers[0]!r:.40} images"
+    return None if sum(counts(latents)) == latents.get("entries") else "its buckets have not all of its images"
 
 
 def _entries_problem(spec: dict[str, Any]) -> str | None:

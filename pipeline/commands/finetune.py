@@ -22,6 +22,7 @@ from pipeline.cache.latents import (
     check_encoders,
     open_latents,
     sampling_size,
+    size_in_words,
 )
 from pipeline.core import draws
 from pipeline.demo.oracle import score_scenes
@@ -185,7 +186,7 @@ def save_report(settings: FinetuneSettings, folder: Path, dataset: LatentsDatase
         title=f"{origin['name']}, finetuned{with_lora}",
         about={
             "model": origin["name"],
-            "data": f"{data}: {plural(len(dataset), 'image')} at {spec['resolution']} px",
+            "data": f"{data}: {plural(len(dataset), 'image')} at {size_in_words(spec)}",
             **circumstances(device, settings.mixed_precision, lines),
         },
         settings=settings.for_others(),

@@ -66,8 +66,9 @@ def _tap_shapes(
     return {tap: (features[tap].shape[1], features[tap].shape[2], features[tap].shape[3]) for tap in taps}
 
 
-def teacher_shapes(folder: Path, resolution: int, taps: list[str]) -> TeacherShapes:
-    """The shapes of a teacher's data at a resolution. Raises UserError for a teacher that no level fits."""
+def teacher_shapes(folder: Path, height: int, taps: list[str], width: int | None = None) -> TeacherShapes:
+    """The shapes of a teacher's data for images of a size, squares without `width`. Raises UserError for a teacher that
+    no level fits."""
     with torch.device("meta"):
         vae = part_classes(folder)["vae"].from_config(read_json(folder / "vae" / "config.json"))
     family = family_of(folder)
@@ -76,5 +77,5 @@ def teacher_shapes(folder: Path, resolution: int, taps: list[str]) -> TeacherSha
         family.check(config)
     except ValueError as error:
         raise UserError(f"--teacher {folder}: {error}. Pass a teacher of that family.") from None
-    latents = latents_shape(vae, resolution)
+    latents = latents_shape(vae, height, width)
     return TeacherShapes(latents, conditioning, tap_shapes(config, latents, conditioning, taps, family), family.dtypes)

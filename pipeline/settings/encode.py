@@ -21,6 +21,14 @@ from pipeline.system.options import (
 from pipeline.system.settings import REQUIRED, option
 
 
+def check_buckets(resolution: int) -> None:
+    """Raise UserError for a resolution that has no buckets."""
+    try:
+        bucket_sizes(resolution)
+    except ValueError as error:
+        raise UserError(f"--resolution {error}, as --buckets needs it") from None
+
+
 @dataclass(frozen=True, kw_only=True)
 class EncodeSettings(DataSettings, DeviceOptions, HubOptions, ShardRangeOptions):
     """Encode images and captions into latents and prompt embeddings, in shards."""
@@ -53,10 +61,7 @@ class EncodeSettings(DataSettings, DeviceOptions, HubOptions, ShardRangeOptions)
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.buckets:
-            try:
-                bucket_sizes(self.resolution)
-            except ValueError as error:
-                raise UserError(f"--resolution {error}, as --buckets needs it") from None
+            check_buckets(self.resolution)
         if self.views > 1 and self.crops_at_centre and not self.random_flip:
             flag = "--buckets" if self.buckets else "--center-crop"
             raise UserError(
