@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from shards.buckets import of_bucket
 from shards.calibration import Calibration, read_calibrations, spec_of_calibrations
 from shards.codec import decode_npy
 from shards.expected import image_tensors, target_tensors
@@ -38,7 +39,7 @@ class Cache:
         self.targets = ShardSet(store, "cache", rounds)
         self.images = None if self.manifest.has_own_images else open_images(store, self.manifest)
         self._empty = empty_prompt(self.images) if self.images else {}
-        self.tensors = [*image_tensors(self.manifest.spec), *target_tensors(self.manifest)]
+        self.tensors = [*image_tensors(of_bucket(self.manifest.spec, 0)), *target_tensors(self.manifest)]
 
     @property
     def manifest(self) -> Manifest:
@@ -62,13 +63,13 @@ class Cache:
         if self.images is None:
             return self.targets.read(index, tensors)
         images = self.images
-        of_image = images.expected
+        of_image = images.tensors
         shard, row = self.targets.row(index)
         image_shard, image_row = images.row(index % len(images))
         check_image(f"{self.store}/{shard}", row, f"{images.store}/{image_shard}", image_row)
         names = list(tensors)
         own = [name for name in names if name not in of_image]
-        entry = read_entry(self.store, shard, row, own, self.manifest, self.targets.expected)
+        entry = read_entry(self.store, shard, row, own, self.manifest, self.targets.expected_of(row.key))
         unconditional = entry.meta.get("unconditional") if isinstance(entry.meta, dict) else None
         if not isinstance(unconditional, bool):
             what = f"entry {row.key} does not say whether it is unconditional"
@@ -77,7 +78,8 @@ class Cache:
             raise ShardError(f"{images.store} has no empty prompt, but entry {row.key} needs it. {RESTORE_EMPTY}")
         empty = self._empty if unconditional else {}
         shared = [name for name in names if name in of_image and name not in empty]
-        image = read_entry(images.store, image_shard, image_row, shared, images.manifest, of_image)
+        expected = images.expected_of(image_row.key)
+        image = read_entry(images.store, image_shard, image_row, shared, images.manifest, expected)
         replaced = {name: StoredTensor(empty[name]) for name in names if name in empty}
         return StoredEntry(entry.key, {**image.meta, **entry.meta}, {**image.tensors, **replaced, **entry.tensors})
 
@@ -92,7 +94,7 @@ def stored_calibrations(store: Store, manifest: Manifest) -> dict[str, Calibrati
         found = read_calibrations(data)
     except ShardError as error:
         raise ShardError(f"{store}/{CALIBRATION} is damaged: {error}. Restore it from a backup.") from None
-    channels = {tap: stated["shape"][0] for tap, stated in manifest.spec["taps"].items()}
+    channels = {tap: stated["shape"][0] for tap, stated in of_bucket(manifest.spec, 0)["taps"].items()}
     same = {tap: len(calibration.mu) for tap, calibration in found.items()} == channels
     if not same or spec_of_calibrations(data) != manifest.spec_sha256:
         raise ShardError(

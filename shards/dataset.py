@@ -6,6 +6,7 @@ float32 on the device.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -16,10 +17,20 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from shards import device_codec
+from shards.buckets import bucket_of_image, buckets_of_steps, of_bucket, steps_before
 from shards.cache import Cache
 from shards.codec import EXACT_DTYPES
 from shards.reader import StoredEntry
-from shards.schema import INPUT_NOISE, LATENTS, NOISE, TEACHER_PRED, ShardError, conditioning_shapes, tap_member
+from shards.schema import (
+    INPUT_NOISE,
+    LATENTS,
+    NOISE,
+    TEACHER_PRED,
+    ShardError,
+    conditioning_shapes,
+    image_of,
+    tap_member,
+)
 from shards.store import Store, at_once
 
 
@@ -124,6 +135,17 @@ class CacheDataset(Dataset):
     def __len__(self) -> int:
         return len(self.cache)
 
+    @property
+    def rounds(self) -> int:
+        return self.cache.manifest.rounds or 1
+
+    def counts(self) -> list[int]:
+        """The entries of each bucket, in all rounds; of a cache without buckets all of them. Batches are of one."""
+        return self.cache.targets.counts()
+
+    def bucket_of(self, entry: StoredEntry) -> int:
+        return bucket_of_image(self.spec, image_of(entry.key))
+
     def __getitem__(self, index: int) -> StoredEntry:
         return self.cache.read(index, [*self.tensors, *map(tap_member, self.taps)])
 
@@ -160,7 +182,7 @@ class CacheDataset(Dataset):
             values=torch.from_numpy(np.stack([tensor.values for tensor in stored])),
             rows=tuple(record["row"] for record in records),
             columns=tuple(record["column"] for record in records),
-            stride=self.spec["taps"][tap]["stride"],
+            stride=of_bucket(self.spec, self.bucket_of(entries[0]))["taps"][tap]["stride"],
             mu=torch.from_numpy(np.stack(means)) if means else None,
             quant_step=torch.tensor([record["step"] for record in records]) if quantised else None,
             offsets=tuple(record["dither"] for record in records) if quantised else None,
@@ -179,27 +201,64 @@ class EpochBatches:
     is the next `batch_size * world_size` positions, of which process `rank` takes its own run. So every entry comes
     once per epoch, no batch is partial, and the order of entries depends neither on the number of processes nor on the
     number of loader workers.
+
+    Where `entries` are those of each bucket, each bucket has a line of its own, and all batches of a step, of which
+    each process takes `accumulate`, come from the same one (see `buckets_of_steps`). `entries` may hold several
+    `rounds`, in each of which the buckets follow one another.
     """
 
     def __init__(
-        self, entries: int, batch_size: int, seed: int, *, start: int = 0, rank: int = 0, world_size: int = 1
+        self,
+        entries: int | Sequence[int],
+        batch_size: int,
+        seed: int,
+        *,
+        start: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        accumulate: int = 1,
+        rounds: int = 1,
     ) -> None:
-        self.entries, self.batch_size, self.seed = entries, batch_size, seed
-        self.start, self.rank, self.world_size = start, rank, world_size
+        self.entries = [entries] if isinstance(entries, int) else list(entries)
+        self.batch_size, self.seed, self.rounds = batch_size, seed, rounds
+        self.start, self.rank, self.together = start, rank, batch_size * world_size
+        self.in_step = self.together * accumulate
 
     def __iter__(self) -> Iterator[list[int]]:
-        position = self.start + self.rank * self.batch_size
-        order, drawn = self._permutation(position // self.entries), position // self.entries
-        while True:
+        drawn: dict[int, tuple[int, np.ndarray]] = {}
+        for bucket, position in self.places():
             batch = []
             for p in range(position, position + self.batch_size):
-                epoch, place = divmod(p, self.entries)
-                if epoch != drawn:
-                    order, drawn = self._permutation(epoch), epoch
-                batch.append(int(order[place]))
+                epoch, place = divmod(p, self.entries[bucket])
+                if drawn.get(bucket, (None,))[0] != epoch:
+                    drawn[bucket] = epoch, self._permutation(bucket, epoch)
+                batch.append(self._index(bucket, int(drawn[bucket][1][place])))
             yield batch
-            position += self.batch_size * self.world_size
 
-    def _permutation(self, epoch: int) -> np.ndarray:
-        key = np.array([self.seed, epoch], np.uint64)
-        return np.random.Generator(np.random.Philox(key=key)).permutation(self.entries)
+    def places(self) -> Iterator[tuple[int, int]]:
+        """The bucket of each batch, and the position in that bucket's line at which the batch begins, endlessly."""
+        step = self.start // self.in_step
+        done, bucket = steps_before(self.entries, self.seed, step), self._bucket(step)
+        for taken in itertools.count(self.start, self.together):
+            if taken // self.in_step > step:
+                done[bucket] += 1
+                step += 1
+                bucket = self._bucket(step)
+            yield bucket, done[bucket] * self.in_step + taken % self.in_step + self.rank * self.batch_size
+
+    def visit(self, bucket: int, position: int) -> int:
+        """How often the entry at a position of a bucket's line came before."""
+        return position // self.entries[bucket]
+
+    def _bucket(self, step: int) -> int:
+        return int(buckets_of_steps(self.entries, self.seed, step, 1)[0])
+
+    def _index(self, bucket: int, entry: int) -> int:
+        """The index in the set of an entry of a bucket, which are numbered round after round."""
+        in_round = self.entries[bucket] // self.rounds
+        number, place = divmod(entry, in_round)
+        return (number * sum(self.entries) + sum(self.entries[:bucket])) // self.rounds + place
+
+    def _permutation(self, bucket: int, epoch: int) -> np.ndarray:
+        key = np.array([self.seed, epoch + (bucket << 48)], np.uint64)
+        return np.random.Generator(np.random.Philox(key=key)).permutation(self.entries[bucket])

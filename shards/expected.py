@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from shards.buckets import bucket_of_image, of_bucket
 from shards.codec import DITHER_TABLE_SIZE, EXACT_DTYPES
 from shards.manifest import Manifest
 from shards.schema import (
@@ -62,7 +63,7 @@ IMAGE_DTYPES: dict[str, np.dtype] = {"float16": HALF, "int32": np.dtype(np.int32
 
 def image_tensors(spec: dict[str, Any]) -> dict[str, Expected]:
     """The tensors of an image, by name without file ending: latents and conditioning, fp16 unless the spec states
-    another dtype."""
+    another dtype. The spec is one without buckets (see `of_bucket`)."""
     latents = spec.get("latents", spec)
     if "latents_shape" not in latents:
         return {}
@@ -78,9 +79,9 @@ def image_dtype(latents_spec: dict[str, Any], name: str) -> np.dtype:
     return IMAGE_DTYPES[stated]
 
 
-def target_tensors(manifest: Manifest) -> dict[str, Expected]:
-    """The tensors that a cache adds to those of an image."""
-    spec = manifest.spec
+def target_tensors(manifest: Manifest, bucket: int = 0) -> dict[str, Expected]:
+    """The tensors that a cache adds to those of an image of a bucket."""
+    spec = of_bucket(manifest.spec, bucket)
     shape = tuple(spec["latents"]["latents_shape"])
     exact = EXACT_DTYPES.get(spec["codec"]["name"])
     tensors = {NOISE: Expected(shape, HALF), TEACHER_PRED: Expected(shape, exact or HALF)}
@@ -90,10 +91,11 @@ def target_tensors(manifest: Manifest) -> dict[str, Expected]:
     return tensors | {tap_member(tap): Expected(sampled_shape(t), exact, rotated) for tap, t in spec["taps"].items()}
 
 
-def expected_tensors(manifest: Manifest) -> dict[str, Expected]:
-    """Every tensor in an entry of the shards next to a manifest, by name without file ending."""
-    images = image_tensors(manifest.spec) if manifest.has_own_images else {}
-    return images | (target_tensors(manifest) if manifest.is_cache else {})
+def expected_tensors(manifest: Manifest, bucket: int = 0) -> dict[str, Expected]:
+    """Every tensor in an entry of the shards next to a manifest, by name without file ending. The names are the same in
+    all buckets."""
+    images = image_tensors(of_bucket(manifest.spec, bucket)) if manifest.has_own_images else {}
+    return images | (target_tensors(manifest, bucket) if manifest.is_cache else {})
 
 
 def sampled_shape(tap_spec: dict[str, Any]) -> tuple[int, int, int]:
@@ -114,9 +116,10 @@ def check_key(key: str, round_index: int | None) -> None:
         raise ShardError(f"key {key!r} does not belong in this shard")
 
 
-def check_meta(meta: Any, manifest: Manifest, round_index: int | None) -> None:
-    """Raise ShardError unless an entry's .json has every field that training reads, within its limits."""
-    spec = manifest.spec
+def check_meta(meta: Any, manifest: Manifest, round_index: int | None, image: int) -> None:
+    """Raise ShardError unless the .json of the entry of an image, by its place in the input, has every field that
+    training reads, within its limits."""
+    spec = of_bucket(manifest.spec, bucket_of_image(manifest.spec, image))
     try:
         of_image = ("source_id", "caption") if manifest.has_own_images else ()
         problems = [name for name in of_image if not isinstance(meta[name], str)]

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from shards.buckets import BUCKETS, counts, of_bucket
 from shards.plan import MAX_ENTRIES, ShardPlan, counts_problem
 from shards.regular import NotRegularError
 from shards.schema import (
@@ -59,7 +60,8 @@ class Manifest:
 
     @functools.cached_property
     def plan(self) -> ShardPlan:
-        return ShardPlan(self.spec["entries"], self.spec["entries_per_shard"], self.rounds, self.version)
+        spec = self.spec
+        return ShardPlan(spec["entries"], spec["entries_per_shard"], self.rounds, self.version, counts(spec))
 
     @property
     def is_cache(self) -> bool:
@@ -165,11 +167,45 @@ def read_manifest(store: Store, stage: str | None = None) -> Manifest:
 
 def _spec_problem(spec: dict[str, Any], rounds: int | None) -> str | None:
     """Why no command can have written a spec: counts and shapes that cannot be. None if one can."""
-    if problem := counts_problem(spec.get("entries"), spec.get("entries_per_shard"), rounds):
-        return problem
     latents = spec.get("latents", spec)
     if not isinstance(latents, dict):
         return "its latents are not described"
+    if problem := _buckets_problem(spec, latents):
+        return problem
+    buckets = counts(spec) if BUCKETS in spec else None
+    if problem := counts_problem(spec.get("entries"), spec.get("entries_per_shard"), rounds, buckets):
+        return problem
+    if BUCKETS in latents:
+        described = range(len(latents[BUCKETS]))
+        return next(filter(None, (_entries_problem(of_bucket(spec, bucket)) for bucket in described)), None)
+    return _entries_problem(spec)
+
+
+def _buckets_problem(spec: dict[str, Any], latents: dict[str, Any]) -> str | None:
+    """Why no command can have written the buckets of a spec. None if one can, or if there are none."""
+    if BUCKETS not in latents:
+        return f"it has {BUCKETS}, but its latents have none" if BUCKETS in spec else None
+    taps = spec.get("taps", {})
+    lists = [latents[BUCKETS], spec.get(BUCKETS), *(taps.values() if isinstance(taps, dict) else [taps])]
+    for stated in lists:
+        alike = isinstance(stated, list) and stated and len(stated) == len(lists[0])
+        if not alike or not all(isinstance(item, dict) for item in stated):
+            return f"its buckets are described by {stated!r:.80}"
+    for images, own in zip(latents[BUCKETS], spec[BUCKETS], strict=True):
+        size, numbers = images.get("size"), (images.get("entries"), own.get("entries"))
+        if (
+            not (isinstance(size, list) and len(size) == 2 and all(map(_is_side, size)))
+            or "latents_shape" not in images
+        ):
+            return f"one of its buckets is {images!r:.80}"
+        if any(type(number) is not int for number in numbers) or not 0 <= numbers[1] <= numbers[0]:
+            return f"one of its buckets has {numbers[1]!r:.40} entries of {numbers[0]!r:.40} images"
+    return None if sum(counts(latents)) == latents.get("entries") else "its buckets have not all of its images"
+
+
+def _entries_problem(spec: dict[str, Any]) -> str | None:
+    """Why no command can have written what a spec without buckets says of its entries. None if one can."""
+    latents = spec.get("latents", spec)
     images = latents.get("entries", spec["entries"])
     if type(images) is not int or not spec["entries"] <= images <= MAX_ENTRIES:
         return f"it has {spec['entries']} entries of {images!r:.40} images"

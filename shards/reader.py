@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 
+from shards.buckets import bucket_of_image, counts
 from shards.codec import decode_npy, unpack_quantised
 from shards.expected import Expected, expected_tensors
 from shards.manifest import Manifest, read_manifest, sha256_of_json
 from shards.packing import unpack
 from shards.plan import PlannedShard
-from shards.schema import BLOCK, ShardError, round_of
+from shards.schema import BLOCK, ShardError, image_of, round_of
 from shards.sidecar import Head, Row, Sidecar, damaged, read_head, read_row, read_sidecar
 from shards.store import Store, at_once
 
@@ -103,13 +104,14 @@ class ShardSet:
                 f"{missing[0].name} on. Rerun the same `distill-sd {manifest.command}` to complete it"
                 + (f", or train on the finished rounds with `distill --rounds {finished}`." if finished else ".")
             )
-        self.expected = expected_tensors(self.manifest)
+        buckets = range(len(counts(self.manifest.spec)))
+        self._expected = [expected_tensors(self.manifest, bucket) for bucket in buckets]
         self.heads: list[Head] = []
-        members, last = member_names(self.expected), None
+        members, last = member_names(self._expected[0]), None
         lists: dict[tuple[str, ...], list[str]] = {}
         for head in at_once(store, lambda shard: placed_head(store, shard, self.manifest), self.manifest.plan):
             check_order(store, last, head, self.manifest)
-            if self.expected:
+            if self._expected[0]:
                 check_members(store, head, members, self.manifest)
             # One list for all, since there may be very many.
             self.heads.append(replace(head, members=lists.setdefault(tuple(head.members), head.members)))
@@ -120,6 +122,22 @@ class ShardSet:
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
+
+    @property
+    def tensors(self) -> list[str]:
+        """The names of the tensors of each entry."""
+        return list(self._expected[0])
+
+    def expected_of(self, key: str) -> dict[str, Expected]:
+        """The tensors of the entry with a key, by name, which depend on its bucket."""
+        return self._expected[bucket_of_image(self.manifest.spec, image_of(key))]
+
+    def counts(self) -> list[int]:
+        """The entries of each bucket, in all rounds; of a set without buckets all of them."""
+        found = [0] * len(self._expected)
+        for shard, head in zip(self.manifest.plan, self.heads, strict=True):
+            found[shard.bucket] += head.count
+        return found
 
     def digest(self) -> str:
         """A sha256 of the contents that the sidecars state. It changes if a shard was made again otherwise."""
@@ -144,7 +162,7 @@ class ShardSet:
         """Entry `index` with the named tensors. Raises ShardError for one that is missing, damaged or not as the spec
         says."""
         shard, row = self.row(index)
-        return read_entry(self.store, shard, row, tensors, self.manifest, self.expected)
+        return read_entry(self.store, shard, row, tensors, self.manifest, self.expected_of(row.key))
 
     def _sidecar(self, shard: str) -> Sidecar:
         return self._sidecars.get(shard, lambda: read_sidecar(self.store, shard, self.manifest))
@@ -217,7 +235,8 @@ def placed_head(store: Store, shard: PlannedShard, manifest: Manifest) -> Head:
     images = manifest.spec.get("latents", manifest.spec).get("entries", manifest.spec["entries"])
     later = images - manifest.spec["entries"]
     for image in head.images or ():
-        if not indices.start <= image < indices.stop + later:
+        placed = indices.start <= image < indices.stop + later
+        if not placed or bucket_of_image(manifest.spec, image) != shard.bucket:
             raise damaged(path, f"it lists image {image}, which has another place", manifest)
     return head
 

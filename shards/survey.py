@@ -13,13 +13,14 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from shards.buckets import bucket_of_image
 from shards.cache import RESTORE, describes, foreign_images, images_manifest
 from shards.expected import check_meta, expected_tensors
 from shards.kept import forget
 from shards.manifest import Manifest, read_file
 from shards.plan import PlannedShard
 from shards.reader import check_members, check_order, member_names, placed_head, read_entry
-from shards.schema import BLOCK, IMAGES, MANIFEST, ShardError, round_of
+from shards.schema import BLOCK, IMAGES, MANIFEST, ShardError, image_of, round_of
 from shards.sidecar import ForeignShardError, Head, OtherCalibrationError, Sidecar, damaged, read_sidecar
 from shards.store import Store, read_chunks
 
@@ -283,10 +284,15 @@ def check_shard(store: Store, shard: str, manifest: Manifest) -> None:
 
 def check_entry(store: Store, sidecar: Sidecar, place: int, manifest: Manifest) -> None:
     """Raise ShardError unless every member of an entry decodes to finite values of its shape and dtype."""
-    expected = expected_tensors(manifest)
-    entry = read_entry(store, sidecar.shard, sidecar.row(place), expected, manifest, expected)
+    row = sidecar.row(place)
+    image = image_of(row.key)
     try:
-        check_meta(entry.meta, manifest, round_of(sidecar.shard))
+        expected = expected_tensors(manifest, bucket_of_image(manifest.spec, image))
+    except ShardError as error:
+        raise damaged(f"{store}/{sidecar.shard}", str(error), manifest) from None
+    entry = read_entry(store, sidecar.shard, row, expected, manifest, expected)
+    try:
+        check_meta(entry.meta, manifest, round_of(sidecar.shard), image)
         for name, tensor in entry.tensors.items():
             if not np.isfinite(tensor.values if tensor.mu is None else tensor.mu).all():
                 raise ShardError(f"{name} holds NaN or Inf")

@@ -15,7 +15,7 @@ from support.tiny import tiny_pipeline, write_images
 from pipeline.cache import sizes
 from pipeline.commands import encode
 from pipeline.core import draws
-from pipeline.data.images import decode, square
+from pipeline.data.images import decode, framed
 from pipeline.encode import EncodeSettings
 from pipeline.system.disk import format_bytes
 from pipeline.system.errors import UserError
@@ -30,9 +30,9 @@ def test_latents_are_the_vaes_posterior_sample_scaled(teacher, images, latents):
     pipe = StableDiffusionPipeline.from_pretrained(teacher, safety_checker=None)
     for sample in read_entries(latents, "latents", ["latents"]):
         name = sample.meta["source_id"]
-        pixels, crop = square(
+        pixels, crop = framed(
             decode((images / name).read_bytes()),
-            32,
+            (32, 32),
             center_crop=False,
             random_flip=False,
             draw=draws.generator(0, name, 0, "crop"),
@@ -339,7 +339,8 @@ def test_a_dry_run_counts_what_is_still_to_be_written(teacher, images, tmp_path)
     """13 images in shards of 5, 5 and 3; one of 5 is there already."""
     out = run_encode(teacher, images, tmp_path / "out", shard_range="0:1")
     settings = {"teacher": str(teacher), "data": str(images), "out": out, "resolution": 32, "entries_per_shard": 5}
-    size = sizes.stored_bytes(encode.entry_sizes(json.loads((out / "manifest.json").read_text())["spec"]))
+    spec = json.loads((out / "manifest.json").read_text())["spec"]
+    size = sizes.stored_bytes(encode.planned_sizes(spec, [])[0].members)
     for part, shards, entries in ((None, 2, 8), ("1:2", 1, 5), ("0:1", 0, 0)):
         lines = encode.plan(EncodeSettings(**settings, shard_range=part))
         assert lines[0] == f"entries: 13 in 3 shards, {shards} of them still to write"

@@ -5,8 +5,10 @@ They are kept next to the manifest, which states their checksum, so every shard 
 
 from __future__ import annotations
 
+import bisect
 import hashlib
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from tqdm import tqdm
 
 from pipeline.cache.targets import Image, Teacher, ask_teacher
 from shards import device_codec
+from shards.buckets import batched_alike, of_bucket
 from shards.cache import stored_calibrations
 from shards.calibration import Calibration, Moments, calibration_bytes
 from shards.codec import EXACT_DTYPES
@@ -34,7 +37,8 @@ MOST, LEAST, PART = 256, 16, 8
 
 def read_image(images: ShardSet, index: int) -> Image:
     shard, row = images.row(index)
-    entry = read_entry(images.store, shard, row, images.expected, images.manifest, images.expected)
+    expected = images.expected_of(row.key)
+    entry = read_entry(images.store, shard, row, expected, images.manifest, expected)
     return Image(entry, row.image_crc32)
 
 
@@ -86,16 +90,18 @@ def calibrations_on(device: torch.device, out: Path, manifest: Manifest) -> dict
 def learn(images: ShardSet, spec: dict[str, Any], teacher: Teacher, batch_size: int) -> dict[str, Calibration]:
     """Run the teacher on images that are spread over the set, as in the first round."""
     moments = {tap: Moments() for tap in spec["taps"]}
-    for batch in tqdm(list(batches_of(len(images), batch_size)), unit="batch", desc="calibrate"):
-        _, _, features = ask_teacher([read_image(images, index) for index in batch], 0, spec, teacher)
+    batches = list(batches_of(images.counts(), batch_size))
+    for bucket, batch in tqdm(batches, unit="batch", desc="calibrate"):
+        stated = of_bucket(spec, bucket)
+        _, _, features = ask_teacher([read_image(images, index) for index in batch], 0, stated, teacher)
         for tap, kept in features.items():
             moments[tap].add(kept.float().cpu().movedim(1, -1).flatten(0, -2).numpy())
     return {tap: found.calibration() for tap, found in moments.items()}
 
 
-def batches_of(images: int, batch_size: int) -> Iterator[list[int]]:
-    """The images to learn from, in batches."""
-    count = min(images, max(LEAST, min(MOST, images // PART)))
-    chosen = np.linspace(0, images - 1, count).astype(int).tolist()
-    for first in range(0, count, batch_size):
-        yield chosen[first : first + batch_size]
+def batches_of(images: Sequence[int], batch_size: int) -> Iterator[tuple[int, list[int]]]:
+    """The images to learn from, in batches, each with its bucket. `images` are those of each bucket."""
+    total, ends = sum(images), list(itertools.accumulate(images))
+    count = min(total, max(LEAST, min(MOST, total // PART)))
+    chosen = np.linspace(0, total - 1, count).astype(int).tolist()
+    yield from batched_alike(chosen, batch_size, lambda index: bisect.bisect_right(ends, index))

@@ -8,6 +8,7 @@ images, the cache keeps that shard.
 
 from __future__ import annotations
 
+import bisect
 import os
 import shutil
 from pathlib import Path
@@ -16,6 +17,7 @@ from tqdm import tqdm
 
 from pipeline.system.echo import plural, printable
 from pipeline.system.errors import UserError
+from shards.buckets import BUCKETS_FILE
 from shards.cache import images_manifest, open_images
 from shards.files import atomic_file, file_sha256, fsync_directory, partial_name
 from shards.manifest import Manifest, difference, read_file
@@ -56,8 +58,8 @@ def add_images(latents: ShardSet, out: Path, manifest: Manifest, *, alone: bool)
             link_file(source / head.shard, images / head.shard)
             copy_file(source / sidecar.name, sidecar)
             progress.update()
-    for name in conditioning_shapes(latents.manifest.spec):
-        file = empty_prompt_file(name)
+    names = [BUCKETS_FILE, *map(empty_prompt_file, conditioning_shapes(latents.manifest.spec))]
+    for file in names:
         if file in latents.manifest.files and not is_intact(images / file, latents.manifest.files[file]):
             read_file(latents.store, latents.manifest, file)
             copy_file(source / file, images / file)
@@ -146,9 +148,12 @@ def refuse_others(latents: ShardSet, found: Manifest, out: Path) -> None:
 
 def covering(manifest: Manifest, entries: range) -> list[PlannedShard]:
     """The shards of all rounds of a cache that are made from `entries` of its images."""
-    size, shards = manifest.spec["entries_per_shard"], manifest.plan.shards
+    shards = manifest.plan.shards
     in_round = len(shards) // (manifest.rounds or 1)
-    places = range(entries.start // size, -(-entries.stop // size)) if entries else range(0)
+    one_round = range(in_round)
+    first = bisect.bisect_right(one_round, entries.start, key=lambda place: shards[place].indices.stop)
+    end = bisect.bisect_left(one_round, entries.stop, key=lambda place: shards[place].indices.start)
+    places = range(first, end) if entries else range(0)
     return [shards[first + place] for first in range(0, len(shards), in_round or 1) for place in places]
 
 

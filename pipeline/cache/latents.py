@@ -12,7 +12,9 @@ from diffusers import DiffusionPipeline
 
 from pipeline.models.families import Family, family_of_pipeline, family_of_spec
 from pipeline.models.hashing import config_of, tokenizer_sha256, weights_sha256
+from pipeline.system.echo import plural
 from pipeline.system.errors import UserError
+from shards.buckets import BUCKETS, counts
 from shards.manifest import Manifest, difference, read_manifest
 from shards.reader import ShardSet
 from shards.schema import IMAGES, MANIFEST
@@ -41,9 +43,16 @@ def captions_of(latents: ShardSet, count: int) -> list[str]:
 
 
 def sampling_size(latents: ShardSet, config: Mapping[str, Any]) -> tuple[int, int] | None:
-    """The size in pixels of images by a U-Net of this config: None for its own, or as large as the data."""
+    """The size in pixels of images by a U-Net of this config: None for its own, or as large as the data. Of data in
+    buckets that is the square."""
     resolution = latents.manifest.spec["resolution"]
     return None if config["sample_size"] else (resolution, resolution)
+
+
+def size_in_words(spec: dict[str, Any]) -> str:
+    """The size of the images of latents, by their spec: `512 px`."""
+    of_buckets = f" in {plural(len(counts(spec)), 'aspect ratio')}" if BUCKETS in spec else ""
+    return f"{spec['resolution']} px{of_buckets}"
 
 
 def check_encoders(latents: ShardSet, base: DiffusionPipeline, model: str) -> None:

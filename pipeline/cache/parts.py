@@ -21,6 +21,7 @@ from pipeline.models.shapes import tap_shapes
 from pipeline.models.tap_pairs import tap_pairs
 from pipeline.system.errors import UserError
 from pipeline.system.json_files import read_json
+from shards.buckets import of_bucket
 from shards.files import file_sha256, write_json
 from shards.manifest import Manifest
 from shards.schema import conditioning_shapes
@@ -121,6 +122,7 @@ def check_student(cache: Path, level: str, spec: dict[str, Any]) -> None:
 
     The config alone tells. This is for folders that are not bound to their cache.
     """
+    spec = of_bucket(spec, 0)
     folder, family = cache / student_part(level), family_of_spec(spec)
     taps = {
         student: spec["taps"][teacher]["shape"] for student, teacher in LEVELS[level].taps if teacher in spec["taps"]

@@ -14,12 +14,13 @@ from torch import Tensor
 from pipeline.core.diffusion import add_noise
 from pipeline.core.taps import Taps, sample_tokens
 from pipeline.models.families import denoise, family_of_spec
+from shards.buckets import bucket_of_image, of_bucket
 from shards.calibration import Calibration
 from shards.codec import dequantise
 from shards.dataset import stack_tensors
 from shards.reader import StoredEntry, StoredTensor
 from shards.rotated_codec import dequantise_rotated, rotated
-from shards.schema import LATENTS, TEACHER_PRED, added_noise, conditioning_shapes, tap_member
+from shards.schema import LATENTS, TEACHER_PRED, added_noise, conditioning_shapes, image_of, tap_member
 
 # Two runs of one network differ by rounding, with the batch and the device: by up to this share of a tensor's peak.
 # For fp32 that leaves room for the TF32 in which GPUs compute convolutions.
@@ -68,12 +69,13 @@ def recompute_entry(
     entry: StoredEntry, spec: dict[str, Any], unet: UNet2DConditionModel, taps: Taps, alphas_cumprod: Tensor
 ) -> dict[str, np.ndarray]:
     """The teacher's output for one entry, (C, H, W) float32 by tensor name; taps at the positions that were kept."""
+    spec = of_bucket(spec, bucket_of_image(spec, image_of(entry.key)))
     conditioning = list(conditioning_shapes(spec))
     inputs = stack_tensors([entry], [LATENTS, added_noise(spec), *conditioning])
     latents, noise = inputs[LATENTS].to(unet.device), inputs[added_noise(spec)].to(unet.device)
     timesteps = torch.tensor([entry.meta["timestep"]], device=unet.device)
     noisy = add_noise(latents, noise, timesteps, alphas_cumprod)
-    with taps.recording() as features:
+    with taps.recording(noisy) as features:
         family = family_of_spec(spec)
         prediction = denoise(unet, noisy, timesteps, {name: inputs[name] for name in conditioning}, family)
     outputs = {TEACHER_PRED: prediction}

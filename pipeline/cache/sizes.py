@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -87,13 +87,31 @@ def stored_bytes(members: Mapping[str, int]) -> int:
     return in_tar + ROW_BYTES * len(members)
 
 
-def lines(members: Mapping[str, int], entries: int) -> list[str]:
-    """The sizes as a plan prints them: bytes per member, and the total."""
-    width = max(map(len, members))
-    stored = stored_bytes(members)
+class Planned(NamedTuple):
+    """So many entries of one size, in words, and the bytes per member of each."""
+
+    size: str
+    entries: int
+    members: Mapping[str, int]
+
+
+def total_bytes(planned: Sequence[Planned]) -> int:
+    """Bytes of entries on disk."""
+    return sum(entries * stored_bytes(members) for _, entries, members in planned)
+
+
+def lines(planned: Sequence[Planned]) -> list[str]:
+    """The sizes as a plan prints them: bytes per member, those of each bucket where there are several, and the total.
+
+    The members are those of the bucket that has the most entries.
+    """
+    shown = max(planned, key=lambda each: each.entries)
+    width = max(map(len, shown.members))
+    several = [f"  {each.size}: {each.entries} of {stored_bytes(each.members):,} bytes" for each in planned]
     return [
-        "bytes per entry, about:",
-        *(f"  {name:<{width}} {size:>12,}" for name, size in members.items()),
-        f"  {'on disk':<{width}} {stored:>12,}",
-        f"total: about {format_bytes(entries * stored)}",
+        f"bytes per entry{f' of {shown.size}' if several[1:] else ''}, about:",
+        *(f"  {name:<{width}} {size:>12,}" for name, size in shown.members.items()),
+        f"  {'on disk':<{width}} {stored_bytes(shown.members):>12,}",
+        *(["entries of each size, about:", *several] if several[1:] else []),
+        f"total: about {format_bytes(total_bytes(planned))}",
     ]

@@ -14,13 +14,15 @@ def tap_specs(format: CacheFormat, shapes: Mapping[str, tuple[int, int, int]]) -
     return {tap: {"shape": list(s), "stride": token_stride(s[1], s[2], format.tokens)} for tap, s in shapes.items()}
 
 
-def sampling_lines(taps: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """How many positions of each sampled tap are kept, for a plan. `taps` is as in a cache's spec."""
+def sampling_lines(taps: Mapping[str, Any]) -> list[str]:
+    """How many positions of each sampled tap are kept, for a plan, in each bucket. `taps` is as in a cache's spec."""
     lines = []
-    for tap, spec in taps.items():
-        _, height, width = spec["shape"]
-        stride = spec["stride"]
-        if stride > 1:
+    for tap, stated in taps.items():
+        for spec in stated if isinstance(stated, list) else [stated]:
+            _, height, width = spec["shape"]
+            stride = spec["stride"]
+            if stride == 1:
+                continue
             lines.append(f"  {tap}: {height // stride} x {width // stride} of {height} x {width}, stride {stride}")
     return (
         ["positions kept of these taps (the others are kept completely):", *lines]

@@ -100,7 +100,7 @@ def ask_teacher(
     device = teacher.unet.device
     timesteps = torch.tensor([entry.meta["timestep"] for entry in entries], device=device)
     noisy = add_noise(latents.to(device), added.to(device), timesteps, teacher.alphas_cumprod)
-    with teacher.taps.recording() as features:
+    with teacher.taps.recording(noisy) as features:
         prediction = denoise(teacher.unet, noisy, timesteps, conditioning, teacher.family)
     return entries, prediction, {tap: kept_positions(entries, tap, features[tap], spec) for tap in spec["taps"]}
 

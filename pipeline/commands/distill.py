@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler, UNet2DConditionModel
 
+from pipeline.cache.latents import size_in_words
 from pipeline.cache.parts import (
     BASE,
     check_part,
@@ -209,7 +210,7 @@ def about(settings: DistillSettings, device: torch.device, metrics: list[dict[st
     teacher, data = (origin.get(name, {}).get("name", "not known") for name in ("teacher", "data"))
     return {
         "teacher": teacher,
-        "data": f"{data}: {plural(spec['entries'], 'image')} at {spec['latents']['resolution']} px",
+        "data": f"{data}: {plural(spec['entries'], 'image')} at {size_in_words(spec['latents'])}",
         "student": f"{settings.level}: it has {LEVELS[settings.level].summary}",
         **circumstances(device, settings.mixed_precision, metrics),
     }

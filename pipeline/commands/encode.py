@@ -1,6 +1,6 @@
 """Stage one, first half. Images + captions -> latents/: VAE latents and conditioning, in shards.
 
-image -> RGB -> square uint8 -> VAE posterior -> latents (sampled, scaled, fp16); caption -> prompt_embeds (fp16).
+image -> RGB -> uint8 of one size -> VAE posterior -> latents (sampled, scaled, fp16); caption -> prompt_embeds (fp16).
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from pipeline.cache import sizes
 from pipeline.cache.latents import encoders_spec
 from pipeline.cache.output import claim, existing_manifest, finished_heads, share_unfinished
 from pipeline.core import draws
+from pipeline.core.buckets import Size, bucket_sizes
+from pipeline.data.buckets import Assignment, assign
 from pipeline.data.images import Crop
 from pipeline.data.inputs import count_unchanged, remember, settled_spec
 from pipeline.data.loading import Framing, LoadedImage, load_images, without_skipped
@@ -42,10 +44,12 @@ from pipeline.system.output import check_output, made_by
 from pipeline.system.settings import write_settings
 from pipeline.system.signals import signals_interrupt
 from pipeline.system.threads import in_background
-from shards.codec import encode_npy
+from shards.buckets import BUCKETS, BUCKETS_FILE, of_bucket
+from shards.buckets import counts as bucket_counts
+from shards.codec import decode_npy, encode_npy
 from shards.files import atomic_file
 from shards.kept import Kept, read_kept
-from shards.manifest import Manifest, known_to, refuse_other_spec
+from shards.manifest import Manifest, known_to, read_file, refuse_other_spec
 from shards.plan import PlannedShard, ShardPlan, count_entries
 from shards.schema import (
     FORMAT_VERSION,
@@ -76,12 +80,19 @@ def check_out(settings: EncodeSettings) -> None:
     """Raise UserError unless --out is new, empty, or holds latents."""
     own = made_by(settings.out, "encode", MANIFEST)
     # They are written before the manifest.
-    first = [path.name for path in settings.out.glob(empty_prompt_file("*"))]
+    first = [path.name for pattern in (empty_prompt_file("*"), BUCKETS_FILE) for path in settings.out.glob(pattern)]
     check_output(settings.out, "encode", {"--data": settings.data, "--teacher": settings.teacher}, own=own, first=first)
 
 
-def framing_of(settings: EncodeSettings) -> Framing:
-    return Framing(settings.resolution, settings.center_crop, settings.random_flip, settings.seed, settings.min_size)
+def framing_of(settings: EncodeSettings, size: Size) -> Framing:
+    return Framing(size, settings.crops_at_centre, settings.random_flip, settings.seed, settings.min_size)
+
+
+def sizes_of(spec: dict[str, Any]) -> list[Size]:
+    """(height, width) in pixels of the images of each bucket; without buckets that of the square."""
+    if BUCKETS not in spec:
+        return [(spec["resolution"], spec["resolution"])]
+    return [(bucket["size"][0], bucket["size"][1]) for bucket in spec[BUCKETS]]
 
 
 def write_latents(settings: EncodeSettings, lock: OutputLock) -> None:
@@ -92,10 +103,11 @@ def write_latents(settings: EncodeSettings, lock: OutputLock) -> None:
     family, base = family_of(folder), load_base(folder, settings.variant)
     spec = latents_spec(settings, source, folder, base)
     with state.main_process_first():
+        source, spec, files = in_buckets(settings, source, spec, base)
         spec = settled(settings, source, spec)
         empty = empty_prompt(base, family)
         check_shapes(settings, empty, conditioning_shapes(spec))
-        files = {empty_prompt_file(name): encode_npy(array) for name, array in empty.items()}
+        files |= {empty_prompt_file(name): encode_npy(array) for name, array in empty.items()}
         with lock.claim() as alone:
             manifest = claim(settings.out, "latents", spec, alone=alone, files=files)
             if settings.retry_skipped and state.is_main_process:
@@ -113,11 +125,10 @@ def write_latents(settings: EncodeSettings, lock: OutputLock) -> None:
     base.vae.to(state.device, vae_dtype(settings, base, family), memory_format=torch.channels_last)
     if settings.compile:
         compile_networks(state.device, base.vae.encoder, *text_encoders)
-    needed = count_entries(unfinished) * sizes.stored_bytes(entry_sizes(spec))
-    require_space(settings.out, needed, "use a smaller --resolution")
+    require_space(settings.out, sizes.total_bytes(planned_sizes(spec, unfinished)), "use a smaller --resolution")
     if state.is_main_process:
         write_settings(settings.out, "encode", settings)
-        for line in [*preview(source, settings.resolution, settings.min_size), *source.notes()]:
+        for line in [*shown_input(settings, source, spec), *source.notes()]:
             say(line)
         warn_truncated_captions(source, base, family)
     bar = tqdm(total=count_entries(own), unit="image", desc="encode", disable=not state.is_main_process)
@@ -128,7 +139,10 @@ def write_latents(settings: EncodeSettings, lock: OutputLock) -> None:
             remember(open_store(settings.out), manifest, shard, [record for _, record in records])
             left, skipped = after_kept(records, kept)
             progress.update(len(records) - len(left))
-            entries = shard_entries(source, settings, left, len(records), base, family, skipped, progress.update)
+            framing = framing_of(settings, sizes_of(spec)[shard.bucket])
+            entries = shard_entries(
+                source, settings, framing, left, len(records), base, family, skipped, progress.update
+            )
             if is_accelerator(state.device):
                 entries = in_background(entries, 2 * settings.batch_size)
             write_shard(open_store(settings.out), shard.name, manifest, entries, skipped, kept)
@@ -156,7 +170,7 @@ def latents_spec(settings: EncodeSettings, source: OpenSource, folder: Path, bas
         "inputs_sha256": inputs_sha256(source.records),
         "seed": settings.seed,
         "resolution": settings.resolution,
-        "center_crop": settings.center_crop,
+        "center_crop": settings.crops_at_centre,
         "random_flip": settings.random_flip,
         # Left out at its default, as by earlier versions.
         **({"min_size": settings.min_size} if settings.min_size else {}),
@@ -167,6 +181,55 @@ def latents_spec(settings: EncodeSettings, source: OpenSource, folder: Path, bas
         **encoders_spec(base, family),
         "libraries": library_versions(),
     }
+
+
+def in_buckets(
+    settings: EncodeSettings, source: OpenSource, spec: dict[str, Any], base: DiffusionPipeline
+) -> tuple[OpenSource, dict[str, Any], dict[str, bytes]]:
+    """With --buckets: the source with its records sorted by bucket, the spec that says so, and the file that keeps
+    which bucket each is in. Without it: the same source and spec, and no file.
+
+    Buckets are those of existing latents in the output, if there are any. Raises UserError if these have none, or have
+    other numbers of entries.
+    """
+    if not settings.buckets:
+        return source, spec, {}
+    found = existing_manifest(settings.out, "latents")
+    if found is None:
+        with tqdm(total=len(source.records), unit="image", desc="buckets") as progress:
+            assigned = assign(
+                source, settings.resolution, settings.min_size, settings.workers, lambda n: progress.update(n)
+            )
+    elif BUCKETS not in found.spec:
+        raise UserError(f"{settings.out} was made without --buckets. Drop it, or choose another --out.")
+    else:
+        numbers = decode_npy(read_file(open_store(settings.out), found, BUCKETS_FILE))
+        if len(numbers) != len(source.records):
+            raise UserError(
+                f"{settings.out} was made from other inputs: {len(numbers)} entries -> {len(source.records)}. Restore "
+                "the inputs, or choose another output directory."
+            )
+        assigned = Assignment(sizes_of(found.spec), numbers)
+    in_order = source.sorted(assigned.order())
+    buckets = [
+        {"size": size, "latents_shape": latents_shape(base.vae, *size), "entries": count}
+        for size, count in zip(assigned.sizes, assigned.counts(), strict=True)
+    ]
+    # In place of the shape of them all.
+    stated = {BUCKETS if name == "latents_shape" else name: value for name, value in spec.items()}
+    stated |= {"inputs_sha256": inputs_sha256(in_order.records), BUCKETS: buckets}
+    return in_order, stated, {BUCKETS_FILE: assigned.as_npy()}
+
+
+def shown_input(settings: EncodeSettings, source: OpenSource, spec: dict[str, Any]) -> list[str]:
+    """What a user should see of the input before a long run."""
+    buckets = bucket_sizes(settings.resolution) if settings.buckets else None
+    lines = preview(source, settings.resolution, settings.min_size, buckets)
+    if settings.buckets:
+        counts = zip(sizes_of(spec), bucket_counts(spec), strict=True)
+        shown = ", ".join(f"{width} x {height}: {count}" for (height, width), count in counts)
+        lines = [f"buckets, width x height: {shown}", *lines]
+    return lines
 
 
 def vae_dtype(settings: EncodeSettings, base: DiffusionPipeline, family: Family) -> torch.dtype:
@@ -223,7 +286,8 @@ def reopen_skipped(source: OpenSource, settings: EncodeSettings, manifest: Manif
             continue
         missing = {item["source_id"] for item in read_head(store, shard.name, manifest).skipped}
         records = [record for record in shard_records(source, shard) if record[1].source_id in missing]
-        found = [image for image in load_images(source, framing_of(settings), records, 1, 1) if image.problem is None]
+        framing = framing_of(settings, sizes_of(manifest.spec)[shard.bucket])
+        found = [image for image in load_images(source, framing, records, 1, 1) if image.problem is None]
         if found:
             say(f"rewriting {shard.name}: {len(found)} of its {len(missing)} skipped images can be read now")
             # First, because only the sidecar of older latents says which images had no caption.
@@ -234,6 +298,7 @@ def reopen_skipped(source: OpenSource, settings: EncodeSettings, manifest: Manif
 def shard_entries(
     source: OpenSource,
     settings: EncodeSettings,
+    framing: Framing,
     records: list[tuple[int, Record]],
     size: int,
     base: DiffusionPipeline,
@@ -244,7 +309,7 @@ def shard_entries(
     """The entries of one shard of `size` images, of which the `records` are left. Images without pixels are appended to
     `skipped`. No batch crosses a shard."""
     ahead = 2 * max(settings.batch_size, settings.workers)
-    loaded = load_images(source, framing_of(settings), records, settings.workers, ahead)
+    loaded = load_images(source, framing, records, settings.workers, ahead)
     readable = without_skipped(loaded, skipped, settings.max_skipped * size, advance)
     while batch := list(itertools.islice(readable, settings.batch_size)):
         yield from encode_batch(batch, settings, base, family)
@@ -256,36 +321,38 @@ def encode_batch(
     batch: list[LoadedImage], settings: EncodeSettings, base: DiffusionPipeline, family: Family
 ) -> list[EntryBuilder]:
     """One forward pass of the VAE's encoder and one of each text encoder."""
-    shape = latents_shape(base.vae, settings.resolution)
     ids = [image.record.source_id for image in batch]
+    loaded = [image.pixels for image in batch if image.pixels is not None]
+    assert len(loaded) == len(batch)
+    pixels = torch.from_numpy(np.stack(loaded))
+    shape = latents_shape(base.vae, *pixels.shape[1:3])
     noise = [draws.standard_normal(settings.seed, source_id, 0, "posterior", shape) for source_id in ids]
-    squares = [image.pixels for image in batch if image.pixels is not None]
-    assert len(squares) == len(batch)
-    pixels = torch.from_numpy(np.stack(squares))
     latents = encode_images(base.vae, pixels, torch.from_numpy(np.stack(noise)))
     conditioning = family.encode_prompts(base, [image.record.caption for image in batch])
     stored = {name: t.half().cpu().numpy() for name, t in {LATENTS: latents, **conditioning}.items()}
     return [
         new_entry(
             image,
-            {name: array[i] for name, array in stored.items()} | of_image(image, settings.resolution, family),
+            {name: array[i] for name, array in stored.items()} | of_image(image, family),
             settings,
         )
         for i, image in enumerate(batch)
     ]
 
 
-def of_image(image: LoadedImage, resolution: int, family: Family) -> dict[str, np.ndarray]:
+def of_image(image: LoadedImage, family: Family) -> dict[str, np.ndarray]:
     """The conditioning that belongs to the image and its crop, by name, in the dtypes that are stored."""
     assert image.crop is not None
-    conditioning = family.image_conditioning(frame_of(image.crop, resolution))
+    assert image.pixels is not None
+    height, width, _ = image.pixels.shape
+    conditioning = family.image_conditioning(frame_of(image.crop, (height, width)))
     return {name: tensor.numpy().astype(family.dtypes.get(name, "float16")) for name, tensor in conditioning.items()}
 
 
-def frame_of(crop: Crop, resolution: int) -> Frame:
+def frame_of(crop: Crop, size: Size) -> Frame:
     """What the pixels show. A crop that is flipped begins where it would if the image had been flipped before."""
-    left = crop.resized[0] - resolution - crop.left if crop.flip else crop.left
-    return Frame(crop.original[::-1], (crop.top, left), (resolution, resolution))
+    left = crop.resized[0] - size[1] - crop.left if crop.flip else crop.left
+    return Frame(crop.original[::-1], (crop.top, left), size)
 
 
 def new_entry(image: LoadedImage, arrays: dict[str, np.ndarray], settings: EncodeSettings) -> EntryBuilder:
@@ -353,21 +420,31 @@ def plan(settings: EncodeSettings) -> list[str]:
     check_out(settings)
     source = open_source(settings)
     folder = find_pipeline(settings.teacher, settings.revision, settings.variant)
-    spec = latents_spec(settings, source, folder, load_base(folder, settings.variant))
+    base = load_base(folder, settings.variant)
+    source, spec, _ = in_buckets(settings, source, latents_spec(settings, source, folder, base), base)
     found = existing_manifest(settings.out, "latents")
     if found is not None:
         refuse_other_spec(settings.out, found.spec, settled(settings, source, spec))
     version = found.version if found else FORMAT_VERSION
-    shards = ShardPlan(spec["entries"], spec["entries_per_shard"], version=version)
+    shards = ShardPlan(spec["entries"], spec["entries_per_shard"], version=version, buckets=bucket_counts(spec))
     left = shards.unfinished(open_store(settings.out), range_of(settings.shard_range))
     return [
         f"entries: {spec['entries']} in {plural(len(shards), 'shard')}, {len(left)} of them still to write",
-        *sizes.lines(entry_sizes(spec), count_entries(left)),
+        *sizes.lines(planned_sizes(spec, left)),
         f"free on that disk: {format_bytes(free_bytes(settings.out))}",
-        *preview(source, settings.resolution, settings.min_size),
+        *shown_input(settings, source, spec),
         *source.notes(),
     ]
 
 
-def entry_sizes(spec: dict[str, Any]) -> dict[str, int]:
-    return sizes.latents_entry(spec["latents_shape"], conditioning_shapes(spec), family_of_spec(spec).dtypes)
+def planned_sizes(spec: dict[str, Any], shards: list[PlannedShard]) -> list[sizes.Planned]:
+    """What the entries of shards take, for each bucket."""
+    dtypes, conditioning = family_of_spec(spec).dtypes, conditioning_shapes(spec)
+    return [
+        sizes.Planned(
+            f"{width} x {height} px",
+            count_entries([shard for shard in shards if shard.bucket == bucket]),
+            sizes.latents_entry(of_bucket(spec, bucket)["latents_shape"], conditioning, dtypes),
+        )
+        for bucket, (height, width) in enumerate(sizes_of(spec))
+    ]

@@ -22,6 +22,7 @@ from pipeline.cache.latents import (
     check_encoders,
     open_latents,
     sampling_size,
+    size_in_words,
 )
 from pipeline.core import draws
 from pipeline.demo.oracle import score_scenes
@@ -45,7 +46,7 @@ from pipeline.system.page import GRID_PICTURES, REPORT
 from pipeline.training.accelerator import make_accelerator, resolve_precision
 from pipeline.training.ending import finish
 from pipeline.training.held_out import held_out_of
-from pipeline.training.loader import collated_batches
+from pipeline.training.loader import collated_batches, order_of
 from pipeline.training.loop import Training, prepare_training, run_training, start
 from pipeline.training.lora import Lora
 from pipeline.training.objective import Objective
@@ -80,6 +81,14 @@ class LatentsDataset(Dataset):
 
     def __len__(self) -> int:
         return len(self.shards)
+
+    @property
+    def rounds(self) -> int:
+        return 1
+
+    def counts(self) -> list[int]:
+        """The images of each bucket. Batches are of one."""
+        return self.shards.counts()
 
     def __getitem__(self, index: int) -> StoredEntry:
         return self.shards.read(index, [LATENTS, *self.conditioning])
@@ -177,7 +186,7 @@ def save_report(settings: FinetuneSettings, folder: Path, dataset: LatentsDatase
         title=f"{origin['name']}, finetuned{with_lora}",
         about={
             "model": origin["name"],
-            "data": f"{data}: {plural(len(dataset), 'image')} at {spec['resolution']} px",
+            "data": f"{data}: {plural(len(dataset), 'image')} at {size_in_words(spec)}",
             **circumstances(device, settings.mixed_precision, lines),
         },
         settings=settings.for_others(),
@@ -267,9 +276,10 @@ def batches(
     """
     empty = empty_prompt(dataset.shards)
     size = settings.train_batch_size
-    first = position + accelerator.process_index * size
-    for entries in collated_batches(settings, dataset, accelerator, position):
-        visits = [(first + place) // len(dataset) for place in range(size)]
+    order = order_of(settings, dataset, accelerator, position)
+    read = collated_batches(settings, dataset, accelerator, position)
+    for entries, (bucket, first) in zip(read, order.places(), strict=False):
+        visits = [order.visit(bucket, first + place) for place in range(size)]
         drawn = [
             draw_inputs(settings, entry, visit, train_timesteps) for entry, visit in zip(entries, visits, strict=True)
         ]
@@ -296,7 +306,6 @@ def batches(
             input_noise=torch.from_numpy(np.stack(added)) if settings.input_perturbation else None,
         )
         yield batch.to(accelerator.device)
-        first += size * accelerator.num_processes
 
 
 def draw_inputs(

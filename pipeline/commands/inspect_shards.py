@@ -22,6 +22,8 @@ from pipeline.settings.inspect_shards import InspectSettings
 from pipeline.system.echo import plural, say
 from pipeline.system.errors import UserError
 from pipeline.system.output import check_new
+from shards.buckets import BUCKETS
+from shards.buckets import counts as bucket_counts
 from shards.cache import check_image, images_manifest, open_images
 from shards.expected import expected_tensors
 from shards.files import atomic_directory
@@ -99,17 +101,17 @@ class Inventory:
         """Up to `count` entries, evenly spread over the set, each with its image's named tensors and caption."""
         ends = list(itertools.accumulate(self.counts))
         images = self.own_images
-        expected = expected_tensors(self.manifest)
+        expected = [expected_tensors(self.manifest, bucket) for bucket in range(len(bucket_counts(self.manifest.spec)))]
         for index in np.unique(np.linspace(0, self.entries - 1, min(count, self.entries)).astype(int)).tolist():
             owner = bisect.bisect_right(ends, index)
             shard, place = self.shards[owner], index - ends[owner] + self.counts[owner]
             row = read_row(self.store, self.heads[shard.name], place, self.manifest)
             own = tensors if images is None else ()
-            entry = read_entry(self.store, shard.name, row, own, self.manifest, expected)
+            entry = read_entry(self.store, shard.name, row, own, self.manifest, expected[shard.bucket])
             if images is not None:
                 image_shard, image_row = images.row(shard.indices.start + place)
                 check_image(f"{self.store}/{shard.name}", row, f"{images.store}/{image_shard}", image_row)
-                given = images.manifest, images.expected
+                given = images.manifest, images.expected_of(image_row.key)
                 image = read_entry(images.store, image_shard, image_row, tensors, *given)
                 entry = StoredEntry(entry.key, {**image.meta, **entry.meta}, image.tensors)
             yield entry
@@ -138,7 +140,16 @@ def spec_lines(manifest: Manifest) -> list[str]:
     spec = manifest.spec
     values = {**spec.get("latents", {}), **spec}
     lines = [f"{name}: {_short(values[name])}" for name in SHOWN if name in values]
-    lines += [f"tap {tap}: {_short(t['shape'])}, stride {t['stride']}" for tap, t in spec.get("taps", {}).items()]
+    if BUCKETS in spec:
+        of_images = spec.get("latents", spec)[BUCKETS]
+        lines += [
+            f"bucket {images['size'][1]} x {images['size'][0]} px: latents {_short(images['latents_shape'])}, "
+            f"{plural(own['entries'], 'entry', 'entries')}{' a round' if manifest.is_cache else ''}"
+            for images, own in zip(of_images, spec[BUCKETS], strict=True)
+        ]
+    for tap, stated in spec.get("taps", {}).items():
+        for each in stated if isinstance(stated, list) else [stated]:
+            lines.append(f"tap {tap}: {_short(each['shape'])}, stride {each['stride']}")
     return [f"stage: {spec['stage']}", *lines, f"spec_sha256: {manifest.spec_sha256}"]
 
 

@@ -10,6 +10,7 @@ import torch
 from pipeline.cache import sizes
 from pipeline.cache.taps import sampling_lines, tap_specs
 from pipeline.cache.trial import try_teacher
+from pipeline.core.buckets import bucket_sizes
 from pipeline.evaluation.training_cost import TrainingCost, training_cost
 from pipeline.models.load import family_of, find_pipeline, load_unet
 from pipeline.models.shapes import TeacherShapes, checked_unet_config, teacher_shapes
@@ -96,15 +97,26 @@ def plan(settings: PlanSettings) -> list[str]:
     return [
         *([f"options that fill {settings.budget}: teacher-cache {flags}", f"why: {why}"] if why else []),
         f"entries: {plural(chosen.images, 'image')} x {plural(chosen.rounds, 'round')} = {entries}",
-        *sizes.lines(cost.entry, entries),
+        *sizes.lines([sizes.Planned("", entries, cost.entry)]),
         *sampling_lines(tap_specs(chosen, shapes.taps)),
         f"latents: {cost.latents:,} bytes per image, {format_bytes(chosen.images * cost.latents)}",
+        *(bucket_lines(chosen, folder, taps) if chosen.buckets else []),
         f"latents and cache: {format_bytes(cost.total(chosen.images, chosen.rounds))}; "
         f"the disk of {chosen.out} has {format_bytes(free_bytes(chosen.out))} free",
         f"teacher forward passes: {entries}",
         *training_lines(training_cost(folder, chosen.resolution, shapes, levels), chosen, levels),
         *([time_of(chosen, folder, shapes, entries)] if chosen.trial else []),
     ]
+
+
+def bucket_lines(settings: PlanSettings, folder: Path, taps: list[str]) -> list[str]:
+    """What an image and an entry of each bucket take. How many each has, only the images tell."""
+    lines = ["of each bucket, about:"]
+    for height, width in bucket_sizes(settings.resolution):
+        cost = cost_of(settings, teacher_shapes(folder, height, taps, width))
+        entry = sizes.stored_bytes(cost.entry)
+        lines.append(f"  {width} x {height} px: {cost.latents:,} bytes per image, {entry:,} per entry")
+    return lines
 
 
 def training_lines(cost: TrainingCost, settings: PlanSettings, levels: tuple[str, ...]) -> list[str]:

@@ -52,6 +52,8 @@ from pipeline.system.output import check_output, made_by
 from pipeline.system.settings import write_settings
 from pipeline.system.signals import signals_interrupt
 from pipeline.system.threads import in_background, ordered_map
+from shards.buckets import BUCKETS, of_bucket
+from shards.buckets import counts as bucket_counts
 from shards.cache import empty_prompt, same_image, stored_calibrations
 from shards.files import atomic_directory
 from shards.kept import Kept, read_kept
@@ -201,7 +203,7 @@ def cache_spec(
     config = dict(noise_scheduler.config)
     spec = {
         "stage": "cache",
-        "entries": len(latents),
+        **counted_entries(latents),
         "entries_per_shard": settings.entries_per_shard,
         "strata": found.spec["strata"] if found else settings.rounds,
         "seed": settings.seed,
@@ -220,6 +222,13 @@ def cache_spec(
         "libraries": library_versions(),
     }
     return known_to(found.spec, spec) if found else spec
+
+
+def counted_entries(latents: ShardSet) -> dict[str, Any]:
+    """The entries of a round as the spec of the cache states them: all, and where there are buckets, those of each."""
+    if BUCKETS not in latents.manifest.spec:
+        return {"entries": len(latents)}
+    return {"entries": len(latents), BUCKETS: [{"entries": count} for count in latents.counts()]}
 
 
 def existing_cache(out: Path) -> Manifest | None:
@@ -262,7 +271,8 @@ def wanted_taps(taps: dict[str, Any], found: Manifest | None) -> dict[str, Any]:
 
 
 def checked_taps(settings: TeacherCacheSettings, latents: ShardSet, config: dict[str, Any]) -> dict[str, Any]:
-    """The taps of the cache's spec. Raises UserError for a teacher that the levels do not fit."""
+    """The taps of the cache's spec, where there are buckets a list for each tap. Raises UserError for a teacher that
+    the levels do not fit."""
     spec = latents.manifest.spec
     family = family_of_spec(spec)
     levels = levels_of(settings.students, family)
@@ -271,9 +281,12 @@ def checked_taps(settings: TeacherCacheSettings, latents: ShardSet, config: dict
         family.check(config)
     except ValueError as error:
         raise UserError(f"--teacher {settings.teacher}: {error}. Pass a teacher of that family.") from None
-    taps = taps_of_teacher(config, levels, settings.taps)
-    shapes = tap_shapes(config, spec["latents_shape"], conditioning_shapes(spec), taps, family)
-    return tap_specs(settings, shapes)
+    taps, conditioning = taps_of_teacher(config, levels, settings.taps), conditioning_shapes(spec)
+    described = []
+    for bucket in range(len(bucket_counts(spec))):
+        shape = of_bucket(spec, bucket)["latents_shape"]
+        described.append(tap_specs(settings, tap_shapes(config, shape, conditioning, taps, family)))
+    return {tap: [each[tap] for each in described] for tap in taps} if BUCKETS in spec else described[0]
 
 
 def save_students(
@@ -313,9 +326,9 @@ def bytes_left(
 ) -> int:
     """About how many bytes a run adds to --out: shards, and weights in float32."""
     found = existing_cache(settings.out)
-    unfinished = shards_left(settings, len(latents), found)
-    entry = sizes.stored_bytes(entry_sizes(latents.manifest.spec, spec["taps"], settings))
-    shards = bytes_to_copy(latents, settings.out, found) + count_entries(unfinished) * entry
+    unfinished = shards_left(settings, latents, found)
+    written = sizes.total_bytes(planned_sizes(latents.manifest.spec, spec["taps"], settings, unfinished))
+    shards = bytes_to_copy(latents, settings.out, found) + written
     networks = (
         [] if (settings.out / BASE).is_dir() else [m for m in base.components.values() if isinstance(m, nn.Module)]
     )
@@ -325,10 +338,10 @@ def bytes_left(
     return shards + sum(4 * parameter.numel() for network in networks for parameter in network.parameters())
 
 
-def shards_left(settings: TeacherCacheSettings, images: int, found: Manifest | None) -> list[PlannedShard]:
+def shards_left(settings: TeacherCacheSettings, latents: ShardSet, found: Manifest | None) -> list[PlannedShard]:
     """The shards that a run writes: those of --shard-range that are unfinished, of all rounds that `found` has too."""
     rounds = max(settings.rounds, (found.rounds or 0) if found else 0)
-    plan = ShardPlan(images, settings.entries_per_shard, rounds)
+    plan = ShardPlan(len(latents), settings.entries_per_shard, rounds, buckets=latents.counts())
     return plan.unfinished(open_store(settings.out), range_of(settings.shard_range))
 
 
@@ -368,7 +381,7 @@ def cache_entries(
             for first in range(done, len(shard.indices), settings.batch_size):
                 chosen = shard.indices[first : first + settings.batch_size]
                 batch = [read_image(images, index) for index in chosen]
-                yield shard.name, run_teacher(batch, shard.round, manifest.spec, teacher)
+                yield shard.name, run_teacher(batch, shard.round, of_bucket(manifest.spec, shard.bucket), teacher)
 
     compressed: Iterable[tuple[str, list[EntryBuilder]]]
     if is_accelerator(teacher.unet.device):
@@ -414,19 +427,19 @@ def plan(settings: TeacherCacheSettings) -> list[str]:
     config = unet_config(folder)
     taps = wanted_taps(checked_taps(settings, latents, config), found)
     if found is not None:
-        stated = {"latents": latents.manifest.spec, "entries": len(latents), "taps": taps}
+        stated = {"latents": latents.manifest.spec, **counted_entries(latents), "taps": taps}
         stated = known_to(found.spec, {**stated, "teacher_config": deciding(UNet2DConditionModel, config)})
         names = ("entries_per_shard", "seed", "noise_offset", "input_perturbation", "uncond_fraction")
         wanted = {**stated, **{name: getattr(settings, name) for name in names}}
         refuse_other_spec(settings.out, {name: found.spec[name] for name in wanted}, wanted)
     copied = bytes_to_copy(latents, settings.out, found)
     rounds = max(settings.rounds, (found.rounds or 0) if found else 0)
-    left = shards_left(settings, len(latents), found)
+    left = shards_left(settings, latents, found)
     entries = count_entries(left)
     return [
         f"entries: {plural(len(latents), 'image')} x {plural(rounds, 'round')} = {len(latents) * rounds}",
         f"still to write: {plural(entries, 'entry', 'entries')} in {plural(len(left), 'shard')}",
-        *sizes.lines(entry_sizes(latents.manifest.spec, taps, settings), entries),
+        *sizes.lines(planned_sizes(latents.manifest.spec, taps, settings, left)),
         *sampling_lines(taps),
         *([f"images to copy from {settings.latents}: {format_bytes(copied)}"] if copied else []),
         f"free on that disk: {format_bytes(free_bytes(settings.out))}",
@@ -435,6 +448,17 @@ def plan(settings: TeacherCacheSettings) -> list[str]:
     ]
 
 
-def entry_sizes(latents_spec: dict[str, Any], taps: dict[str, Any], settings: TeacherCacheSettings) -> dict[str, int]:
-    shape = latents_spec["latents_shape"]
-    return sizes.cache_entry(shape, taps, settings.codec, settings.snr_db, settings.input_perturbation > 0)
+def planned_sizes(
+    latents_spec: dict[str, Any], taps: dict[str, Any], settings: TeacherCacheSettings, shards: list[PlannedShard]
+) -> list[sizes.Planned]:
+    """What the entries of shards take, for each bucket of the latents. `taps` is as in the spec of the cache."""
+    spec = {"latents": latents_spec, "taps": taps}
+    planned = []
+    for bucket in range(len(bucket_counts(latents_spec))):
+        stated = of_bucket(spec, bucket)
+        shape = stated["latents"]["latents_shape"]
+        kept = settings.codec, settings.snr_db, settings.input_perturbation > 0
+        entries = count_entries([shard for shard in shards if shard.bucket == bucket])
+        named = " x ".join(map(str, shape[1:]))
+        planned.append(sizes.Planned(f"latents of {named}", entries, sizes.cache_entry(shape, stated["taps"], *kept)))
+    return planned

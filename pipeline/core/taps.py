@@ -19,19 +19,24 @@ class Taps:
 
     def __init__(self, module: nn.Module, names: Iterable[str]) -> None:
         self._features: dict[str, Tensor] | None = None
+        self._size: tuple[int, int] | None = None
         self._handles = [module.get_submodule(n).register_forward_hook(self._hook(n)) for n in names]
 
     def _hook(self, name: str) -> Callable[..., None]:
         def capture(_module: nn.Module, _inputs: tuple, output: Tensor | tuple[Tensor, ...]) -> None:
             if self._features is not None:
-                self._features[name] = as_map(output)
+                self._features[name] = as_map(output, self._size)
 
         return capture
 
     @contextmanager
-    def recording(self) -> Iterator[dict[str, Tensor]]:
-        """A dict that is filled with {name: (B, C, H, W)} as the module runs."""
+    def recording(self, inputs: Tensor | None = None) -> Iterator[dict[str, Tensor]]:
+        """A dict that is filled with {name: (B, C, H, W)} as the module runs on `inputs` (B, C, H, W).
+
+        Their size says how tokens lie; without them, tokens are taken for those of a square.
+        """
         self._features = {}
+        self._size = None if inputs is None else (inputs.shape[2], inputs.shape[3])
         try:
             yield self._features
         finally:
@@ -42,13 +47,22 @@ class Taps:
             handle.remove()
 
 
-def as_map(output: Tensor | tuple[Tensor, ...]) -> Tensor:
-    """A module's output as a map (B, C, H, W): the first of several outputs; tokens (B, H*H, C) as a square map."""
+def as_map(output: Tensor | tuple[Tensor, ...], size: tuple[int, int] | None = None) -> Tensor:
+    """A module's output as a map (B, C, H, W): the first of several outputs; tokens (B, H*W, C) as a map.
+
+    H and W are `size`, that of the U-Net's input, halved as often as gives so many tokens; a side that is odd is
+    rounded up, as the U-Net does. Without `size` the map is a square. Raises ValueError for tokens of no such map.
+    """
     tensor = output if isinstance(output, Tensor) else output[0]
     if tensor.ndim == 4:
         return tensor
-    side = math.isqrt(tensor.shape[1])
-    return tensor.transpose(1, 2).unflatten(2, (side, side))
+    tokens = tensor.shape[1]
+    height, width = size or (math.isqrt(tokens), math.isqrt(tokens))
+    while height * width > tokens:
+        height, width = (height + 1) // 2, (width + 1) // 2
+    if height * width != tokens:
+        raise ValueError(f"{tokens} tokens are no map of an input of {size or 'equal sides'}")
+    return tensor.transpose(1, 2).unflatten(2, (height, width))
 
 
 def sample_tokens(features: Tensor, rows: Sequence[int], columns: Sequence[int], stride: int) -> Tensor:

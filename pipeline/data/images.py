@@ -1,4 +1,4 @@
-"""From an encoded image to a square of pixels: decode, orient, resize, crop, flip."""
+"""From an encoded image to pixels of one size: decode, orient, resize, crop, flip."""
 
 from __future__ import annotations
 
@@ -44,6 +44,10 @@ UPRIGHT: dict[Any, Image.Transpose] = {
     8: Image.Transpose.ROTATE_90,
 }
 
+ON_ITS_SIDE = (5, 6, 7, 8)
+# One of these is in every PNG that states an orientation.
+PNG_ORIENTATION = (b"eXIf", b"Raw profile type", b"adobe.xmp")
+
 _one_large_image = threading.Lock()
 
 
@@ -53,7 +57,8 @@ class ImageProblem(ValueError):
 
 @dataclass(frozen=True)
 class Crop:
-    """How an image was cut: resized to `resized` pixels (width, height), then a square cropped at (left, top)."""
+    """How an image was cut: resized to `resized` pixels (width, height), then cropped at (left, top) to the wanted
+    size."""
 
     original: tuple[int, int]
     resized: tuple[int, int]
@@ -101,6 +106,15 @@ def open_image(data: bytes) -> Image.Image:
         if image.mode == "F":
             raise ImageProblem("its pixels are floats, of which nobody says what is white. Save it with 8 or 16 bits")
         return image
+
+
+def upright_size(data: bytes) -> tuple[int, int]:
+    """(height, width) of an encoded image after it is turned upright, from its header. Raises ImageProblem as `decode`,
+    as far as the header shows a problem."""
+    image = open_image(data)
+    # Pillow decodes a whole PNG to look for an orientation, which may stand at its end.
+    turned = (image.format != "PNG" or any(mark in data for mark in PNG_ORIENTATION)) and _is_on_its_side(image)
+    return (image.width, image.height) if turned else (image.height, image.width)
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
@@ -156,11 +170,22 @@ def _refuse_wide(image: Image.Image) -> None:
 def _upright(image: Image.Image) -> Image.Image:
     """The image turned by its EXIF orientation. An orientation that cannot be read leaves it as it is."""
     # ImageOps.exif_transpose also writes all other EXIF tags again and fails if one of them is invalid.
-    try:
-        method = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
-    except Exception:
-        return image
+    method = UPRIGHT.get(_orientation(image))
     return image if method is None else image.transpose(method)
+
+
+def _is_on_its_side(image: Image.Image) -> bool:
+    """Whether an image's width becomes its height when it is turned upright."""
+    return _orientation(image) in ON_ITS_SIDE
+
+
+def _orientation(image: Image.Image) -> Any:
+    """The EXIF orientation of an image, a number from 1 to 8; something else if there is none that can be read."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+        return orientation if isinstance(orientation, int) else None
+    except Exception:
+        return None
 
 
 def _rgb_on_white(strip: Image.Image, to_srgb: Callable[[Image.Image], Image.Image] | None) -> Image.Image:
@@ -213,28 +238,31 @@ def _lattice() -> Image.Image:
     return Image.fromarray(np.stack(np.meshgrid(steps, steps, steps), -1).reshape(64, 64, 3))
 
 
-def square(
-    image: Image.Image, resolution: int, *, center_crop: bool, random_flip: bool, draw: np.random.Generator
+def framed(
+    image: Image.Image, size: tuple[int, int], *, center_crop: bool, random_flip: bool, draw: np.random.Generator
 ) -> tuple[np.ndarray, Crop]:
-    """Resize the shorter side to `resolution`, crop a square, and flip it if `random_flip` allows and chance decides.
+    """Resize to cover `size` (height, width), crop, and flip if `random_flip` allows and chance decides.
 
-    Returns the pixels, (resolution, resolution, 3) uint8, and the crop. The antialiased bilinear resizing and the
-    rounding of sizes and of the centre are torchvision's, as in distill-sd. `draw` is the image's own random generator.
-    Raises ImageProblem for an image whose long side is over 64 times its short side.
+    Returns the pixels, (height, width, 3) uint8, and the crop. The antialiased bilinear resizing and the rounding of
+    sizes and of the centre are torchvision's, as in distill-sd. `draw` is the image's own random generator. Raises
+    ImageProblem for an image whose long side is over 64 times its short side.
     """
     width, height = image.size
-    short = min(width, height)
-    if max(width, height) > MAX_ASPECT * short:
+    if max(width, height) > MAX_ASPECT * min(width, height):
         raise ImageProblem(f"too thin: {width} x {height} pixels")
-    resized = (int(resolution * width / short), int(resolution * height / short))
-    spare = (resized[0] - resolution, resized[1] - resolution)
+    rows, columns = size
+    if columns * height >= rows * width:
+        resized = columns, int(columns * height / width)
+    else:
+        resized = int(rows * width / height), rows
+    spare = (resized[0] - columns, resized[1] - rows)
     placed, flipped = draw.random(2), draw.random() < 0.5
     if center_crop:
         left, top = (int(round(s / 2.0)) for s in spare)
     else:
         left, top = (int(p * (s + 1)) for p, s in zip(placed, spare, strict=True))
     flip = bool(random_flip and flipped)
-    pixels = image.resize(resized, Image.Resampling.BILINEAR).crop((left, top, left + resolution, top + resolution))
+    pixels = image.resize(resized, Image.Resampling.BILINEAR).crop((left, top, left + columns, top + rows))
     if flip:
         pixels = ImageOps.mirror(pixels)
     return np.asarray(pixels), Crop((width, height), resized, left, top, flip)

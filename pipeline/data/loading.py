@@ -1,4 +1,4 @@
-"""From records to square pixels, in threads and in order. Images that cannot be used are skipped with a reason."""
+"""From records to pixels of one size, in threads and in order. Images that cannot be used are skipped with a reason."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from pipeline.core import draws
 from pipeline.data.files import reason_of
-from pipeline.data.images import Crop, memory_of, open_image, square, upright_rgb
+from pipeline.data.images import MAX_ASPECT, Crop, framed, memory_of, open_image, upright_rgb, upright_size
 from pipeline.data.records import Record
 from pipeline.data.source import OpenSource
 from pipeline.system.echo import one_line
@@ -39,9 +39,10 @@ PAUSES = (0.1, 1.0)
 
 @dataclass(frozen=True)
 class Framing:
-    """How an image becomes square. One whose shorter side has fewer than `min_size` pixels is skipped."""
+    """How an image is cut to `size` (height, width). One whose shorter side has fewer than `min_size` pixels is
+    skipped."""
 
-    resolution: int
+    size: tuple[int, int]
     center_crop: bool
     random_flip: bool
     seed: int
@@ -50,7 +51,7 @@ class Framing:
 
 @dataclass(frozen=True)
 class LoadedImage:
-    """A record with its square pixels, (resolution, resolution, 3) uint8, or with the reason why it has none."""
+    """A record with its pixels, (height, width, 3) uint8, or with the reason why it has none."""
 
     index: int
     record: Record
@@ -76,23 +77,42 @@ def load_image(source: OpenSource, framing: Framing, indexed: tuple[int, Record]
         if min(image.size) < framing.min_size:
             return LoadedImage(index, record, problem=f"too small: {image.width} x {image.height} pixels")
         with memory_of(image):
-            pixels, crop = square(
+            pixels, crop = framed(
                 upright_rgb(image),
-                framing.resolution,
+                framing.size,
                 center_crop=framing.center_crop,
                 random_flip=framing.random_flip,
                 draw=draw,
             )
     except OSError as error:
-        if may_pass(error):
-            raise UserError(
-                f"{one_line(record.source_id)} cannot be read: {reason_of(error)}. Nothing is skipped for that. Rerun "
-                "the same command to go on; if it fails at this image again, remove it from the input."
-            ) from None
+        refuse_passing(record, error)
         return LoadedImage(index, record, problem=reason_of(error))
     except ValueError as error:
         return LoadedImage(index, record, problem=str(error))
     return LoadedImage(index, record, pixels, crop)
+
+
+def image_size(source: OpenSource, record: Record, min_size: int) -> tuple[int, int] | None:
+    """(height, width) of an upright image, from its header; None for one that will be skipped, as far as that shows."""
+    if record.problem:
+        return None
+    try:
+        size = upright_size(read_patiently(source, record))
+    except OSError as error:
+        refuse_passing(record, error)
+        return None
+    except ValueError:
+        return None
+    return None if min(size) < min_size or max(size) > MAX_ASPECT * min(size) else size
+
+
+def refuse_passing(record: Record, error: OSError) -> None:
+    """Raise UserError if an image could not be read for a reason that may pass."""
+    if may_pass(error):
+        raise UserError(
+            f"{one_line(record.source_id)} cannot be read: {reason_of(error)}. Nothing is skipped for that. Rerun "
+            "the same command to go on; if it fails at this image again, remove it from the input."
+        ) from None
 
 
 def may_pass(error: OSError) -> bool:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from pipeline.core.buckets import aspect_distance, nearest
 from pipeline.data.files import reason_of
 from pipeline.data.images import open_image
 from pipeline.data.records import Record
@@ -12,9 +15,11 @@ CAPTIONS, LOOKED_AT = 3, 200
 CAPTION_LENGTH = 100
 
 
-def preview(source: OpenSource, resolution: int, min_size: int) -> list[str]:
+def preview(
+    source: OpenSource, resolution: int, min_size: int, buckets: Sequence[tuple[int, int]] | None = None
+) -> list[str]:
     """Three captions; and of LOOKED_AT images, spread over all, how many cannot be read, are too small, enlarged, or
-    much cropped."""
+    much cropped. Each is cut to the nearest of the `buckets` (height, width), or to a square."""
     usable = [record for record in source.records if record.problem is None]
     lines = [f"caption of {one_line(record.source_id)}: {_caption(record)}" for record in _spread(usable, CAPTIONS)]
     sizes, unreadable = [], []
@@ -33,6 +38,8 @@ def preview(source: OpenSource, resolution: int, min_size: int) -> list[str]:
     kept = [size for size in sizes if min(size) >= min_size]
     if len(kept) < len(sizes):
         lines.append(f"note: {len(sizes) - len(kept)} {looked_at} have a side under {min_size} px and are skipped")
+    if buckets is not None:
+        return lines + _of_buckets(kept, buckets, looked_at)
     small = sum(min(size) < resolution for size in kept)
     if small and small == len(kept):
         lines.append(
@@ -46,6 +53,17 @@ def preview(source: OpenSource, resolution: int, min_size: int) -> list[str]:
         )
     if cropped := sum(2 * max(size) > 3 * min(size) for size in kept):
         lines.append(f"note: {cropped} {looked_at} lose more than a third to the square crop")
+    return lines
+
+
+def _of_buckets(images: list[tuple[int, int]], buckets: Sequence[tuple[int, int]], looked_at: str) -> list[str]:
+    """How many of the images, (width, height), are enlarged or much cropped to fit their buckets."""
+    fitted = [((height, width), buckets[nearest((height, width), buckets)]) for width, height in images]
+    lines = []
+    if small := sum(image[0] < size[0] or image[1] < size[1] for image, size in fitted):
+        lines.append(f"note: {small} {looked_at} are smaller than their bucket and are enlarged")
+    if cropped := sum(aspect_distance(image, size) > 1.5 for image, size in fitted):
+        lines.append(f"note: {cropped} {looked_at} lose more than a third to the crop")
     return lines
 
 

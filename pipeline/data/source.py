@@ -6,7 +6,9 @@ image's bytes.
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.data.files import refuse_special
@@ -33,6 +35,12 @@ class OpenSource:
     def read(self, record: Record) -> bytes:
         """The encoded image. Raises OSError if it does not exist."""
         return self.source.read(record.location)
+
+    def sorted(self, order: Sequence[int]) -> OpenSource:
+        """The same source with its records in another order."""
+        other = copy.copy(self)
+        other.records = [self.records[place] for place in order]
+        return other
 
     def notes(self) -> list[str]:
         """What a user should know about the input: files that were passed over, and records without an image."""

@@ -5,6 +5,7 @@ latents, conditioning, noise, timestep -> teacher, student -> mean square errors
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from pipeline.models.hashing import shapes_of
 from pipeline.models.levels import LEVELS
 from pipeline.models.students import meta_student
 from pipeline.system.errors import UserError
+from shards.buckets import batched_alike
 from shards.dataset import stack_tensors
 from shards.reader import ShardSet
 from shards.schema import LATENTS, conditioning_shapes
@@ -35,10 +37,11 @@ Pairs = tuple[tuple[str, str], ...]
 
 @dataclass(frozen=True)
 class HeldOut:
-    """N encoded images: source ids, latents (N, C, H, W) float32, conditioning (N, ...) float32 by name."""
+    """N encoded images: source ids, N latents (C, H, W) float32, which may differ in size, and conditioning (N, ...)
+    float32 by name."""
 
     source_ids: list[str]
-    latents: Tensor
+    latents: Sequence[Tensor]
     conditioning: dict[str, Tensor]
 
     def __len__(self) -> int:
@@ -50,9 +53,9 @@ def read_held_out(shards: ShardSet, count: int) -> HeldOut:
     chosen = np.linspace(0, len(shards) - 1, min(count, len(shards))).astype(int)
     conditioning = list(conditioning_shapes(shards.manifest.spec))
     entries = [shards.read(int(index), (LATENTS, *conditioning)) for index in chosen]
-    tensors = {name: tensor.float() for name, tensor in stack_tensors(entries, [LATENTS, *conditioning]).items()}
+    latents = [torch.from_numpy(entry.tensors[LATENTS].values).float() for entry in entries]
     ids = [entry.meta["source_id"] for entry in entries]
-    return HeldOut(ids, tensors[LATENTS], {name: tensors[name] for name in conditioning})
+    return HeldOut(ids, latents, {name: t.float() for name, t in stack_tensors(entries, conditioning).items()})
 
 
 def levels_of(student: UNet2DConditionModel, teacher: UNet2DConditionModel, family: Family) -> list[str]:
@@ -98,12 +101,11 @@ def fidelity(
     with tqdm(total=bins * len(held_out), unit="entry", desc="fidelity") as progress:
         for part in range(bins):
             total = np.zeros((1 + len(pairs), 2))
-            for first in range(0, len(held_out), batch_size):
-                chosen = slice(first, first + batch_size)
-                ids = held_out.source_ids[chosen]
-                latents = held_out.latents[chosen]
+            for shape, chosen in batched_alike(range(len(held_out)), batch_size, lambda i: held_out.latents[i].shape):
+                ids = [held_out.source_ids[i] for i in chosen]
+                latents = torch.stack([held_out.latents[i] for i in chosen])
                 conditioning = {name: tensor[chosen] for name, tensor in held_out.conditioning.items()}
-                noise, timesteps = draw_noise(ids, latents.shape[1:], part, edges, seed)
+                noise, timesteps = draw_noise(ids, shape, part, edges, seed)
                 noisy = add_noise(latents, noise, timesteps, alphas_cumprod.cpu())
                 inputs = noisy, timesteps, conditioning, family
                 total += mean_squares(predict(teacher, taps[0], *inputs), predict(student, taps[1], *inputs), pairs)
@@ -138,7 +140,7 @@ def predict(
     family: Family,
 ) -> dict[str, Tensor]:
     """A U-Net's output and its taps, by name."""
-    with taps.recording() as features:
+    with taps.recording(noisy) as features:
         prediction = denoise(unet, noisy, timesteps, conditioning, family)
     return {OUTPUT: prediction, **features}
 

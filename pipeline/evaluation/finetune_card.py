@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from pipeline.cache.latents import size_in_words
 from pipeline.evaluation.model_card import inline, licence_fields, licence_text, settings_table, training_losses
 from pipeline.models.provenance import CARD
 from shards.files import write_bytes
@@ -56,7 +57,7 @@ def finetune_card(card: FinetuneCard) -> str:
     data = inline(card.data.get("name", "images"))
     made = {
         "base model": model,
-        "data": f"{data}: {card.latents['entries']:,} images at {card.latents['resolution']} px",
+        "data": f"{data}: {card.latents['entries']:,} images at {size_in_words(card.latents)}",
         **{name.replace("_", " "): card.settings[name] for name in TRAINING if card.settings.get(name) is not None},
     }
     header = {

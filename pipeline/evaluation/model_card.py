@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from pipeline.cache.latents import size_in_words
 from pipeline.evaluation.table import markdown, rows_of
 from pipeline.models.levels import LEVELS
 from pipeline.models.provenance import CARD, read_origin
@@ -194,7 +195,7 @@ def _made(inputs: CardInputs) -> dict[str, Any]:
         "teacher U-Net sha256": cache["teacher_sha256"],
         "prediction type": cache["prediction_type"],
         **_named("data", inline(inputs.origin.get("data", {}).get("name", ""))),
-        "images": f"{cache['entries']:,} at {latents['resolution']} px",
+        "images": f"{cache['entries']:,} at {size_in_words(latents)}",
         "entries": f"{cache['entries'] * inputs.rounds:,} in {plural(inputs.rounds, 'round')}",
         "empty captions": f"{cache['uncond_fraction']:.0%}",
         "features stored as": stored,

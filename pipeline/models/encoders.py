@@ -19,9 +19,11 @@ def encode_images(vae: AutoencoderKL, pixels: Tensor, standard_normal: Tensor) -
     return sampled * vae.config.scaling_factor
 
 
-def latents_shape(vae: AutoencoderKL, resolution: int) -> tuple[int, int, int]:
-    """(C, H, W) of a square image's latents. Raises UserError for a resolution that the VAE cannot divide."""
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    if resolution % factor:
-        raise UserError(f"--resolution {resolution} is not a multiple of {factor}, the VAE's downscaling")
-    return vae.config.latent_channels, resolution // factor, resolution // factor
+def latents_shape(vae: AutoencoderKL, height: int, width: int | None = None) -> tuple[int, int, int]:
+    """(C, H, W) of the latents of an image, a square without `width`. Raises UserError for sides that the VAE cannot
+    divide."""
+    factor, width = 2 ** (len(vae.config.block_out_channels) - 1), height if width is None else width
+    for side in (height, width):
+        if side % factor:
+            raise UserError(f"--resolution {side} is not a multiple of {factor}, the VAE's downscaling")
+    return vae.config.latent_channels, height // factor, width // factor

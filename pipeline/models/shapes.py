@@ -42,6 +42,12 @@ def tap_shapes(
     return _tap_shapes(named, tuple(latents), stated, tuple(taps), family.name).copy()
 
 
+@functools.lru_cache(maxsize=2)
+def _meta_unet(config: str) -> UNet2DConditionModel:
+    with torch.device("meta"):
+        return UNet2DConditionModel.from_config(json.loads(config))
+
+
 @functools.cache
 def _tap_shapes(
     config: str,
@@ -51,11 +57,12 @@ def _tap_shapes(
     family: str,
 ) -> dict[str, tuple[int, int, int]]:
     """Cached, because a pass on the meta device takes a second or two whatever the network."""
+    unet = _meta_unet(config)
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(json.loads(config))
-        with Taps(unet, taps).recording() as features:
-            inputs = random_conditioning(dict(conditioning), 1)
-            denoise(unet, torch.empty(1, *latents), torch.zeros(1), inputs, FAMILIES[family])
+        noisy, found = torch.empty(1, *latents), Taps(unet, taps)
+        with found.recording(noisy) as features:
+            denoise(unet, noisy, torch.zeros(1), random_conditioning(dict(conditioning), 1), FAMILIES[family])
+    found.remove()
     return {tap: (features[tap].shape[1], features[tap].shape[2], features[tap].shape[3]) for tap in taps}
 
 
@@ -69,11 +76,12 @@ def checked_unet_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def teacher_shapes(folder: Path, resolution: int, taps: list[str]) -> TeacherShapes:
-    """The shapes of a teacher's data at a resolution. Raises UserError for a teacher that no level fits."""
+def teacher_shapes(folder: Path, height: int, taps: list[str], width: int | None = None) -> TeacherShapes:
+    """The shapes of a teacher's data for images of a size, squares without `width`. Raises UserError for a teacher that
+    no level fits."""
     with torch.device("meta"):
         vae = part_classes(folder)["vae"].from_config(read_json(folder / "vae" / "config.json"))
     family = family_of(folder)
     config, conditioning = checked_unet_config(folder), family.conditioning_shapes(folder)
-    latents = latents_shape(vae, resolution)
+    latents = latents_shape(vae, height, width)
     return TeacherShapes(latents, conditioning, tap_shapes(config, latents, conditioning, taps, family), family.dtypes)

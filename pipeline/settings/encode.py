@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from pipeline.core.buckets import bucket_sizes
 from pipeline.settings.data import DataSettings
 from pipeline.system.errors import UserError
 from pipeline.system.options import (
@@ -18,6 +19,14 @@ from pipeline.system.options import (
     ShardRangeOptions,
 )
 from pipeline.system.settings import REQUIRED, option
+
+
+def check_buckets(resolution: int) -> None:
+    """Raise UserError for a resolution that has no buckets."""
+    try:
+        bucket_sizes(resolution)
+    except ValueError as error:
+        raise UserError(f"--resolution {error}, as --buckets needs it") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +45,11 @@ class EncodeSettings(DataSettings, DeviceOptions, HubOptions, ShardRangeOptions)
     out: Path = option(REQUIRED, "Directory to write the latents to.")
     resolution: int = option(512, "Side of the square training images, in pixels.", ge=8, le=MAX_SIDE)
     center_crop: bool = option(False, "Crop at the centre instead of a random position.")
+    buckets: bool = option(
+        False,
+        "Keep aspect ratios: cut each image at the centre to the nearest of a list of sizes, from 1:2 to 2:1, with "
+        "about the area of the square.",
+    )
     random_flip: bool = option(False, "Mirror a random half of the images.")
     min_size: int = option(0, "Skip images whose shorter side has fewer pixels. By default they are enlarged.", ge=0)
     batch_size: int = option(8, "Images per forward pass.", ge=1, le=MAX_BATCH)
@@ -48,8 +62,16 @@ class EncodeSettings(DataSettings, DeviceOptions, HubOptions, ShardRangeOptions)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.views > 1 and self.center_crop and not self.random_flip:
+        if self.buckets:
+            check_buckets(self.resolution)
+        if self.views > 1 and self.crops_at_centre and not self.random_flip:
+            flag = "--buckets" if self.buckets else "--center-crop"
             raise UserError(
-                f"--views {self.views} with --center-crop gives the same pixels every time. "
+                f"--views {self.views} with {flag} gives the same pixels every time. "
                 "Add --random-flip or drop one of the two."
             )
+
+    @property
+    def crops_at_centre(self) -> bool:
+        """Images are cut to their buckets at the centre."""
+        return self.center_crop or self.buckets

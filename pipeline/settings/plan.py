@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from pipeline.settings.cache_format import CacheFormat
+from pipeline.settings.encode import check_buckets
 from pipeline.system.errors import UserError
 from pipeline.system.options import MAX_BATCH, MAX_SIDE, HubOptions, PrecisionOptions
 from pipeline.system.settings import REQUIRED, option
@@ -51,6 +52,7 @@ class PlanSettings(CacheFormat, PrecisionOptions, HubOptions):
     images: int = option(REQUIRED, "Images to train on.", ge=1)
     rounds: int = option(4, "Passes over the images; with a budget, the minimum to aim for.", ge=1)
     resolution: int = option(512, "Side of the images, in pixels.", ge=8, le=MAX_SIDE)
+    buckets: bool = option(False, "Show also what an entry of each bucket takes, as of `encode --buckets`.")
     budget: str | None = option(
         None,
         "Bytes for latents and cache, such as 500GB; chooses rounds, and decibels and tokens if they are not given.",
@@ -69,6 +71,8 @@ class PlanSettings(CacheFormat, PrecisionOptions, HubOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.buckets:
+            check_buckets(self.resolution)
         if self.budget is not None:
             bytes_of(self.budget)
             if self.codec != "dither":

@@ -25,10 +25,11 @@ from pipeline.models.families import Family, denoise
 from pipeline.settings.training import TrainingSettings
 from pipeline.system.errors import UserError
 from pipeline.training.objective import Objective
+from shards.buckets import batched_alike, bucket_of_image
 from shards.dataset import Batch, CacheDataset, stack_tensors
 from shards.manifest import read_manifest
 from shards.reader import ShardSet
-from shards.schema import LATENTS, conditioning_shapes
+from shards.schema import LATENTS, conditioning_shapes, image_of
 from shards.store import open_store
 
 # As many entries say within a few per cent where a student stands, and take the time of some steps.
@@ -79,9 +80,8 @@ def held_out_of(settings: TrainingSettings, trained_on: dict[str, Any], train_ti
     if stage == "cache":
         dataset = CacheDataset(open_store(directory), ())
         check(directory, dataset.spec, trained_on)
-        entries = [dataset[i] for i in spread(len(dataset))]
-        batches = [dataset.collate(entries[i : i + BATCH]) for i in range(0, len(entries), BATCH)]
-        return HeldOut(batches)
+        entries = sorted((dataset[i] for i in spread(len(dataset))), key=dataset.bucket_of)
+        return HeldOut([dataset.collate(batch) for _, batch in batched_alike(entries, BATCH, dataset.bucket_of)])
     shards = ShardSet(open_store(directory), stage)
     check(directory, shards.manifest.spec, trained_on)
     return HeldOut(list(batches_of_latents(shards, train_timesteps, settings.seed)))
@@ -116,8 +116,9 @@ def batches_of_latents(shards: ShardSet, train_timesteps: int, seed: int) -> Ite
     chosen, conditioning = spread(len(shards)), list(conditioning_shapes(shards.manifest.spec))
     if not chosen:
         raise UserError(f"{FLAG} {shards.store} holds no images: all were skipped. See its skipped.jsonl.")
-    for first in range(0, len(chosen), BATCH):
-        entries = [shards.read(i, [LATENTS, *conditioning]) for i in chosen[first : first + BATCH]]
+    spec, first = shards.manifest.spec, 0
+    read = (shards.read(i, [LATENTS, *conditioning]) for i in chosen)
+    for _, entries in batched_alike(read, BATCH, lambda entry: bucket_of_image(spec, image_of(entry.key))):
         ids = [entry.meta["source_id"] for entry in entries]
         shape = entries[0].tensors[LATENTS].values.shape
         places = [draws.generator(seed, name, 0, "held-out").random() for name in ids]
@@ -132,3 +133,4 @@ def batches_of_latents(shards: ShardSet, train_timesteps: int, seed: int) -> Ite
             teacher_pred=None,
             features={},
         )
+        first += len(entries)

@@ -38,14 +38,7 @@ def collated_batches(
     Raises ShardError for an entry that cannot be read, and UserError if loader processes fail or give no batch within
     BATCH_SECONDS.
     """
-    order = EpochBatches(
-        len(dataset),
-        settings.train_batch_size,
-        settings.seed,
-        start=position,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-    )
+    order = order_of(settings, dataset, accelerator, position)
     workers = settings.dataloader_num_workers
     if workers is None:
         # On a CPU, loader processes take more time from training than reading between the steps costs.
@@ -82,6 +75,20 @@ def collated_batches(
         finally:
             # Its workers end in order while the pipe is still open.
             del stream
+
+
+def order_of(settings: TrainingSettings, dataset: Any, accelerator: Accelerator, position: int) -> EpochBatches:
+    """The batches of this process, as indices, from entry `position` of all that are trained on."""
+    return EpochBatches(
+        dataset.counts(),
+        settings.train_batch_size,
+        settings.seed,
+        start=position,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        accumulate=settings.gradient_accumulation_steps,
+        rounds=dataset.rounds,
+    )
 
 
 @dataclass(frozen=True)

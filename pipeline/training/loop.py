@@ -272,7 +272,7 @@ def train(settings: TrainingSettings, accelerator: Accelerator, training: Traini
 def step_losses(training: Training, batch: Batch) -> dict[str, Tensor]:
     """The loss terms of one batch: float32 scalars by name."""
     noisy = add_noise(batch.latents, batch.added_noise, batch.timesteps, training.alphas_cumprod)
-    with training.taps.recording() as features:
+    with training.taps.recording(noisy) as features:
         student_pred = denoise(training.model, noisy, batch.timesteps, batch.conditioning, training.family)
     return training.objective.losses(batch, student_pred, features, training.alphas_cumprod, training.prediction_type)
 

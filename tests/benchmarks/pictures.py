@@ -67,7 +67,7 @@ def main(work: Path, pictures: int, workers: tuple[int, ...], repeats: int) -> N
     shutil.rmtree(work, ignore_errors=True)
     write_images_of_one_colour(work, pictures)
     source = open_source(DataSettings(data=str(work)))
-    framing = Framing(RESOLUTION, center_crop=True, random_flip=False, seed=0)
+    framing = Framing((RESOLUTION, RESOLUTION), center_crop=True, random_flip=False, seed=0)
     records = list(enumerate(source.records))
     files = sorted(work.glob("*.jpg"))
     rows: dict[str, Callable[[], object]] = {"Pillow": lambda: with_pillow(files)}

@@ -149,6 +149,25 @@ class TestTaps:
         assert features.shape == (2, 5, 3, 3)
         assert torch.equal(features[1, :, 2, 0], tokens[1, 6])
 
+    def test_tokens_lie_as_in_the_input(self):
+        tokens = torch.arange(2 * 16 * 5.0).view(2, 16, 5)
+        # 16 tokens of an input of 32 x 8 are 8 x 2, and no square. A side of 15 is halved to 8.
+        for size in [(32, 8), (8, 2), (15, 3)]:
+            features = as_map(tokens, size)
+            assert features.shape == (2, 5, 8, 2)
+            assert torch.equal(features[1, :, 3, 1], tokens[1, 7])
+        with pytest.raises(ValueError, match="16 tokens are no map of an input of"):
+            as_map(tokens, (9, 9))
+
+    @torch.no_grad()
+    def test_taps_of_tokens_are_maps_of_any_shape(self):
+        unet = tiny_unet(use_linear_projection=True).eval()
+        taps = Taps(unet, ["down_blocks.2.attentions.0.proj_out", "down_blocks.2"])
+        noisy = torch.randn(1, 4, 12, 20)
+        with taps.recording(noisy) as features:
+            unet(noisy, torch.tensor([3]), encoder_hidden_states=torch.randn(1, 8, 10))
+        assert features["down_blocks.2.attentions.0.proj_out"].shape == (1, 16, 3, 5)
+
     @pytest.mark.parametrize(("height", "width"), [(8, 8), (9, 9), (8, 10), (5, 11)])
     @pytest.mark.parametrize("stride", [2, 4])
     def test_the_sampled_loss_is_the_full_one_in_expectation(self, stride, height, width):

@@ -15,7 +15,7 @@ from PIL import Image
 from support.stages import read_entries, run_encode
 
 from pipeline.core.draws import generator
-from pipeline.data.images import ImageProblem, decode, square
+from pipeline.data.images import ImageProblem, decode, framed
 
 SIDE = 32
 
@@ -219,7 +219,7 @@ def test_damage_never_raises_another_error(name, seed, count, cut):
         data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
     try:
         image = decode(bytes(data[: draw.randrange(len(data))] if cut else data))
-        pixels, _ = square(image, SIDE, center_crop=False, random_flip=True, draw=generator(0, name, 0, "crop"))
+        pixels, _ = framed(image, (SIDE, SIDE), center_crop=False, random_flip=True, draw=generator(0, name, 0, "crop"))
     except ImageProblem:
         return
     assert pixels.shape == (SIDE, SIDE, 3)

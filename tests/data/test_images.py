@@ -12,7 +12,7 @@ from PIL import EpsImagePlugin, Image
 
 from pipeline.core.draws import generator
 from pipeline.data import images
-from pipeline.data.images import ImageProblem, decode, is_image_name, memory_of, open_image, square
+from pipeline.data.images import ImageProblem, decode, framed, is_image_name, memory_of, open_image
 
 
 def encoded(image: Image.Image, format: str = "PNG", **options) -> bytes:
@@ -168,7 +168,7 @@ TORCHVISION = {
 @pytest.mark.parametrize("size", TORCHVISION)
 def test_resize_and_centre_crop_are_torchvisions(size):
     image = gradient(*size)
-    pixels, crop = square(image, 32, center_crop=True, random_flip=False, draw=draw())
+    pixels, crop = framed(image, (32, 32), center_crop=True, random_flip=False, draw=draw())
     resized, corner = TORCHVISION[size]
     assert (crop.original, crop.resized, (crop.left, crop.top)) == (size, resized, corner)
     expected = np.asarray(image.resize(resized, Image.Resampling.BILINEAR))
@@ -178,17 +178,17 @@ def test_resize_and_centre_crop_are_torchvisions(size):
 
 def test_random_crops_reach_every_place_and_flips_are_half():
     image = gradient(36, 32)
-    crops = [square(image, 32, center_crop=False, random_flip=True, draw=draw(str(i)))[1] for i in range(400)]
+    crops = [framed(image, (32, 32), center_crop=False, random_flip=True, draw=draw(str(i)))[1] for i in range(400)]
     assert {crop.left for crop in crops} == set(range(5))
     assert 150 < sum(crop.flip for crop in crops) < 250
-    assert crops[7] == square(image, 32, center_crop=False, random_flip=True, draw=draw("7"))[1]
+    assert crops[7] == framed(image, (32, 32), center_crop=False, random_flip=True, draw=draw("7"))[1]
 
 
 def test_a_flip_mirrors_the_same_crop():
     image = gradient(50, 40)
     for i in range(20):
-        pixels, crop = square(image, 32, center_crop=False, random_flip=True, draw=draw(str(i)))
-        plain, same = square(image, 32, center_crop=False, random_flip=False, draw=draw(str(i)))
+        pixels, crop = framed(image, (32, 32), center_crop=False, random_flip=True, draw=draw(str(i)))
+        plain, same = framed(image, (32, 32), center_crop=False, random_flip=False, draw=draw(str(i)))
         assert (crop.left, crop.top) == (same.left, same.top)
         np.testing.assert_array_equal(pixels, plain[:, ::-1] if crop.flip else plain)
 
@@ -196,4 +196,4 @@ def test_a_flip_mirrors_the_same_crop():
 @pytest.mark.parametrize("size", [(1, 3000), (3000, 1)])
 def test_a_sliver_is_refused_before_it_is_blown_up(size):
     with pytest.raises(ImageProblem, match="too thin"):
-        square(gradient(*size), 512, center_crop=True, random_flip=False, draw=draw())
+        framed(gradient(*size), (512, 512), center_crop=True, random_flip=False, draw=draw())

@@ -11,7 +11,7 @@ from pipeline.data.loading import Framing, load_images
 from pipeline.data.source import DataSettings, open_source
 from pipeline.system.errors import UserError
 
-FRAMING = Framing(resolution=16, center_crop=True, random_flip=False, seed=0)
+FRAMING = Framing(size=(16, 16), center_crop=True, random_flip=False, seed=0)
 
 
 @pytest.fixture
