@@ -43,7 +43,7 @@ PAGES = ["README.md", *DOCS, FORMAT, CONTRIBUTING, ARCHITECTURE]
 BENCHMARKS = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests" / "benchmarks").glob("*.md"))]
 TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in [*PAGES, *BENCHMARKS]}
 # Options that belong to other programs.
-FOREIGN_OPTIONS = {"--help", "--mixed_precision", "--multi_gpu", "--nproc-per-node"}
+FOREIGN_OPTIONS = {"--help", "--mixed_precision", "--multi_gpu", "--nproc-per-node", "--prediction"}
 # This takes a minute; tests/commands/test_export.py does it.
 SLOW = "--format onnx"
 

@@ -11,10 +11,8 @@ takes the number of blocks from the folder's configs. It loads an int8 pipeline 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import diffusers
 import torch
@@ -22,18 +20,21 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pipeline.export import int8, onnx
+from pipeline.export import int8, modelspec, onnx
 from pipeline.models.families import Family, Frame
 from pipeline.models.load import MODEL_INDEX, family_of, find_pipeline, load_base, load_unet
+from pipeline.models.provenance import licence_of
 from pipeline.models.reading import read_json
 from pipeline.models.save import copy_parts
 from pipeline.models.weights import network_bytes
+from pipeline.sampling.generate import image_size
 from pipeline.settings.export import ExportSettings
 from pipeline.system.device import DTYPES, device_name, process_state
 from pipeline.system.disk import format_bytes, require_space
 from pipeline.system.echo import say, say_wait
 from pipeline.system.errors import UserError
 from pipeline.system.extras import install_command
+from pipeline.system.names import public_name
 from pipeline.system.output import check_new
 from shards.files import atomic_directory, atomic_file
 
@@ -59,41 +60,43 @@ def export_single_file(settings: ExportSettings, folder: Path) -> None:
     pipe, family = load_complete_pipeline(settings, folder), family_of(folder)
     size = network_bytes(pipe.unet, *encoders_of(pipe, family))
     require_space(settings.out, size, "use --dtype fp16")
-    try:
-        weights = {**family.single_file(pipe), **family.schedule_marks(pipe.scheduler.config)}
-    except ValueError as error:
-        raise UserError(f"--model {settings.model}: {error}. Export it as onnx or int8.") from None
+    weights = single_file_weights(settings, pipe, family)
+    schedule = pipe.scheduler.config
+    title, licence = public_name(settings.model), licence_of(folder)
     settings.out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(settings.out) as stream:
         # safetensors wants a path: this is the temporary file next to --out.
         say_wait(f"writing {settings.out}", size)
-        save_file(weights, stream.name, metadata={"format": "pt", **schedule_metadata(pipe.scheduler.config)})
+        save_file(
+            {**weights, **modelspec.schedule_marks(schedule)},
+            stream.name,
+            modelspec.header(family.architecture(pipe), title, image_size(pipe), schedule, licence),
+        )
+        modelspec.sort_header(Path(stream.name))
     pipeline = read_json(folder / MODEL_INDEX)["_class_name"]
     how = f'Load it with {pipeline}.from_single_file("{settings.out}", config="{folder}")'
     if not hasattr(getattr(diffusers, pipeline, None), "from_single_file"):
         how = f"It is for other programs: diffusers loads no {pipeline} from a single file."
+    if settings.layout == "sdcpp":
+        how = "It is for stable-diffusion.cpp."
     encoders = "text encoder" if len(family.encoders) == 2 else "text encoders"
     say(f"Wrote U-Net, VAE and {encoders} to {settings.out}, {format_bytes(settings.out.stat().st_size)}. {how}")
-    if advice := schedule_advice(pipe.scheduler.config):
+    if advice := modelspec.schedule_advice(schedule):
         say(advice)
 
 
-def schedule_metadata(config: Mapping[str, Any]) -> dict[str, str]:
-    """What a single file's header says of the noise schedule, under the keys that kohya's scripts write."""
-    prediction_type = {"v_prediction": "v"}.get(config["prediction_type"], config["prediction_type"])
-    zero_snr = bool(config.get("rescale_betas_zero_snr"))
-    return {"modelspec.prediction_type": prediction_type, "ss_zero_terminal_snr": str(zero_snr)}
-
-
-def schedule_advice(config: Mapping[str, Any]) -> str | None:
-    """What to set in programs that take the noise schedule from their own settings, if it is not the usual one."""
-    unusual = [
-        *(["v-prediction"] if config["prediction_type"] == "v_prediction" else []),
-        *(["zero terminal SNR"] if config.get("rescale_betas_zero_snr") else []),
-    ]
-    if not unusual:
-        return None
-    return f"The model uses {' and '.join(unusual)}, which many programs do not read from the file: set it there."
+def single_file_weights(settings: ExportSettings, pipe: DiffusionPipeline, family: Family) -> dict[str, Tensor]:
+    """The tensors of a single file in the layout that was asked for."""
+    try:
+        weights = family.single_file(pipe)
+    except ValueError as error:
+        raise UserError(f"--model {settings.model}: {error}. Export it as onnx or int8.") from None
+    if settings.layout == "dense":
+        return weights
+    try:
+        return family.sdcpp(weights)
+    except ValueError as error:
+        raise UserError(f"--model {settings.model} --layout {settings.layout}: {error}.") from None
 
 
 def export_onnx(settings: ExportSettings, folder: Path) -> None:

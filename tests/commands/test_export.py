@@ -11,6 +11,7 @@ import torch
 from click.testing import CliRunner
 from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors import safe_open
+from safetensors.torch import load_file
 from support.stages import pruned_pipeline, reset_accelerate
 from support.tiny import SD_BLOCKS, tiny_pipeline
 from transformers import CLIPTextModelWithProjection
@@ -50,6 +51,11 @@ def read_back(file, folder):
 def keys(file):
     with safe_open(file, "pt") as opened:
         return set(opened.keys())
+
+
+def header(file):
+    with safe_open(file, "pt") as opened:
+        return opened.metadata()
 
 
 def assert_same_weights(left, right):
@@ -104,6 +110,7 @@ def test_sd2_gets_its_own_text_encoder_layout(tmp_path, level):
     pipe.text_encoder.config.hidden_act = "gelu"
     folder = save(pipe, tmp_path / "student")
     exported(folder, "single-file", tmp_path / "student.safetensors")
+    assert header(tmp_path / "student.safetensors")["modelspec.architecture"] == "stable-diffusion-v2-512"
     assert "cond_stage_model.model.transformer.resblocks.0.attn.in_proj_weight" in keys(
         tmp_path / "student.safetensors"
     )
@@ -185,7 +192,7 @@ def test_an_existing_file_is_left_alone(teacher, tmp_path):
         ("nowhere/at/all", "onnx", "out", [], "--model nowhere/at/all is not a folder"),
         (".", "int8", "out", [], "has no model_index.json. Use a checkpoint in diffusers layout"),
         ("teacher", "single-file", "out.ckpt", [], "does not end in .safetensors"),
-        ("teacher", "onnx", "out", ["--dtype", "fp16"], "--dtype fp16 does not work with --format onnx"),
+        ("teacher", "onnx", "out", ["--layout", "sdcpp"], "--layout sdcpp is one of --format single-file"),
         (
             "xl",
             "single-file",
@@ -292,10 +299,53 @@ def test_a_single_file_says_how_the_model_is_to_be_sampled(tmp_path, schedule, s
     pipe = tiny_pipeline()
     pipe.scheduler = DDIMScheduler(**schedule)
     output = exported(save(pipe, tmp_path / "model"), "single-file", tmp_path / "model.safetensors")
-    with safe_open(tmp_path / "model.safetensors", "pt") as opened:
-        metadata = opened.metadata()
+    metadata = header(tmp_path / "model.safetensors")
     assert (metadata["modelspec.prediction_type"], metadata["ss_zero_terminal_snr"]) == stated
+    marks = {"v_pred": stated[0] == "v", "ztsnr": stated[1] == "True"}
+    found = keys(tmp_path / "model.safetensors")
+    assert {name: name in found for name in marks} == marks
     assert advice in output if advice else "The model uses" not in output
+    assert_same_weights(pipe, read_back(tmp_path / "model.safetensors", tmp_path / "model"))
+
+
+def test_a_single_file_names_the_model_its_kind_and_its_licence_in_the_same_bytes_each_time(tmp_path):
+    folder = save(pruned_pipeline("sd_tiny"), tmp_path / "my-student")
+    (folder / "README.md").write_text("---\nlicense: creativeml-openrail-m\n---\n")
+    for name in ("one", "two"):
+        exported(folder, "single-file", tmp_path / f"{name}.safetensors")
+    found = {name.removeprefix("modelspec."): value for name, value in header(tmp_path / "one.safetensors").items()}
+    assert found == {
+        "format": "pt",
+        "sai_model_spec": "1.0.0",
+        "architecture": "stable-diffusion-v1",
+        "implementation": "https://github.com/Stability-AI/generative-models",
+        "title": "my-student",
+        "resolution": "32x32",
+        "prediction_type": "epsilon",
+        "license": "creativeml-openrail-m",
+        "ss_zero_terminal_snr": "False",
+    }
+    assert (tmp_path / "one.safetensors").read_bytes() == (tmp_path / "two.safetensors").read_bytes()
+
+
+def test_a_tiny_student_is_exported_for_stable_diffusion_cpp(tmp_path):
+    """With the weights of the usual layout under its other names; what it cannot read is refused."""
+    folder = save(pruned_pipeline("sd_tiny", **SD_BLOCKS), tmp_path / "student")
+    output = exported(folder, "single-file", tmp_path / "sd.safetensors", "--layout", "sdcpp")
+    assert "It is for stable-diffusion.cpp." in output
+    exported(folder, "single-file", tmp_path / "dense.safetensors")
+    sdcpp, dense = load_file(tmp_path / "sd.safetensors"), load_file(tmp_path / "dense.safetensors")
+    assert len(sdcpp) == len(dense)
+    start = "model.diffusion_model."
+    for name, usual in (("input_blocks.7.0.in_layers.2.bias", "input_blocks.5.0.in_layers.2.bias"),
+                        ("output_blocks.2.1.conv.weight", "output_blocks.1.2.conv.weight"),
+                        ("output_blocks.7.1.norm.weight", "output_blocks.5.1.norm.weight")):  # fmt: skip
+        assert torch.equal(sdcpp[start + name], dense[start + usual])
+    small = save(pruned_pipeline("sd_small"), tmp_path / "small")
+    result = run(small, "single-file", tmp_path / "small.safetensors", "--layout", "sdcpp")
+    assert result.exit_code == 2
+    assert "--layout sdcpp: of the students of SD-1.x and SD-2.x, stable-diffusion.cpp reads those of" in result.output
+    assert not (tmp_path / "small.safetensors").exists()
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,9 @@ def test_an_ssd_1b_has_no_attention_in_its_middle(tmp_path):
         assert not [name for name in found if name.startswith("model.diffusion_model.middle_block.1.")]
         start = "model.diffusion_model.output_blocks.3.1.transformer_blocks.1."
         assert any(name.startswith(start) for name in found) == (level == "ssd_1b")
+        with safe_open(tmp_path / f"{level}.safetensors", "pt") as opened:
+            kind = "segmind-stable-diffusion-1b" if level == "ssd_1b" else "stable-diffusion-xl-v1-base"
+            assert opened.metadata()["modelspec.architecture"] == kind
 
 
 @pytest.mark.parametrize(("zero_snr", "marks"), [(False, {"v_pred"}), (True, {"v_pred", "ztsnr"})])
