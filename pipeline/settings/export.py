@@ -37,10 +37,8 @@ class ExportSettings(HubOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.format == "onnx" and self.dtype != "fp32":
-            raise UserError(
-                f"--dtype {self.dtype} does not work with --format onnx, which is always fp32. Leave it out."
-            )
+        if self.format == "onnx" and self.dtype == "bf16":
+            raise UserError("--dtype bf16 does not work with --format onnx. Use fp32 or fp16.")
         if self.format != "single-file" and self.layout != "dense":
             raise UserError(f"--layout {self.layout} is one of --format single-file. Leave it out.")
         if self.format == "single-file" and self.out.suffix != SUFFIX:

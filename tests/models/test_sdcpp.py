@@ -102,5 +102,5 @@ def test_other_students_of_sd_are_refused_with_what_reads_them(level):
 
 
 def test_other_students_of_sdxl_are_refused_with_what_reads_them():
-    with pytest.raises(ValueError, match=r"reads ssd_1b and vega alone\. Leave out --layout: diffusers, ComfyUI"):
+    with pytest.raises(ValueError, match=r"reads ssd_1b and vega alone\. Leave out --layout: diffusers reads the"):
         sdcpp(SDXL, "koala_700m")

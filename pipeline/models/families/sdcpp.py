@@ -38,7 +38,10 @@ def sdxl_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a file of SDXL as they are. Raises ValueError for a U-Net that stable-diffusion.cpp does not
     know."""
     if places(weights) != PLACES:
-        raise ValueError(f"of SDXL's students, stable-diffusion.cpp reads ssd_1b and vega alone. {OTHERWISE}")
+        raise ValueError(
+            "of SDXL's students, stable-diffusion.cpp reads ssd_1b and vega alone. Leave out --layout: diffusers reads "
+            "the usual one, and that of KOALA's students ComfyUI does too"
+        )
     return weights
 
 
