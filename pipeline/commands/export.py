@@ -1,7 +1,7 @@
 """`distill-sd export`: converts a pipeline, the teacher's or a student's, to the formats of other programs.
 
     single-file   one .safetensors in the original Stable Diffusion layout: U-Net, VAE and text encoder
-    onnx          a folder with the U-Net as an ONNX graph (see `pipeline.export.onnx`)
+    onnx          a pipeline's folder with its networks as ONNX graphs (see `pipeline.models.graphs`)
     int8          a pipeline's folder whose U-Net has int8 weights (see `pipeline.export.int8`)
 
 diffusers loads a single file with `StableDiffusionPipeline.from_single_file(path, config=<the exported folder>)`, which
@@ -11,10 +11,8 @@ takes the number of blocks from the folder's configs. It loads an int8 pipeline 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import diffusers
 import torch
@@ -22,22 +20,26 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pipeline.export import int8, onnx
+from pipeline.export import int8, modelspec, onnx
 from pipeline.models.families import Family, Frame
+from pipeline.models.graphs import GRAPH
 from pipeline.models.load import MODEL_INDEX, family_of, find_pipeline, load_base, load_unet
+from pipeline.models.provenance import licence_of
 from pipeline.models.reading import read_json
-from pipeline.models.save import copy_parts
+from pipeline.models.save import copy_parts, copy_small_parts, save_config
 from pipeline.models.weights import network_bytes
+from pipeline.sampling.generate import image_size
 from pipeline.settings.export import ExportSettings
 from pipeline.system.device import DTYPES, device_name, process_state
 from pipeline.system.disk import format_bytes, require_space
 from pipeline.system.echo import say, say_wait
 from pipeline.system.errors import UserError
 from pipeline.system.extras import install_command
+from pipeline.system.names import public_name
 from pipeline.system.output import check_new
 from shards.files import atomic_directory, atomic_file
 
-PACKAGES = {"onnx": ("onnx", "onnxscript"), "int8": ("torchao",)}
+PACKAGES = {"onnx": ("onnx",), "int8": ("torchao",)}
 CAPTIONS = ["a red bicycle against a wall", "portrait of an old sailor"]
 
 
@@ -59,56 +61,73 @@ def export_single_file(settings: ExportSettings, folder: Path) -> None:
     pipe, family = load_complete_pipeline(settings, folder), family_of(folder)
     size = network_bytes(pipe.unet, *encoders_of(pipe, family))
     require_space(settings.out, size, "use --dtype fp16")
-    try:
-        weights = {**family.single_file(pipe), **family.schedule_marks(pipe.scheduler.config)}
-    except ValueError as error:
-        raise UserError(f"--model {settings.model}: {error}. Export it as onnx or int8.") from None
+    weights = single_file_weights(settings, pipe, family)
+    schedule = pipe.scheduler.config
+    title, licence = public_name(settings.model), licence_of(folder)
     settings.out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(settings.out) as stream:
         # safetensors wants a path: this is the temporary file next to --out.
         say_wait(f"writing {settings.out}", size)
-        save_file(weights, stream.name, metadata={"format": "pt", **schedule_metadata(pipe.scheduler.config)})
+        save_file(
+            {**weights, **modelspec.schedule_marks(schedule)},
+            stream.name,
+            modelspec.header(family.architecture(pipe), title, image_size(pipe), schedule, licence),
+        )
+        modelspec.sort_header(Path(stream.name))
     pipeline = read_json(folder / MODEL_INDEX)["_class_name"]
     how = f'Load it with {pipeline}.from_single_file("{settings.out}", config="{folder}")'
     if not hasattr(getattr(diffusers, pipeline, None), "from_single_file"):
         how = f"It is for other programs: diffusers loads no {pipeline} from a single file."
+    if settings.layout == "sdcpp":
+        how = "It is for stable-diffusion.cpp."
     encoders = "text encoder" if len(family.encoders) == 2 else "text encoders"
     say(f"Wrote U-Net, VAE and {encoders} to {settings.out}, {format_bytes(settings.out.stat().st_size)}. {how}")
-    if advice := schedule_advice(pipe.scheduler.config):
+    if advice := modelspec.schedule_advice(schedule):
         say(advice)
 
 
-def schedule_metadata(config: Mapping[str, Any]) -> dict[str, str]:
-    """What a single file's header says of the noise schedule, under the keys that kohya's scripts write."""
-    prediction_type = {"v_prediction": "v"}.get(config["prediction_type"], config["prediction_type"])
-    zero_snr = bool(config.get("rescale_betas_zero_snr"))
-    return {"modelspec.prediction_type": prediction_type, "ss_zero_terminal_snr": str(zero_snr)}
-
-
-def schedule_advice(config: Mapping[str, Any]) -> str | None:
-    """What to set in programs that take the noise schedule from their own settings, if it is not the usual one."""
-    unusual = [
-        *(["v-prediction"] if config["prediction_type"] == "v_prediction" else []),
-        *(["zero terminal SNR"] if config.get("rescale_betas_zero_snr") else []),
-    ]
-    if not unusual:
-        return None
-    return f"The model uses {' and '.join(unusual)}, which many programs do not read from the file: set it there."
+def single_file_weights(settings: ExportSettings, pipe: DiffusionPipeline, family: Family) -> dict[str, Tensor]:
+    """The tensors of a single file in the layout that was asked for."""
+    try:
+        weights = family.single_file(pipe)
+    except ValueError as error:
+        raise UserError(f"--model {settings.model}: {error}. Export it as onnx or int8.") from None
+    if settings.layout == "dense":
+        return weights
+    try:
+        return family.sdcpp(weights)
+    except ValueError as error:
+        raise UserError(f"--model {settings.model} --layout {settings.layout}: {error}.") from None
 
 
 def export_onnx(settings: ExportSettings, folder: Path) -> None:
-    unet, family = load_unet(folder, settings.variant), family_of(folder)
-    require_space(settings.out, network_bytes(unet), "export a smaller level")
+    pipe, family = load_base(folder, settings.variant, load_unet(folder, settings.variant)), family_of(folder)
+    for part in ("unet", *family.encoders):
+        if not (part == "vae" and family.follows_force_upcast and pipe.vae.config.force_upcast):
+            getattr(pipe, part).to(DTYPES[settings.dtype])
+    require_space(settings.out, 2 * network_bytes(pipe.unet, *encoders_of(pipe, family)), "use --dtype fp16")
     conditioning = family.conditioning_shapes(folder)
-    say("Writing the graph; the exporter shows no progress and may take minutes.", err=True)
     with atomic_directory(settings.out) as out:
-        onnx.write_onnx(unet, family, conditioning, out)
-        deviation = onnx.largest_difference(unet, family, conditioning, out)
-    checked = "Not compared with torch: onnxruntime is not installed."
-    if deviation:
-        difference, largest = deviation
-        checked = f"Its output differs from torch's by at most {difference:.2g}; the largest output is {largest:.2g}."
-    say(f"Wrote the U-Net as {onnx.GRAPH} with its weights to {settings.out}. {checked}")
+        checked = {}
+        # The sizes of the examples differ, so that a graph which only takes those of its trace is noticed.
+        traced = onnx.graphs_of(pipe, family, conditioning, 2, (1, 2), seed=0)
+        others = onnx.graphs_of(pipe, family, conditioning, 1, (3, 2), seed=1)
+        for graph, other in zip(traced, others, strict=True):
+            say_wait(f"writing {settings.out / graph.name}", network_bytes(graph.network))
+            onnx.write_graph(graph, out / graph.name)
+            save_config(graph.network, out / graph.name)
+            checked[graph.name] = onnx.largest_difference(other, out / graph.name)
+        copy_small_parts(folder, settings.variant, out)
+    say(f"Wrote {', '.join(checked)} as {GRAPH}, each with its weights, to {settings.out}. {differences(checked)}")
+
+
+def differences(checked: dict[str, tuple[float, float] | None]) -> str:
+    """What was found when graphs were compared with torch, by their names: a sentence."""
+    found = {name: value for name, value in checked.items() if value}
+    if not found:
+        return "Not compared with torch: onnxruntime is not installed."
+    each = [f"{name} {difference:.2g} (of {largest:.2g})" for name, (difference, largest) in found.items()]
+    return f"Largest differences from torch's outputs (and the largest outputs): {', '.join(each)}."
 
 
 def export_int8(settings: ExportSettings, folder: Path) -> None:
@@ -116,7 +135,7 @@ def export_int8(settings: ExportSettings, folder: Path) -> None:
     unet = load_unet(folder, settings.variant).to(dtype).eval()
     quantised = int8.load_int8(folder, settings.variant, dtype).eval()
     pipe = load_base(folder, settings.variant, quantised)
-    inputs = guided_step(pipe, family, unet.config.in_channels, onnx.latents_size(unet))
+    inputs = guided_step(pipe, family, unet.config.in_channels, int8.latents_size(unet))
     encoders = [part.to(dtype) for part in encoders_of(pipe, family)]
     require_space(settings.out, network_bytes(unet, *encoders), "use --dtype fp16")
     with atomic_directory(settings.out) as out:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from pathlib import Path
 
+from diffusers import DiffusionPipeline
 from PIL import Image, ImageDraw, ImageFont
 
-from pipeline.models.load import find_pipeline, load_scheduler
+from pipeline.models.load import find_pipeline, load_scheduler, refuse_special_files
+from pipeline.sampling.engines import load_graphs, refuse_no_graphs
 from pipeline.sampling.generate import Sampler, check_sampler, generate, save_images
 from pipeline.sampling.process import PipelineRef, load_pipeline
 from pipeline.settings.sample import SampleSettings
@@ -26,9 +30,7 @@ def run(settings: SampleSettings) -> None:
     """Generate an image for each prompt, and a contact sheet."""
     prompts = gather_prompts(settings.prompts)
     check_new(settings.out, "sample", {"--model": settings.model})
-    folder = find_pipeline(settings.model, settings.revision, settings.variant, "--model")
-    device = process_state(settings.device).device
-    dtype = DTYPES[resolve_dtype(settings.dtype, device)]
+    folder = find_model(settings)
     sampler = Sampler(
         settings.num_inference_steps,
         settings.guidance_scale,
@@ -39,12 +41,31 @@ def run(settings: SampleSettings) -> None:
         settings.seed,
     )
     check_sampler(load_scheduler(folder), sampler, f"--model {settings.model}")
-    pipe = load_pipeline(PipelineRef(folder, folder / "unet", device, dtype, settings.variant, settings.variant))
-    samples = generate(pipe, prompts, sampler, "sample")
+    samples = generate(load(settings, folder), prompts, sampler, "sample")
+    if settings.engine != "torch":
+        samples = replace(samples, device=f"{samples.device}, {settings.engine}")
     save_images(samples, sampler, settings.out)
     contact_sheet(samples.images, samples.prompts).save(settings.out / SHEET)
     written = f"{plural(len(prompts), 'image')} and {SHEET} to {settings.out}"
     say(f"Wrote {written}, {samples.seconds:.2f} seconds per image.")
+
+
+def find_model(settings: SampleSettings) -> Path:
+    """The folder of the pipeline, or with another engine than torch that of its graphs."""
+    if settings.engine == "torch":
+        return find_pipeline(settings.model, settings.revision, settings.variant, "--model")
+    folder = Path(settings.model)
+    refuse_no_graphs(folder)
+    refuse_special_files(folder, f"--model {settings.model}")
+    return folder
+
+
+def load(settings: SampleSettings, folder: Path) -> DiffusionPipeline:
+    if settings.engine != "torch":
+        return load_graphs(folder, settings.engine)
+    device = process_state(settings.device).device
+    dtype = DTYPES[resolve_dtype(settings.dtype, device)]
+    return load_pipeline(PipelineRef(folder, folder / "unet", device, dtype, settings.variant, settings.variant))
 
 
 def contact_sheet(images: list[Image.Image], prompts: list[str]) -> Image.Image:

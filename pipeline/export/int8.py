@@ -78,6 +78,12 @@ def weights_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
+def latents_size(unet: UNet2DConditionModel) -> int:
+    """The longer side of the latents that the U-Net was made for; 64, as of SD at 512 px, if it does not say."""
+    size = unet.config.sample_size or 64
+    return size if isinstance(size, int) else max(size)
+
+
 def cost_table(costs: dict[str, Int8Cost]) -> str:
     """A Markdown table with one row per U-Net."""
     head = ("U-Net", "weights, MB", "relative mean square error of the output", "seconds per forward pass")

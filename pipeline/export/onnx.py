@@ -1,95 +1,164 @@
-"""A U-Net as an ONNX graph: written by torch's exporter, and compared with torch by running it in onnxruntime.
+"""The networks of a pipeline as ONNX graphs: traced by torch, and compared with it by running them in onnxruntime.
 
-    sample       (B, C, 2^s h, 2^s w) float32; s is the number of the U-Net's downsamplers
-    timestep     (B,) int64
-    ...          (B, ...) float32: conditioning, such as the prompts' (B, L, D), under the names of diffusers' U-Nets
-    noise_pred   like sample: the U-Net's output, whatever its prediction type
-
-h, w and L may have any value, and B any value up to 63.
+What the graphs are called, take and give is in `pipeline.models.graphs`. Batches, heights and widths may have any size
+that the network takes. torch's older exporter is used, as in optimum: the newer one takes thirty times as long, and
+binds a graph of a U-Net to batches of up to 63.
 """
 
 from __future__ import annotations
 
-import logging
+import tempfile
 import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
-from torch.export import Dim
+from transformers import CLIPTextModelWithProjection
 
-from pipeline.models.families import Family, Shapes, denoise, random_conditioning
+from pipeline.models.families import Family, Shapes, denoise, placed, random_conditioning
+from pipeline.models.graphs import DENOISED, GRAPH, HIDDEN, LATENTS, PIXELS, UNET, VAE_DECODER, VAE_ENCODER, WEIGHTS
 
-GRAPH = "model.onnx"
-OUTPUT = "noise_pred"
+OPSET = 18
+# What the axes of tensors are called in the graphs, by the tensors' numbers of dimensions.
+IMAGE_AXES = {0: "batch_size", 2: "height", 3: "width"}
+TEXT_AXES = {0: "batch_size", 1: "sequence_length"}
+BATCH_AXIS = {0: "batch_size"}
 
-# Latents, timesteps and conditioning.
-Inputs = tuple[Tensor, Tensor, dict[str, Tensor]]
 
+@dataclass(frozen=True)
+class Graph:
+    """A network to be written as `name`: a function of its `inputs` in their order, which gives the tensors `outputs`.
 
-def write_onnx(unet: UNet2DConditionModel, family: Family, conditioning: Shapes, folder: Path) -> None:
-    """Write the graph, its weights in a separate file (a graph holds 2 GB at most) and the U-Net's config.json.
-
-    `conditioning` holds the shapes, without B, that the graph is traced with.
+    `inputs` are examples by name, and `axes` names those of their axes that may have another size. `network` holds the
+    weights and the config.
     """
-    factor, size = downscaling(unet), latents_size(unet)
-    height, width, length = (Dim(name) for name in ("height", "width", "tokens"))
-    # From a batch of 64 on, diffusers' upsamplers take another branch, and a graph holds only one branch.
-    batch = Dim("batch", max=63)
-    dynamic_shapes = {
-        "sample": {0: batch, 2: factor * height, 3: factor * width},
-        "timestep": {0: batch},
-        "conditioning": {
-            name: {0: batch, 1: length} if len(shape) == 2 else {0: batch} for name, shape in conditioning.items()
-        },
-    }
-    # No two sizes may be equal, or the exporter could treat them as one dimension.
-    traced = example_inputs(unet, 2, (size, size + factor), conditioning, seed=0)
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with warnings.catch_warnings(), torch.no_grad():
+
+    name: str
+    network: Any
+    call: Callable[..., Any]
+    inputs: dict[str, Tensor]
+    outputs: tuple[str, ...]
+    axes: dict[str, dict[int, str]]
+
+
+def graphs_of(
+    pipe: DiffusionPipeline, family: Family, conditioning: Shapes, batch: int, size: tuple[int, int], seed: int
+) -> Iterator[Graph]:
+    """The graphs of a pipeline, with random inputs. `conditioning` holds shapes without B, and `size` is (height,
+    width) of the latents in units of the U-Net's own downscaling."""
+    generator = torch.Generator().manual_seed(seed)
+    for name in family.encoders:
+        if name != "vae":
+            yield text_graph(name, getattr(pipe, name), batch, generator)
+    yield unet_graph(pipe.unet, family, conditioning, batch, size, generator)
+    yield from vae_graphs(pipe.vae, batch, size, generator)
+
+
+def unet_graph(
+    unet: UNet2DConditionModel,
+    family: Family,
+    conditioning: Shapes,
+    batch: int,
+    size: tuple[int, int],
+    generator: torch.Generator | None = None,
+) -> Graph:
+    """The graph of a U-Net; the arguments are those of `graphs_of`."""
+    height, width = (downscaling(unet) * side for side in size)
+    sample = torch.randn(batch, unet.config.in_channels, height, width, generator=generator).to(unet.dtype)
+    given = placed(random_conditioning(conditioning, batch, generator), unet.device, unet.dtype)
+    named = flat(family.unet_kwargs(given))
+    inputs = {"sample": sample, "timestep": torch.tensor(601.0), **named}
+    axes = {"sample": IMAGE_AXES, **{name: TEXT_AXES if t.ndim == 3 else BATCH_AXIS for name, t in named.items()}}
+
+    def call(sample: Tensor, timestep: Tensor, *tensors: Tensor) -> Tensor:
+        return denoise(unet, sample, timestep, dict(zip(given, tensors, strict=True)), family)
+
+    return Graph(UNET, unet, call, inputs, (DENOISED,), axes)
+
+
+def vae_graphs(vae: Any, batch: int, size: tuple[int, int], generator: torch.Generator) -> Iterator[Graph]:
+    """The graphs of a VAE's encoder and decoder."""
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    image = torch.randn(batch, 3, *(8 * factor * side for side in size), generator=generator).to(vae.dtype)
+    latents = torch.randn(batch, vae.config.latent_channels, *(8 * side for side in size), generator=generator)
+    yield Graph(
+        VAE_ENCODER,
+        vae,
+        lambda sample: vae.encode(sample).latent_dist.parameters,
+        {"sample": image},
+        (LATENTS,),
+        {"sample": IMAGE_AXES},
+    )
+    yield Graph(
+        VAE_DECODER,
+        vae,
+        lambda latent_sample: vae.decode(latent_sample, return_dict=False)[0],
+        {"latent_sample": latents.to(vae.dtype)},
+        (PIXELS,),
+        {"latent_sample": IMAGE_AXES},
+    )
+
+
+def text_graph(name: str, encoder: Any, batch: int, generator: torch.Generator) -> Graph:
+    """The graph of one of CLIP's text encoders, with all hidden states."""
+    config = encoder.config
+    # The exporter makes the mask of the fused attention in fp32 alone.
+    encoder.set_attn_implementation("eager")
+    ids = torch.randint(config.vocab_size, (batch, config.max_position_embeddings), generator=generator)
+    projects = isinstance(encoder, CLIPTextModelWithProjection)
+    outputs = ("text_embeds", "last_hidden_state") if projects else ("last_hidden_state", "pooler_output")
+
+    def call(input_ids: Tensor) -> tuple[Tensor, ...]:
+        output = encoder(input_ids, output_hidden_states=True)
+        return (*(output[name] for name in outputs), *output.hidden_states)
+
+    hidden = (f"{HIDDEN}.{number}" for number in range(config.num_hidden_layers + 1))
+    return Graph(name, encoder, call, {"input_ids": ids}, (*outputs, *hidden), {"input_ids": BATCH_AXIS})
+
+
+def write_graph(graph: Graph, folder: Path) -> None:
+    """Write a graph with its weights in a file next to it: a graph holds 2 GB at most."""
+    import onnx
+
+    with tempfile.TemporaryDirectory(dir=folder.parent) as traced, warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            _Denoiser(unet, family).eval(),
-            traced[:2],
-            kwargs={"conditioning": traced[2]},
-            input_names=input_names(family, traced),
-            output_names=[OUTPUT],
-            dynamo=True,
-            dynamic_shapes=dynamic_shapes,
-            verbose=False,
+        torch.onnx.export(
+            _Called(graph.network, graph.call).eval(),
+            tuple(graph.inputs.values()),
+            f"{traced}/{GRAPH}",
+            input_names=list(graph.inputs),
+            output_names=list(graph.outputs),
+            dynamic_axes=graph.axes,
+            opset_version=OPSET,
+            dynamo=False,
         )
-    assert program is not None
-    program.save(folder / GRAPH, external_data=True)
-    unet.save_config(folder)
+        folder.mkdir(exist_ok=True)
+        # Of more than 2 GB, torch writes each weight to a file of its own.
+        onnx.save_model(onnx.load(f"{traced}/{GRAPH}"), folder / GRAPH, save_as_external_data=True, location=WEIGHTS)
 
 
-def largest_difference(
-    unet: UNet2DConditionModel, family: Family, conditioning: Shapes, folder: Path
-) -> tuple[float, float] | None:
+def largest_difference(graph: Graph, folder: Path) -> tuple[float, float] | None:
     """(largest difference between the outputs of onnxruntime and torch, largest output), both absolute values.
 
-    The batch and the size differ from those that the graph was traced with. None without onnxruntime.
+    The inputs are those of `graph`. None without onnxruntime.
     """
     if find_spec("onnxruntime") is None:
         return None
     import onnxruntime
 
-    factor, size = downscaling(unet), latents_size(unet)
-    inputs = example_inputs(unet, 1, (size + factor, size), conditioning, seed=1)
     session = onnxruntime.InferenceSession(folder / GRAPH, providers=["CPUExecutionProvider"])
-    (output,) = session.run([OUTPUT], graph_inputs(family, inputs))
+    found = session.run(list(graph.outputs), {name: tensor.numpy() for name, tensor in graph.inputs.items()})
     with torch.no_grad():
-        expected = _Denoiser(unet, family).eval()(*inputs)
-    return (torch.from_numpy(output) - expected).abs().max().item(), expected.abs().max().item()
-
-
-def input_names(family: Family, inputs: Inputs) -> list[str]:
-    """The names of the graph's inputs: those of diffusers' U-Nets."""
-    return ["sample", "timestep", *flat(family.unet_kwargs(inputs[2]))]
+        output = graph.call(*graph.inputs.values())
+    expected = [tensor.float() for tensor in (output if isinstance(output, tuple) else (output,))]
+    pairs = [(torch.from_numpy(other).float(), tensor) for other, tensor in zip(found, expected, strict=True)]
+    difference = max((other - tensor).abs().max().item() for other, tensor in pairs)
+    return difference, max(tensor.abs().max().item() for tensor in expected)
 
 
 def flat(kwargs: dict[str, Any]) -> dict[str, Tensor]:
@@ -101,40 +170,17 @@ def flat(kwargs: dict[str, Any]) -> dict[str, Tensor]:
     }
 
 
-def graph_inputs(family: Family, inputs: Inputs) -> dict[str, np.ndarray]:
-    """The inputs as onnxruntime takes them, by name."""
-    latents, timesteps, conditioning = inputs
-    tensors = (latents, timesteps, *flat(family.unet_kwargs(conditioning)).values())
-    return {name: tensor.numpy() for name, tensor in zip(input_names(family, inputs), tensors, strict=True)}
-
-
-def example_inputs(
-    unet: UNet2DConditionModel, batch: int, size: tuple[int, int], conditioning: Shapes, seed: int
-) -> Inputs:
-    """Random latents (batch, C, *size), timesteps (batch,) and conditioning (batch, ...) of these shapes."""
-    generator = torch.Generator().manual_seed(seed)
-    latents = torch.randn(batch, unet.config.in_channels, *size, generator=generator)
-    prompts = random_conditioning(conditioning, batch, generator)
-    return latents, torch.randint(0, 1000, (batch,), generator=generator), prompts
-
-
 def downscaling(unet: UNet2DConditionModel) -> int:
     """The number that both sides of the latents must be a multiple of."""
     return 2 ** (len(unet.config.down_block_types) - 1)
 
 
-def latents_size(unet: UNet2DConditionModel) -> int:
-    """The longer side of the latents that the U-Net was made for; 64, as of SD at 512 px, if it does not say."""
-    size = unet.config.sample_size or 64
-    return size if isinstance(size, int) else max(size)
+class _Called(nn.Module):
+    """A function of a network's as its forward pass."""
 
-
-class _Denoiser(nn.Module):
-    """The U-Net with the latents, the timesteps and the conditioning as its inputs, and one output."""
-
-    def __init__(self, unet: UNet2DConditionModel, family: Family) -> None:
+    def __init__(self, network: nn.Module, call: Callable[..., Any]) -> None:
         super().__init__()
-        self.unet, self.family = unet, family
+        self.network, self.call = network, call
 
-    def forward(self, sample: Tensor, timestep: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
-        return denoise(self.unet, sample, timestep, conditioning, self.family)
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.call(*inputs)

@@ -15,6 +15,7 @@ from torch import nn
 
 from pipeline.models.bundled import BUNDLED, teacher_folder
 from pipeline.models.families import FAMILIES, Family, family_of_index
+from pipeline.models.graphs import holds_graphs
 from pipeline.models.reading import read_json, read_part, reading
 from pipeline.models.schedule import no_betas
 from pipeline.models.single_file import SINGLE_FILES, converted
@@ -53,6 +54,8 @@ def find_pipeline(
     if not (folder / MODEL_INDEX).is_file():
         raise UserError(f"{flag} {name} {_instead(folder, flag)}")
     refuse_special_files(folder, f"{flag} {name}")
+    if holds_graphs(folder) and not has_weights(folder / "unet"):
+        raise UserError(f"{flag} {name} holds ONNX graphs alone. Generate with `distill-sd sample --engine onnx`.")
     for holds, problem in check_index(folder):
         if not holds:
             raise UserError(f"{flag} {name}: {problem}")

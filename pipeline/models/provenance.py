@@ -82,6 +82,15 @@ def licence(card: str) -> dict[str, str]:
     return {name: fields[name] for name in LICENCE_FIELDS if isinstance(fields.get(name), str)}
 
 
+def licence_of(folder: Path) -> str | None:
+    """The licence that the card in a model's folder states, as the hub calls it, or its own name for another one."""
+    try:
+        stated = licence(read_text(folder / CARD))
+    except (OSError, ValueError):
+        return None
+    return stated.get("license_name") or stated.get("license")
+
+
 def data_origin(latents: Path) -> dict[str, Any]:
     """The data's `name`, as passed to `encode`, and whether that is a name on the hub. The images of a cache have that
     of the cache."""

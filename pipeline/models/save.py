@@ -109,6 +109,24 @@ def copy_part(folder: Path, variant: str | None, out: Path, *, dtype: torch.dtyp
             write_json(out / "config.json", {**config, **stated}, indent=2)
 
 
+def copy_small_parts(folder: Path, variant: str | None, out: Path) -> None:
+    """Write the parts of a pipeline that have no weights, and its model_index.json, without the optional parts."""
+    for part in family_of(folder).parts:
+        if not has_weights(folder / part):
+            (out / part).mkdir()
+            copy_part(folder / part, variant, out / part, dtype=torch.float32)
+    index = {key: [None, None] if key in OPTIONAL else value for key, value in index_to_keep(folder).items()}
+    write_json(out / MODEL_INDEX, {**index, "requires_safety_checker": False}, indent=2)
+
+
+def save_config(network: Any, out: Path) -> None:
+    """Write the config.json of a network of diffusers or transformers, with all of its fields."""
+    config = network.config
+    text = config.to_json_string(use_diff=False) if hasattr(config, "to_json_string") else network.to_json_string()
+    fields = {key: value for key, value in json.loads(text).items() if key not in PATH_KEYS}
+    write_json(out / "config.json", fields, indent=2)
+
+
 def _small_files(folder: Path) -> Iterator[Path]:
     """Configs and vocabularies: the files that are neither weights nor the index of weights in pieces."""
     for path in sorted(folder.iterdir()):

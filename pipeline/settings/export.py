@@ -28,11 +28,18 @@ class ExportSettings(HubOptions):
         "fp32", "Precision of the weights; for int8, of the layers that are not quantised.", choices=DTYPE_NAMES
     )
 
+    layout: str = option(
+        "dense",
+        "Names of the tensors of a single file: dense, which diffusers, ComfyUI and Forge read, or those of "
+        "stable-diffusion.cpp.",
+        choices=("dense", "sdcpp"),
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.format == "onnx" and self.dtype != "fp32":
-            raise UserError(
-                f"--dtype {self.dtype} does not work with --format onnx, which is always fp32. Leave it out."
-            )
+        if self.format == "onnx" and self.dtype == "bf16":
+            raise UserError("--dtype bf16 does not work with --format onnx. Use fp32 or fp16.")
+        if self.format != "single-file" and self.layout != "dense":
+            raise UserError(f"--layout {self.layout} is one of --format single-file. Leave it out.")
         if self.format == "single-file" and self.out.suffix != SUFFIX:
             raise UserError(f"--out {self.out} does not end in {SUFFIX}, as a single file must. Add it.")

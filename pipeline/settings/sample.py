@@ -34,12 +34,23 @@ class SampleSettings(PrecisionOptions, HubOptions):
     height: int | None = option(None, "Height of the images in pixels; by default the model's own.", ge=8, le=MAX_SIDE)
     width: int | None = option(None, "Width of the images in pixels; by default the model's own.", ge=8, le=MAX_SIDE)
     batch_size: int = option(4, "Images per forward pass; does not change the images.", ge=1, le=MAX_BATCH)
+    engine: str = option(
+        "torch",
+        "What runs the networks; onnx (onnxruntime) and openvino run those that `export --format onnx` wrote, on the "
+        "CPU.",
+        choices=("torch", "onnx", "openvino"),
+    )
     seed: int = option(0, "Seed of the first image; each further image adds one.", ge=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if (self.height is None) != (self.width is None):
             raise UserError("--height and --width go together. Pass both or neither.")
+        if self.engine != "torch" and (self.dtype != "auto" or self.device not in ("auto", "cpu")):
+            raise UserError(
+                f"--dtype and --device do not work with --engine {self.engine}, which runs graphs as they are on the "
+                "CPU. Leave them out."
+            )
         for name in ("height", "width"):
             if (getattr(self, name) or 0) % 8:
                 raise UserError(f"--{name} is {getattr(self, name)}, but must be a multiple of 8")

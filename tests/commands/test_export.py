@@ -11,13 +11,13 @@ import torch
 from click.testing import CliRunner
 from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors import safe_open
+from safetensors.torch import load_file
 from support.stages import pruned_pipeline, reset_accelerate
 from support.tiny import SD_BLOCKS, tiny_pipeline
 from transformers import CLIPTextModelWithProjection
 
 from pipeline.cli import main
 from pipeline.commands import export
-from pipeline.export import onnx
 from pipeline.models.families.sd import SD
 from pipeline.models.levels.sd import LEVELS
 from pipeline.system.extras import install_command
@@ -50,6 +50,11 @@ def read_back(file, folder):
 def keys(file):
     with safe_open(file, "pt") as opened:
         return set(opened.keys())
+
+
+def header(file):
+    with safe_open(file, "pt") as opened:
+        return opened.metadata()
 
 
 def assert_same_weights(left, right):
@@ -104,6 +109,7 @@ def test_sd2_gets_its_own_text_encoder_layout(tmp_path, level):
     pipe.text_encoder.config.hidden_act = "gelu"
     folder = save(pipe, tmp_path / "student")
     exported(folder, "single-file", tmp_path / "student.safetensors")
+    assert header(tmp_path / "student.safetensors")["modelspec.architecture"] == "stable-diffusion-v2-512"
     assert "cond_stage_model.model.transformer.resblocks.0.attn.in_proj_weight" in keys(
         tmp_path / "student.safetensors"
     )
@@ -119,10 +125,9 @@ def test_half_precision_is_half_the_size(tmp_path):
         assert {opened.get_tensor(key).dtype for key in opened.keys()} == {torch.float16}  # noqa: SIM118
 
 
-def test_onnx_matches_torch_at_any_size(tmp_path):
-    """With a U-Net of two stages, because the exporter's time grows with the number of blocks."""
-    import onnxruntime
-
+@pytest.fixture(scope="module")
+def two_stages(tmp_path_factory):
+    """A pipeline whose U-Net is shallow, as tracing takes the longer the more blocks there are."""
     pipe = tiny_pipeline(
         block_out_channels=(8, 12),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
@@ -130,20 +135,58 @@ def test_onnx_matches_torch_at_any_size(tmp_path):
         layers_per_block=1,
         mid_block_type=None,
     )
-    folder = save(pipe, tmp_path / "student")
-    output = exported(folder, "onnx", tmp_path / "onnx")
-    assert "Its output differs from torch's by at most" in output
-    session = onnxruntime.InferenceSession(tmp_path / "onnx" / "model.onnx")
-    unet = pipe.unet.eval()
-    for batch, size, tokens in ((1, (16, 16), 8), (3, (10, 24), 5)):
-        inputs = onnx.example_inputs(unet, batch, size, {"prompt_embeds": (tokens, 10)}, seed=batch)
-        latents, timesteps, conditioning = inputs
-        named = {"sample": latents, "timestep": timesteps, "encoder_hidden_states": conditioning["prompt_embeds"]}
-        (found,) = session.run(None, {name: tensor.numpy() for name, tensor in named.items()})
+    return pipe, save(pipe, tmp_path_factory.mktemp("two") / "student")
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 1e-5), ("fp16", 1e-2)])
+def test_onnx_graphs_match_torch_at_any_size(two_stages, tmp_path, dtype, tolerance):
+    """With the inputs, outputs and files that optimum's ORTStableDiffusionPipeline looks for."""
+    import onnxruntime
+
+    pipe, folder = two_stages
+    output = exported(folder, "onnx", tmp_path / "onnx", "--dtype", dtype)
+    assert "Largest differences from torch's outputs (and the largest outputs): text_encoder" in output
+    parts = {"unet", "text_encoder", "vae_encoder", "vae_decoder"}
+    assert {path.parent.name for path in (tmp_path / "onnx").glob("*/model.onnx")} == parts
+    assert {path.name for path in (tmp_path / "onnx").iterdir()} - parts == {
+        "model_index.json",
+        "scheduler",
+        "tokenizer",
+    }
+    assert UNet2DConditionModel.load_config(tmp_path / "onnx" / "unet")["layers_per_block"] == 1
+    kind = torch.float16 if dtype == "fp16" else torch.float32
+    for batch, height, width, tokens in ((1, 16, 16, 8), (3, 10, 24, 5)):
+        generator = torch.Generator().manual_seed(batch)
+        latents = torch.randn(batch, 4, height, width, generator=generator)
+        prompts = torch.randn(batch, tokens, 10, generator=generator)
+        image = torch.randn(batch, 3, 2 * height, 2 * width, generator=generator)
+        ids = torch.randint(50, (batch, 8), generator=generator)
+        timestep = torch.tensor(501.5)
+        named = {"sample": latents.to(kind), "timestep": timestep, "encoder_hidden_states": prompts.to(kind)}
         with torch.no_grad():
-            expected = unet(*named.values()).sample.numpy()
-        np.testing.assert_allclose(found, expected, atol=1e-5)
-    assert UNet2DConditionModel.load_config(tmp_path / "onnx")["layers_per_block"] == 1
+            text = pipe.text_encoder(ids, output_hidden_states=True)
+            cases = [
+                ("unet", named, {"out_sample": pipe.unet(latents, timestep, prompts).sample}),
+                ("vae_encoder", {"sample": image.to(kind)}, {"latent_parameters": pipe.vae._encode(image)}),
+                ("vae_decoder", {"latent_sample": latents.to(kind)}, {"sample": pipe.vae.decode(latents).sample}),
+                (
+                    "text_encoder",
+                    {"input_ids": ids},
+                    {
+                        "last_hidden_state": text.last_hidden_state,
+                        "pooler_output": text.pooler_output,
+                        "hidden_states.0": text.hidden_states[0],
+                        "hidden_states.1": text.hidden_states[1],
+                    },
+                ),
+            ]
+        for part, inputs, expected in cases:
+            session = onnxruntime.InferenceSession(tmp_path / "onnx" / part / "model.onnx")
+            assert [given.name for given in session.get_inputs()] == list(inputs)
+            assert [given.name for given in session.get_outputs()] == list(expected)
+            found = session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
+            for array, tensor in zip(found, expected.values(), strict=True):
+                np.testing.assert_allclose(array, tensor.numpy(), atol=tolerance, rtol=tolerance, err_msg=part)
 
 
 def test_int8_is_a_pipeline_and_its_error_is_reported(tmp_path):
@@ -185,7 +228,8 @@ def test_an_existing_file_is_left_alone(teacher, tmp_path):
         ("nowhere/at/all", "onnx", "out", [], "--model nowhere/at/all is not a folder"),
         (".", "int8", "out", [], "has no model_index.json. Use a checkpoint in diffusers layout"),
         ("teacher", "single-file", "out.ckpt", [], "does not end in .safetensors"),
-        ("teacher", "onnx", "out", ["--dtype", "fp16"], "--dtype fp16 does not work with --format onnx"),
+        ("teacher", "onnx", "out", ["--dtype", "bf16"], "--dtype bf16 does not work with --format onnx"),
+        ("teacher", "onnx", "out", ["--layout", "sdcpp"], "--layout sdcpp is one of --format single-file"),
         (
             "xl",
             "single-file",
@@ -245,7 +289,7 @@ def models(teacher, tmp_path_factory):
     }
 
 
-@pytest.mark.parametrize(("format", "package"), [("onnx", "onnx and onnxscript"), ("int8", "torchao")])
+@pytest.mark.parametrize(("format", "package"), [("onnx", "onnx"), ("int8", "torchao")])
 def test_a_missing_package_is_named_with_its_extra(teacher, tmp_path, monkeypatch, format, package):
     monkeypatch.setattr(export, "find_spec", lambda name: None)
     result = run(teacher, format, tmp_path / "out")
@@ -292,10 +336,53 @@ def test_a_single_file_says_how_the_model_is_to_be_sampled(tmp_path, schedule, s
     pipe = tiny_pipeline()
     pipe.scheduler = DDIMScheduler(**schedule)
     output = exported(save(pipe, tmp_path / "model"), "single-file", tmp_path / "model.safetensors")
-    with safe_open(tmp_path / "model.safetensors", "pt") as opened:
-        metadata = opened.metadata()
+    metadata = header(tmp_path / "model.safetensors")
     assert (metadata["modelspec.prediction_type"], metadata["ss_zero_terminal_snr"]) == stated
+    marks = {"v_pred": stated[0] == "v", "ztsnr": stated[1] == "True"}
+    found = keys(tmp_path / "model.safetensors")
+    assert {name: name in found for name in marks} == marks
     assert advice in output if advice else "The model uses" not in output
+    assert_same_weights(pipe, read_back(tmp_path / "model.safetensors", tmp_path / "model"))
+
+
+def test_a_single_file_names_the_model_its_kind_and_its_licence_in_the_same_bytes_each_time(tmp_path):
+    folder = save(pruned_pipeline("sd_tiny"), tmp_path / "my-student")
+    (folder / "README.md").write_text("---\nlicense: creativeml-openrail-m\n---\n")
+    for name in ("one", "two"):
+        exported(folder, "single-file", tmp_path / f"{name}.safetensors")
+    found = {name.removeprefix("modelspec."): value for name, value in header(tmp_path / "one.safetensors").items()}
+    assert found == {
+        "format": "pt",
+        "sai_model_spec": "1.0.0",
+        "architecture": "stable-diffusion-v1",
+        "implementation": "https://github.com/Stability-AI/generative-models",
+        "title": "my-student",
+        "resolution": "32x32",
+        "prediction_type": "epsilon",
+        "license": "creativeml-openrail-m",
+        "ss_zero_terminal_snr": "False",
+    }
+    assert (tmp_path / "one.safetensors").read_bytes() == (tmp_path / "two.safetensors").read_bytes()
+
+
+def test_a_tiny_student_is_exported_for_stable_diffusion_cpp(tmp_path):
+    """With the weights of the usual layout under its other names; what it cannot read is refused."""
+    folder = save(pruned_pipeline("sd_tiny", **SD_BLOCKS), tmp_path / "student")
+    output = exported(folder, "single-file", tmp_path / "sd.safetensors", "--layout", "sdcpp")
+    assert "It is for stable-diffusion.cpp." in output
+    exported(folder, "single-file", tmp_path / "dense.safetensors")
+    sdcpp, dense = load_file(tmp_path / "sd.safetensors"), load_file(tmp_path / "dense.safetensors")
+    assert len(sdcpp) == len(dense)
+    start = "model.diffusion_model."
+    for name, usual in (("input_blocks.7.0.in_layers.2.bias", "input_blocks.5.0.in_layers.2.bias"),
+                        ("output_blocks.2.1.conv.weight", "output_blocks.1.2.conv.weight"),
+                        ("output_blocks.7.1.norm.weight", "output_blocks.5.1.norm.weight")):  # fmt: skip
+        assert torch.equal(sdcpp[start + name], dense[start + usual])
+    small = save(pruned_pipeline("sd_small"), tmp_path / "small")
+    result = run(small, "single-file", tmp_path / "small.safetensors", "--layout", "sdcpp")
+    assert result.exit_code == 2
+    assert "--layout sdcpp: of the students of SD-1.x and SD-2.x, stable-diffusion.cpp reads those of" in result.output
+    assert not (tmp_path / "small.safetensors").exists()
 
 
 @pytest.mark.parametrize(

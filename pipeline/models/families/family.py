@@ -54,10 +54,11 @@ class Family:
     the text encoder. `unet_kwargs` names conditioning as the U-Net does.
 
     `single_file` gives a pipeline's weights under the names of the original single-file layout, and raises ValueError
-    if that layout has no name for one. `schedule_marks` are empty tensors that such a file has besides, from the config
-    of a scheduler. `single_file_configs` finds out from the shapes of such a file's tensors and its header what it is:
-    in words, and as the configs of the pipeline's parts by their files. It gives None for a file of another family, and
-    raises ValueError for one that holds no complete pipeline of this family.
+    if that layout has no name for one. `sdcpp` renames its tensors as stable-diffusion.cpp reads them, and raises
+    ValueError for a U-Net that it does not know. `architecture` is what ModelSpec calls a pipeline's kind.
+    `single_file_configs` finds out from the shapes of such a file's tensors and its header what it is: in words, and as
+    the configs of the pipeline's parts by their files. It gives None for a file of another family, and raises
+    ValueError for one that holds no complete pipeline of this family.
 
     `spec` is what specs of latents and caches state about the family; SD-1.x, the first, states nothing.
     """
@@ -79,12 +80,13 @@ class Family:
     count_truncated: Callable[[DiffusionPipeline, list[str]], int]
     unet_kwargs: Callable[[Conditioning], dict[str, Any]]
     single_file: Callable[[DiffusionPipeline], dict[str, Tensor]]
+    sdcpp: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+    architecture: Callable[[DiffusionPipeline], str]
     single_file_configs: Callable[
         [Mapping[str, tuple[int, ...]], Mapping[str, str]], tuple[str, dict[str, dict[str, Any]]] | None
     ]
     image_conditioning: Callable[[Frame], dict[str, Tensor]] = lambda frame: {}
     refusal: Callable[[Mapping[str, Any]], str | None] = lambda index: None
-    schedule_marks: Callable[[Mapping[str, Any]], dict[str, Tensor]] = lambda config: {}
     dtypes: Mapping[str, str] = field(default_factory=dict)
     follows_force_upcast: bool = False
     spec: Mapping[str, str] = field(default_factory=dict)

@@ -12,11 +12,11 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTokenizer
 
-from pipeline.models.families import clip
+from pipeline.models.families import clip, sdcpp
 from pipeline.models.families.family import Conditioning, Family, Shapes
 from pipeline.models.families.sd_check import problems
 from pipeline.models.families.sd_configs import configs_of
-from pipeline.models.families.sd_single_file import pipeline_weights
+from pipeline.models.families.sd_single_file import is_open_clip, pipeline_weights
 from pipeline.models.levels.sd import BK_TINY_MIDDLE, DOWN, LEVELS, UP
 from pipeline.models.reading import read_part
 from pipeline.models.schedule import BETA_SCHEDULERS
@@ -92,6 +92,14 @@ def unet_kwargs(conditioning: Conditioning) -> dict[str, Tensor]:
     return {"encoder_hidden_states": conditioning[PROMPT_EMBEDS]}
 
 
+def architecture(pipe: DiffusionPipeline) -> str:
+    """SD-1.x's name, or that of the kind of SD-2.x."""
+    if not is_open_clip(pipe.text_encoder):
+        return "stable-diffusion-v1"
+    predicts_v = pipe.scheduler.config.prediction_type == "v_prediction"
+    return "stable-diffusion-v2-768-v" if predicts_v else "stable-diffusion-v2-512"
+
+
 SD = Family(
     name="sd",
     title="SD-1.x and SD-2.x",
@@ -110,5 +118,7 @@ SD = Family(
     count_truncated=count_truncated,
     unet_kwargs=unet_kwargs,
     single_file=pipeline_weights,
+    sdcpp=sdcpp.sd_weights,
+    architecture=architecture,
     single_file_configs=functools.partial(configs_of, levels=LEVELS),
 )

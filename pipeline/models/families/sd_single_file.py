@@ -62,8 +62,7 @@ def pipeline_weights(pipe: DiffusionPipeline) -> dict[str, Tensor]:
     if not isinstance(text_encoder, CLIPTextModel):
         kind = type(text_encoder).__name__
         raise ValueError(f"the text encoder is a {kind}, for which the single-file layout has no place")
-    # This distinguishes OpenCLIP's models from OpenAI's, which have quick_gelu.
-    open_clip = text_encoder.config.hidden_act == "gelu"
+    open_clip = is_open_clip(text_encoder)
     layers = text_encoder.config.num_hidden_layers
     if open_clip and layers > OPEN_CLIP_LAYERS:
         raise ValueError(
@@ -71,6 +70,11 @@ def pipeline_weights(pipe: DiffusionPipeline) -> dict[str, Tensor]:
             "single file"
         )
     return single_file_weights(pipe.unet.state_dict(), pipe.vae.state_dict(), text_encoder.state_dict(), open_clip)
+
+
+def is_open_clip(text_encoder: CLIPTextModel) -> bool:
+    """Whether a text encoder is OpenCLIP's, as SD-2.x has; OpenAI's, of SD-1.x, has quick_gelu."""
+    return text_encoder.config.hidden_act == "gelu"
 
 
 def single_file_weights(

@@ -13,11 +13,11 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTokenizer
 
-from pipeline.models.families import clip
+from pipeline.models.families import clip, sdcpp
 from pipeline.models.families.family import Conditioning, Family, Frame, Shapes
 from pipeline.models.families.sdxl_check import ENCODERS, NUMBERS, problems, refusal
 from pipeline.models.families.sdxl_configs import configs_of
-from pipeline.models.families.sdxl_single_file import pipeline_weights, schedule_marks
+from pipeline.models.families.sdxl_single_file import pipeline_weights
 from pipeline.models.levels.sdxl import DOWN, LEVELS, UP
 from pipeline.models.reading import read_part
 from pipeline.models.schedule import BETA_SCHEDULERS
@@ -117,6 +117,14 @@ def unet_kwargs(conditioning: Conditioning) -> dict[str, Any]:
     }
 
 
+def architecture(pipe: DiffusionPipeline) -> str:
+    """SSD-1B's own name for its shape, and SDXL's for all others."""
+    config = pipe.unet.config
+    ups = config.reverse_transformer_layers_per_block
+    is_ssd_1b = config.mid_block_type == "UNetMidBlock2D" and bool(ups) and list(ups[1]) == [2, 1, 1]
+    return "segmind-stable-diffusion-1b" if is_ssd_1b else "stable-diffusion-xl-v1-base"
+
+
 SDXL = Family(
     name="sdxl",
     title="SDXL",
@@ -136,7 +144,8 @@ SDXL = Family(
     count_truncated=count_truncated,
     unet_kwargs=unet_kwargs,
     single_file=pipeline_weights,
-    schedule_marks=schedule_marks,
+    sdcpp=sdcpp.sdxl_weights,
+    architecture=architecture,
     single_file_configs=functools.partial(configs_of, levels=LEVELS),
     refusal=refusal,
     dtypes={TIME_IDS: "int32"},

@@ -10,14 +10,9 @@ U-Net, VAE and text encoders are named as in SD-1.x and SD-2.x, apart from their
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from pipeline.models.families.sd_configs import V_MARK, ZERO_SNR_MARK
 from pipeline.models.families.sd_single_file import clip_weights, open_clip_weights, unet_weights, vae_weights
 
 FIRST, SECOND = "conditioner.embedders.0.transformer.text_model.", "conditioner.embedders.1.model."
@@ -44,12 +39,3 @@ def second_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     encoder = {name: tensor for name, tensor in weights.items() if name != PROJECTION}
     named = open_clip_weights(encoder, SECOND)
     return {**named, f"{SECOND}text_projection": weights[PROJECTION].T.contiguous()}
-
-
-def schedule_marks(config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The empty tensors by which programs such as ComfyUI recognise v-prediction and zero terminal SNR."""
-    marks = {
-        V_MARK: config.get("prediction_type") == "v_prediction",
-        ZERO_SNR_MARK: bool(config.get("rescale_betas_zero_snr")),
-    }
-    return {name: torch.zeros(0) for name, is_set in marks.items() if is_set}
