@@ -121,7 +121,9 @@ def write_cache(settings: TeacherCacheSettings, lock: OutputLock) -> None:
         return
 
     if state.is_main_process:
-        write_settings(settings.out, "teacher-cache", settings)
+        # With the levels by name, by which `verify` knows what must be there.
+        levels = levels_of(settings.students, family_of_spec(spec))
+        write_settings(settings.out, "teacher-cache", replace(settings, students=levels))
         write_teacher_config(settings.out, unet)
     dtype = DTYPES[spec["dtype"]]
     unet.to(state.device, dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
