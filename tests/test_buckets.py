@@ -6,7 +6,9 @@ width).
 
 import itertools
 import json
+import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -44,6 +46,7 @@ from shards.dataset import CacheDataset
 from shards.reader import ShardSet
 from shards.store import open_store
 
+FORMAT = Path(__file__).parent.parent / "shards" / "README.md"
 # (width, height) of the files. The first is stored on its side.
 FILES = {"a.jpg": (34, 60), "b": (40, 40), "c": (33, 60), "d": (64, 34), "e": (48, 45), "f": (80, 50), "g": (50, 80)}
 # (height, width) in pixels of what is made of each, in the order of the buckets.
@@ -233,6 +236,24 @@ def test_the_cache_holds_what_the_teacher_gives_for_each_shape(teacher, cache, c
     shown = capsys.readouterr().out
     assert "bucket 24 x 40 px: latents [4, 20, 12], 2 entries a round" in shown
     assert "bucket 40 x 24 px: latents [4, 12, 20], 3 entries a round" in shown
+
+
+def test_the_reader_on_the_format_page_reads_it(cache, monkeypatch):
+    monkeypatch.chdir(cache.parent)
+    (snippet, *_) = re.findall(r"```python\n(.*?)```", FORMAT.read_text(encoding="utf-8"), re.DOTALL)
+    reader: dict = {}
+    exec(compile(snippet, str(FORMAT), "exec"), reader)
+    dataset = CacheDataset(open_store(cache), ["up_blocks.3", "mid_block"])
+    calibrations = dataset.calibrations()
+    for index, place in enumerate(reader["entries"]):
+        given = reader["images"][index], reader["manifest"], reader["calibration"]
+        meta, tensors = reader["read_joined"](reader["cache"], place, *given)
+        batch = dataset.collate([dataset[index]])
+        assert meta["source_id"].removesuffix(".png") == list(CUT)[index]
+        assert (tensors["latents"] == batch.latents[0].numpy()).all()
+        for tap, feature in batch.features.items():
+            expected = feature.decode(calibrations[tap])[0].numpy()
+            np.testing.assert_allclose(tensors[f"tap.{tap}"], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_stock_webdataset_reads_it(cache):

@@ -48,6 +48,7 @@ FOREIGN_OPTIONS = {"--help", "--mixed_precision", "--multi_gpu", "--nproc-per-no
 FOREIGN_OPTIONS |= {"--onnx", "--fp16", "--min", "--opt", "--max"}
 
 SMALL = {
+    "--resolution 512 --buckets": "--resolution 128 --buckets",
     "--resolution 512": "--resolution 32",
     "--resolution 1024": "--resolution 32",
     "--max-train-steps 15000": "--max-train-steps 2",
