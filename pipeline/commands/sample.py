@@ -41,9 +41,11 @@ def run(settings: SampleSettings) -> None:
         settings.seed,
     )
     check_sampler(load_scheduler(folder), sampler, f"--model {settings.model}")
-    samples = generate(load(settings, folder), prompts, sampler, "sample")
+    pipe = load(settings, folder)
+    samples = generate(pipe, prompts, sampler, "sample")
     if settings.engine != "torch":
-        samples = replace(samples, device=f"{samples.device}, {settings.engine}")
+        device = f"{samples.device}, {settings.engine}"
+        samples = replace(samples, device=device, parameters=pipe.unet.num_parameters())
     save_images(samples, sampler, settings.out)
     contact_sheet(samples.images, samples.prompts).save(settings.out / SHEET)
     written = f"{plural(len(prompts), 'image')} and {SHEET} to {settings.out}"

@@ -133,7 +133,7 @@ def generate(pipe: DiffusionPipeline, prompts: list[str], sampler: Sampler, desc
             progress.update(len(chunk))
     pipe.scheduler = original_scheduler
     seconds = (time.perf_counter() - started) / len(prompts)
-    parameters = pipe.unet.num_parameters()
+    parameters = sum(p.numel() for p in pipe.unet.parameters())
     device = f"{device_name(pipe.device)}, {_dtype_name(pipe.unet.dtype)}"
     return GeneratedImages(images, prompts, seconds, parameters, device)
 
