@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -169,6 +170,33 @@ def read_chunks(store: Store, name: str) -> Iterator[bytes]:
     ranges = [(offset, min(CHUNK, size - offset)) for offset in range(0, size, CHUNK)]
     for first in range(0, len(ranges), store.in_flight):
         yield from store.read_ranges(name, ranges[first : first + store.in_flight])
+
+
+@dataclass(frozen=True)
+class Copied(LocalStore):
+    """Files of a store that were copied to a directory on this machine; messages name the store."""
+
+    of: str
+
+    def __str__(self) -> str:
+        return self.of
+
+
+@contextmanager
+def copied(store: Store, names: Iterable[str]) -> Iterator[Store]:
+    """A store that holds these files on this machine while the block runs: `store` itself if reads need not wait.
+
+    What does not exist is left out.
+    """
+    if store.in_flight == 1:
+        yield store
+        return
+    with tempfile.TemporaryDirectory(prefix="distill-sd-") as directory:
+        for name in names:
+            if store.exists(name):
+                with open(Path(directory) / name, "wb") as stream:
+                    stream.writelines(read_chunks(store, name))
+        yield Copied(Path(directory), str(store))
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import Any
 
 from pipeline.system.errors import UserError
 from pipeline.system.text_files import read_text
+from shards.location import Location, Url
 from shards.manifest import STAGE_COMMANDS
 from shards.schema import MANIFEST
 
@@ -24,7 +25,7 @@ SHOWN = 3
 def check_output(
     out: Path,
     command: str,
-    inputs: Mapping[str, Path | str | None],
+    inputs: Mapping[str, Location | str | None],
     *,
     own: bool = False,
     first: Collection[str] = (),
@@ -44,7 +45,7 @@ def check_output(
 
 
 def check_new(
-    out: Path, command: str, inputs: Mapping[str, Path | str | None], *, file: bool = False, flag: str = "--out"
+    out: Path, command: str, inputs: Mapping[str, Location | str | None], *, file: bool = False, flag: str = "--out"
 ) -> None:
     """Raise UserError unless `command` may write `out`, which becomes a new or empty directory or a new `file`."""
     if out.exists() and (file or not out.is_dir() or names_in(out)):
@@ -68,17 +69,17 @@ def path_problem(out: Path, place: Path) -> str | None:
     return f"{where} not a directory. Choose another one."
 
 
-def overlaps(place: Path, inputs: Mapping[str, Path | str | None]) -> str | None:
+def overlaps(place: Path, inputs: Mapping[str, Location | str | None]) -> str | None:
     """The first `overlap` with an input; None if there is none."""
     return next((problem for flag, value in inputs.items() if (problem := overlap(place, flag, value))), None)
 
 
-def overlap(place: Path, flag: str, value: Path | str | None) -> str | None:
+def overlap(place: Path, flag: str, value: Location | str | None) -> str | None:
     """How an input is the output, lies in it, or around it; None if it does not.
 
     Only directories count, and of those that are named as a model only those that hold one.
     """
-    if value is None or not Path(value).is_dir():
+    if value is None or isinstance(value, Url) or not Path(value).is_dir():
         return None
     is_model = value != DEMO and any((Path(value) / name).exists() for name in MODEL_MARKS)
     if flag in MODEL_FLAGS and not is_model:
