@@ -16,12 +16,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Protocol, TypeVar, overload
+from typing import IO, Any, Protocol, TypeVar, overload
 
-from shards.files import atomic_file
+from shards.files import atomic_file, new_file
 from shards.location import Location, location_of
 from shards.regular import open_descriptor, read_regular
 from shards.remote_store import RemoteStore
+from shards.schema import json_bytes
 
 # Bytes per read where a file is read from end to end.
 CHUNK = 1 << 20
@@ -42,8 +43,11 @@ class Store(Protocol):
     def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         """The bytes of each (offset, length), shorter only where the file ends."""
 
-    def write(self, name: str) -> AbstractContextManager[IO[bytes]]:
-        """A binary stream; the file takes its name when the block ends well, and nothing is left if it does not."""
+    def write(self, name: str, *, new: bool = False) -> AbstractContextManager[IO[bytes]]:
+        """A binary stream; the file takes its name when the block ends well, and nothing is left if it does not.
+
+        A `new` one replaces nothing: FileExistsError is raised at the end of the block if there is such a file.
+        """
 
     def exists(self, name: str) -> bool:
         """Whether there is such a file."""
@@ -86,8 +90,8 @@ class LocalStore:
             finally:
                 os.close(descriptor)
 
-    def write(self, name: str) -> AbstractContextManager[IO[bytes]]:
-        return atomic_file(self.directory / name)
+    def write(self, name: str, *, new: bool = False) -> AbstractContextManager[IO[bytes]]:
+        return new_file(self.directory / name) if new else atomic_file(self.directory / name)
 
     def exists(self, name: str) -> bool:
         return self.size(name) is not None
@@ -170,6 +174,12 @@ def read_chunks(store: Store, name: str) -> Iterator[bytes]:
     ranges = [(offset, min(CHUNK, size - offset)) for offset in range(0, size, CHUNK)]
     for first in range(0, len(ranges), store.in_flight):
         yield from store.read_ranges(name, ranges[first : first + store.in_flight])
+
+
+def write_json(store: Store, name: str, value: Any) -> None:
+    """Write `value` as JSON."""
+    with store.write(name) as stream:
+        stream.write(json_bytes(value, 1))
 
 
 @dataclass(frozen=True)

@@ -10,18 +10,21 @@ import pytest
 import torch
 from accelerate import Accelerator
 from click.testing import CliRunner
-from support.buckets import EXPIRED, KEY, SECRET, Elsewhere, environment, fill
-from support.stages import first, metrics, run_distill, tree
+from PIL import Image
+from support.buckets import EXPIRED, KEY, SECRET, Elsewhere, environment, fill, held
+from support.stages import first, metrics, run_distill, run_encode, run_teacher_cache, tree
 
 from pipeline.cache.latents import open_latents
 from pipeline.cli import main
-from pipeline.commands import distill
+from pipeline.commands import distill, teacher_cache
 from pipeline.commands.distill import DistillSettings
+from pipeline.sampling.generate import GeneratedImages
 from pipeline.system.errors import UserError
 from pipeline.training.held_out import held_out_of
 from pipeline.training.loader import collated_batches
 from shards.dataset import CacheDataset
 from shards.manifest import read_manifest
+from shards.schema import ShardError
 from shards.store import open_store
 
 CACHE = "s3://bucket/cache"
@@ -166,3 +169,69 @@ def test_a_store_that_fails_ends_a_command_with_a_sentence(stored, tmp_path, fau
         assert "s3://bucket/cache/" in output
         assert "Traceback" not in output
     assert not (tmp_path / "out").exists()
+
+
+LATENTS, OUT = "s3://bucket/latents", "s3://bucket/out"
+
+
+def alike(directory, name):
+    """Whether the bucket holds below `name` what a directory holds, but for the options, which name the places."""
+    there, options = held(name), ("encode.json", "teacher-cache.json", "images/encode.json")
+    here = {key: data for key, data in tree(directory).items() if key not in options}
+    return here == {key: data for key, data in there.items() if key not in options}
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The teacher's samples are drawn by nobody."""
+    picture = GeneratedImages([Image.new("RGB", (8, 8))], ["a tree"], 1.0, 1, "cpu")
+    monkeypatch.setattr(teacher_cache, "generate_in_process", lambda *_, **__: picture)
+
+
+def test_both_parts_of_stage_one_write_to_a_bucket_what_they_write_to_a_directory(
+    teacher, images, bucket, home, drawn, tmp_path
+):
+    latents = run_encode(teacher, images, tmp_path / "latents")
+    run_encode(teacher, images, LATENTS)
+    assert alike(latents, "latents")
+    cache = run_teacher_cache(teacher, latents, tmp_path / "cache", samples=1)
+    run_teacher_cache(teacher, LATENTS, OUT, samples=1)
+    assert alike(cache, "out")
+    puts = [request.split("/")[-1] for request in bucket.requests if request.startswith("PUT")]
+    assert puts.count("r0000-s00000.tar") == 1
+    assert SECRET.encode() not in b"".join(held("out").values())
+    bucket.requests.clear()
+    run_teacher_cache(teacher, LATENTS, OUT, samples=1)
+    run_encode(teacher, images, LATENTS)
+    assert [request for request in bucket.requests if "PUT" in request] == ["PUT /bucket/latents/skipped.jsonl"]
+    from_bucket = run_teacher_cache(teacher, LATENTS, tmp_path / "from_bucket", samples=1)
+    assert tree(from_bucket).keys() == tree(cache).keys()
+    assert alike(from_bucket, "out")
+
+
+def test_a_cache_in_a_bucket_goes_on_where_a_failure_stopped_it(teacher, latents, bucket, tmp_path):
+    bucket.fail("PUT .*r0001-s00000.tar$")
+    with pytest.raises(OSError, match="tries failed"):
+        run_teacher_cache(teacher, latents, OUT)
+    assert "r0000-s00001.index" in held("out")
+    assert not [name for name in held("out") if name.startswith("r0001")]
+    bucket.reset()
+    run_teacher_cache(teacher, latents, OUT)
+    assert not [request for request in bucket.requests if "PUT" in request and "r0000" in request]
+    assert alike(run_teacher_cache(teacher, latents, tmp_path / "cache"), "out")
+
+
+def test_an_address_is_refused_as_a_directory_would_be(teacher, latents, images, bucket):
+    fill("latents", latents)
+    with pytest.raises(ShardError, match="s3://bucket/latents was made with other settings"):
+        run_encode(teacher, images, LATENTS, seed=1)
+    with pytest.raises(UserError, match="--out s3://bucket/latents holds the output of `encode`"):
+        run_teacher_cache(teacher, latents, LATENTS)
+    with pytest.raises(UserError, match="--out s3://bucket/latents is --latents s3://bucket/latents, or lies in it"):
+        run_teacher_cache(teacher, LATENTS, LATENTS)
+    fill("other", images)
+    with pytest.raises(UserError, match="--out s3://bucket/other holds .* more, which `encode` did not write"):
+        run_encode(teacher, images, "s3://bucket/other")
+    with pytest.raises(UserError, match="--out https://host/out is on a web server, which can only be read"):
+        run_encode(teacher, images, "https://host/out")
+    assert not [request for request in bucket.requests if "PUT" in request]

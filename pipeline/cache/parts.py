@@ -19,9 +19,10 @@ from pipeline.models.reading import reading
 from pipeline.models.shapes import tap_shapes
 from pipeline.system.errors import UserError
 from pipeline.system.json_files import read_json
-from shards.files import file_sha256, write_json
+from shards.files import file_sha256
 from shards.manifest import Manifest
 from shards.schema import conditioning_shapes
+from shards.store import Store, write_json
 
 BASE, STUDENTS = "base", "students"
 REMEDY = "Copy it from an intact cache, or delete the folder and rerun the same `distill-sd teacher-cache`."
@@ -52,10 +53,10 @@ def bound_parts(manifest: Manifest) -> list[str]:
     return [name.removesuffix(f"/{CHECKSUMS}") for name in manifest.files if name.endswith(f"/{CHECKSUMS}")]
 
 
-def write_teacher_config(cache: Path, unet: UNet2DConditionModel) -> None:
+def write_teacher_config(store: Store, unet: UNet2DConditionModel) -> None:
     """Keep the config of the teacher's U-Net, from which one can be made to measure how long a pass takes."""
-    if not (cache / TEACHER).is_file():
-        write_json(cache / TEACHER, {key: value for key, value in unet.config.items() if not key.startswith("_")})
+    if not store.exists(TEACHER):
+        write_json(store, TEACHER, {key: value for key, value in unet.config.items() if not key.startswith("_")})
 
 
 def teacher_config(cache: Path) -> dict[str, Any] | None:

@@ -13,12 +13,12 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
-from pipeline.cache.parts import BASE, REMEDY, STUDENTS, existing_parts, student_part
+from pipeline.cache.parts import BASE, REMEDY, STUDENTS, checksums_of_parts, existing_parts, student_part
 from pipeline.models.checksums import CHECKSUMS, changed_files
 from pipeline.models.levels import LEVELS
 from pipeline.system.errors import UserError
@@ -44,6 +44,15 @@ def parts_of(cache: Location) -> list[str]:
     store, names = open_store(cache), [BASE, *map(student_part, sorted(LEVELS))]
     found = at_once(store, lambda part: store.exists(f"{part}/{CHECKSUMS}"), names)
     return [part for part, exists in zip(names, found, strict=True) if exists]
+
+
+def checksums_of(cache: Location, parts: Iterable[str]) -> dict[str, str]:
+    """What the manifest states of these folders; see `checksums_of_parts`. At an address their files are not read."""
+    if isinstance(cache, Path):
+        return checksums_of_parts(cache, parts)
+    store, names = open_store(cache), [f"{part}/{CHECKSUMS}" for part in sorted(parts)]
+    hashes = at_once(store, lambda name: hashlib.sha256(store.read(name)).hexdigest(), names)
+    return dict(zip(names, hashes, strict=True))
 
 
 def take_file(store: Store, name: str, folder: Path) -> bool:
@@ -87,11 +96,11 @@ def take_part(store: Store, manifest: Manifest, part: str, folder: Path) -> None
         (temporary / CHECKSUMS).write_bytes(store.read(f"{part}/{CHECKSUMS}"))
 
 
-def put_part(store: Store, part: str, folder: Path) -> None:
-    """Upload a folder of weights that has its checksums, which go last."""
-    names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
-    for name in sorted(names, key=lambda name: name == CHECKSUMS):
-        with open(folder / name, "rb") as source, store.write(f"{part}/{name}") as stream:
+def put_folder(store: Store, name: str, folder: Path, last: str) -> None:
+    """Upload the files of a folder under `name`, the one called `last` when all others are there."""
+    files = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+    for file in sorted(files, key=lambda file: file == last):
+        with open(folder / file, "rb") as source, store.write(f"{name}/{file}") as stream:
             shutil.copyfileobj(source, stream, 1 << 20)
 
 

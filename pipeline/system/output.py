@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from pipeline.system.errors import UserError
 from pipeline.system.text_files import read_text
-from shards.location import Location, Url
+from shards.location import WEB, Location, Url
 from shards.manifest import STAGE_COMMANDS
 from shards.schema import MANIFEST
+from shards.store import open_store
 
 DEMO, MODEL_INDEX = "demo", "model_index.json"
 MODEL_FLAGS = ("--teacher", "--student", "--model", "--init-from")
@@ -42,6 +44,34 @@ def check_output(
         problem = problem or content_problem(place, command, first) or surroundings_problem(place)
     if problem:
         raise UserError(f"{flag} {out} {problem}")
+
+
+def check_address(out: Url, command: str, inputs: Mapping[str, Location | str | None], *, first: str = "") -> None:
+    """As `check_output`, for a set of shards that `command` is to write to an address. Only what lies directly there is
+    looked at; `first` is a pattern of names."""
+    if out.scheme in WEB:
+        raise UserError(f"--out {out} is on a web server, which can only be read. Choose a bucket or a directory.")
+    for flag, value in inputs.items():
+        if isinstance(value, Url) and f"{out}/".startswith(f"{value}/"):
+            raise UserError(f"--out {out} is {flag} {value}, or lies in it. Choose another one.")
+        if isinstance(value, Url) and f"{value}/".startswith(f"{out}/"):
+            raise UserError(f"--out {out} contains {flag} {value}. Choose another one.")
+    store = open_store(out)
+    found = sorted(name for name in store.list() if not name.startswith("."))
+    if MANIFEST in found:
+        try:
+            content = json.loads(store.read(MANIFEST))
+            writer = STAGE_COMMANDS[content["spec"]["stage"]]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            # The command says what is wrong with it.
+            return
+        if writer != command:
+            what = f"holds the output of `{writer}`, which `{command}` did not write"
+            raise UserError(f"--out {out} {what}. Choose a new or empty place.")
+    elif others := [name for name in found if name != f"{command}.json" and not fnmatch(name, first)]:
+        more = f" and {len(others) - SHOWN} more" if len(others) > SHOWN else ""
+        held = f"holds {', '.join(others[:SHOWN])}{more}, which `{command}` did not write"
+        raise UserError(f"--out {out} {held}. Choose a new or empty place.")
 
 
 def check_new(

@@ -21,9 +21,9 @@ import click
 from pipeline.system.errors import UserError, did_you_mean
 from pipeline.system.names import public_name
 from pipeline.system.text_files import is_unicode
-from shards.files import write_json
-from shards.location import LocationError, Url, is_url, without_secrets
+from shards.location import Location, LocationError, Url, is_url, without_secrets
 from shards.regular import is_special
+from shards.store import open_store, write_json
 
 REQUIRED = dataclasses.MISSING
 # numpy and torch hold counts and seeds in 64 bits with a sign.
@@ -265,5 +265,5 @@ def kind_of(hint: Any) -> Any:
     return hint
 
 
-def write_settings(out: Path, name: str, settings: Settings) -> None:
-    write_json(out / f"{name}.json", settings.as_json())
+def write_settings(out: Location, name: str, settings: Settings) -> None:
+    write_json(open_store(out), f"{name}.json", settings.as_json())

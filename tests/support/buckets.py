@@ -172,6 +172,15 @@ def fill(name: str, folder: Path) -> None:
             backend.put_object("bucket", f"{name}/{path.relative_to(folder).as_posix()}", path.read_bytes())
 
 
+def held(name: str) -> dict[str, bytes]:
+    """What the bucket holds below `name`, without a request."""
+    from moto.core import DEFAULT_ACCOUNT_ID
+    from moto.s3.models import s3_backends
+
+    keys = s3_backends[DEFAULT_ACCOUNT_ID]["aws"].buckets["bucket"].keys
+    return {key.removeprefix(f"{name}/"): keys[key].value for key in sorted(keys) if key.startswith(f"{name}/")}
+
+
 @dataclass(frozen=True)
 class Elsewhere:
     """A dataset that a loader process reads with an environment of its own: the server of processes began with another
