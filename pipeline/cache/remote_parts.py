@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
@@ -21,6 +20,7 @@ from tqdm import tqdm
 from pipeline.cache.parts import BASE, REMEDY, STUDENTS, checksums_of_parts, existing_parts, student_part
 from pipeline.models.checksums import CHECKSUMS, changed_files
 from pipeline.models.levels import LEVELS
+from pipeline.system.copies import copies
 from pipeline.system.errors import UserError
 from shards.files import atomic_directory, file_sha256, write_bytes
 from shards.location import Location
@@ -33,8 +33,7 @@ def folder_of(cache: Location, manifest: Manifest) -> Path:
     an address, which `take_part` and `take_file` fill."""
     if isinstance(cache, Path):
         return cache
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "distill-sd" / manifest.spec_sha256
+    return copies() / manifest.spec_sha256
 
 
 def parts_of(cache: Location) -> list[str]:

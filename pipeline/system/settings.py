@@ -157,6 +157,8 @@ def not_one_of(value: object, choices: tuple[str, ...]) -> str:
 def _plain(value: Any) -> Any:
     if isinstance(value, Path | Url):
         return str(value)
+    if isinstance(value, str) and is_url(value):
+        return without_secrets(value)
     return list(value) if isinstance(value, tuple) else value
 
 
