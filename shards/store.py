@@ -176,6 +176,11 @@ def read_chunks(store: Store, name: str) -> Iterator[bytes]:
         yield from store.read_ranges(name, ranges[first : first + store.in_flight])
 
 
+def scratch() -> IO[bytes]:
+    """A file without a name on this machine, for what is uploaded when it is complete."""
+    return tempfile.TemporaryFile(prefix="distill-sd-")
+
+
 def write_json(store: Store, name: str, value: Any) -> None:
     """Write `value` as JSON."""
     with store.write(name) as stream:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import shutil
-import tempfile
 import time
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import IO, Any
@@ -22,7 +19,7 @@ from shards.kept import Kept, forget, keep, kept_chunks
 from shards.manifest import Manifest
 from shards.schema import BLOCK
 from shards.sidecar import Row, crc32_of_tensors, make_sidecar
-from shards.store import CHUNK, Store, read_chunks
+from shards.store import CHUNK, Store, read_chunks, scratch
 
 # Seconds between looks for the sidecar of a tar that another writer put.
 PATIENCE = (1.0, 2.0, 4.0, 8.0)
@@ -91,7 +88,7 @@ def write_shard(
         with store.write(manifest.sidecar_name(shard)) as stream:
             stream.write(sidecar)
     else:
-        with tempfile.TemporaryFile(prefix="distill-sd-") as stream:
+        with scratch() as stream:
             sidecar, sha256 = _write_tar(stream, store, shard, manifest, entries, skipped, kept)
             _upload(store, shard, manifest, stream, sidecar, sha256)
     forget(store, shard, manifest)
@@ -135,25 +132,31 @@ def _upload(store: Store, shard: str, manifest: Manifest, tar: IO[bytes], sideca
     """
     name = manifest.sidecar_name(shard)
     try:
-        _put(store, shard, tar, new=True)
+        _put(store, shard, _chunks(tar), new=True)
     except FileExistsError:
         if _sha256(store, shard) != sha256:
             if any(_finished_after(store, name, seconds) for seconds in PATIENCE):
                 return
-            _put(store, shard, tar)
+            _put(store, shard, _chunks(tar))
     try:
-        _put(store, name, io.BytesIO(sidecar), new=True)
+        _put(store, name, [sidecar], new=True)
     except FileExistsError:
         if store.read(name) != sidecar:
             # The other writer's tar may be gone by now. These two belong together.
-            _put(store, shard, tar)
-            _put(store, name, io.BytesIO(sidecar))
+            _put(store, shard, _chunks(tar))
+            _put(store, name, [sidecar])
 
 
-def _put(store: Store, name: str, data: IO[bytes], *, new: bool = False) -> None:
-    data.seek(0)
+def _put(store: Store, name: str, data: Iterable[bytes], *, new: bool = False) -> None:
     with store.write(name, new=new) as stream:
-        shutil.copyfileobj(data, stream, CHUNK)
+        stream.writelines(data)
+
+
+def _chunks(stream: IO[bytes]) -> Iterator[bytes]:
+    """A file from its beginning on."""
+    stream.seek(0)
+    while chunk := stream.read(CHUNK):
+        yield chunk
 
 
 def _finished_after(store: Store, name: str, seconds: float) -> bool:

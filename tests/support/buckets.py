@@ -161,6 +161,14 @@ def environment(bucket: Bucket) -> dict[str, str]:
     }
 
 
+def create() -> None:
+    """Make the bucket, without a request."""
+    from moto.core import DEFAULT_ACCOUNT_ID
+    from moto.s3.models import s3_backends
+
+    s3_backends[DEFAULT_ACCOUNT_ID]["aws"].create_bucket("bucket", "us-east-1")
+
+
 def fill(name: str, folder: Path) -> None:
     """Put every file below a folder into the bucket, below `name`, without a request."""
     from moto.core import DEFAULT_ACCOUNT_ID
