@@ -97,16 +97,11 @@ class ReadElsewhere(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> Any:
-        try:
-            return self.dataset[index]
-        except (ShardError, OSError) as error:
-            return error
-
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
-        """The entries of a batch, which the dataset reads at once if that helps."""
+        """The entries of a batch, which some datasets read at once."""
+        read = getattr(self.dataset, "__getitems__", None)
         try:
-            return self.dataset.__getitems__(indices)
+            return read(indices) if read else [self.dataset[index] for index in indices]
         except (ShardError, OSError) as error:
             return [error]
 

@@ -38,7 +38,7 @@ from pipeline.training.loop import train
 from shards.location import Url
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from support.buckets import Bucket, environment, fill, s3_server
+from support.buckets import Bucket, create, environment, fill, s3_server
 
 ADDRESS = "s3://bucket/cache"
 
@@ -54,11 +54,8 @@ class Run:
 
 def serve(cache: Path, delay: float, pipe: Connection) -> None:
     """A store that holds the cache and answers `delay` seconds late, until the pipe is closed."""
-    from moto.core import DEFAULT_ACCOUNT_ID
-    from moto.s3.models import s3_backends
-
     with s3_server() as bucket:
-        s3_backends[DEFAULT_ACCOUNT_ID]["aws"].create_bucket("bucket", "us-east-1")
+        create()
         fill("cache", cache)
         bucket.delay = delay
         pipe.send(bucket.endpoint)
