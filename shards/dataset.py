@@ -153,6 +153,11 @@ class CacheDataset(Dataset):
         """Several entries, as torch's loader asks for those of a batch: read at once where reads wait."""
         return list(at_once(self.cache.store, self.__getitem__, indices))
 
+    @property
+    def in_flight(self) -> int:
+        """How many reads are worth having at once, as of a store."""
+        return self.cache.store.in_flight
+
     def collate(self, entries: list[StoredEntry]) -> Batch:
         stacked = stack_tensors(entries, self.tensors)
         return Batch(

@@ -163,20 +163,23 @@ def write_bytes(path: Path, data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def write_once(path: Path, data: bytes) -> None:
-    """Write `data` atomically, unless `path` exists. Of several processes that do so at once one wins, also on a disk
-    without locks, if it has links."""
+@contextmanager
+def new_file(path: Path) -> Iterator[IO[bytes]]:
+    """As `atomic_file`, but what has that name stays, and this raises FileExistsError. Of several processes that write
+    it at once one wins, also on a disk without locks, if it has links."""
     temporary = partial_name(path)
     try:
-        write_bytes(temporary, data)
+        with atomic_file(temporary) as stream:
+            yield stream
         try:
             os.link(temporary, path)
         except FileExistsError:
-            pass
+            raise
         except OSError:
             # A disk without links.
-            if not path.exists():
-                os.replace(temporary, path)
+            if path.exists():
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+            os.replace(temporary, path)
         fsync_directory(path.parent)
     finally:
         temporary.unlink(missing_ok=True)

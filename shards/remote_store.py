@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import inspect
 import os
 import random
 import re
@@ -83,8 +84,12 @@ class RemoteStore:
         return [found[place] for place in range(len(ranges))]
 
     @contextmanager
-    def write(self, name: str) -> Iterator[IO[bytes]]:
-        """The bytes are gathered in a file on this machine, and uploaded when the block ends well."""
+    def write(self, name: str, *, new: bool = False) -> Iterator[IO[bytes]]:
+        """The bytes are gathered in a file on this machine, and uploaded when the block ends well.
+
+        Whether a `new` one exists already is asked with the upload itself where the service answers that, else before.
+        An upload of which the answer was lost is tried again, and then finds its own object.
+        """
         if self.url.scheme in WEB:
             raise OSError(errno.EROFS, "nothing can be written over http", self._shown(name))
         with tempfile.NamedTemporaryFile(prefix="distill-sd-") as stream:
@@ -94,7 +99,13 @@ class RemoteStore:
             except OSError as error:
                 error.filename = error.filename or stream.name
                 raise
-            self._try(name, lambda files: files.put_file(stream.name, self._path(name)))
+            options = create_options(self._files) if new else {}
+            if new and not options and self.exists(name):
+                raise self._exists(name)
+            self._try(name, lambda files: files.put_file(stream.name, self._path(name), **options))
+
+    def _exists(self, name: str) -> FileExistsError:
+        return FileExistsError(errno.EEXIST, "there is such an object", self._shown(name))
 
     def exists(self, name: str) -> bool:
         return self.size(name) is not None
@@ -182,6 +193,8 @@ class RemoteStore:
     def _failure(self, name: str, error: Exception) -> Exception:
         """PassingError if another try may help, else the OSError to raise, with nothing secret in it."""
         status, said, shown = status_of(error), words_of(error), self._shown(name)
+        if status == 412:
+            return self._exists(name)
         if status == 404 and NO_BUCKET.search(said):
             return OSError(errno.ENODEV, f"there is no such bucket ({said}). Check the address", shown)
         if status == 404:
@@ -236,6 +249,12 @@ def file_system(scheme: str, process: int) -> Any:
     if scheme == "s3":
         found.retries = 1
     return found
+
+
+def create_options(files: Any) -> dict[str, str]:
+    """What has a file system upload an object only if there is none of that name; empty if it knows no such thing."""
+    upload = getattr(files, "_put_file", None)
+    return {"mode": "create"} if upload and "mode" in inspect.signature(upload).parameters else {}
 
 
 def s3_options() -> dict[str, Any]:

@@ -9,18 +9,20 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Protocol, TypeVar, overload
+from typing import IO, Any, Protocol, TypeVar, overload
 
-from shards.files import atomic_file
+from shards.files import atomic_file, new_file
 from shards.location import Location, location_of
 from shards.regular import open_descriptor, read_regular
 from shards.remote_store import RemoteStore
+from shards.schema import json_bytes
 
 # Bytes per read where a file is read from end to end.
 CHUNK = 1 << 20
@@ -41,8 +43,11 @@ class Store(Protocol):
     def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         """The bytes of each (offset, length), shorter only where the file ends."""
 
-    def write(self, name: str) -> AbstractContextManager[IO[bytes]]:
-        """A binary stream; the file takes its name when the block ends well, and nothing is left if it does not."""
+    def write(self, name: str, *, new: bool = False) -> AbstractContextManager[IO[bytes]]:
+        """A binary stream; the file takes its name when the block ends well, and nothing is left if it does not.
+
+        A `new` one replaces nothing: FileExistsError is raised at the end of the block if there is such a file.
+        """
 
     def exists(self, name: str) -> bool:
         """Whether there is such a file."""
@@ -85,8 +90,8 @@ class LocalStore:
             finally:
                 os.close(descriptor)
 
-    def write(self, name: str) -> AbstractContextManager[IO[bytes]]:
-        return atomic_file(self.directory / name)
+    def write(self, name: str, *, new: bool = False) -> AbstractContextManager[IO[bytes]]:
+        return new_file(self.directory / name) if new else atomic_file(self.directory / name)
 
     def exists(self, name: str) -> bool:
         return self.size(name) is not None
@@ -169,6 +174,44 @@ def read_chunks(store: Store, name: str) -> Iterator[bytes]:
     ranges = [(offset, min(CHUNK, size - offset)) for offset in range(0, size, CHUNK)]
     for first in range(0, len(ranges), store.in_flight):
         yield from store.read_ranges(name, ranges[first : first + store.in_flight])
+
+
+def scratch() -> IO[bytes]:
+    """A file without a name on this machine, for what is uploaded when it is complete."""
+    return tempfile.TemporaryFile(prefix="distill-sd-")
+
+
+def write_json(store: Store, name: str, value: Any) -> None:
+    """Write `value` as JSON."""
+    with store.write(name) as stream:
+        stream.write(json_bytes(value, 1))
+
+
+@dataclass(frozen=True)
+class Copied(LocalStore):
+    """Files of a store that were copied to a directory on this machine; messages name the store."""
+
+    of: str
+
+    def __str__(self) -> str:
+        return self.of
+
+
+@contextmanager
+def copied(store: Store, names: Iterable[str]) -> Iterator[Store]:
+    """A store that holds these files on this machine while the block runs: `store` itself if reads need not wait.
+
+    What does not exist is left out.
+    """
+    if store.in_flight == 1:
+        yield store
+        return
+    with tempfile.TemporaryDirectory(prefix="distill-sd-") as directory:
+        for name in names:
+            if store.exists(name):
+                with open(Path(directory) / name, "wb") as stream:
+                    stream.writelines(read_chunks(store, name))
+        yield Copied(Path(directory), str(store))
 
 
 @contextmanager

@@ -17,12 +17,13 @@ from shards.buckets import bucket_of_image
 from shards.cache import RESTORE, describes, foreign_images, images_manifest
 from shards.expected import check_meta, expected_tensors
 from shards.kept import forget
+from shards.location import is_url
 from shards.manifest import Manifest, read_file
 from shards.plan import PlannedShard
 from shards.reader import check_members, check_order, member_names, placed_head, read_entry
 from shards.schema import BLOCK, IMAGES, MANIFEST, ShardError, image_of, round_of
 from shards.sidecar import ForeignShardError, Head, OtherCalibrationError, Sidecar, damaged, read_sidecar
-from shards.store import Store, read_chunks
+from shards.store import Store, at_once, copied, read_chunks
 
 SHARD_FILE = re.compile(r"(?:r\d{4,}-)?s\d{5,}\.(?:tar|json|index)")
 
@@ -105,6 +106,9 @@ def _attempt(path: str, check: Callable[[], Result]) -> Result | ShardError:
     except ShardError as error:
         return error
     except OSError as error:
+        if is_url(path) and error.errno == errno.EIO:
+            # All that can be tried was tried. Each other file would take as long.
+            raise
         raise unreadable(path, error) from None
 
 
@@ -122,12 +126,15 @@ def survey(store: Store, manifest: Manifest) -> Survey:
     planned, existing = list(manifest.plan), set(store.list())
     marked = [place for place, shard in enumerate(planned) if manifest.sidecar_name(shard.name) in existing]
     last, marks, foreign = marked[-1] if marked else -1, set(marked), 0
+    looked_at = at_once(store, lambda place: outcome_of(store, planned[place], manifest), marked)
     before = None
     for place, shard in enumerate(planned):
         path = f"{store}/{shard.name}"
         try:
             if place in marks:
-                head = examine(path, functools.partial(check_sidecar, store, shard, manifest))
+                head = next(looked_at)
+                if isinstance(head, Exception):
+                    raise head
                 found.sizes[shard.name] = Size(head.count, head.bytes)
                 found.problems += order_problem(store, before, head, manifest)
                 before = head if head.count else before
@@ -149,6 +156,14 @@ def survey(store: Store, manifest: Manifest) -> Survey:
         found.problems = [*kept, Problem(f"{what}. Restore the manifest that the shards were written with.")]
     found.problems += stray_files(store, manifest) + changed_files(store, manifest)
     return found
+
+
+def outcome_of(store: Store, shard: PlannedShard, manifest: Manifest) -> Head | ShardError | UnreadableError:
+    """The head of a shard's sidecar, or what is wrong with it."""
+    try:
+        return examine(f"{store}/{shard.name}", functools.partial(check_sidecar, store, shard, manifest))
+    except (ShardError, UnreadableError) as error:
+        return error
 
 
 def check_sidecar(store: Store, shard: PlannedShard, manifest: Manifest) -> Head:
@@ -223,24 +238,24 @@ def survey_images(store: Store, manifest: Manifest, targets: Survey) -> Survey:
 def other_images(targets: Survey, images: Survey) -> list[Problem]:
     """The shards of a cache that were made from other images than those next to it. Nobody knows which is wrong."""
     try:
-        tables = [own_columns(images, shard) for shard in images.sizes]
+        tables = list(at_once(images.store, lambda shard: own_columns(images, shard), images.sizes))
     except (ShardError, UnreadableError) as error:
         return [Problem.of(error)]
     rows = np.concatenate(tables) if tables else np.empty((0, 2), np.int64)
-    problems = []
-    for shard in targets.manifest.plan:
-        if shard.name not in targets.sizes:
-            continue
+
+    def problem_of(shard: PlannedShard) -> list[Problem]:
         try:
             made = own_columns(targets, shard.name)
         except (ShardError, UnreadableError) as error:
-            problems.append(Problem.of(error, shard.name))
-            continue
+            return [Problem.of(error, shard.name)]
         theirs = rows[shard.indices.start : shard.indices.stop]
-        if len(made) != len(theirs) or (made != theirs).any():
-            what = "entries of it were not made from the images next to it"
-            problems.append(Problem(f"{targets.store}/{shard.name}: {what}. {RESTORE}", shard.name))
-    return problems
+        if len(made) == len(theirs) and not (made != theirs).any():
+            return []
+        what = "entries of it were not made from the images next to it"
+        return [Problem(f"{targets.store}/{shard.name}: {what}. {RESTORE}", shard.name)]
+
+    sound = [shard for shard in targets.manifest.plan if shard.name in targets.sizes]
+    return [problem for problems in at_once(targets.store, problem_of, sound) for problem in problems]
 
 
 def own_columns(found: Survey, shard: str) -> np.ndarray:
@@ -257,10 +272,16 @@ def check_contents(found: Survey, advance: Callable[[int], Any]) -> None:
     store, manifest = found.store, found.manifest
     for shard, size in found.sizes.items():
         try:
-            examine(f"{store}/{shard}", functools.partial(check_shard, store, shard, manifest))
+            examine(f"{store}/{shard}", functools.partial(check_copied_shard, store, shard, manifest))
         except (ShardError, UnreadableError) as error:
             found.problems.append(Problem.of(error, shard))
         advance(size.bytes)
+
+
+def check_copied_shard(store: Store, shard: str, manifest: Manifest) -> None:
+    """As `check_shard`. Where reads wait for an answer, every byte is read once, from end to end."""
+    with copied(store, [shard, manifest.sidecar_name(shard)]) as near:
+        check_shard(near, shard, manifest)
 
 
 def check_shard(store: Store, shard: str, manifest: Manifest) -> None:

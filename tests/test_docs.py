@@ -22,6 +22,7 @@ import datasets
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from support.buckets import create, environment, fill
 from support.stages import reset_accelerate, run_encode, run_teacher_cache
 from support.tiny import write_images
 from support.web import IMG2DATASET, serving, write_list
@@ -36,7 +37,19 @@ from shards.store import open_store
 pytestmark = pytest.mark.usefixtures("few_steps", "remembered_evaluations")
 
 ROOT = Path(__file__).parent.parent
-NAMES = ("data", "teachers", "stages", "recipes", "deployment", "disk", "trust", "scaling", "api", "troubleshooting")
+NAMES = (
+    "data",
+    "teachers",
+    "stages",
+    "recipes",
+    "deployment",
+    "disk",
+    "trust",
+    "scaling",
+    "stores",
+    "api",
+    "troubleshooting",
+)
 DOCS = [f"pipeline/docs/{name}.md" for name in NAMES]
 FORMAT, CONTRIBUTING, ARCHITECTURE = "shards/README.md", ".github/CONTRIBUTING.md", "pipeline/README.md"
 PAGES = ["README.md", *DOCS, FORMAT, CONTRIBUTING, ARCHITECTURE]
@@ -51,6 +64,9 @@ SMALL = {
     "--resolution 512 --buckets": "--resolution 128 --buckets",
     "--resolution 512": "--resolution 32",
     "--resolution 1024": "--resolution 32",
+    "--out s3://bucket/cache": "--samples 0 --out s3://bucket/cache",
+    # The server of processes has the environment that it began with, which knows no bucket.
+    "--cache s3:": "--dataloader-num-workers 0 --cache s3:",
     "--max-train-steps 15000": "--max-train-steps 2",
     "--max-train-steps 2000": "--max-train-steps 2",
     "--trial": "--trial --resolution 32 --batch-size 2",
@@ -127,9 +143,19 @@ def write_own_data(images, place):
     datasets.DatasetDict(validation=dataset).save_to_disk(place / "dataset")
 
 
+@pytest.fixture(scope="module")
+def bucket_of_the_pages(s3_server, desk):
+    """The environment in which the bucket of the pages exists, with tars in it."""
+    create()
+    fill("tars", desk / "tars")
+    return {**environment(s3_server), "XDG_CACHE_HOME": str(desk / "home")}
+
+
 @pytest.fixture
-def at_desk(desk, monkeypatch):
+def at_desk(desk, bucket_of_the_pages, monkeypatch):
     """This process in that directory, with img2dataset on the PATH."""
+    for name, value in bucket_of_the_pages.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.chdir(desk)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", desk / "library")
     monkeypatch.setattr("pipeline.cache.trial.SECONDS", 0.0)

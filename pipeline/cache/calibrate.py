@@ -9,8 +9,8 @@ import bisect
 import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from shards.buckets import batched_alike, of_bucket
 from shards.cache import stored_calibrations
 from shards.calibration import Calibration, Moments, calibration_bytes
 from shards.codec import EXACT_DTYPES
-from shards.files import write_once
+from shards.location import Location
 from shards.manifest import Manifest, read_manifest, write_manifest
 from shards.reader import ShardSet, read_entry
 from shards.schema import CALIBRATION, MANIFEST, ShardError
@@ -42,7 +42,7 @@ def read_image(images: ShardSet, index: int) -> Image:
     return Image(entry, row.image_crc32)
 
 
-def adopt_calibrations(out: Path, manifest: Manifest) -> Manifest:
+def adopt_calibrations(out: Location, manifest: Manifest) -> Manifest:
     """The manifest of a cache, which states the calibrations next to it. They are there without it if a run was stopped
     between the two, or if the manifest was lost. Raises ShardError if they are another cache's."""
     store = open_store(out)
@@ -56,7 +56,7 @@ def adopt_calibrations(out: Path, manifest: Manifest) -> Manifest:
     return manifest
 
 
-def calibrated(out: Path, images: ShardSet, teacher: Teacher, batch_size: int) -> Manifest:
+def calibrated(out: Location, images: ShardSet, teacher: Teacher, batch_size: int) -> Manifest:
     """The manifest of a cache with the calibrations of its taps: learned and written now, unless they are there or the
     codec is exact. Raises ShardError if they are lost and shards exist that were made with them."""
     store = open_store(out)
@@ -76,12 +76,13 @@ def calibrated(out: Path, images: ShardSet, teacher: Teacher, batch_size: int) -
             f"{MANIFEST} from a backup, or delete the shards and rerun the same command."
         )
     learned = learn(images, manifest.spec, teacher, batch_size)
-    write_once(out / CALIBRATION, calibration_bytes(learned, manifest.spec_sha256))
-    # Meanwhile another job may have written it, where the disk has no locks.
+    # Meanwhile another job may have written it, where the disk has no locks or is none.
+    with suppress(FileExistsError), store.write(CALIBRATION, new=True) as stream:
+        stream.write(calibration_bytes(learned, manifest.spec_sha256))
     return adopt_calibrations(out, read_manifest(store, "cache"))
 
 
-def calibrations_on(device: torch.device, out: Path, manifest: Manifest) -> dict[str, tuple[Tensor, Tensor]]:
+def calibrations_on(device: torch.device, out: Location, manifest: Manifest) -> dict[str, tuple[Tensor, Tensor]]:
     """mu (C,) and rotation (C, C) of each tap of a cache, on the device; empty if its codec is exact."""
     return device_codec.on_device(stored_calibrations(open_store(out), manifest), device)
 

@@ -9,6 +9,7 @@ images, the cache keeps that shard.
 from __future__ import annotations
 
 import bisect
+import hashlib
 import os
 import shutil
 from pathlib import Path
@@ -20,22 +21,64 @@ from pipeline.system.errors import UserError
 from shards.buckets import BUCKETS_FILE
 from shards.cache import images_manifest, open_images
 from shards.files import atomic_file, file_sha256, fsync_directory, partial_name
+from shards.location import Location
 from shards.manifest import Manifest, difference, read_file
 from shards.plan import PlannedShard
 from shards.reader import ShardSet
 from shards.schema import IMAGES, MANIFEST, conditioning_shapes, empty_prompt_file
 from shards.sidecar import Head, read_head, read_sidecar
-from shards.store import open_store
+from shards.store import LocalStore, Store, at_once, open_store, read_chunks
 
 SHOWN = 3
 
 
-def add_images(latents: ShardSet, out: Path, manifest: Manifest, *, alone: bool) -> ShardSet:
-    """The images in a cache, an existing directory; those that it lacks are taken from the latents. What it has is
-    replaced only by a job that is `alone` there, and only where no targets were made from it.
+def add_images(latents: ShardSet, out: Location, manifest: Manifest, *, alone: bool) -> ShardSet:
+    """The images in a cache, an existing directory or an address; those that it lacks are taken from the latents. What
+    it has is replaced only where no targets were made from it, and in a directory only by a job that is `alone` there.
 
     Raises UserError if that cannot be done without making finished targets wrong.
     """
+    if isinstance(out, Path) and isinstance(latents.store, LocalStore):
+        link_images(latents, out, manifest, alone=alone)
+    else:
+        copy_images(latents, out, manifest)
+    return open_images(open_store(out), manifest)
+
+
+def copy_images(latents: ShardSet, out: Location, manifest: Manifest) -> None:
+    """Copy images from or to an address. Every byte is compared with the sidecar's checksum on its way."""
+    source, images = latents.store, open_store(out).folder(IMAGES)
+    if isinstance(images, LocalStore):
+        images.directory.mkdir(exist_ok=True)
+    heads = shards_to_take(out, manifest, latents)
+    with tqdm(total=sum(head.bytes for head in heads), unit="B", unit_scale=True, desc="images", delay=2) as progress:
+        for head in heads:
+            sidecar, digest = latents.manifest.sidecar_name(head.shard), hashlib.sha256()
+            # Without its sidecar, a shard that is replaced counts as missing.
+            images.delete(sidecar)
+            with images.write(head.shard) as stream:
+                for chunk in read_chunks(source, head.shard):
+                    digest.update(chunk)
+                    progress.update(stream.write(chunk))
+                if digest.hexdigest() != head.sha256:
+                    raise UserError(
+                        f"{source}/{head.shard} is damaged, so it cannot be put into {images}. Run `distill-sd verify "
+                        f"{source} --full`, follow what it says, and rerun the same command."
+                    )
+            with images.write(sidecar) as stream:
+                stream.write(source.read(sidecar))
+    for name in files_beside(latents.manifest):
+        data = read_file(source, latents.manifest, name)
+        if not images.exists(name) or images.read(name) != data:
+            with images.write(name) as stream:
+                stream.write(data)
+    if not images.exists(MANIFEST):
+        with images.write(MANIFEST) as stream:
+            stream.write(source.read(MANIFEST))
+
+
+def link_images(latents: ShardSet, out: Path, manifest: Manifest, *, alone: bool) -> None:
+    """Link or copy images from one directory to another."""
     source, images = Path(str(latents.store)), out / IMAGES
     images.mkdir(exist_ok=True)
     heads = shards_to_take(out, manifest, latents)
@@ -58,15 +101,19 @@ def add_images(latents: ShardSet, out: Path, manifest: Manifest, *, alone: bool)
             link_file(source / head.shard, images / head.shard)
             copy_file(source / sidecar.name, sidecar)
             progress.update()
-    names = [BUCKETS_FILE, *map(empty_prompt_file, conditioning_shapes(latents.manifest.spec))]
-    for file in names:
-        if file in latents.manifest.files and not is_intact(images / file, latents.manifest.files[file]):
+    for file in files_beside(latents.manifest):
+        if not is_intact(images / file, latents.manifest.files[file]):
             read_file(latents.store, latents.manifest, file)
             copy_file(source / file, images / file)
     if not (images / MANIFEST).is_file():
         copy_file(source / MANIFEST, images / MANIFEST)
     fsync_directory(images)
-    return open_images(open_store(out), manifest)
+
+
+def files_beside(manifest: Manifest) -> list[str]:
+    """The files that belong to all shards of latents, by name."""
+    names = [BUCKETS_FILE, *map(empty_prompt_file, conditioning_shapes(manifest.spec))]
+    return [name for name in names if name in manifest.files]
 
 
 def is_intact(path: Path, sha256: str) -> bool:
@@ -92,15 +139,17 @@ def link_file(source: Path, target: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def bytes_to_copy(latents: ShardSet, out: Path, manifest: Manifest | None) -> int:
+def bytes_to_copy(latents: ShardSet, out: Location, manifest: Manifest | None) -> int:
     """The bytes that `add_images` copies: none where it can link, as far as that can be told beforehand."""
     missing = sum(head.bytes for head in shards_to_take(out, manifest, latents))
+    if not (isinstance(out, Path) and isinstance(latents.store, LocalStore)):
+        return missing
     nearest = next(place for place in (out.resolve(), *out.resolve().parents) if place.exists())
     same_disk = nearest.stat().st_dev == Path(str(latents.store)).stat().st_dev
     return 0 if same_disk else missing
 
 
-def shards_to_take(out: Path, manifest: Manifest | None, latents: ShardSet) -> list[Head]:
+def shards_to_take(out: Location, manifest: Manifest | None, latents: ShardSet) -> list[Head]:
     """The shards of the latents that a cache lacks, and those that it holds otherwise although no targets were made
     from them.
 
@@ -112,10 +161,11 @@ def shards_to_take(out: Path, manifest: Manifest | None, latents: ShardSet) -> l
     refuse_others(latents, stated, out)
     unfinished = {shard.name for shard in manifest.plan.unfinished(store)} if manifest else set()
     wanted, replaced, first = [], [], 0
-    for head in latents.heads:
+    images = store.folder(IMAGES)
+    owns = at_once(images, lambda head: own_head(images, stated, head.shard), latents.heads)
+    for head, own in zip(latents.heads, owns, strict=True):
         entries = range(first, first + head.count)
         first = entries.stop
-        own = own_head(out, stated, head.shard)
         if own and (own.sha256, own.table_crc32) == (head.sha256, head.table_crc32):
             continue
         made = [shard for shard in covering(manifest, entries) if shard.name not in unfinished] if manifest else []
@@ -128,14 +178,13 @@ def shards_to_take(out: Path, manifest: Manifest | None, latents: ShardSet) -> l
     return wanted
 
 
-def own_head(out: Path, stated: Manifest, shard: str) -> Head | None:
-    """The head of a shard of a cache's images; None if it lacks the tar or the sidecar."""
-    store = open_store(out / IMAGES)
-    complete = store.exists(stated.sidecar_name(shard)) and store.exists(shard)
-    return read_head(store, shard, stated) if complete else None
+def own_head(images: Store, stated: Manifest, shard: str) -> Head | None:
+    """The head of a shard of a cache's images; None if they lack the tar or the sidecar."""
+    complete = images.exists(stated.sidecar_name(shard)) and images.exists(shard)
+    return read_head(images, shard, stated) if complete else None
 
 
-def refuse_others(latents: ShardSet, found: Manifest, out: Path) -> None:
+def refuse_others(latents: ShardSet, found: Manifest, out: Location) -> None:
     """Raise UserError if the images of a cache are those of other latents."""
     lines = difference(found.spec, latents.manifest.spec)
     if lines or found.version != latents.manifest.version:
@@ -162,7 +211,9 @@ def overlap(shard: PlannedShard, entries: range) -> range:
     return range(max(entries.start, shard.indices.start), min(entries.stop, shard.indices.stop))
 
 
-def differs(out: Path, manifest: Manifest, shard: PlannedShard, entries: range, latents: ShardSet, head: Head) -> bool:
+def differs(
+    out: Location, manifest: Manifest, shard: PlannedShard, entries: range, latents: ShardSet, head: Head
+) -> bool:
     """Whether a finished shard states other images than the latents hold now, in a shard that has `entries`."""
     shared = overlap(shard, entries)
     made = read_sidecar(open_store(out), shard.name, manifest).table[:, :2]
@@ -173,14 +224,16 @@ def differs(out: Path, manifest: Manifest, shard: PlannedShard, entries: range, 
 
 
 def replaced_message(
-    out: Path, manifest: Manifest, latents: ShardSet, replaced: list[tuple[Head, list[PlannedShard]]]
+    out: Location, manifest: Manifest, latents: ShardSet, replaced: list[tuple[Head, list[PlannedShard]]]
 ) -> str:
     """What was written again, and what can be done."""
     images = [f"{IMAGES}/{head.shard}" for head, _ in replaced]
     made = list(dict.fromkeys(shard.name for _, shards in replaced for shard in shards))
     more = f" and {plural(len(replaced) - 1, 'more shard')}" if len(replaced) > 1 else ""
-    pairs = [(out / name, Path(str(latents.store)) / Path(name).name) for name in images]
-    shared = any(own.exists() and own.samefile(theirs) for own, theirs in pairs)
+    shared = False
+    if isinstance(out, Path) and isinstance(latents.store, LocalStore):
+        pairs = [(out / name, latents.store.directory / Path(name).name) for name in images]
+        shared = any(own.exists() and own.samefile(theirs) for own, theirs in pairs)
     own = (
         "It was overwritten in place, and the cache's own images with it: restore it, or"
         if shared

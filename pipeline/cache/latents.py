@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,13 +14,14 @@ from pipeline.models.hashing import config_of, tokenizer_sha256, weights_sha256
 from pipeline.system.echo import plural
 from pipeline.system.errors import UserError
 from shards.buckets import BUCKETS, counts
+from shards.location import Location
 from shards.manifest import Manifest, difference, read_manifest
 from shards.reader import ShardSet
 from shards.schema import IMAGES, MANIFEST
-from shards.store import open_store
+from shards.store import at_once, open_store
 
 
-def open_latents(directory: Path) -> ShardSet:
+def open_latents(directory: Location) -> ShardSet:
     """Finished latents. Raises ShardError if they are not, and UserError if they hold no images."""
     latents = ShardSet(open_store(directory), "latents", manifest=manifest_at(directory, "latents"))
     if not len(latents):
@@ -29,17 +29,18 @@ def open_latents(directory: Path) -> ShardSet:
     return latents
 
 
-def manifest_at(directory: Path, stage: str | None = None) -> Manifest:
-    """The manifest of a directory. It knows whether that is the images of a cache."""
-    manifest = read_manifest(open_store(directory), stage)
-    lies_in_cache = directory.name == IMAGES and (directory.parent / MANIFEST).is_file()
-    return replace(manifest, in_cache=True) if lies_in_cache and not manifest.is_cache else manifest
+def manifest_at(place: Location, stage: str | None = None) -> Manifest:
+    """The manifest of a directory or an address. It knows whether that is the images of a cache."""
+    manifest = read_manifest(open_store(place), stage)
+    if manifest.is_cache or place.name != IMAGES or place.parent is None:
+        return manifest
+    return replace(manifest, in_cache=True) if open_store(place.parent).exists(MANIFEST) else manifest
 
 
 def captions_of(latents: ShardSet, count: int) -> list[str]:
     """Up to `count` captions, evenly spread over the images."""
     chosen = np.linspace(0, len(latents) - 1, min(count, len(latents))).astype(int)
-    return [latents.read(int(i), ()).meta["caption"] for i in chosen]
+    return list(at_once(latents.store, lambda index: latents.read(int(index), ()).meta["caption"], chosen))
 
 
 def sampling_size(latents: ShardSet, config: Mapping[str, Any]) -> tuple[int, int] | None:

@@ -9,26 +9,28 @@ from typing import Any
 
 from accelerate import PartialState
 
-from pipeline.cache.parts import checksums_of_parts, existing_parts, is_bound
+from pipeline.cache.parts import is_bound
+from pipeline.cache.remote_parts import checksums_of, parts_of
 from pipeline.system.echo import plural, say
 from pipeline.system.options import range_of
 from shards.files import remove_leftovers
+from shards.location import Location
 from shards.manifest import Manifest, read_manifest, refuse_other_spec, write_manifest
 from shards.plan import PlannedShard, share
 from shards.reader import placed_head
 from shards.schema import IMAGES, MANIFEST
 from shards.sidecar import Head
-from shards.store import Store, open_store
+from shards.store import Store, at_once, open_store
 
 
-def existing_manifest(out: Path, stage: str) -> Manifest | None:
+def existing_manifest(out: Location, stage: str) -> Manifest | None:
     """The manifest of `out`, if it has one."""
     store = open_store(out)
     return read_manifest(store, stage) if store.exists(MANIFEST) else None
 
 
 def claim(
-    out: Path,
+    out: Location,
     stage: str,
     spec: dict[str, Any],
     *,
@@ -36,8 +38,8 @@ def claim(
     rounds: int | None = None,
     files: dict[str, bytes] | None = None,
 ) -> Manifest:
-    """The manifest of `out`, an existing directory, for `spec`: written now together with its `files`, or an existing
-    one with the same spec.
+    """The manifest of `out`, an address or an existing directory, for `spec`: written now together with its `files`, or
+    an existing one with the same spec.
 
     More `rounds` than it has extend it; fewer leave it unchanged. If this job is `alone` there, partial files of killed
     runs are removed. Raises ShardError, with the difference, if `out` was made for another spec.
@@ -46,7 +48,7 @@ def claim(
     found = existing_manifest(out, stage)
     if found is not None:
         refuse_other_spec(out, found.spec, spec)
-    if alone:
+    if alone and isinstance(out, Path):
         remove_leftovers(out, out / "students", out / IMAGES)
     if found is None:
         hashes = {name: _write(store, name, data) for name, data in (files or {}).items()}
@@ -59,13 +61,13 @@ def claim(
     return manifest
 
 
-def bind_parts(out: Path, manifest: Manifest, saved: list[str]) -> Manifest:
+def bind_parts(out: Location, manifest: Manifest, saved: list[str]) -> Manifest:
     """The manifest of a cache with the checksums of its folders of weights, of which the `saved` ones are new.
 
     A finished cache of an earlier version, to which nothing is added, stays as it is.
     """
-    unbound = [part for part in existing_parts(out) if not is_bound(manifest, part)] if manifest.sealed else []
-    checksums = checksums_of_parts(out, {*saved, *unbound})
+    unbound = [part for part in parts_of(out) if not is_bound(manifest, part)] if manifest.sealed else []
+    checksums = checksums_of(out, {*saved, *unbound})
     if not checksums:
         return manifest
     # Another job may have added to it, where the disk has no locks.
@@ -83,7 +85,7 @@ def _write(store: Store, name: str, data: bytes) -> str:
 
 
 def share_unfinished(
-    out: Path, manifest: Manifest, state: PartialState, shard_range: str | None
+    out: Location, manifest: Manifest, state: PartialState, shard_range: str | None
 ) -> tuple[list[PlannedShard], list[PlannedShard]]:
     """All unfinished shards of the range (see `range_of`), and those of them that this process writes.
 
@@ -94,7 +96,7 @@ def share_unfinished(
     return unfinished, share(unfinished, state.process_index, state.num_processes)
 
 
-def finished_heads(out: Path, manifest: Manifest) -> list[Head] | None:
+def finished_heads(out: Location, manifest: Manifest) -> list[Head] | None:
     """The heads of a finished directory's sidecars, in the plan's order. None, after a line on what is left, if it is
     unfinished."""
     store, plan = open_store(out), manifest.plan
@@ -103,4 +105,4 @@ def finished_heads(out: Path, manifest: Manifest) -> list[Head] | None:
         done = len(plan) - len(left)
         say(f"{out} holds {done} of {plural(len(plan), 'shard')} so far; the next one to write is {left[0].name}")
         return None
-    return [placed_head(store, shard, manifest) for shard in plan]
+    return list(at_once(store, lambda shard: placed_head(store, shard, manifest), plan))

@@ -6,6 +6,7 @@ versions state nothing, and their folders are used as they are.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,11 @@ from pipeline.models.tap_pairs import tap_pairs
 from pipeline.system.errors import UserError
 from pipeline.system.json_files import read_json
 from shards.buckets import of_bucket
-from shards.files import file_sha256, write_json
+from shards.files import file_sha256
+from shards.location import Location
 from shards.manifest import Manifest
 from shards.schema import conditioning_shapes
+from shards.store import Store, write_json
 
 BASE, STUDENTS = "base", "students"
 REMEDY = "Copy it from an intact cache, or delete the folder and rerun the same `distill-sd teacher-cache`."
@@ -57,10 +60,10 @@ def bound_parts(manifest: Manifest) -> list[str]:
     return [name.removesuffix(f"/{CHECKSUMS}") for name in manifest.files if name.endswith(f"/{CHECKSUMS}")]
 
 
-def write_teacher_config(cache: Path, unet: UNet2DConditionModel) -> None:
+def write_teacher_config(store: Store, unet: UNet2DConditionModel) -> None:
     """Keep the config of the teacher's U-Net, from which one can be made to measure how long a pass takes."""
-    if not (cache / TEACHER).is_file():
-        write_json(cache / TEACHER, {key: value for key, value in unet.config.items() if not key.startswith("_")})
+    if not store.exists(TEACHER):
+        write_json(store, TEACHER, {key: value for key, value in unet.config.items() if not key.startswith("_")})
 
 
 def teacher_config(cache: Path) -> dict[str, Any] | None:
@@ -95,16 +98,15 @@ def check_part(cache: Path, manifest: Manifest, part: str, *, contents: bool) ->
         raise UserError(f"{cache / part}: {changed[0]}. {REMEDY}")
 
 
-def require_student(cache: Path, level: str) -> None:
-    """Raise UserError if a cache does not hold the initial student of a level."""
-    if not (cache / student_part(level) / "config.json").is_file():
-        raise UserError(
-            f"{cache} has no initial weights of {level}. "
-            f"Run `teacher-cache --students {level}` on it with the other settings unchanged."
-        )
+def missing_student(cache: Location | Store, level: str) -> UserError:
+    """The error for a cache that does not hold the initial student of a level."""
+    return UserError(
+        f"{cache} has no initial weights of {level}. "
+        f"Run `teacher-cache --students {level}` on it with the other settings unchanged."
+    )
 
 
-def stored_pairs(cache: Path, level: str, spec: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+def stored_pairs(store: Store, level: str, spec: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
     """(student module, teacher module) pairs of the set of taps that a cache with this spec holds.
 
     Raises UserError if it needs to be known what the level's student is like, and the cache does not hold it.
@@ -112,9 +114,14 @@ def stored_pairs(cache: Path, level: str, spec: Mapping[str, Any]) -> tuple[tupl
     tap_set = spec.get(TAP_SET, BLOCKS)
     if tap_set == BLOCKS:
         return LEVELS[level].taps
-    require_student(cache, level)
-    folder = cache / student_part(level)
-    return tap_pairs(reading(folder, lambda: UNet2DConditionModel.load_config(folder)), level, tap_set)
+    name = f"{student_part(level)}/config.json"
+    if not store.exists(name):
+        raise missing_student(store, level)
+    try:
+        config = json.loads(store.read(name))
+    except ValueError as error:
+        raise UserError(f"{store}/{name} is damaged ({error}). {REMEDY}") from None
+    return tap_pairs(config, level, tap_set)
 
 
 def check_student(cache: Path, level: str, spec: dict[str, Any]) -> None:

@@ -18,23 +18,25 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from pipeline.cache.latents import size_in_words
 from pipeline.cache.parts import (
     BASE,
+    TEACHER,
     check_part,
     check_student,
     is_bound,
-    require_student,
+    missing_student,
     stored_pairs,
     student_part,
     teacher_config,
 )
+from pipeline.cache.remote_parts import folder_of, take_file, take_part
 from pipeline.demo.oracle import score_scenes
 from pipeline.evaluation.cost import forward_seconds
 from pipeline.evaluation.model_card import write_model_card
 from pipeline.models.families import family_of_spec
 from pipeline.models.levels import LEVELS
 from pipeline.models.load import MODEL_INDEX, family_of, load_unet_folder
-from pipeline.models.provenance import CARD, read_origin
+from pipeline.models.provenance import CARD, ORIGIN, read_origin
 from pipeline.sampling.process import PipelineRef, generate_in_process
-from pipeline.sampling.teacher_samples import teacher_samples
+from pipeline.sampling.teacher_samples import take_samples, teacher_samples
 from pipeline.settings.distill import DistillSettings
 from pipeline.settings.training import resolve_steps_and_lr, resume_fingerprint
 from pipeline.system.device import DTYPES, leave_processes, resolve_dtype
@@ -65,6 +67,7 @@ from pipeline.training.report import Report, circumstances, write_report
 from pipeline.training.transform import Transform
 from pipeline.training.validation import planned_images, validation_images
 from shards.dataset import CacheDataset
+from shards.location import Location, Url
 from shards.manifest import Manifest, read_manifest
 from shards.store import open_store
 
@@ -79,13 +82,13 @@ def run(settings: DistillSettings) -> None:
         train_student(settings, lock)
 
 
-def inputs_of(settings: DistillSettings) -> dict[str, Path | str | None]:
+def inputs_of(settings: DistillSettings) -> dict[str, Location | str | None]:
     return {"--cache": settings.cache, "--init-from": settings.init_from}
 
 
 def objective_of(settings: DistillSettings, spec: Mapping[str, Any]) -> Objective:
     """What is compared with the taps of a cache with this spec. Features without weight need none."""
-    pairs = stored_pairs(settings.cache, settings.level, spec) if settings.feature_weight else ()
+    pairs = stored_pairs(open_store(settings.cache), settings.level, spec) if settings.feature_weight else ()
     return Objective(pairs, settings.output_weight, settings.feature_weight, settings.feature_loss, settings.snr_gamma)
 
 
@@ -94,6 +97,13 @@ def train_student(settings: DistillSettings, lock: OutputLock) -> None:
     settings = resolve_precision(settings)
     accelerator = make_accelerator(settings)
     dataset = open_cache(settings)
+    if isinstance(settings.cache, Url):
+        with accelerator.local_main_process_first():
+            if accelerator.is_local_main_process:
+                take_parts(settings, dataset)
+            check_parts(settings, dataset.cache.manifest)
+    manifest = dataset.cache.manifest
+    folder = folder_of(settings.cache, manifest)
     settings = resolve_steps_and_lr(settings, len(dataset), accelerator.num_processes)
     with accelerator.main_process_first():
         if accelerator.is_main_process:
@@ -107,13 +117,16 @@ def train_student(settings: DistillSettings, lock: OutputLock) -> None:
 
     problems = []
     with accelerator.main_process_first():
-        if accelerator.is_main_process:
-            check_part(settings.cache, dataset.cache.manifest, BASE, contents=True)
+        # A copy of what lies at an address was compared when it was taken.
+        if accelerator.is_main_process and folder == settings.cache:
+            check_part(folder, manifest, BASE, contents=True)
     if done < (settings.max_train_steps or 0):
         training = prepare(settings, dataset, accelerator)
         stream = batches(settings, dataset, accelerator, training.position)
         with closing(stream):
-            problems = run_training(settings, accelerator, training, stream, lambda: save_student(settings, training))
+            problems = run_training(
+                settings, accelerator, training, stream, lambda: save_student(settings, training, folder, manifest)
+            )
         # The report needs the memory that the student takes.
         del training, stream
     leave_processes(accelerator)
@@ -122,16 +135,16 @@ def train_student(settings: DistillSettings, lock: OutputLock) -> None:
             settings,
             "student",
             f"the {settings.level} student of {plural(finished_step(settings.out), 'step')} as a diffusers pipeline",
-            lambda: save_report(settings, accelerator.device),
-            lambda: write_missing_card(settings),
+            lambda: save_report(settings, folder, manifest, accelerator.device),
+            lambda: write_missing_card(settings, folder, manifest),
             problems,
         )
 
 
-def write_missing_card(settings: DistillSettings) -> None:
+def write_missing_card(settings: DistillSettings, folder: Path, manifest: Manifest) -> None:
     """A student of an earlier version has no model card."""
     if not (settings.out / CARD).is_file():
-        write_model_card(settings.out, settings.as_json())
+        write_model_card(settings.out, settings.as_json(), folder, manifest)
 
 
 def training_spec(settings: DistillSettings, dataset: CacheDataset, processes: int) -> dict[str, Any]:
@@ -150,11 +163,9 @@ def training_spec(settings: DistillSettings, dataset: CacheDataset, processes: i
 
 def prepare(settings: DistillSettings, dataset: CacheDataset, accelerator: Accelerator) -> Training:
     """The student, initial or from the newest checkpoint, and everything that trains it, on the device."""
-    spec, transform = dataset.spec, Transform()
+    spec, transform, folder = dataset.spec, Transform(), folder_of(settings.cache, dataset.cache.manifest)
     noise_scheduler = DDPMScheduler.from_config(spec["noise_scheduler"])
-    student, state = start(
-        settings, transform, lambda: initial_student(settings.cache, settings.level, settings.init_from)
-    )
+    student, state = start(settings, transform, lambda: initial_student(folder, settings.level, settings.init_from))
     # diffusers would record the folder it was loaded from, which differs after a resume.
     student.register_to_config(_name_or_path=settings.level)
     return prepare_training(
@@ -167,46 +178,52 @@ def prepare(settings: DistillSettings, dataset: CacheDataset, accelerator: Accel
         family=family_of_spec(spec),
         dataset=dataset,
         noise_scheduler=noise_scheduler,
-        base=settings.cache / BASE,
+        base=folder / BASE,
         held_out=held_out_of(settings, spec, len(noise_scheduler.alphas_cumprod)),
     )
 
 
-def save_student(settings: DistillSettings, training: Training) -> None:
+def save_student(settings: DistillSettings, training: Training, folder: Path, manifest: Manifest) -> None:
     """The finished pipeline and its model card."""
     (settings.out / REPORT).unlink(missing_ok=True)
     training.transform.convert(training.student, training.base, settings.out, training.prediction_type)
-    write_model_card(settings.out, settings.as_json())
+    write_model_card(settings.out, settings.as_json(), folder, manifest)
 
 
-def save_report(settings: DistillSettings, device: torch.device) -> None:
+def save_report(settings: DistillSettings, folder: Path, manifest: Manifest, device: torch.device) -> None:
     """report.html, with images by the teacher, from the cache, and by the student before and after the training."""
     rows = {}
-    samples = teacher_samples(settings.cache)
+    samples = teacher_samples(folder)
     if samples:
         rows["teacher"], sampler = samples
-        folders = {**folder_before(settings), "student": settings.out / "unet"}
+        unets = {**unet_before(settings, folder), "student": settings.out / "unet"}
         dtype = DTYPES[resolve_dtype("auto", device)]
-        for name, folder in folders.items():
-            pipeline = PipelineRef(settings.cache / BASE, folder, device, dtype)
+        for name, unet in unets.items():
+            pipeline = PipelineRef(folder / BASE, unet, device, dtype)
             rows[name] = generate_in_process(pipeline, rows["teacher"].prompts, sampler, name)
     lines = read_jsonl(settings.out / METRICS)
     report = Report(
-        title=f"{settings.level}, distilled from {settings.cache.resolve().name}",
-        about=about(settings, device, lines),
+        title=f"{settings.level}, distilled from {name_of(settings.cache)}",
+        about=about(settings, folder, manifest, device, lines),
         settings=settings.for_others(),
         metrics=lines,
         rows=rows,
         validation=validation_images(settings.out / VALIDATION),
-        passes=pass_seconds(settings, device),
+        passes=pass_seconds(settings, folder, device),
         scorer=score_scenes,
     )
     write_report(settings.out, report)
 
 
-def about(settings: DistillSettings, device: torch.device, metrics: list[dict[str, Any]]) -> dict[str, str]:
+def name_of(cache: Location) -> str:
+    return cache.name if isinstance(cache, Url) else cache.resolve().name
+
+
+def about(
+    settings: DistillSettings, folder: Path, manifest: Manifest, device: torch.device, metrics: list[dict[str, Any]]
+) -> dict[str, str]:
     """What the report says of a training's circumstances, as far as they are known."""
-    spec, origin = read_manifest(open_store(settings.cache), "cache").spec, read_origin(settings.cache)
+    spec, origin = manifest.spec, read_origin(folder)
     teacher, data = (origin.get(name, {}).get("name", "not known") for name in ("teacher", "data"))
     return {
         "teacher": teacher,
@@ -216,12 +233,12 @@ def about(settings: DistillSettings, device: torch.device, metrics: list[dict[st
     }
 
 
-def pass_seconds(settings: DistillSettings, device: torch.device) -> dict[str, float]:
+def pass_seconds(settings: DistillSettings, folder: Path, device: torch.device) -> dict[str, float]:
     """Seconds per forward pass of one image by U-Nets like the teacher's and the student's, which take turns.
 
     Time does not depend on weights, so the teacher's are random ones. Empty if the cache does not say what it was like.
     """
-    config = teacher_config(settings.cache)
+    config = teacher_config(folder)
     if config is None:
         return {}
     dtype = DTYPES[resolve_dtype("auto", device)]
@@ -229,19 +246,20 @@ def pass_seconds(settings: DistillSettings, device: torch.device) -> dict[str, f
         "teacher": UNet2DConditionModel.from_config(config).to(device, dtype),
         "student": load_unet_folder(settings.out / "unet", None, dtype).to(device),
     }
-    base = settings.cache / BASE
+    base = folder / BASE
     return forward_seconds(unets, 1, family_of(base).conditioning_shapes(base), family_of(base), TURNS)
 
 
-def folder_before(settings: DistillSettings) -> dict[str, Path]:
+def unet_before(settings: DistillSettings, folder: Path) -> dict[str, Path]:
     """The U-Net that the training started from, by its name in the report."""
     if settings.init_from is None:
-        return {"untrained student": settings.cache / student_part(settings.level)}
+        return {"untrained student": folder / student_part(settings.level)}
     return {"student of --init-from": unet_folder(settings.init_from)}
 
 
 def open_cache(settings: DistillSettings) -> CacheDataset:
-    """The entries, of which only what has a weight is read."""
+    """The entries, of which only what has a weight is read. What else a student needs is looked for in a directory; of
+    an address it is taken later, by `take_parts`."""
     store = open_store(settings.cache)
     spec = read_manifest(store, "cache").spec
     teacher_taps = [teacher_tap for _, teacher_tap in objective_of(settings, spec).pairs]
@@ -251,8 +269,21 @@ def open_cache(settings: DistillSettings) -> CacheDataset:
         with_teacher_pred=settings.output_weight > 0,
         rounds=settings.rounds,
     )
-    check_parts(settings, dataset.cache.manifest)
+    if isinstance(settings.cache, Path):
+        check_parts(settings, dataset.cache.manifest)
     return dataset
+
+
+def take_parts(settings: DistillSettings, dataset: CacheDataset) -> None:
+    """Copy what a student needs besides the shards from an address to this machine, as far as it is not there."""
+    store, manifest = dataset.cache.store, dataset.cache.manifest
+    folder = folder_of(settings.cache, manifest)
+    for part in (BASE, student_part(settings.level)):
+        take_part(store, manifest, part, folder)
+    for name in (ORIGIN, TEACHER):
+        take_file(store, name, folder)
+    if settings.report:
+        take_samples(store, folder)
 
 
 def check_parts(settings: DistillSettings, manifest: Manifest) -> None:
@@ -260,20 +291,21 @@ def check_parts(settings: DistillSettings, manifest: Manifest) -> None:
 
     The files are looked for and not read, since there is much of them.
     """
-    part = student_part(settings.level)
-    require_student(settings.cache, settings.level)
-    if not (settings.cache / BASE / MODEL_INDEX).is_file():
+    part, folder = student_part(settings.level), folder_of(settings.cache, manifest)
+    if not (folder / part / "config.json").is_file():
+        raise missing_student(settings.cache, settings.level)
+    if not (folder / BASE / MODEL_INDEX).is_file():
         raise UserError(
             f"{settings.cache} has no base/, the pipeline that the student becomes part of. Copy the complete cache."
         )
     for name in (BASE, part):
-        check_part(settings.cache, manifest, name, contents=False)
+        check_part(folder, manifest, name, contents=False)
     if not is_bound(manifest, part):
-        check_student(settings.cache, settings.level, manifest.spec)
-    read_origin(settings.cache)
+        check_student(folder, settings.level, manifest.spec)
+    read_origin(folder)
     if settings.report:
-        teacher_samples(settings.cache)
-        teacher_config(settings.cache)
+        teacher_samples(folder)
+        teacher_config(folder)
 
 
 def plan(settings: DistillSettings) -> list[str]:

@@ -35,20 +35,20 @@ from pipeline.models.load import family_of, find_pipeline, load_base
 from pipeline.settings.encode import EncodeSettings
 from pipeline.system.compiling import compile_failures, compile_networks
 from pipeline.system.device import DTYPES, is_accelerator, leave_processes, process_state
-from pipeline.system.disk import format_bytes, free_bytes, require_space
+from pipeline.system.disk import format_bytes, free_line, require_space
 from pipeline.system.echo import one_line, plural, say
 from pipeline.system.errors import UserError
-from pipeline.system.lock import OutputLock
+from pipeline.system.lock import NoLock, OutputLock, lock_of
 from pipeline.system.options import range_of
-from pipeline.system.output import check_output, made_by
+from pipeline.system.output import check_address, check_output, made_by
 from pipeline.system.settings import write_settings
 from pipeline.system.signals import signals_interrupt
 from pipeline.system.threads import in_background
 from shards.buckets import BUCKETS, BUCKETS_FILE, of_bucket
 from shards.buckets import counts as bucket_counts
 from shards.codec import decode_npy, encode_npy
-from shards.files import atomic_file
 from shards.kept import Kept, read_kept
+from shards.location import Location, Url
 from shards.manifest import Manifest, known_to, read_file, refuse_other_spec
 from shards.plan import PlannedShard, ShardPlan, count_entries
 from shards.schema import (
@@ -69,19 +69,26 @@ from shards.writer import EntryBuilder, write_shard
 SKIPPED = "skipped.jsonl"
 
 
+# Patterns of the files that are written before the manifest.
+FIRST = (empty_prompt_file("*"), BUCKETS_FILE)
+
+
 def run(settings: EncodeSettings) -> None:
     """Encode images and captions into latents and prompt embeddings, in shards."""
     check_out(settings)
-    with OutputLock(settings.out) as lock, signals_interrupt():
+    with lock_of(settings.out) as lock, signals_interrupt():
         write_latents(settings, lock)
 
 
 def check_out(settings: EncodeSettings) -> None:
     """Raise UserError unless --out is new, empty, or holds latents."""
+    inputs: dict[str, Location | str | None] = {"--data": settings.data, "--teacher": settings.teacher}
+    if isinstance(settings.out, Url):
+        check_address(settings.out, "encode", inputs, first=FIRST)
+        return
     own = made_by(settings.out, "encode", MANIFEST)
-    # They are written before the manifest.
-    first = [path.name for pattern in (empty_prompt_file("*"), BUCKETS_FILE) for path in settings.out.glob(pattern)]
-    check_output(settings.out, "encode", {"--data": settings.data, "--teacher": settings.teacher}, own=own, first=first)
+    first = [path.name for pattern in FIRST for path in settings.out.glob(pattern)]
+    check_output(settings.out, "encode", inputs, own=own, first=first)
 
 
 def framing_of(settings: EncodeSettings, size: Size) -> Framing:
@@ -95,7 +102,7 @@ def sizes_of(spec: dict[str, Any]) -> list[Size]:
     return [(bucket["size"][0], bucket["size"][1]) for bucket in spec[BUCKETS]]
 
 
-def write_latents(settings: EncodeSettings, lock: OutputLock) -> None:
+def write_latents(settings: EncodeSettings, lock: OutputLock | NoLock) -> None:
     """Claim --out and write the shards that it lacks."""
     state = process_state(settings.device)
     source = open_source(settings)
@@ -125,7 +132,9 @@ def write_latents(settings: EncodeSettings, lock: OutputLock) -> None:
     base.vae.to(state.device, vae_dtype(settings, base, family), memory_format=torch.channels_last)
     if settings.compile:
         compile_networks(state.device, base.vae.encoder, *text_encoders)
-    require_space(settings.out, sizes.total_bytes(planned_sizes(spec, unfinished)), "use a smaller --resolution")
+    if isinstance(settings.out, Path):
+        needed = sizes.total_bytes(planned_sizes(spec, unfinished))
+        require_space(settings.out, needed, "use a smaller --resolution")
     if state.is_main_process:
         write_settings(settings.out, "encode", settings)
         for line in [*shown_input(settings, source, spec), *source.notes()]:
@@ -394,14 +403,14 @@ def check_shapes(settings: EncodeSettings, empty: dict[str, np.ndarray], stated:
             )
 
 
-def report(out: Path, manifest: Manifest, prefix: str) -> None:
-    """Print what the directory holds, and list skipped images. Raises UserError if nothing was encoded."""
+def report(out: Location, manifest: Manifest, prefix: str) -> None:
+    """Print what the output holds, and list skipped images. Raises UserError if nothing was encoded."""
     heads = finished_heads(out, manifest)
     if heads is None:
         return
     skipped = [item for head in heads for item in head.skipped]
     encoded = sum(head.count for head in heads)
-    with atomic_file(out / SKIPPED) as stream:
+    with open_store(out).write(SKIPPED) as stream:
         stream.writelines(json.dumps(item, ensure_ascii=False).encode() + b"\n" for item in skipped)
     if not encoded:
         raise UserError(f"none of the images could be read. See {out / SKIPPED} for the reasons.")
@@ -431,7 +440,7 @@ def plan(settings: EncodeSettings) -> list[str]:
     return [
         f"entries: {spec['entries']} in {plural(len(shards), 'shard')}, {len(left)} of them still to write",
         *sizes.lines(planned_sizes(spec, left)),
-        f"free on that disk: {format_bytes(free_bytes(settings.out))}",
+        *free_line(settings.out),
         *shown_input(settings, source, spec),
         *source.notes(),
     ]

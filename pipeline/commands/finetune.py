@@ -5,7 +5,7 @@ A step: latents and conditioning -> new noise and timestep -> U-Net -> task loss
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -68,8 +68,10 @@ from pipeline.training.transform import Transform
 from pipeline.training.validation import planned_images, validation_images
 from shards.cache import empty_prompt
 from shards.dataset import Batch, stack_tensors
+from shards.location import Location
 from shards.reader import StoredEntry
 from shards.schema import LATENTS, conditioning_shapes
+from shards.store import at_once
 
 
 class LatentsDataset(Dataset):
@@ -93,6 +95,13 @@ class LatentsDataset(Dataset):
     def __getitem__(self, index: int) -> StoredEntry:
         return self.shards.read(index, [LATENTS, *self.conditioning])
 
+    def __getitems__(self, indices: Sequence[int]) -> list[StoredEntry]:
+        return list(at_once(self.shards.store, self.__getitem__, indices))
+
+    @property
+    def in_flight(self) -> int:
+        return self.shards.store.in_flight
+
     def collate(self, entries: list[StoredEntry]) -> list[StoredEntry]:
         return entries
 
@@ -104,7 +113,7 @@ def run(settings: FinetuneSettings) -> None:
         train_model(settings, lock)
 
 
-def inputs_of(settings: FinetuneSettings) -> dict[str, Path | str | None]:
+def inputs_of(settings: FinetuneSettings) -> dict[str, Location | str | None]:
     return {"--model": settings.model, "--latents": settings.latents}
 
 

@@ -17,6 +17,8 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
+from pipeline.cache.parts import BASE
+from pipeline.cache.remote_parts import folder_of, take_part
 from pipeline.models.load import load_base
 from pipeline.settings.inspect_shards import InspectSettings
 from pipeline.system.echo import plural, say
@@ -27,12 +29,13 @@ from shards.buckets import counts as bucket_counts
 from shards.cache import check_image, images_manifest, open_images
 from shards.expected import expected_tensors
 from shards.files import atomic_directory
+from shards.location import Location
 from shards.manifest import Manifest, read_manifest
 from shards.plan import PlannedShard
 from shards.reader import ShardSet, StoredEntry, placed_head, read_entry
 from shards.schema import IMAGES, LATENTS
 from shards.sidecar import Head, read_row, read_sidecar
-from shards.store import Store, open_store
+from shards.store import Store, at_once, open_store
 
 # The numbers of entries in the histogram and of images that --images decodes, spread evenly over the set.
 TIMESTEPS, DECODED = 2000, 8
@@ -53,7 +56,8 @@ SHOWN = (
 
 
 def run(settings: InspectSettings) -> None:
-    """Show the contents of latents or a cache. DIR is a directory that `encode` or `teacher-cache` wrote."""
+    """Show the contents of latents or a cache. DIR is the directory or address that `encode` or `teacher-cache` wrote
+    to."""
     store = open_store(settings.directory)
     inventory = take_inventory(store, read_manifest(store))
     if settings.images:
@@ -102,7 +106,8 @@ class Inventory:
         ends = list(itertools.accumulate(self.counts))
         images = self.own_images
         expected = [expected_tensors(self.manifest, bucket) for bucket in range(len(bucket_counts(self.manifest.spec)))]
-        for index in np.unique(np.linspace(0, self.entries - 1, min(count, self.entries)).astype(int)).tolist():
+
+        def read(index: int) -> StoredEntry:
             owner = bisect.bisect_right(ends, index)
             shard, place = self.shards[owner], index - ends[owner] + self.counts[owner]
             row = read_row(self.store, self.heads[shard.name], place, self.manifest)
@@ -114,24 +119,30 @@ class Inventory:
                 given = images.manifest, images.expected_of(image_row.key)
                 image = read_entry(images.store, image_shard, image_row, tensors, *given)
                 entry = StoredEntry(entry.key, {**image.meta, **entry.meta}, image.tensors)
-            yield entry
+            return entry
+
+        chosen = np.unique(np.linspace(0, self.entries - 1, min(count, self.entries)).astype(int)).tolist()
+        return at_once(self.store, read, chosen)
 
 
 def take_inventory(store: Store, manifest: Manifest) -> Inventory:
     """The inventory of a set, without missing shards. Raises ShardError if a shard is damaged."""
     images = None if manifest.has_own_images else take_inventory(store.folder(IMAGES), images_manifest(store))
     inventory = Inventory(store, manifest, images)
-    unfinished = set(inventory.manifest.plan.unfinished(store))
-    for shard in inventory.manifest.plan:
-        if shard not in unfinished:
-            head = placed_head(store, shard, inventory.manifest)
-            inventory.shards.append(shard)
-            inventory.heads[shard.name] = head
-            inventory.counts.append(head.count)
-            inventory.bytes += head.bytes
-            inventory.skipped += len(head.skipped)
-            lengths = read_sidecar(store, shard.name, inventory.manifest).places[:, :, 1].sum(axis=0).tolist()
-            inventory.member_bytes.update(dict(zip(head.members, lengths, strict=True)))
+    unfinished = set(manifest.plan.unfinished(store))
+
+    def look(shard: PlannedShard) -> tuple[Head, list[int]]:
+        head = placed_head(store, shard, manifest)
+        return head, read_sidecar(store, shard.name, manifest).places[:, :, 1].sum(axis=0).tolist()
+
+    finished = [shard for shard in manifest.plan if shard not in unfinished]
+    for shard, (head, lengths) in zip(finished, at_once(store, look, finished), strict=True):
+        inventory.shards.append(shard)
+        inventory.heads[shard.name] = head
+        inventory.counts.append(head.count)
+        inventory.bytes += head.bytes
+        inventory.skipped += len(head.skipped)
+        inventory.member_bytes.update(dict(zip(head.members, lengths, strict=True)))
     return inventory
 
 
@@ -179,17 +190,20 @@ def histogram(values: list[int], end: int) -> list[str]:
     return [f"\ntimesteps of {plural(len(values), 'entry', 'entries')}", *lines]
 
 
-def check_images(directory: Path, out: Path) -> None:
+def check_images(directory: Location, out: Path) -> None:
     """Raise UserError if there is no VAE to decode images with, or if `out` is in use or belongs to something else."""
-    if not (directory / "base" / "vae").is_dir():
+    if not open_store(directory).exists(f"{BASE}/vae/config.json"):
         raise UserError(f"--images needs base/vae, which {directory} lacks. Pass a cache that `teacher-cache` wrote.")
     check_new(out, "inspect", {"DIR": directory}, flag="--images")
 
 
-def save_images(directory: Path, inventory: Inventory, out: Path) -> int:
+def save_images(directory: Location, inventory: Inventory, out: Path) -> int:
     """Decode some entries' latents to PNGs named by their keys, with the VAE in `directory`; returns how many."""
     entries = list(inventory.spread(DECODED, (LATENTS,)))
-    pipe = load_base(directory / "base")
+    folder = folder_of(directory, inventory.manifest)
+    if folder != directory:
+        take_part(inventory.store, inventory.manifest, BASE, folder)
+    pipe = load_base(folder / BASE)
     with atomic_directory(out) as folder:
         for entry in entries:
             decode_latents(pipe, entry).save(folder / f"{entry.key}.png")

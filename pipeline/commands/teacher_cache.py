@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import itertools
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -22,11 +23,12 @@ from pipeline.cache.calibrate import adopt_calibrations, calibrated, calibration
 from pipeline.cache.images import add_images, bytes_to_copy
 from pipeline.cache.latents import captions_of, check_encoders, open_latents, sampling_size
 from pipeline.cache.output import bind_parts, claim, existing_manifest, finished_heads, share_unfinished
-from pipeline.cache.parts import BASE, TAP_SET, student_part, write_teacher_config
+from pipeline.cache.parts import BASE, TAP_SET, existing_parts, student_part, write_teacher_config
+from pipeline.cache.remote_parts import folder_of, parts_of, put_folder, take_part
 from pipeline.cache.taps import sampling_lines, tap_specs
 from pipeline.cache.targets import BatchTargets, Teacher, compress_targets, run_teacher
 from pipeline.core.taps import Taps
-from pipeline.models.checksums import write_checksums
+from pipeline.models.checksums import CHECKSUMS, write_checksums
 from pipeline.models.families import family_of_spec
 from pipeline.models.hashing import config_of, deciding, library_versions, weights_sha256
 from pipeline.models.levels.tap_sets import BLOCKS
@@ -38,17 +40,17 @@ from pipeline.models.shapes import tap_shapes
 from pipeline.models.students import initialised_student, levels_of, meta_student, refuse_foreign
 from pipeline.models.tap_pairs import taps_of_teacher
 from pipeline.models.weights import network_bytes
-from pipeline.sampling.generate import SAMPLES, Sampler, check_sampler, save_images
+from pipeline.sampling.generate import INDEX, SAMPLES, Sampler, check_sampler, save_images
 from pipeline.sampling.process import PipelineRef, generate_in_process
 from pipeline.settings.teacher_cache import TeacherCacheSettings
 from pipeline.system.compiling import compile_failures, compile_networks
 from pipeline.system.device import DTYPES, is_accelerator, leave_processes, process_state, resolve_dtype
-from pipeline.system.disk import format_bytes, free_bytes, require_space
+from pipeline.system.disk import format_bytes, free_line, require_space
 from pipeline.system.echo import plural, say, say_wait
 from pipeline.system.errors import UserError, attempt_all, failing_with
-from pipeline.system.lock import OutputLock
+from pipeline.system.lock import NoLock, OutputLock, lock_of
 from pipeline.system.options import range_of
-from pipeline.system.output import check_output, made_by
+from pipeline.system.output import check_address, check_output, made_by
 from pipeline.system.settings import write_settings
 from pipeline.system.signals import signals_interrupt
 from pipeline.system.threads import in_background, ordered_map
@@ -57,6 +59,7 @@ from shards.buckets import counts as bucket_counts
 from shards.cache import empty_prompt, same_image, stored_calibrations
 from shards.files import atomic_directory
 from shards.kept import Kept, read_kept
+from shards.location import Location, Url
 from shards.manifest import Manifest, known_to, refuse_other_spec
 from shards.plan import PlannedShard, ShardPlan, count_entries
 from shards.reader import ShardSet
@@ -72,20 +75,27 @@ SMALLER = "use fewer --rounds, a lower --snr-db or fewer --tokens"
 def run(settings: TeacherCacheSettings) -> None:
     """Run the teacher on latents, in rounds, and store its predictions and features."""
     check_out(settings)
-    with OutputLock(settings.out) as lock, signals_interrupt():
+    with lock_of(settings.out) as lock, signals_interrupt():
         write_cache(settings, lock)
 
 
 def check_out(settings: TeacherCacheSettings) -> None:
     """Raise UserError unless --out is new, empty, or holds a cache. Its own images may be its latents."""
-    own = made_by(settings.out, "teacher-cache", MANIFEST)
-    inputs: dict[str, Path | str | None] = {"--teacher": settings.teacher}
-    if settings.latents.resolve() != (settings.out / IMAGES).resolve():
+    inputs: dict[str, Location | str | None] = {"--teacher": settings.teacher}
+    if resolved(settings.latents) != resolved(settings.out / IMAGES):
         inputs = {"--latents": settings.latents, **inputs}
+    if isinstance(settings.out, Url):
+        check_address(settings.out, "teacher-cache", inputs)
+        return
+    own = made_by(settings.out, "teacher-cache", MANIFEST)
     check_output(settings.out, "teacher-cache", inputs, own=own)
 
 
-def write_cache(settings: TeacherCacheSettings, lock: OutputLock) -> None:
+def resolved(place: Location) -> str:
+    return str(place.resolve() if isinstance(place, Path) else place)
+
+
+def write_cache(settings: TeacherCacheSettings, lock: OutputLock | NoLock) -> None:
     """Claim --out and write what it lacks: weights, shards, samples."""
     state = process_state(settings.device)
     latents = open_latents(settings.latents)
@@ -99,7 +109,8 @@ def write_cache(settings: TeacherCacheSettings, lock: OutputLock) -> None:
         refuse_other_spec(settings.out, found.spec, spec)
         # Before rounds are added: damaged ones would stop their making.
         stored_calibrations(open_store(settings.out), found)
-    require_space(settings.out, bytes_left(settings, latents, spec, base, unet), SMALLER)
+    if isinstance(settings.out, Path):
+        require_space(settings.out, bytes_left(settings, settings.out, latents, spec, base, unet), SMALLER)
     with state.main_process_first(), lock.claim() as alone:
         manifest = claim(settings.out, "cache", spec, alone=alone, rounds=settings.rounds)
         manifest = adopt_calibrations(settings.out, manifest)
@@ -110,7 +121,7 @@ def write_cache(settings: TeacherCacheSettings, lock: OutputLock) -> None:
     del base
     unfinished, own = share_unfinished(settings.out, manifest, state, settings.shard_range)
     # None of several jobs knows whether it is the last, so the images are left to a run without a range.
-    wants_samples = settings.samples > 0 and not settings.shard_range and not (settings.out / SAMPLES).is_dir()
+    wants_samples = settings.samples > 0 and not settings.shard_range and not has_samples(settings.out)
     if not unfinished and not wants_samples:
         leave_processes(state)
         if state.is_main_process:
@@ -124,7 +135,7 @@ def write_cache(settings: TeacherCacheSettings, lock: OutputLock) -> None:
         # With the levels by name, by which `verify` knows what must be there.
         levels = levels_of(settings.students, family_of_spec(spec))
         write_settings(settings.out, "teacher-cache", replace(settings, students=levels))
-        write_teacher_config(settings.out, unet)
+        write_teacher_config(open_store(settings.out), unet)
     dtype = DTYPES[spec["dtype"]]
     unet.to(state.device, dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
     if settings.compile:
@@ -151,7 +162,10 @@ def write_cache(settings: TeacherCacheSettings, lock: OutputLock) -> None:
     # The images need the memory that the teacher takes.
     del teacher, unet
     if state.is_main_process:
-        pipeline = PipelineRef(settings.out / BASE, folder / "unet", state.device, dtype, settings.variant)
+        base_folder = folder_of(settings.out, manifest)
+        if wants_samples and isinstance(settings.out, Url):
+            take_part(open_store(settings.out), manifest, BASE, base_folder)
+        pipeline = PipelineRef(base_folder / BASE, folder / "unet", state.device, dtype, settings.variant)
         finish(settings, manifest, images, folder, pipeline if wants_samples else None)
 
 
@@ -182,9 +196,18 @@ def save_teacher_samples(
     prompts = captions_of(latents, settings.samples)
     sampler = samples_sampler(settings, latents, folder)
     images = generate_in_process(pipeline, prompts, sampler, "teacher's samples")
+    if isinstance(settings.out, Url):
+        with tempfile.TemporaryDirectory() as temporary:
+            save_images(images, sampler, Path(temporary) / SAMPLES)
+            put_folder(open_store(settings.out), SAMPLES, Path(temporary) / SAMPLES, last=INDEX)
+        return
     # Another job may have made the same images meanwhile.
     with suppress(FileExistsError):
         save_images(images, sampler, settings.out / SAMPLES)
+
+
+def has_samples(out: Location) -> bool:
+    return (out / SAMPLES).is_dir() if isinstance(out, Path) else open_store(out).exists(f"{SAMPLES}/{INDEX}")
 
 
 def samples_sampler(settings: TeacherCacheSettings, latents: ShardSet, folder: Path) -> Sampler:
@@ -233,7 +256,7 @@ def counted_entries(latents: ShardSet) -> dict[str, Any]:
     return {"entries": len(latents), BUCKETS: [{"entries": count} for count in latents.counts()]}
 
 
-def existing_cache(out: Path) -> Manifest | None:
+def existing_cache(out: Location) -> Manifest | None:
     """The manifest of the cache in `out`, if there is one. Raises UserError for one that is not added to."""
     found = existing_manifest(out, "cache")
     if found is not None and found.has_own_images:
@@ -298,14 +321,33 @@ def save_students(
 
     Returns the names of the folders that were written.
     """
+    out = settings.out
+    if isinstance(out, Path):
+        return save_parts(settings, out, existing_parts(out), folder, unet, noise_scheduler)
+    with tempfile.TemporaryDirectory(prefix="distill-sd-") as temporary:
+        saved = save_parts(settings, Path(temporary), parts_of(out), folder, unet, noise_scheduler)
+        for part in saved:
+            put_folder(open_store(out), part, Path(temporary) / part, last=CHECKSUMS)
+    return saved
+
+
+def save_parts(
+    settings: TeacherCacheSettings,
+    out: Path,
+    existing: list[str],
+    folder: Path,
+    unet: UNet2DConditionModel,
+    noise_scheduler: DDPMScheduler,
+) -> list[str]:
+    """Write the folders of weights to `out` that are not among the `existing` ones. Returns their names."""
     saved = []
-    if not (settings.out / BASE).is_dir():
-        save_base(folder, settings.variant, noise_scheduler, settings.out / BASE)
+    if BASE not in existing:
+        save_base(folder, settings.variant, noise_scheduler, out / BASE)
         saved.append(BASE)
     teacher_weights = unet.state_dict()
     for level in levels_of(settings.students, family_of(folder)):
-        student_folder = settings.out / student_part(level)
-        if student_folder.is_dir():
+        student_folder = out / student_part(level)
+        if student_part(level) in existing:
             continue
         try:
             student = initialised_student(dict(unet.config), teacher_weights, level)
@@ -321,6 +363,7 @@ def save_students(
 
 def bytes_left(
     settings: TeacherCacheSettings,
+    out: Path,
     latents: ShardSet,
     spec: dict[str, Any],
     base: DiffusionPipeline,
@@ -330,12 +373,10 @@ def bytes_left(
     found = existing_cache(settings.out)
     unfinished = shards_left(settings, latents, found)
     written = sizes.total_bytes(planned_sizes(latents.manifest.spec, spec["taps"], settings, unfinished))
-    shards = bytes_to_copy(latents, settings.out, found) + written
-    networks = (
-        [] if (settings.out / BASE).is_dir() else [m for m in base.components.values() if isinstance(m, nn.Module)]
-    )
+    shards = bytes_to_copy(latents, out, found) + written
+    networks = [] if (out / BASE).is_dir() else [m for m in base.components.values() if isinstance(m, nn.Module)]
     for level in levels_of(settings.students, family_of_spec(latents.manifest.spec)):
-        if not (settings.out / student_part(level)).is_dir():
+        if not (out / student_part(level)).is_dir():
             networks.append(meta_student(dict(unet.config), level))
     return shards + sum(4 * parameter.numel() for network in networks for parameter in network.parameters())
 
@@ -406,7 +447,7 @@ def counted(entries: Iterable[tuple[str, EntryBuilder]], advance: Callable[[int]
         advance(1)
 
 
-def report(out: Path, manifest: Manifest, prefix: str) -> None:
+def report(out: Location, manifest: Manifest, prefix: str) -> None:
     """Print what the cache holds."""
     heads = finished_heads(out, manifest)
     if heads is None:
@@ -444,7 +485,7 @@ def plan(settings: TeacherCacheSettings) -> list[str]:
         *sizes.lines(planned_sizes(latents.manifest.spec, taps, settings, left)),
         *sampling_lines(taps),
         *([f"images to copy from {settings.latents}: {format_bytes(copied)}"] if copied else []),
-        f"free on that disk: {format_bytes(free_bytes(settings.out))}",
+        *free_line(settings.out),
         "plus the rest of the teacher's pipeline and the students' initial weights",
         f"teacher forward passes: {entries}, in batches of {settings.batch_size}",
     ]

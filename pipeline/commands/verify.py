@@ -6,6 +6,7 @@ fast: manifest, sidecars, sizes, numbering -> full: every byte and member -> rec
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -25,23 +26,24 @@ from pipeline.cache.parts import (
     student_part,
 )
 from pipeline.cache.recompute import deviations, table
+from pipeline.cache.remote_parts import changes_at, parts_of, take_file
 from pipeline.models.checksums import has_checksums
 from pipeline.models.hashing import config_of, weights_sha256
 from pipeline.models.levels import LEVELS
 from pipeline.models.load import MODEL_INDEX, find_pipeline, load_unet
-from pipeline.models.provenance import read_origin
-from pipeline.sampling.teacher_samples import teacher_samples
+from pipeline.models.provenance import ORIGIN, read_origin
+from pipeline.sampling.teacher_samples import take_samples, teacher_samples
 from pipeline.settings.verify import VerifySettings
 from pipeline.system.device import DTYPES, process_state
 from pipeline.system.disk import format_bytes
 from pipeline.system.echo import plural, say
 from pipeline.system.errors import UserError
 from pipeline.system.lock import OutputLock
-from pipeline.system.text_files import read_text
 from shards.cache import Cache
+from shards.location import Location, Url
 from shards.manifest import Manifest, difference
 from shards.schema import ShardError
-from shards.store import Store, open_store
+from shards.store import Store, at_once, open_store
 from shards.survey import Problem, Survey, check_contents, remove_shard, survey, survey_images, unreadable
 
 
@@ -51,7 +53,7 @@ def run(settings: VerifySettings) -> None:
     Prints every problem as one line with its remedy, then a summary. Exits with status 0 if there is none, else 2.
     """
     directory, store = settings.directory, open_store(settings.directory)
-    if not directory.is_dir():
+    if isinstance(directory, Path) and not directory.is_dir():
         raise UserError(
             f"{directory} {'is not a directory' if directory.exists() else 'does not exist'}. Check the path."
         )
@@ -69,6 +71,9 @@ def run(settings: VerifySettings) -> None:
         )
     if settings.remove_damaged and manifest.is_cache and manifest.version == 1:
         raise UserError(f"--remove-damaged: {directory} is a cache of format 1, whose shards are not written again.")
+    if isinstance(directory, Url):
+        check(settings, store, manifest)
+        return
     with OutputLock(directory) as lock:
         if settings.remove_damaged:
             lock.take()
@@ -82,7 +87,9 @@ def check(settings: VerifySettings, store: Store, manifest: Manifest) -> None:
     images = None if manifest.has_own_images else survey_images(store, manifest, found)
     sets = [found] if images is None else [found, images]
     if manifest.is_cache:
-        found.problems += missing_parts(directory) + changed_parts(directory, manifest, settings.full)
+        parts = parts_of(directory)
+        found.problems += missing_parts(store, parts)
+        found.problems += changed_parts(directory, manifest, parts, settings.full) + bad_small_files(directory)
     if settings.full:
         total = sum(size.bytes for each in sets for size in each.sizes.values())
         with tqdm(total=total, unit="B", unit_scale=True, desc="verify") as progress:
@@ -105,47 +112,59 @@ def check(settings: VerifySettings, store: Store, manifest: Manifest) -> None:
     conclude(settings, manifest, found, images)
 
 
-def missing_parts(directory: Path) -> list[Problem]:
-    """What a student needs besides the shards and does not find."""
-    levels = {
-        *stated_levels(directory),
-        *(part.rpartition("/")[2] for part in existing_parts(directory) if part != BASE),
-    }
-    needed = [directory / BASE / MODEL_INDEX]
+def missing_parts(store: Store, parts: list[str]) -> list[Problem]:
+    """What a student needs besides the shards and does not find; `parts` are the folders that exist."""
+    levels = {*stated_levels(store), *(part.rpartition("/")[2] for part in parts if part != BASE)}
+    needed = [f"{BASE}/{MODEL_INDEX}"]
     for level in sorted(levels):
-        folder = directory / student_part(level)
-        needed += [folder / "config.json", folder / "diffusion_pytorch_model.safetensors"]
-    problems = [Problem(f"{path} is missing. {REMEDY}") for path in needed if not path.is_file()]
+        needed += [f"{student_part(level)}/{name}" for name in ("config.json", "diffusion_pytorch_model.safetensors")]
+    found = zip(needed, at_once(store, store.exists, needed), strict=True)
+    problems = [Problem(f"{store}/{name} is missing. {REMEDY}") for name, exists in found if not exists]
     if not levels:
-        what = f"{directory / STUDENTS} holds no student's initial weights"
+        what = f"{store}/{STUDENTS} holds no student's initial weights"
         problems.append(Problem(f"{what}. Rerun the same `distill-sd teacher-cache`."))
     return problems
 
 
-def stated_levels(directory: Path) -> list[str]:
+def stated_levels(store: Store) -> list[str]:
     """The levels in the cache's settings; none if they cannot be read."""
     try:
-        settings = json.loads(read_text(directory / "teacher-cache.json"))
+        settings = json.loads(store.read("teacher-cache.json").decode("utf-8"))
         return [level for level in settings["students"] if level in LEVELS]
     except (OSError, ValueError, KeyError, TypeError):
         return []
 
 
-def changed_parts(directory: Path, manifest: Manifest, contents: bool) -> list[Problem]:
-    """What was changed in base/, students/ and the files next to them since they were written; see `changes`."""
+def changed_parts(directory: Location, manifest: Manifest, parts: list[str], contents: bool) -> list[Problem]:
+    """What was changed in base/ and students/ since they were written; see `changes`."""
     problems = []
-    for part in sorted({*existing_parts(directory), *bound_parts(manifest)}):
+    for part in sorted({*parts, *bound_parts(manifest)}):
+        if isinstance(directory, Url):
+            store = open_store(directory)
+            problems += [Problem(change) for change in changes_at(store, manifest, part, contents=contents)]
+            continue
         try:
             found = changes(directory, manifest, part, contents=contents)
         except OSError as error:
             problems.append(Problem.of(unreadable(str(directory / part), error)))
         else:
             problems += [Problem(f"{directory / part}: {change}. {REMEDY}") for change in found]
-    for check_file in (read_origin, teacher_samples):
-        try:
-            check_file(directory)
-        except UserError as error:
-            problems.append(Problem.of(error))
+    return problems
+
+
+def bad_small_files(directory: Location) -> list[Problem]:
+    """What is wrong with origin.json and samples/. Those at an address are looked at in a copy."""
+    problems = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = directory if isinstance(directory, Path) else Path(temporary)
+        if isinstance(directory, Url):
+            take_file(open_store(directory), ORIGIN, folder)
+            take_samples(open_store(directory), folder)
+        for check_file in (read_origin, teacher_samples):
+            try:
+                check_file(folder)
+            except UserError as error:
+                problems.append(Problem.of(UserError(str(error).replace(str(folder), str(directory)))))
     return problems
 
 
@@ -168,7 +187,8 @@ def recompute(settings: VerifySettings, count: int, teacher: str) -> list[Proble
     alphas_cumprod = DDPMScheduler.from_config(spec["noise_scheduler"]).alphas_cumprod.to(device)
     generator = np.random.Generator(np.random.Philox(key=settings.seed))
     chosen = sorted(generator.choice(len(cache), min(count, len(cache)), replace=False).tolist())
-    entries = (cache.read(index, cache.tensors) for index in tqdm(chosen, unit="entry", desc="recompute"))
+    progress = tqdm(chosen, unit="entry", desc="recompute")
+    entries = at_once(cache.store, lambda index: cache.read(index, cache.tensors), progress)
     rows = deviations(entries, spec, cache.calibrations(), unet, alphas_cumprod)
     say("\n".join(table(rows)))
     return [
@@ -194,7 +214,7 @@ def conclude(settings: VerifySettings, manifest: Manifest, found: Survey, images
             f"{directory} is unfinished. Still to be written: {len(found.unfinished)} of {plural(planned, 'shard')}, "
             f"from {found.unfinished[0]} on. Rerun the same `distill-sd {manifest.command}` to complete it."
         )
-    if manifest.is_cache:
+    if manifest.is_cache and isinstance(directory, Path):
         tell_unchecked(directory, manifest)
     of_images = images.problems if images else []
     if images and images.unfinished:

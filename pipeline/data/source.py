@@ -14,11 +14,13 @@ from pathlib import Path
 from pipeline.data.files import refuse_special
 from pipeline.data.image_folder import ImageFolder, metadata_in
 from pipeline.data.records import Record, Source, inputs_sha256, records_of
+from pipeline.data.remote import RemoteTars, open_remote
 from pipeline.data.tables import Table, is_saved, tables_in
 from pipeline.data.tars import Tars, tars_named
 from pipeline.settings.data import DataSettings
 from pipeline.system.echo import one_line, plural, printable
 from pipeline.system.errors import UserError
+from shards.location import is_url, without_secrets
 
 __all__ = ["DataSettings", "OpenSource", "Record", "inputs_sha256", "open_source"]
 
@@ -45,7 +47,7 @@ class OpenSource:
     def notes(self) -> list[str]:
         """What a user should know about the input: files that were passed over, and records without an image."""
         lines = []
-        over = self.source.passed_over if isinstance(self.source, (ImageFolder, Tars)) else Counter()
+        over = self.source.passed_over if isinstance(self.source, (ImageFolder, Tars, RemoteTars)) else Counter()
         if over:
             kinds = ", ".join(
                 f"{count} {kind}" for kind, count in sorted(over.items(), key=lambda kind: (-kind[1], kind))[:5]
@@ -64,11 +66,14 @@ def open_source(settings: DataSettings) -> OpenSource:
     try:
         return OpenSource(_source(settings), settings)
     except UserError as error:
-        # Names and lines of the input are part of the message.
-        raise UserError(printable(str(error))) from None
+        # Names and lines of the input are part of the message, and an address may hold what is secret.
+        shown = without_secrets(settings.data) if is_url(settings.data) else settings.data
+        raise UserError(printable(str(error).replace(settings.data, shown))) from None
 
 
 def _source(settings: DataSettings) -> Source:
+    if is_url(settings.data):
+        return open_remote(settings)
     data = Path(settings.data)
     refuse_special(data)
     if metadata_in(data):

@@ -121,15 +121,11 @@ def tars_named(data: str) -> list[Path]:
 
 def _expand(pattern: str) -> list[Path]:
     if ":" in pattern.split("{")[0]:
-        raise UserError(f"--data {pattern}: tars can be read only from a local disk. Download them first.")
-    if (count := count_expansions(pattern)) > MAX_TARS:
-        raise UserError(f"--data {pattern} stands for {count} tars, more than {MAX_TARS}. Correct the numbers in it.")
-    try:
-        tars = [Path(name) for name in expand_urls(pattern)]
-    except ValueError as error:
         raise UserError(
-            f"--data {pattern} is not a pattern ({error}). Write it as tars/{{00000..00012}}.tar."
-        ) from None
+            f"--data {pattern}: tars can be read from a disk, or from an address such as s3://bucket/0.tar. Download "
+            "them first."
+        )
+    tars = [Path(name) for name in expanded(pattern, pattern)]
     for tar in tars:
         refuse_special(tar)
     missing = [tar for tar in tars if not tar.is_file()]
@@ -139,6 +135,17 @@ def _expand(pattern: str) -> list[Path]:
             "Fix the pattern or restore the tars."
         )
     return tars
+
+
+def expanded(pattern: str, shown: str) -> list[str]:
+    """The names that a brace pattern stands for. Raises UserError, which calls it `shown`, for too many and for what is
+    no pattern."""
+    if (count := count_expansions(pattern)) > MAX_TARS:
+        raise UserError(f"--data {shown} stands for {count} tars, more than {MAX_TARS}. Correct the numbers in it.")
+    try:
+        return list(expand_urls(pattern))
+    except ValueError as error:
+        raise UserError(f"--data {shown} is not a pattern ({error}). Write it as tars/{{00000..00012}}.tar.") from None
 
 
 def count_expansions(pattern: str) -> int:

@@ -27,6 +27,7 @@ from shards.buckets import batched_alike
 from shards.dataset import stack_tensors
 from shards.reader import ShardSet
 from shards.schema import LATENTS, conditioning_shapes
+from shards.store import at_once
 
 OUTPUT = "output"
 # The "level" of a student with all of the teacher's layers, such as the teacher itself: it is compared block by block.
@@ -52,7 +53,7 @@ def read_held_out(shards: ShardSet, count: int) -> HeldOut:
     """Up to `count` images, evenly spread over the set."""
     chosen = np.linspace(0, len(shards) - 1, min(count, len(shards))).astype(int)
     conditioning = list(conditioning_shapes(shards.manifest.spec))
-    entries = [shards.read(int(index), (LATENTS, *conditioning)) for index in chosen]
+    entries = list(at_once(shards.store, lambda index: shards.read(int(index), (LATENTS, *conditioning)), chosen))
     latents = [torch.from_numpy(entry.tensors[LATENTS].values).float() for entry in entries]
     ids = [entry.meta["source_id"] for entry in entries]
     return HeldOut(ids, latents, {name: t.float() for name, t in stack_tensors(entries, conditioning).items()})

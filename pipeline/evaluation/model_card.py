@@ -26,8 +26,7 @@ from pipeline.system.jsonl import read_jsonl
 from pipeline.system.output import DEMOS
 from pipeline.system.text_files import read_text
 from shards.files import write_bytes, write_json
-from shards.manifest import read_manifest
-from shards.store import open_store
+from shards.manifest import Manifest
 
 TAGS = ["stable-diffusion", "stable-diffusion-diffusers", "text-to-image", "distillation", "distill-sd"]
 SOURCE = "https://github.com/segmind/distill-sd"
@@ -71,10 +70,9 @@ class CardInputs:
     evaluation: dict[str, Any] = field(default_factory=dict)
 
 
-def write_model_card(out: Path, settings: dict[str, Any]) -> None:
-    """Write README.md for the student in `out`, which was trained with `settings` on the cache they name."""
-    cache = Path(settings["cache"])
-    manifest = read_manifest(open_store(cache), "cache")
+def write_model_card(out: Path, settings: dict[str, Any], cache: Path, manifest: Manifest) -> None:
+    """Write README.md for the student in `out`, which was trained with `settings` on the cache of this manifest, whose
+    small files are in the folder `cache`."""
     spec = json.loads((out / "spec.json").read_text(encoding="utf-8"))
     settings = {**settings, "global_batch_size": spec["global_batch_size"]}
     evaluation = out / EVALUATION

@@ -14,34 +14,37 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 
 from pipeline.system.errors import UserError
-from pipeline.system.json_files import read_json
+from pipeline.system.json_files import read_json_at
 from pipeline.system.names import is_on_hub, public_name
 from pipeline.system.output import DEMOS
 from pipeline.system.text_files import read_text
 from pipeline.system.yaml_file import parse_yaml
-from shards.files import write_json
+from shards.location import Location
 from shards.schema import IMAGES
+from shards.store import open_store, write_json
 
 ORIGIN, CARD = "origin.json", "README.md"
 LICENCE_FIELDS = ("license", "license_name", "license_link")
 
 
-def write_origin(cache: Path, teacher: str, folder: Path, revision: str | None, latents: Path) -> None:
+def write_origin(cache: Location, teacher: str, folder: Path, revision: str | None, latents: Location) -> None:
     """Write a cache's origin.json if it has none; `folder` holds the pipeline called `teacher`."""
-    if not (cache / ORIGIN).is_file():
-        write_json(cache / ORIGIN, {"teacher": teacher_origin(teacher, folder, revision), "data": data_origin(latents)})
+    store = open_store(cache)
+    if not store.exists(ORIGIN):
+        origin = {"teacher": teacher_origin(teacher, folder, revision), "data": data_origin(latents)}
+        write_json(store, ORIGIN, origin)
 
 
-def read_origin(cache: Path) -> dict[str, Any]:
+def read_origin(cache: Location) -> dict[str, Any]:
     """The contents of origin.json; empty for a cache that an earlier version wrote.
 
     Raises UserError for a file that is damaged.
     """
     path = cache / ORIGIN
-    if not path.is_file():
-        return {}
     remedy = "Copy it from an intact cache, or delete it and rerun the same `distill-sd teacher-cache`."
-    origin = read_json(path, remedy)
+    origin = read_json_at(cache, ORIGIN, remedy)
+    if origin is None:
+        return {}
     parts = [origin.get(name, {}) for name in ("teacher", "data")]
     if not all(isinstance(part, dict) and all(map(_is_plain, part.values())) for part in parts):
         raise UserError(f"{path} is corrupt: its teacher and data are not names and licences. {remedy}")
@@ -91,13 +94,15 @@ def licence_of(folder: Path) -> str | None:
     return stated.get("license_name") or stated.get("license")
 
 
-def data_origin(latents: Path) -> dict[str, Any]:
+def data_origin(latents: Location) -> dict[str, Any]:
     """The data's `name`, as passed to `encode`, and whether that is a name on the hub. The images of a cache have that
     of the cache."""
-    path = latents / "encode.json"
-    if not path.is_file():
-        return read_origin(latents.parent).get("data", {}) if latents.resolve().name == IMAGES else {}
-    data = read_json(path, "Delete it, and rerun the same `distill-sd encode` on these latents.").get("data")
+    remedy = "Delete it, and rerun the same `distill-sd encode` on these latents."
+    settings = read_json_at(latents, "encode.json", remedy)
+    if settings is None:
+        name = latents.resolve().name if isinstance(latents, Path) else latents.name
+        return read_origin(latents.parent).get("data", {}) if name == IMAGES and latents.parent else {}
+    data = settings.get("data")
     if not isinstance(data, str):
         return {}
     # A name without an owner may just as well be that of a folder which is gone.

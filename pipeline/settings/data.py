@@ -13,7 +13,8 @@ CAPTIONS = ("first", "all", "random")
 class DataSettings(Settings):
     data: str = option(
         REQUIRED,
-        "Images and captions: a folder, tars, a parquet or arrow file, a saved dataset's folder, or a dataset's name.",
+        "Images and captions: a folder, tars, a parquet or arrow file, a saved dataset's folder, or a dataset's name. "
+        "Tars and tables may lie at an address, such as s3://bucket/tars.",
         place=True,
     )
     image_column: str | None = option(

@@ -9,6 +9,7 @@ from typing import ClassVar
 from pipeline.models.levels import LEVELS
 from pipeline.settings.training import TrainingSettings
 from pipeline.system.settings import REQUIRED, option
+from shards.location import Location
 
 FEATURE_LOSSES = ("mse", "relative")
 
@@ -21,7 +22,7 @@ class DistillSettings(TrainingSettings):
     work_module: ClassVar[str] = "pipeline.commands.distill"
     has_plan: ClassVar[bool] = True
 
-    cache: Path = option(REQUIRED, "Directory that `teacher-cache` wrote.")
+    cache: Location = option(REQUIRED, "Directory or address that `teacher-cache` wrote to.")
     rounds: int | None = option(
         None,
         "Train only on the first N rounds of the cache; later ones may still be unfinished. By default on all.",
@@ -40,5 +41,5 @@ class DistillSettings(TrainingSettings):
     )
 
     @property
-    def entries(self) -> Path:
+    def entries(self) -> Location:
         return self.cache

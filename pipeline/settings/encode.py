@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 from pipeline.core.buckets import bucket_sizes
@@ -19,6 +18,7 @@ from pipeline.system.options import (
     ShardRangeOptions,
 )
 from pipeline.system.settings import REQUIRED, option
+from shards.location import Location
 
 
 def check_buckets(resolution: int) -> None:
@@ -42,7 +42,7 @@ class EncodeSettings(DataSettings, DeviceOptions, HubOptions, ShardRangeOptions)
         "Stable Diffusion pipeline: a folder in diffusers layout, a name on the hub, demo or demo-xl.",
         place=True,
     )
-    out: Path = option(REQUIRED, "Directory to write the latents to.")
+    out: Location = option(REQUIRED, "Directory or address, such as s3://bucket/latents, to write the latents to.")
     resolution: int = option(512, "Side of the square training images, in pixels.", ge=8, le=MAX_SIDE)
     center_crop: bool = option(False, "Crop at the centre instead of a random position.")
     buckets: bool = option(

@@ -10,6 +10,7 @@ from pipeline.models.levels import LEVELS
 from pipeline.system.errors import UserError
 from pipeline.system.options import MAX_BATCH, MAX_SAMPLING_STEPS, MAX_SIDE, SAMPLERS, HubOptions, PrecisionOptions
 from pipeline.system.settings import REQUIRED, option
+from shards.location import Location
 
 # The files that an evaluation writes.
 EVALUATION, COST, FIDELITY = "evaluation.json", "cost.json", "fidelity.json"
@@ -29,7 +30,10 @@ class EvaluateSettings(PrecisionOptions, HubOptions):
     teacher: str = option(REQUIRED, "Teacher pipeline: a folder, a name on the hub, demo or demo-xl.", place=True)
     out: Path = option(REQUIRED, "Directory for the table, the report and the images.")
     level: str | None = option(None, "The student's level; by default detected from its layers.", choices=tuple(LEVELS))
-    latents: Path | None = option(None, "Held-out latents that `encode` wrote; without them fidelity is not measured.")
+    latents: Location | None = option(
+        None,
+        "Held-out latents that `encode` wrote, a directory or an address; without them fidelity is not measured.",
+    )
     entries: int = option(64, "Number of held-out images to compare on.", ge=1)
     bins: int = option(
         10, "Number of equal parts of the noise schedule; each image is compared once per part.", ge=1, le=100

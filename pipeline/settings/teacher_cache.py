@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 from pipeline.settings.cache_format import CacheFormat
 from pipeline.system.options import MAX_BATCH, PREDICTION_TYPES, HubOptions, PrecisionOptions, ShardRangeOptions
 from pipeline.system.settings import REQUIRED, option
+from shards.location import Location
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +24,8 @@ class TeacherCacheSettings(CacheFormat, PrecisionOptions, HubOptions, ShardRange
         "The pipeline that the latents were made with: a folder, a name on the hub, demo or demo-xl.",
         place=True,
     )
-    latents: Path = option(REQUIRED, "Directory that `encode` wrote.")
-    out: Path = option(REQUIRED, "Directory to write the cache to.")
+    latents: Location = option(REQUIRED, "Directory or address that `encode` wrote to.")
+    out: Location = option(REQUIRED, "Directory or address, such as s3://bucket/cache, to write the cache to.")
     rounds: int = option(4, "Passes over the latents, each with its own noise and timesteps.", ge=1)
     samples: int = option(
         8, "Images to generate with the teacher for the students' reports; 0 for none.", ge=0, le=10_000

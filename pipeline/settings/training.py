@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from pipeline.system.errors import UserError
 from pipeline.system.options import MAX_BATCH, MAX_WORKERS, DeviceOptions
 from pipeline.system.settings import REQUIRED, option
+from shards.location import Location
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
 DEFAULT_STEPS = 15000
@@ -66,9 +67,10 @@ class TrainingSettings(DeviceOptions):
     validation_prompts: Path | None = option(
         None, "Text file with one prompt per line, to generate images of during training."
     )
-    validation_latents: Path | None = option(
+    validation_latents: Location | None = option(
         None,
-        "Latents of held-out images, or a cache of them, to measure the error on before, during and after training.",
+        "Latents of held-out images, or a cache of them, to measure the error on before, during and after training; a "
+        "directory or an address.",
     )
     validation_steps: int = option(500, "Optimiser steps between validation images and held-out errors.", ge=1)
     report: bool = option(True, "Write report.html at the end: loss curves, images, cost.")
@@ -79,15 +81,16 @@ class TrainingSettings(DeviceOptions):
     push_to_hub: str | None = option(None, "Repository on the model hub, as owner/name, to upload the student to.")
     dataloader_num_workers: int | None = option(
         None,
-        "Processes that read and decompress; 0 reads in the training loop. Default: 2, or 0 on a CPU.",
+        "Processes that read and decompress; 0 reads in the training loop. Default: 2; on a CPU 0, or 1 if the entries "
+        "lie at an address.",
         ge=0,
         le=MAX_WORKERS,
     )
     seed: int = option(0, "Seed for the order of entries.", ge=0)
 
     @property
-    def entries(self) -> Path:
-        """The directory of shards that is trained on."""
+    def entries(self) -> Location:
+        """The shards that are trained on."""
         raise NotImplementedError
 
     def __post_init__(self) -> None:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 from pipeline.system.errors import UserError
 from pipeline.system.options import DeviceOptions, HubOptions
 from pipeline.system.settings import REQUIRED, option
+from shards.location import Location
 
 
 @dataclass(frozen=True, kw_only=True)
 class VerifySettings(DeviceOptions, HubOptions):
-    """Check latents or a cache for damage. DIR is what `encode` or `teacher-cache` wrote.
+    """Check latents or a cache for damage. DIR is the directory or address that `encode` or `teacher-cache` wrote to.
 
     Prints every problem as one line with its remedy, then a summary. Exits with status 0 if there is none, else 2.
     """
@@ -21,7 +21,9 @@ class VerifySettings(DeviceOptions, HubOptions):
     command: ClassVar[str] = "verify"
     work_module: ClassVar[str] = "pipeline.commands.verify"
 
-    directory: Path = option(REQUIRED, "Directory that `encode` or `teacher-cache` wrote.", argument=True)
+    directory: Location = option(
+        REQUIRED, "Directory or address that `encode` or `teacher-cache` wrote to.", argument=True
+    )
     full: bool = option(False, "Read every byte: check all checksums and decode every member.")
     recompute: int | None = option(None, "Number of random entries to run the teacher on again.", ge=1)
     teacher: str | None = option(

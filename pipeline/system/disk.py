@@ -8,12 +8,18 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from pipeline.system.errors import UserError
+from shards.location import Location
 
 
 def free_bytes(out: Path) -> int:
     """Bytes free on the disk that holds `out`, which need not exist yet."""
     existing = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     return shutil.disk_usage(existing).free
+
+
+def free_line(out: Location) -> list[str]:
+    """The line of a plan on the disk of `out`; none for an address."""
+    return [f"free on that disk: {format_bytes(free_bytes(out))}"] if isinstance(out, Path) else []
 
 
 def size_of(files: Iterable[Path]) -> int:

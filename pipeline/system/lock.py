@@ -17,6 +17,7 @@ from pathlib import Path
 from pipeline.system.echo import say
 from pipeline.system.errors import UserError
 from pipeline.system.text_files import read_text
+from shards.location import Location
 
 WRITING, CLAIMING = ".lock", ".claim.lock"
 # Seconds between two tries for a lock that another job holds while it claims the directory, of waiting without a word,
@@ -83,6 +84,25 @@ class FileLock:
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
+
+
+class NoLock:
+    """In place of an OutputLock where the output is an address: what several jobs write there at once does no harm."""
+
+    def __enter__(self) -> NoLock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    @contextmanager
+    def claim(self) -> Iterator[bool]:
+        """As of an OutputLock; nobody knows whether other jobs write there."""
+        yield False
+
+
+def lock_of(out: Location) -> OutputLock | NoLock:
+    return OutputLock(out) if isinstance(out, Path) else NoLock()
 
 
 class OutputLock:

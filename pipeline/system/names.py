@@ -6,6 +6,8 @@ import os
 import re
 from pathlib import Path
 
+from shards.location import is_url, without_secrets
+
 NAME_ON_HUB = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -16,5 +18,7 @@ def is_on_hub(name: str) -> bool:
 
 
 def public_name(name: str) -> str:
-    """A name on a hub as it is; of a path the last part."""
+    """A name on a hub as it is; of a path or an address the last part."""
+    if is_url(name):
+        return without_secrets(name).rpartition("/")[2]
     return name if is_on_hub(name) else Path(os.path.abspath(name)).name

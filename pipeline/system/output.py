@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from pipeline.system.errors import UserError
 from pipeline.system.text_files import read_text
+from shards.location import WEB, Location, Url
 from shards.manifest import STAGE_COMMANDS
 from shards.schema import MANIFEST
+from shards.store import open_store
 
 MODEL_INDEX = "model_index.json"
 # The bundled teachers, by which --teacher and the like mean no folder.
@@ -26,7 +29,7 @@ SHOWN = 3
 def check_output(
     out: Path,
     command: str,
-    inputs: Mapping[str, Path | str | None],
+    inputs: Mapping[str, Location | str | None],
     *,
     own: bool = False,
     first: Collection[str] = (),
@@ -45,8 +48,40 @@ def check_output(
         raise UserError(f"{flag} {out} {problem}")
 
 
+def check_address(
+    out: Url, command: str, inputs: Mapping[str, Location | str | None], *, first: Sequence[str] = ()
+) -> None:
+    """As `check_output`, for a set of shards that `command` is to write to an address. Only what lies directly there is
+    looked at; `first` are patterns of names that `command` writes before its manifest."""
+    if out.scheme in WEB:
+        raise UserError(f"--out {out} is on a web server, which can only be read. Choose a bucket or a directory.")
+    for flag, value in inputs.items():
+        if isinstance(value, Url) and f"{out}/".startswith(f"{value}/"):
+            raise UserError(f"--out {out} is {flag} {value}, or lies in it. Choose another one.")
+        if isinstance(value, Url) and f"{value}/".startswith(f"{out}/"):
+            raise UserError(f"--out {out} contains {flag} {value}. Choose another one.")
+    store = open_store(out)
+    found = sorted(name for name in store.list() if not name.startswith("."))
+    if MANIFEST in found:
+        try:
+            content = json.loads(store.read(MANIFEST))
+            writer = STAGE_COMMANDS[content["spec"]["stage"]]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            # The command says what is wrong with it.
+            return
+        if writer != command:
+            what = f"holds the output of `{writer}`, which `{command}` did not write"
+            raise UserError(f"--out {out} {what}. Choose a new or empty place.")
+        return
+    own = (f"{command}.json", *first)
+    if others := [name for name in found if not any(fnmatch(name, pattern) for pattern in own)]:
+        more = f" and {len(others) - SHOWN} more" if len(others) > SHOWN else ""
+        held = f"holds {', '.join(others[:SHOWN])}{more}, which `{command}` did not write"
+        raise UserError(f"--out {out} {held}. Choose a new or empty place.")
+
+
 def check_new(
-    out: Path, command: str, inputs: Mapping[str, Path | str | None], *, file: bool = False, flag: str = "--out"
+    out: Path, command: str, inputs: Mapping[str, Location | str | None], *, file: bool = False, flag: str = "--out"
 ) -> None:
     """Raise UserError unless `command` may write `out`, which becomes a new or empty directory or a new `file`."""
     if out.exists() and (file or not out.is_dir() or names_in(out)):
@@ -70,17 +105,17 @@ def path_problem(out: Path, place: Path) -> str | None:
     return f"{where} not a directory. Choose another one."
 
 
-def overlaps(place: Path, inputs: Mapping[str, Path | str | None]) -> str | None:
+def overlaps(place: Path, inputs: Mapping[str, Location | str | None]) -> str | None:
     """The first `overlap` with an input; None if there is none."""
     return next((problem for flag, value in inputs.items() if (problem := overlap(place, flag, value))), None)
 
 
-def overlap(place: Path, flag: str, value: Path | str | None) -> str | None:
+def overlap(place: Path, flag: str, value: Location | str | None) -> str | None:
     """How an input is the output, lies in it, or around it; None if it does not.
 
     Only directories count, and of those that are named as a model only those that hold one.
     """
-    if value is None or not Path(value).is_dir():
+    if value is None or isinstance(value, Url) or not Path(value).is_dir():
         return None
     is_model = value not in DEMOS and any((Path(value) / name).exists() for name in MODEL_MARKS)
     if flag in MODEL_FLAGS and not is_model:

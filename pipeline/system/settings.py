@@ -21,9 +21,9 @@ import click
 from pipeline.system.errors import UserError, did_you_mean
 from pipeline.system.names import public_name
 from pipeline.system.text_files import is_unicode
-from shards.files import write_json
-from shards.location import is_url, without_secrets
+from shards.location import Location, LocationError, Url, is_url, without_secrets
 from shards.regular import is_special
+from shards.store import open_store, write_json
 
 REQUIRED = dataclasses.MISSING
 # numpy and torch hold counts and seeds in 64 bits with a sign.
@@ -56,8 +56,8 @@ def option(
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """Base class of every stage's settings. Checks each field at construction: its limits, that text can be written
-    as UTF-8, that neither a path nor anything required is empty, and that a path is no address and leads to no FIFO or
-    device.
+    as UTF-8, that neither a path nor anything required is empty, that an address stands only where one can be used (the
+    fields that are a `Location`), and that a path leads to no FIFO or device.
 
     Paths may be given as strings, and tuples as lists. Raises UserError with the option, its value and the allowed
     values. The docstring of a subclass is its command's help. `work_module` holds `run(settings)`, and
@@ -76,12 +76,10 @@ class Settings:
             value = getattr(self, setting.name)
             is_path = kind_of(hints[setting.name]) is Path
             if is_path and isinstance(value, str) and is_url(value):
-                raise UserError(
-                    f"{flag(setting.name)} {without_secrets(value)} is an address, not a path on this machine. "
-                    "Only `shards.store.open_store`, from Python, takes addresses."
-                )
+                value = _url(setting, hints[setting.name], value)
+                object.__setattr__(self, setting.name, value)
             _check_text(flag(setting.name), value, needed=is_path or setting.default is REQUIRED)
-            if is_path and value is not None and is_special(Path(value)):
+            if is_path and not isinstance(value, Url | None) and is_special(Path(value)):
                 raise UserError(
                     f"{flag(setting.name)} {value} is neither a regular file nor a directory. Choose another one."
                 )
@@ -99,6 +97,19 @@ class Settings:
     def for_others(self) -> dict[str, Any]:
         """`as_json`, for files and logs that are published: of each path only its last part."""
         return {setting.name: _public(setting, getattr(self, setting.name)) for setting in _ordered(type(self))}
+
+
+def _url(setting: dataclasses.Field[Any], hint: Any, value: str) -> Url:
+    """The address that an option was given. Raises UserError for one that cannot be used, and where none can."""
+    if Url not in typing.get_args(hint):
+        raise UserError(
+            f"{flag(setting.name)} {without_secrets(value)} is an address, and this option takes only a path on this "
+            "machine. Choose a directory."
+        )
+    try:
+        return Url(value)
+    except LocationError as error:
+        raise UserError(f"{flag(setting.name)} {error}") from None
 
 
 def flag(name: str) -> str:
@@ -144,13 +155,15 @@ def not_one_of(value: object, choices: tuple[str, ...]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, Path):
+    if isinstance(value, Path | Url):
         return str(value)
+    if isinstance(value, str) and is_url(value):
+        return without_secrets(value)
     return list(value) if isinstance(value, tuple) else value
 
 
 def _public(setting: dataclasses.Field[Any], value: Any) -> Any:
-    if isinstance(value, Path):
+    if isinstance(value, Path | Url):
         return value.name
     return public_name(value) if setting.metadata["place"] and value is not None else _plain(value)
 
@@ -254,5 +267,5 @@ def kind_of(hint: Any) -> Any:
     return hint
 
 
-def write_settings(out: Path, name: str, settings: Settings) -> None:
-    write_json(out / f"{name}.json", settings.as_json())
+def write_settings(out: Location, name: str, settings: Settings) -> None:
+    write_json(open_store(out), f"{name}.json", settings.as_json())

@@ -9,7 +9,6 @@ Noise and timesteps are the same at every step and cover the schedule evenly, so
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,10 +26,11 @@ from pipeline.system.errors import UserError
 from pipeline.training.objective import Objective
 from shards.buckets import batched_alike, bucket_of_image
 from shards.dataset import Batch, CacheDataset, stack_tensors
+from shards.location import Location
 from shards.manifest import read_manifest
 from shards.reader import ShardSet
 from shards.schema import LATENTS, conditioning_shapes, image_of
-from shards.store import open_store
+from shards.store import at_once, open_store
 
 # As many entries say within a few per cent where a student stands, and take the time of some steps.
 ENTRIES, BATCH = 64, 8
@@ -80,14 +80,14 @@ def held_out_of(settings: TrainingSettings, trained_on: dict[str, Any], train_ti
     if stage == "cache":
         dataset = CacheDataset(open_store(directory), ())
         check(directory, dataset.spec, trained_on)
-        entries = sorted((dataset[i] for i in spread(len(dataset))), key=dataset.bucket_of)
+        entries = sorted(dataset.__getitems__(spread(len(dataset))), key=dataset.bucket_of)
         return HeldOut([dataset.collate(batch) for _, batch in batched_alike(entries, BATCH, dataset.bucket_of)])
     shards = ShardSet(open_store(directory), stage)
     check(directory, shards.manifest.spec, trained_on)
     return HeldOut(list(batches_of_latents(shards, train_timesteps, settings.seed)))
 
 
-def check(directory: Path, spec: dict[str, Any], trained_on: dict[str, Any]) -> None:
+def check(directory: Location, spec: dict[str, Any], trained_on: dict[str, Any]) -> None:
     """Raise UserError unless entries of `spec` can be compared with those of `trained_on` and are others."""
     latents, others = (stated.get("latents", stated) for stated in (spec, trained_on))
     if latents == others:
@@ -117,8 +117,8 @@ def batches_of_latents(shards: ShardSet, train_timesteps: int, seed: int) -> Ite
     if not chosen:
         raise UserError(f"{FLAG} {shards.store} holds no images: all were skipped. See its skipped.jsonl.")
     spec, first = shards.manifest.spec, 0
-    read = (shards.read(i, [LATENTS, *conditioning]) for i in chosen)
-    for _, entries in batched_alike(read, BATCH, lambda entry: bucket_of_image(spec, image_of(entry.key))):
+    found = at_once(shards.store, lambda index: shards.read(index, [LATENTS, *conditioning]), chosen)
+    for _, entries in batched_alike(found, BATCH, lambda entry: bucket_of_image(spec, image_of(entry.key))):
         ids = [entry.meta["source_id"] for entry in entries]
         shape = entries[0].tensors[LATENTS].values.shape
         places = [draws.generator(seed, name, 0, "held-out").random() for name in ids]

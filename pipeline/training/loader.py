@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -41,8 +41,9 @@ def collated_batches(
     order = order_of(settings, dataset, accelerator, position)
     workers = settings.dataloader_num_workers
     if workers is None:
-        # On a CPU, loader processes take more time from training than reading between the steps costs.
-        workers = 2 if is_accelerator(accelerator.device) else 0
+        # On a CPU, loader processes take more time from training than reading between the steps costs, unless a read
+        # waits for an answer from elsewhere.
+        workers = 2 if is_accelerator(accelerator.device) else int(dataset.in_flight > 1)
     pinned = accelerator.device.type == "cuda"
     if not workers:
         yield from DataLoader(dataset, batch_sampler=order, collate_fn=dataset.collate, pin_memory=pinned)
@@ -103,11 +104,13 @@ class ReadElsewhere(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitems__(self, indices: Sequence[int]) -> list[Any]:
+        """The entries of a batch, which some datasets read at once."""
+        read = getattr(self.dataset, "__getitems__", None)
         try:
-            return self.dataset[index]
+            return read(indices) if read else [self.dataset[index] for index in indices]
         except (ShardError, OSError) as error:
-            return error
+            return [error]
 
     def collate(self, entries: list[Any]) -> Any:
         failed = next((entry for entry in entries if isinstance(entry, Exception)), None)

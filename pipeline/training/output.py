@@ -25,6 +25,7 @@ from pipeline.system.page import REPORT
 from pipeline.system.settings import write_settings
 from pipeline.training.checkpoint import list_checkpoints
 from shards.files import remove_leftovers, write_json
+from shards.location import Location
 from shards.manifest import refuse_other_spec
 
 SPEC, FINISHED, METRICS, CHECKPOINTS = "spec.json", "finished.json", "metrics.jsonl", "checkpoints"
@@ -33,7 +34,7 @@ SPEC_REMEDY = "Restore it from a backup, or choose another output directory."
 FINISHED_REMEDY = "Delete it, and rerun the same command: the student is saved again from the last checkpoint."
 
 
-def check_out(settings: TrainingSettings, inputs: dict[str, Path | str | None]) -> None:
+def check_out(settings: TrainingSettings, inputs: dict[str, Location | str | None]) -> None:
     """Raise UserError unless --out is new, empty, or holds a training by the same command; `inputs` by flag."""
     check_output(settings.out, settings.command, inputs, own=made_by(settings.out, settings.command, SPEC))
 

@@ -64,10 +64,10 @@ def test_a_directory_and_a_brace_pattern_name_the_same_tars(tmp_path):
         open_tars(tmp_path / "{00001..00004}.tar")
 
 
-@pytest.mark.parametrize("data", ["pipe:echo x > hacked.tar", "http://127.0.0.1/{0..3}.tar", "s3://bucket/a.tar"])
-def test_commands_and_addresses_are_not_opened(data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("data", ["pipe:echo x > hacked.tar", "pipe:curl http://127.0.0.1/{0..3}.tar"])
+def test_commands_are_not_run(data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="can be read only from a local disk"):
+    with pytest.raises(UserError, match="can be read from a disk, or from an address"):
         open_tars(data)
     assert not list(tmp_path.iterdir())
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from shards import files
-from shards.files import LEFTOVER, atomic_directory, atomic_file, fsync_directory, partial_name, write_bytes, write_once
+from shards.files import LEFTOVER, atomic_directory, atomic_file, fsync_directory, new_file, partial_name, write_bytes
 
 
 @pytest.fixture(params=[0o022, 0o027, 0o002, 0o077], ids=oct)
@@ -138,6 +138,11 @@ def test_containers_of_one_host_name_and_process_id_do_not_share_a_name(tmp_path
         assert LEFTOVER.fullmatch(name).groups() == ("worker", "7")
 
 
+def write_new(path, data):
+    with new_file(path) as stream:
+        stream.write(data)
+
+
 @pytest.mark.parametrize("links", [True, False])
 def test_the_first_of_several_writers_wins(tmp_path, monkeypatch, links):
     def no_link(*paths):
@@ -145,7 +150,8 @@ def test_the_first_of_several_writers_wins(tmp_path, monkeypatch, links):
 
     if not links:
         monkeypatch.setattr(os, "link", no_link)
-    write_once(tmp_path / "a", b"first")
-    write_once(tmp_path / "a", b"second")
+    write_new(tmp_path / "a", b"first")
+    with pytest.raises(FileExistsError):
+        write_new(tmp_path / "a", b"second")
     assert (tmp_path / "a").read_bytes() == b"first"
     assert os.listdir(tmp_path) == ["a"]

@@ -5,7 +5,7 @@ from dataclasses import fields
 
 import pytest
 import torch
-from support.stages import run_encode, run_teacher_cache
+from support.buckets import fill
 
 from shards.cache import Cache
 from shards.dataset import CacheDataset
@@ -15,23 +15,10 @@ from shards.store import open_store
 TAPS = ["mid_block"]
 
 
-@pytest.fixture(scope="module")
-def cache(teacher, images, tmp_path_factory):
-    work = tmp_path_factory.mktemp("remote")
-    latents = run_encode(teacher, images, work / "latents")
-    return run_teacher_cache(teacher, latents, work / "cache", samples=0)
-
-
 @pytest.fixture
 def store(cache, bucket):
-    store = open_store("s3://bucket/cache")
-    for path in cache.rglob("*"):
-        name = path.relative_to(cache).as_posix()
-        if path.is_file() and not name.startswith(("base", "students")):
-            with store.write(name) as stream:
-                stream.write(path.read_bytes())
-    bucket.requests.clear()
-    return store
+    fill("cache", cache)
+    return open_store("s3://bucket/cache")
 
 
 def same(a, b):

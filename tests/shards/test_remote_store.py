@@ -5,6 +5,7 @@ import pickle
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -63,6 +64,15 @@ def interrupted_write(store, name):
     with store.write(name) as stream:
         stream.write(b"new")
         raise RuntimeError("power cut")
+
+
+def test_what_is_new_replaces_nothing_and_is_checked_by_the_upload_itself(store, bucket):
+    for again in (False, True):
+        bucket.requests.clear()
+        with pytest.raises(FileExistsError) if again else nullcontext(), store.write("a", new=True) as stream:
+            stream.write(b"second" if again else b"first")
+        assert bucket.requests == ["PUT /bucket/set/a"]
+    assert store.read("a") == b"first"
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_uploads_nothing(store, bucket):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import logging
+import os
 import re
 import threading
 import time
@@ -11,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
 
 KEY, SECRET = "key-of-the-tests", "secret-of-the-tests"
 SERVER_ERROR = b"<Error><Code>InternalError</Code><Message>We failed. Please try again.</Message></Error>"
@@ -156,3 +159,54 @@ def environment(bucket: Bucket) -> dict[str, str]:
         # botocore's checksums of streamed uploads take a form that older servers do not know.
         "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
     }
+
+
+def create() -> None:
+    """Make the bucket, without a request."""
+    from moto.core import DEFAULT_ACCOUNT_ID
+    from moto.s3.models import s3_backends
+
+    s3_backends[DEFAULT_ACCOUNT_ID]["aws"].create_bucket("bucket", "us-east-1")
+
+
+def fill(name: str, folder: Path) -> None:
+    """Put every file below a folder into the bucket, below `name`, without a request."""
+    from moto.core import DEFAULT_ACCOUNT_ID
+    from moto.s3.models import s3_backends
+
+    backend = s3_backends[DEFAULT_ACCOUNT_ID]["aws"]
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            backend.put_object("bucket", f"{name}/{path.relative_to(folder).as_posix()}", path.read_bytes())
+
+
+def held(name: str) -> dict[str, bytes]:
+    """What the bucket holds below `name`, without a request."""
+    from moto.core import DEFAULT_ACCOUNT_ID
+    from moto.s3.models import s3_backends
+
+    keys = s3_backends[DEFAULT_ACCOUNT_ID]["aws"].buckets["bucket"].keys
+    return {key.removeprefix(f"{name}/"): keys[key].value for key in sorted(keys) if key.startswith(f"{name}/")}
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """A dataset that a loader process reads with an environment of its own: the server of processes began with another
+    one."""
+
+    dataset: Any
+    environment: dict[str, str]
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    @property
+    def in_flight(self) -> int:
+        return self.dataset.in_flight
+
+    def __getitems__(self, indices: list[int]) -> list[Any]:
+        os.environ.update(self.environment)
+        return self.dataset.__getitems__(indices)
+
+    def collate(self, entries: list[Any]) -> Any:
+        return self.dataset.collate(entries), os.getpid()

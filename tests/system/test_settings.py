@@ -8,6 +8,7 @@ from click.testing import CliRunner
 
 from pipeline.cli import main
 from pipeline.settings.data import DataSettings
+from pipeline.settings.distill import DistillSettings
 from pipeline.settings.encode import EncodeSettings
 from pipeline.settings.evaluate import EvaluateSettings
 from pipeline.settings.finetune import FinetuneSettings
@@ -115,6 +116,19 @@ def test_settings_for_others_hold_no_paths(tmp_path, monkeypatch):
 
 
 def test_an_address_is_refused_where_a_path_belongs_without_what_may_be_secret():
-    with pytest.raises(UserError, match="--out s3://bucket/out is an address, not a path on this machine") as caught:
-        EncodeSettings(teacher="demo", data="images", out="s3://key:secret@bucket/out?token=secret")
+    with pytest.raises(UserError, match="--out s3://bucket/out is an address, and this option takes only") as caught:
+        DistillSettings(cache="cache", level="sd_small", out="s3://key:secret@bucket/out?token=secret")
     assert "secret" not in str(caught.value)
+
+
+def test_an_address_keeps_what_is_secret_to_itself():
+    settings = DistillSettings(cache="https://me:secret@host/cache?token=secret", level="sd_small", out="out")
+    assert settings.cache.address == "https://me:secret@host/cache?token=secret"
+    assert settings.as_json()["cache"] == "https://host/cache"
+    assert settings.for_others()["cache"] == "cache"
+    assert "secret" not in repr(settings)
+    with pytest.raises(UserError, match="--cache s3://bucket/cache was given with a password or a query") as caught:
+        DistillSettings(cache="s3://key:secret@bucket/cache", level="sd_small", out="out")
+    assert "secret" not in str(caught.value)
+    with pytest.raises(UserError, match=r"--cache ftp://host/cache is of no known kind"):
+        DistillSettings(cache="ftp://host/cache", level="sd_small", out="out")
