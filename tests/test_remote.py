@@ -51,7 +51,9 @@ def run(*arguments):
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     assert KEY not in result.output
     assert SECRET not in result.output
-    return result.exit_code, "".join(line for line in re.split(r"[\r\n]", result.output) if "%|" not in line)
+    # Apart, since a bar's last newline may come after what is said next.
+    printed = "\n".join([result.stdout, result.stderr])
+    return result.exit_code, "".join(line for line in re.split(r"[\r\n]", printed) if "%|" not in line)
 
 
 def without_times(out):
@@ -122,7 +124,7 @@ def test_verify_and_inspect_say_of_a_bucket_what_they_say_of_a_directory(cache, 
     for command in (["verify"], ["verify", "--full"], ["inspect"]):
         status, here = run(*command, cache)
         assert (status, here.replace(str(cache), CACHE)) == run(*command, CACHE)
-    assert stored.most > 4
+    assert stored.most > 1
     status, output = run("verify", f"{CACHE}/images")
     assert (status, "no damage found" in output) == (0, True)
 

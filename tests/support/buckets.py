@@ -204,6 +204,13 @@ class Elsewhere:
     def in_flight(self) -> int:
         return self.dataset.in_flight
 
+    @property
+    def rounds(self) -> int:
+        return self.dataset.rounds
+
+    def counts(self) -> list[int]:
+        return self.dataset.counts()
+
     def __getitems__(self, indices: list[int]) -> list[Any]:
         os.environ.update(self.environment)
         return self.dataset.__getitems__(indices)
