@@ -96,16 +96,17 @@ help: ## List the targets and the variables.
 
 install: $(READY) ## Create the environment in .venv with the pinned versions.
 
+# Without --no-compile, pip compiles every module of every package, most of which are never imported: two minutes.
 $(READY): pyproject.toml constraints.txt
 	@echo 'Installing the packages of constraints.txt in $(VENV). They are large, so this takes some minutes.'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --no-compile --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 # img2dataset needs an older webdataset than this project, so it gets its own environment.
 $(TOOLS)/bin/img2dataset:
 	$(PYTHON) -m venv $(TOOLS)
-	$(TOOLS)/bin/python -m pip install 'img2dataset==1.47.0'
+	$(TOOLS)/bin/python -m pip install --no-compile 'img2dataset==1.47.0'
 
 test: lint $(TOOLS)/bin/img2dataset ## Run the linter, the type checker and the tests.
 	OMP_NUM_THREADS=1 IMG2DATASET='$(abspath $(TOOLS))/bin/img2dataset' $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 20

@@ -83,12 +83,12 @@ def test_the_numbers_are_those_of_an_image_that_was_flipped_before_it_was_croppe
 
 def test_large_numbers_are_exact():
     crop = Crop((12_345, 4_099), (3_084, 1_024), 2_051, 0, False)
-    assert frame_of(crop, 1024).corner == (0, 2_051)
-    image = LoadedImage(0, Record("a", "a", "a"), crop=crop)
-    stored = of_image(image, 1024, SDXL)["time_ids"]
+    assert frame_of(crop, (1_024, 1_024)).corner == (0, 2_051)
+    image = LoadedImage(0, Record("a", "a", "a"), np.zeros((1_024, 1_024, 3), np.uint8), crop)
+    stored = of_image(image, SDXL)["time_ids"]
     assert stored.tolist() == [4_099, 12_345, 0, 2_051, 1_024, 1_024]
     flipped = Crop((12_345, 4_099), (3_084, 1_024), 2_051, 0, True)
-    assert frame_of(flipped, 1024).corner == (0, 3_084 - 1_024 - 2_051)
+    assert frame_of(flipped, (1_024, 1_024)).corner == (0, 3_084 - 1_024 - 2_051)
 
 
 def test_a_u_net_in_half_precision_gets_exact_numbers(xl_teacher):
@@ -219,7 +219,7 @@ def test_levels_and_latents_of_another_family_are_refused(xl_teacher, teacher, i
     with pytest.raises(
         UserError, match=r"sd_small is a student of SD-1.x and SD-2.x, and --teacher .* is of SDXL\. Choose"
     ):
-        run_teacher_cache(xl_teacher, latents, tmp_path / "cache")
+        run_teacher_cache(xl_teacher, latents, tmp_path / "cache", students=("sd_small",))
     with pytest.raises(UserError, match=r"encoded with a pipeline of SDXL, and --teacher .* is of SD-1.x and SD-2.x\."):
         run_teacher_cache(teacher, latents, tmp_path / "cache")
 

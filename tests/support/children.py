@@ -20,8 +20,13 @@ class Numbers(Dataset):
     def __init__(self, make_bad=None):
         self.make_bad = make_bad
 
+    rounds, in_flight = 1, 1
+
     def __len__(self):
         return 8
+
+    def counts(self):
+        return [8]
 
     def __getitem__(self, index):
         return self.make_bad() if self.make_bad and index == 0 else index
