@@ -319,7 +319,8 @@ def test_sample_and_evaluate_take_it(student, xl_teacher, held_out, tmp_path):
     command("sample", "--model", student, "--prompts", "a cat", "--out", tmp_path / "s", "--num-inference-steps", 1)
     assert (tmp_path / "s/0000.png").is_file()
     arguments = ["--student", student, "--teacher", xl_teacher, "--latents", held_out, "--entries", 3, "--bins", 2]
-    output = command("evaluate", *arguments, "--out", tmp_path / "e", "--repeats", 1, "--device", "cpu")
+    quick = ("--repeats", 1, "--num-inference-steps", 4, "--timing-batch-size", 1, "--device", "cpu")
+    output = command("evaluate", *arguments, "--out", tmp_path / "e", *quick)
     assert "parameters" in output.lower()
     assert json.loads((tmp_path / "e/evaluation.json").read_text())["student"]["level"] == "ssd_1b"
 
