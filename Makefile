@@ -96,7 +96,7 @@ help: ## List the targets and the variables.
 
 install: $(READY) ## Create the environment in .venv with the pinned versions.
 
-# Without --no-compile, pip compiles every module of every package, most of which are never imported: two minutes.
+# Without --no-compile, pip compiles every module of every package, most of which are never imported.
 $(READY): pyproject.toml constraints.txt
 	@echo 'Installing the packages of constraints.txt in $(VENV). They are large, so this takes some minutes.'
 	$(PYTHON) -m venv $(VENV)

@@ -67,8 +67,6 @@ from shards.store import open_store
 from shards.writer import EntryBuilder, write_shard
 
 SKIPPED = "skipped.jsonl"
-
-
 # Patterns of the files that are written before the manifest.
 FIRST = (empty_prompt_file("*"), BUCKETS_FILE)
 
@@ -206,9 +204,7 @@ def in_buckets(
     found = existing_manifest(settings.out, "latents")
     if found is None:
         with tqdm(total=len(source.records), unit="image", desc="buckets") as progress:
-            assigned = assign(
-                source, settings.resolution, settings.min_size, settings.workers, lambda n: progress.update(n)
-            )
+            assigned = assign(source, settings.resolution, settings.min_size, settings.workers, progress.update)
     elif BUCKETS not in found.spec:
         raise UserError(f"{settings.out} was made without --buckets. Drop it, or choose another --out.")
     else:
