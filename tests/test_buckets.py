@@ -30,6 +30,7 @@ from support.stages import (
     tree,
 )
 
+from pipeline.cache import latents_spec, latents_writer
 from pipeline.commands import encode, finetune, inspect_shards, teacher_cache, verify
 from pipeline.commands.finetune import LatentsDataset
 from pipeline.core import buckets, draws
@@ -124,7 +125,7 @@ def test_bytes_are_equal_whoever_writes_them_and_however_often_it_stops(teacher,
     """One job stops within the last shard, another one writes the first, and a third goes on. Only the first looks at
     the shapes of the images."""
     alone = {"entries_per_shard": 6, "batch_size": 1, "views": 2, "random_flip": True}
-    out, batches, real = tmp_path / "out", itertools.count(), encode.encode_batch
+    out, batches, real = tmp_path / "out", itertools.count(), latents_writer.encode_batch
 
     def stopping(*arguments):
         if next(batches) == 4:
@@ -133,12 +134,12 @@ def test_bytes_are_equal_whoever_writes_them_and_however_often_it_stops(teacher,
 
     once = encoded(teacher, data, tmp_path / "once", **alone)
     with monkeypatch.context() as patch:
-        patch.setattr(encode, "encode_batch", stopping)
+        patch.setattr(latents_writer, "encode_batch", stopping)
         with pytest.raises(KeyboardInterrupt):
             encoded(teacher, data, out, shard_range="2:3", **alone)
         reset_accelerate()
     assert (out / ".s00002.tar.kept").exists()
-    monkeypatch.setattr(encode, "assign", None)
+    monkeypatch.setattr(latents_spec, "assign", None)
     encoded(teacher, data, out, shard_range="0:1", **alone)
     encoded(teacher, data, out, **alone)
     assert shard_files(out) == shard_files(once)

@@ -235,7 +235,7 @@ def test_a_bug_keeps_its_traceback_and_ends_in_status_1(teacher, images, tmp_pat
     def fail(*arguments):
         raise ZeroDivisionError("ours")
 
-    monkeypatch.setattr("pipeline.commands.encode.encode_batch", fail)
+    monkeypatch.setattr("pipeline.cache.latents_writer.encode_batch", fail)
     result = invoke("encode", "--teacher", teacher, "--data", images, "--out", tmp_path / "o", "--resolution", 32)
     assert result.exit_code == 1
     assert isinstance(result.exception, ZeroDivisionError)
@@ -244,9 +244,9 @@ def test_a_bug_keeps_its_traceback_and_ends_in_status_1(teacher, images, tmp_pat
 def test_a_full_disk_is_reported_and_leaves_what_was_written(teacher, images, tmp_path, monkeypatch):
     import errno
 
-    from pipeline.commands import encode
+    from pipeline.cache import latents_writer
 
-    real, shards = encode.write_shard, []
+    real, shards = latents_writer.write_shard, []
 
     def full(store, shard, *rest):
         if shards:
@@ -254,7 +254,7 @@ def test_a_full_disk_is_reported_and_leaves_what_was_written(teacher, images, tm
         shards.append(shard)
         real(store, shard, *rest)
 
-    monkeypatch.setattr(encode, "write_shard", full)
+    monkeypatch.setattr(latents_writer, "write_shard", full)
     arguments = [
         "encode",
         "--teacher",
@@ -271,7 +271,7 @@ def test_a_full_disk_is_reported_and_leaves_what_was_written(teacher, images, tm
     result = invoke(*arguments)
     assert result.exit_code == 2
     assert "s00001.tar: No space left on device. Fix this and rerun the same command." in result.output
-    monkeypatch.setattr(encode, "write_shard", real)
+    monkeypatch.setattr(latents_writer, "write_shard", real)
     assert "holds 13 images in 3 shards" in invoke(*arguments).output
 
 

@@ -41,8 +41,8 @@ def made(tmp_path, monkeypatch):
     with tarfile.open(ARCHIVE) as archive:
         archive.extractall(tmp_path, filter="data")
     libraries = json.loads((tmp_path / "cache" / "manifest.json").read_text())["spec"]["libraries"]
-    monkeypatch.setattr("pipeline.commands.encode.library_versions", lambda: libraries)
-    monkeypatch.setattr("pipeline.commands.teacher_cache.library_versions", lambda: libraries)
+    monkeypatch.setattr("pipeline.cache.latents_spec.library_versions", lambda: libraries)
+    monkeypatch.setattr("pipeline.cache.cache_spec.library_versions", lambda: libraries)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

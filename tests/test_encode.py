@@ -13,6 +13,7 @@ from support.stages import read_entries, reset_accelerate, run_encode, shard_fil
 from support.tiny import tiny_pipeline, write_images
 
 from pipeline.cache import sizes
+from pipeline.cache.planned import latents_sizes
 from pipeline.commands import encode
 from pipeline.core import draws
 from pipeline.data.images import decode, framed
@@ -340,7 +341,7 @@ def test_a_dry_run_counts_what_is_still_to_be_written(teacher, images, tmp_path)
     out = run_encode(teacher, images, tmp_path / "out", shard_range="0:1")
     settings = {"teacher": str(teacher), "data": str(images), "out": out, "resolution": 32, "entries_per_shard": 5}
     spec = json.loads((out / "manifest.json").read_text())["spec"]
-    size = sizes.stored_bytes(encode.planned_sizes(spec, [])[0].members)
+    size = sizes.stored_bytes(latents_sizes(spec, [])[0].members)
     for part, shards, entries in ((None, 2, 8), ("1:2", 1, 5), ("0:1", 0, 0)):
         lines = encode.plan(EncodeSettings(**settings, shard_range=part))
         assert lines[0] == f"entries: 13 in 3 shards, {shards} of them still to write"

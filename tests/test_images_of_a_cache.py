@@ -325,7 +325,7 @@ def test_what_is_to_be_copied_counts_as_needed(teacher, latents, tmp_path, monke
     sizes = []
     monkeypatch.setattr(teacher_cache, "require_space", lambda out, size, remedy: sizes.append(size))
     for copied in (0, 10**12):
-        monkeypatch.setattr(teacher_cache, "bytes_to_copy", lambda *_, copied=copied, **__: copied)
+        monkeypatch.setattr("pipeline.cache.planned.bytes_to_copy", lambda *_, copied=copied, **__: copied)
         cached(teacher, latents, tmp_path / str(copied), rounds=1)
     assert sizes[1] - sizes[0] == 10**12
 

@@ -10,7 +10,7 @@ import pytest
 from support.stages import reset_accelerate, run_encode, run_teacher_cache, shard_files, tree
 from support.tiny import write_images
 
-from pipeline.commands import encode, teacher_cache
+from pipeline.cache import latents_writer, targets_writer
 from shards.manifest import sha256_of_json
 from shards.writer import HashingStream
 
@@ -36,7 +36,10 @@ def stages(teacher, place):
 
 
 # What each stage calls once a batch, and its result.
-BATCHES = {"encode": (encode, "encode_batch", "latents"), "teacher-cache": (teacher_cache, "run_teacher", "cache")}
+BATCHES = {
+    "encode": (latents_writer, "encode_batch", "latents"),
+    "teacher-cache": (targets_writer, "run_teacher", "cache"),
+}
 
 
 @pytest.fixture(autouse=True)

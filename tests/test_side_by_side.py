@@ -61,8 +61,8 @@ def test_jobs_side_by_side_write_what_one_job_writes(teacher, images, tmp_path, 
 def test_what_is_written_while_the_device_computes_is_the_same(teacher, images, tmp_path, monkeypatch):
     latents = run_encode(teacher, images, tmp_path / "latents")
     cache = run_teacher_cache(teacher, latents, tmp_path / "cache")
-    monkeypatch.setattr("pipeline.commands.encode.is_accelerator", lambda device: True)
-    monkeypatch.setattr("pipeline.commands.teacher_cache.is_accelerator", lambda device: True)
+    monkeypatch.setattr("pipeline.cache.latents_writer.is_accelerator", lambda device: True)
+    monkeypatch.setattr("pipeline.cache.targets_writer.is_accelerator", lambda device: True)
     assert shard_files(run_encode(teacher, images, tmp_path / "latents overlapped")) == shard_files(latents)
     assert shard_files(run_teacher_cache(teacher, latents, tmp_path / "cache overlapped")) == shard_files(cache)
 

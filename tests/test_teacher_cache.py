@@ -379,7 +379,7 @@ def test_other_versions_of_the_libraries_are_refused_with_the_command_that_insta
     teacher, latents, cache, monkeypatch
 ):
     installed = json.loads((cache / "manifest.json").read_text())["spec"]["libraries"]
-    monkeypatch.setattr("pipeline.commands.teacher_cache.library_versions", lambda: {**installed, "torch": "99.0"})
+    monkeypatch.setattr("pipeline.cache.cache_spec.library_versions", lambda: {**installed, "torch": "99.0"})
     with pytest.raises(ShardError) as caught:
         run_teacher_cache(teacher, latents, cache)
     torch_version = installed["torch"].split("+")[0]

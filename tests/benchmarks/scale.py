@@ -32,6 +32,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from support.tiny import tiny_pipeline
 
+from pipeline.cache import latents_writer, targets_writer
 from pipeline.commands import encode, teacher_cache
 from pipeline.commands.inspect_shards import take_inventory
 from pipeline.encode import EncodeSettings
@@ -67,10 +68,10 @@ def write_images_of_one_colour(folder: Path, count: int) -> None:
             lines.write(f'{{"file_name": "{i:06d}.png", "text": "a plain picture"}}\n')
 
 
-def watched(stage, settings) -> list[Point]:
-    """Run a stage; a point at each shard that it finished."""
+def watched(stage, writer, settings) -> list[Point]:
+    """Run a stage, whose shards the module `writer` writes; a point at each shard that is finished."""
     points = [(0, time.perf_counter(), megabytes_resident())]
-    write_shard = stage.write_shard
+    write_shard = writer.write_shard
 
     def write(store: Store, shard: str, manifest: Manifest, entries, skipped, kept=None) -> None:
         count = 0
@@ -84,7 +85,7 @@ def watched(stage, settings) -> list[Point]:
         write_shard(store, shard, manifest, counted(), skipped, kept)
         points.append((points[-1][0] + count, time.perf_counter(), megabytes_resident()))
 
-    with mock.patch.object(stage, "write_shard", write):
+    with mock.patch.object(writer, "write_shard", write):
         stage.run(settings)
     return points
 
@@ -92,6 +93,7 @@ def watched(stage, settings) -> list[Point]:
 def run_encode(work: Path, entries_per_shard: int) -> list[Point]:
     return watched(
         encode,
+        latents_writer,
         EncodeSettings(
             teacher=str(work / "teacher"),
             data=str(work / "pictures"),
@@ -108,6 +110,7 @@ def run_encode(work: Path, entries_per_shard: int) -> list[Point]:
 def run_teacher_cache(work: Path, entries_per_shard: int) -> list[Point]:
     return watched(
         teacher_cache,
+        targets_writer,
         TeacherCacheSettings(
             teacher=str(work / "teacher"),
             latents=work / "latents",

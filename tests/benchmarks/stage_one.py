@@ -24,6 +24,8 @@ from accelerate.state import AcceleratorState, PartialState
 from machine import machine
 from sd15_road import random_checkpoint, random_images
 
+from pipeline.cache import latents_writer, targets_writer
+from pipeline.cache.latents import open_latents
 from pipeline.commands import encode, teacher_cache
 from pipeline.demo.scenes import write_folder
 from pipeline.encode import EncodeSettings
@@ -35,6 +37,11 @@ from pipeline.teacher_cache import TeacherCacheSettings
 from shards.schema import conditioning_shapes
 
 RESOLUTIONS = {"demo": 64, "sd15": 512}
+# The command of each stage's settings, and what it calls once a batch.
+STAGES = {
+    EncodeSettings: (encode, latents_writer, "encode_batch"),
+    TeacherCacheSettings: (teacher_cache, targets_writer, "run_teacher"),
+}
 
 
 @dataclass
@@ -74,12 +81,13 @@ class Clock:
         return sum(len(batch) for batch, *_ in self.calls)
 
 
-def run_stage(stage, forward: str, settings) -> Clock:
+def run_stage(settings) -> Clock:
     """Run a stage in this process with its forward passes and its writing on the clock."""
+    stage, writer, forward = STAGES[type(settings)]
     clock = Clock()
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(stage, forward, clock.forward(getattr(stage, forward))))
-        stack.enter_context(mock.patch.object(stage, "write_shard", clock.write(stage.write_shard)))
+        stack.enter_context(mock.patch.object(writer, forward, clock.forward(getattr(writer, forward))))
+        stack.enter_context(mock.patch.object(writer, "write_shard", clock.write(writer.write_shard)))
         stage.run(settings)
     AcceleratorState._reset_state(True)
     PartialState._reset_state()
@@ -157,11 +165,11 @@ def main(
             settings = EncodeSettings(
                 data=str(work / "images"), out=latents, resolution=RESOLUTIONS[arch], workers=count, **common
             )
-            clock = run_stage(encode, "encode_batch", settings)
+            clock = run_stage(settings)
             rows.append((f"encode, {count} workers", clock.entries, clock.seconds, bare_encode(clock, settings)))
         asked = TeacherCacheSettings(latents=latents, out=cache, rounds=1, samples=0, **common)
-        spec = teacher_cache.open_latents(latents).manifest.spec
-        clock = run_stage(teacher_cache, "run_teacher", asked)
+        spec = open_latents(latents).manifest.spec
+        clock = run_stage(asked)
         bare = bare_teacher(clock, spec["latents_shape"], conditioning_shapes(spec))
         rows.append(("teacher-cache", clock.entries, clock.seconds, bare))
         shutil.rmtree(cache)

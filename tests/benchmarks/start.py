@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from support.stages import reset_accelerate, run_encode
 from support.tiny import tiny_pipeline, write_images
 
+from pipeline.cache import targets_writer
 from pipeline.commands import teacher_cache
 from pipeline.teacher_cache import TeacherCacheSettings
 from shards.plan import ShardPlan
@@ -56,7 +57,7 @@ def seconds_to_start(work: Path, shards: int, finished: float) -> float:
     for shard in plan.shards[: int(finished * len(plan))]:
         (out / sidecar_name(shard.name)).touch()
     started = time.perf_counter()
-    with mock.patch.object(teacher_cache, "run_teacher", side_effect=Started):
+    with mock.patch.object(targets_writer, "run_teacher", side_effect=Started):
         try:
             teacher_cache.run(settings)
         except Started:

@@ -24,7 +24,6 @@ from machine import in_process, machine
 from stage_one import run_stage
 from stage_two import REFERENCE, RESOLUTIONS, Case, prepare, run
 
-from pipeline.commands import encode, teacher_cache
 from pipeline.encode import EncodeSettings
 from pipeline.models.levels import LEVELS
 from pipeline.teacher_cache import TeacherCacheSettings
@@ -54,7 +53,7 @@ def stage_one(case: Case) -> tuple[float, float]:
     for folder in (latents, cache):
         shutil.rmtree(folder, ignore_errors=True)
     encoding = EncodeSettings(data=str(case.work / "images"), out=latents, resolution=RESOLUTIONS[case.arch], **common)
-    encoded = run_stage(encode, "encode_batch", encoding)
+    encoded = run_stage(encoding)
     caching = TeacherCacheSettings(
         latents=latents,
         out=cache,
@@ -63,7 +62,7 @@ def stage_one(case: Case) -> tuple[float, float]:
         students=(case.level,),
         **common,
     )
-    cached = run_stage(teacher_cache, "run_teacher", caching)
+    cached = run_stage(caching)
     return encoded.seconds / encoded.entries, cached.seconds / cached.entries
 
 

@@ -12,7 +12,7 @@ from support.edited import change_json
 from support.stages import read_entries, run_encode, run_teacher_cache
 from support.tiny import tiny_xl_pipeline, write_images
 
-from pipeline.commands.encode import frame_of, of_image
+from pipeline.cache.latents_writer import frame_of, of_image
 from pipeline.data.images import Crop
 from pipeline.data.loading import LoadedImage
 from pipeline.data.records import Record
