@@ -16,8 +16,9 @@ from support.stages import first, metrics, run_distill, run_encode, run_teacher_
 
 from pipeline.cache.latents import open_latents
 from pipeline.cli import main
-from pipeline.commands import distill, teacher_cache
+from pipeline.commands import distill, finetune, teacher_cache
 from pipeline.commands.distill import DistillSettings
+from pipeline.commands.finetune import FinetuneSettings
 from pipeline.sampling.generate import GeneratedImages
 from pipeline.system.errors import UserError
 from pipeline.training.held_out import held_out_of
@@ -155,6 +156,15 @@ def test_held_out_latents_may_lie_in_a_bucket(cache, stored, tmp_path):
         errors.append(batch)
     assert torch.equal(errors[0].latents, errors[1].latents)
     assert errors[0].keys == errors[1].keys
+
+
+def test_a_model_is_finetuned_from_a_bucket_as_from_a_directory(teacher, cache, stored, tmp_path):
+    quick = {"max_train_steps": 2, "train_batch_size": 3, "device": "cpu", "report": False, "dataloader_num_workers": 0}
+    for out, latents in {"here": cache / "images", "there": f"{CACHE}/images"}.items():
+        finetune.run(FinetuneSettings(model=str(teacher), latents=latents, out=tmp_path / out, **quick))
+    a, b = (tree(tmp_path / out / "unet") for out in ("here", "there"))
+    assert a == b
+    assert json.loads((tmp_path / "there" / "finetune.json").read_text())["latents"] == f"{CACHE}/images"
 
 
 @pytest.mark.parametrize(

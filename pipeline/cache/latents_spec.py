@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from pipeline.cache.output import existing_manifest
 from pipeline.core.buckets import Size
 from pipeline.data.buckets import Assignment, assign
 from pipeline.data.inputs import settled_spec
+from pipeline.data.loading import read_patiently
 from pipeline.data.records import inputs_sha256
 from pipeline.data.source import OpenSource
 from pipeline.models.encoders import latents_shape
@@ -95,7 +97,8 @@ def settled(settings: EncodeSettings, source: OpenSource, spec: dict[str, Any]) 
     found = existing_manifest(settings.out, "latents")
     if found is None:
         return spec
-    return settled_spec(open_store(settings.out), found, known_to(found.spec, spec), source.records)
+    read = functools.partial(read_patiently, source)
+    return settled_spec(open_store(settings.out), found, known_to(found.spec, spec), source.records, read)
 
 
 def vae_dtype(settings: EncodeSettings, base: DiffusionPipeline, family: Family) -> torch.dtype:

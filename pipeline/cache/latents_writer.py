@@ -68,14 +68,16 @@ class LatentsWriter:
 
     def write_one(self, shard: PlannedShard, advance: Callable[[int], Any]) -> None:
         store, records = open_store(self.settings.out), shard_records(self.source, shard)
-        kept = self.kept_batches(shard, [record for _, record in records])
-        remember(store, self.manifest, shard, [record for _, record in records])
+        here, crcs = [record for _, record in records], dict[str, int]()
+        kept = self.kept_batches(shard, here)
+        remember(store, self.manifest, shard, here)
         left, skipped = after_kept(records, kept)
         advance(len(records) - len(left))
-        entries = self.entries(shard, left, skipped, advance)
+        entries = self.entries(shard, left, skipped, crcs, advance)
         if is_accelerator(self.base.vae.device):
             entries = in_background(entries, 2 * self.settings.batch_size)
         write_shard(store, shard.name, self.manifest, entries, skipped, kept)
+        remember(store, self.manifest, shard, here, crcs)
 
     def kept_batches(self, shard: PlannedShard, records: list[Record]) -> Kept | None:
         """The complete batches that an interrupted run kept of a shard, up to the first image that has changed since;
@@ -93,10 +95,11 @@ class LatentsWriter:
         shard: PlannedShard,
         records: list[tuple[int, Record]],
         skipped: list[dict[str, str]],
+        crcs: dict[str, int],
         advance: Callable[[int], Any],
     ) -> Iterator[EntryBuilder]:
-        """The entries of one shard, of which the `records` are left. Images without pixels are appended to `skipped`.
-        No batch crosses a shard."""
+        """The entries of one shard, of which the `records` are left. Images without pixels are appended to `skipped`,
+        and the CRC-32 of each other image is added to `crcs`. No batch crosses a shard."""
         settings = self.settings
         framing = framing_of(settings, sizes_of(self.manifest.spec)[shard.bucket])
         ahead = 2 * max(settings.batch_size, settings.workers)
@@ -104,6 +107,7 @@ class LatentsWriter:
         allowed = settings.max_skipped * len(shard.indices)
         readable = without_skipped(loaded, skipped, allowed, advance)
         while batch := list(itertools.islice(readable, settings.batch_size)):
+            crcs |= {image.record.source_id: image.crc32 for image in batch if image.crc32 is not None}
             yield from encode_batch(batch, settings, self.base, self.family)
             advance(len(batch))
 

@@ -20,7 +20,7 @@ from pipeline.cache.latents_writer import LatentsWriter, encoders_on, framing_of
 from pipeline.cache.output import claim, existing_manifest, finished_heads, share_unfinished
 from pipeline.cache.planned import latents_sizes
 from pipeline.core.buckets import bucket_sizes
-from pipeline.data.inputs import remember
+from pipeline.data.inputs import remember, renew_times
 from pipeline.data.loading import load_images
 from pipeline.data.preview import preview
 from pipeline.data.source import OpenSource, open_source
@@ -84,8 +84,10 @@ def write_latents(settings: EncodeSettings, lock: OutputLock | NoLock) -> None:
         files |= {empty_prompt_file(name): encode_npy(array) for name, array in empty.items()}
         with lock.claim() as alone:
             manifest = claim(settings.out, "latents", spec, alone=alone, files=files)
-            if settings.retry_skipped and state.is_main_process:
-                reopen_skipped(source, settings, manifest)
+            if state.is_main_process:
+                renew_times(open_store(settings.out), manifest, source.records)
+                if settings.retry_skipped:
+                    reopen_skipped(source, settings, manifest)
     unfinished, own = share_unfinished(settings.out, manifest, state, settings.shard_range)
     if not unfinished:
         leave_processes(state)

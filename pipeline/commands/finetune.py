@@ -77,8 +77,8 @@ from shards.store import at_once
 class LatentsDataset(Dataset):
     """The latents and conditioning of every image, in order."""
 
-    def __init__(self, directory: Path) -> None:
-        self.shards = open_latents(directory)
+    def __init__(self, latents: Location) -> None:
+        self.shards = open_latents(latents)
         self.conditioning = list(conditioning_shapes(self.shards.manifest.spec))
 
     def __len__(self) -> int:

@@ -7,7 +7,7 @@ import os
 import stat
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline.system.errors import UserError
 
@@ -16,13 +16,20 @@ MAX_IMAGE_BYTES = 1 << 29
 MAX_TEXT_BYTES = 1 << 20
 
 
-def regular_size(path: Path) -> int | None:
-    """The length of a regular file in bytes. None for anything else."""
+class FileState(NamedTuple):
+    """The length of a file in bytes, and when it was last modified, in nanoseconds, as far as they are known."""
+
+    size: int | None = None
+    modified: int | None = None
+
+
+def state_of(path: Path) -> FileState:
+    """The state of a regular file. Nothing is known of anything else."""
     try:
         status = os.stat(path)
     except (OSError, ValueError):
-        return None
-    return status.st_size if stat.S_ISREG(status.st_mode) else None
+        return FileState()
+    return FileState(status.st_size, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else FileState()
 
 
 def files_in(folder: Path, ending: str) -> list[Path]:

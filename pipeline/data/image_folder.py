@@ -16,7 +16,7 @@ from pipeline.data.files import (
     is_mac_metadata,
     parse_json,
     reason_of,
-    regular_size,
+    state_of,
     twice,
 )
 from pipeline.data.images import is_image_name
@@ -108,7 +108,7 @@ def _with_captions(folder: Path, relative: Path) -> ListedImage:
     # A file name can be any bytes, but a record's name must be text.
     name = relative.as_posix().encode(errors="replace").decode()
     captions, problem = _captions_beside(folder, relative)
-    return ListedImage(name, str(relative), captions, problem, regular_size(folder / relative))
+    return ListedImage(name, str(relative), captions, problem, *state_of(folder / relative))
 
 
 def _captions_beside(folder: Path, image: Path) -> tuple[list[str], str | None]:
@@ -225,9 +225,8 @@ def _image_of(row: dict[str, Any], path: Path, number: int, image_column: str, c
     name = row[image_column]
     if not isinstance(name, str) or not name or not is_unicode(name):
         raise UserError(f"{path}, line {number}: {image_column!r} is {name!r}, which is not a file name")
-    return ListedImage(
-        _own_name(path.parent, name), name, field(row, caption_column), size=regular_size(path.parent / name)
-    )
+    state = state_of(path.parent / name)
+    return ListedImage(_own_name(path.parent, name), name, field(row, caption_column), None, *state)
 
 
 def _own_name(folder: Path, name: str) -> str:

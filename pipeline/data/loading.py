@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -51,13 +52,15 @@ class Framing:
 
 @dataclass(frozen=True)
 class LoadedImage:
-    """A record with its pixels, (height, width, 3) uint8, or with the reason why it has none."""
+    """A record with its pixels, (height, width, 3) uint8, or with the reason why it has none. `crc32` is of the encoded
+    image, if it could be read."""
 
     index: int
     record: Record
     pixels: np.ndarray | None = None
     crop: Crop | None = None
     problem: str | None = None
+    crc32: int | None = None
 
 
 def load_images(
@@ -72,10 +75,13 @@ def load_image(source: OpenSource, framing: Framing, indexed: tuple[int, Record]
     if record.problem:
         return LoadedImage(index, record, problem=record.problem)
     draw = draws.generator(framing.seed, record.source_id, 0, "crop")
+    crc32 = None
     try:
-        image = open_image(read_patiently(source, record))
+        data = read_patiently(source, record)
+        crc32, image = zlib.crc32(data), open_image(data)
         if min(image.size) < framing.min_size:
-            return LoadedImage(index, record, problem=f"too small: {image.width} x {image.height} pixels")
+            problem = f"too small: {image.width} x {image.height} pixels"
+            return LoadedImage(index, record, problem=problem, crc32=crc32)
         with memory_of(image):
             pixels, crop = framed(
                 upright_rgb(image),
@@ -88,8 +94,8 @@ def load_image(source: OpenSource, framing: Framing, indexed: tuple[int, Record]
         refuse_passing(record, error)
         return LoadedImage(index, record, problem=reason_of(error))
     except ValueError as error:
-        return LoadedImage(index, record, problem=str(error))
-    return LoadedImage(index, record, pixels, crop)
+        return LoadedImage(index, record, problem=str(error), crc32=crc32)
+    return LoadedImage(index, record, pixels, crop, crc32=crc32)
 
 
 def image_size(source: OpenSource, record: Record, min_size: int) -> tuple[int, int] | None:

@@ -27,7 +27,8 @@ class ListedImage:
     `name` stays the same wherever the image is stored, if the source knows such a name: every random draw depends on
     it. `location` has a meaning only for the source. `captions` is whatever the source has as the caption: text,
     several texts, or something else. `problem` is the reason why the image cannot be used, if listing it shows one.
-    `size` is the length of the encoded image in bytes, if listing it shows that.
+    `size` is the length of the encoded image in bytes, and `modified` when the file that holds it was last modified, in
+    nanoseconds, if listing it shows them.
     """
 
     name: str
@@ -35,6 +36,7 @@ class ListedImage:
     captions: Any
     problem: str | None = None
     size: int | None = None
+    modified: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,7 @@ class Record:
     caption: str
     problem: str | None = None
     size: int | None = None
+    modified: int | None = None
 
 
 class Source(Protocol):
@@ -82,13 +85,15 @@ def captioned(image: ListedImage, settings: DataSettings) -> list[Record]:
     if settings.captions == "all" and len(captions) > MAX_CAPTIONS:
         problem = problem or f"there are {len(captions)} captions, more than {MAX_CAPTIONS}"
     if problem:
-        return [Record(image.name, image.location, "", problem, image.size)]
+        return [Record(image.name, image.location, "", problem, image.size, image.modified)]
     if settings.captions == "random":
         draw = draws.generator(settings.seed, image.name, 0, "caption")
         captions = [captions[draw.integers(len(captions))]]
     elif settings.captions == "first":
         captions = captions[:1]
-    return [Record(image.name, image.location, caption, size=image.size) for caption in captions]
+    return [
+        Record(image.name, image.location, caption, size=image.size, modified=image.modified) for caption in captions
+    ]
 
 
 def numbered(records: Iterable[Record]) -> list[Record]:

@@ -56,7 +56,9 @@ class RemoteTars:
             except UserError as error:
                 raise UserError(str(error).replace(str(copy.tars[0]), f"{store}/{name}")) from None
         self.passed_over += copy.passed_over
-        return [replace(image, location=image.location and (number, *image.location[1:])) for image in found]
+        return [
+            replace(image, location=image.location and (number, *image.location[1:]), modified=None) for image in found
+        ]
 
 
 def open_remote(settings: DataSettings) -> Source:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from pipeline.data.fields import field
-from pipeline.data.files import MAX_IMAGE_BYTES, files_in, refuse_special, regular_size
+from pipeline.data.files import MAX_IMAGE_BYTES, FileState, files_in, refuse_special, state_of
 from pipeline.data.records import ListedImage
 from pipeline.settings.data import DataSettings
 from pipeline.system.errors import UserError, first_line
@@ -33,8 +33,9 @@ class Table:
     Raises UserError if the dataset or one of its columns does not exist.
     """
 
-    def __init__(self, dataset: Any, settings: DataSettings, may_read_paths: bool) -> None:
-        """`may_read_paths`: whether to read image files by paths in the table; never for a table from elsewhere."""
+    def __init__(self, dataset: Any, settings: DataSettings, may_read_paths: bool, files: Iterable[Path] = ()) -> None:
+        """`may_read_paths`: whether to read image files by paths in the table; never for a table from elsewhere.
+        `files` hold the table, as far as they are known."""
         self.image_column = settings.image_column or "image"
         self.caption_column = settings.caption_column or "text"
         # Of nested columns, `column.field` leads to the captions.
@@ -55,6 +56,7 @@ class Table:
         self.dataset = _undecoded(dataset, self.image_column, settings)
         self.rows = self.dataset.select_columns([self.image_column])
         self.may_read_paths = may_read_paths
+        self.modified = max((state_of(file).modified or 0 for file in files), default=None)
         self.data = settings.data
 
     def images(self) -> list[ListedImage]:
@@ -66,13 +68,14 @@ class Table:
             names = _names(self.dataset, paths)
         except UnicodeDecodeError as error:
             raise UserError(f"--data {self.data} holds text that is not UTF-8 ({error}). Write it again.") from None
-        sizes = [
-            regular_size(Path(path)) if size is None and self.may_read_paths and isinstance(path, str) else size
-            for size, path in zip(_sizes(images), paths, strict=True)
+        in_table = [FileState(size, self.modified) for size in _sizes(images)]
+        states = [
+            state_of(Path(path)) if state.size is None and self.may_read_paths and isinstance(path, str) else state
+            for state, path in zip(in_table, paths, strict=True)
         ]
         return [
-            ListedImage(name, row, caption, size=size)
-            for row, (name, caption, size) in enumerate(zip(names, captions, sizes, strict=True))
+            ListedImage(name, row, caption, None, *state)
+            for row, (name, caption, state) in enumerate(zip(names, captions, states, strict=True))
         ]
 
     @classmethod
@@ -86,11 +89,12 @@ class Table:
             raise UserError(f"--data {settings.data} has no rows. Give a table with images and captions.")
         builder = BUILDERS[tables[0].suffix]
         dataset = _opened(settings, lambda: load_dataset(builder, data_files=files, split="train"))
-        return cls(dataset, settings, may_read_paths=False)
+        return cls(dataset, settings, may_read_paths=False, files=tables)
 
     @classmethod
     def of_saved(cls, folder: Path, settings: DataSettings) -> Table:
-        for path in folder.rglob("*"):
+        files = list(folder.rglob("*"))
+        for path in files:
             refuse_special(path)
         dataset = _opened(settings, lambda: _datasets(settings).load_from_disk(folder))
         if isinstance(dataset, dict):
@@ -100,7 +104,7 @@ class Table:
                     f"{', '.join(map(repr, dataset))}: choose one with --split."
                 )
             dataset = dataset[settings.split]
-        return cls(dataset, settings, may_read_paths=True)
+        return cls(dataset, settings, may_read_paths=True, files=files)
 
     @classmethod
     def of_hub(cls, settings: DataSettings) -> Table:

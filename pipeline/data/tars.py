@@ -8,6 +8,7 @@ import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from pipeline.data.files import (
     is_mac_metadata,
     parse_json,
     refuse_special,
+    state_of,
 )
 from pipeline.data.images import is_image_name
 from pipeline.data.records import ListedImage
@@ -77,11 +79,13 @@ class Tars:
         return data
 
     def _list(self, tar_index: int) -> Iterator[ListedImage]:
+        modified = state_of(self.tars[tar_index]).modified
         members = list(_members(self.tars[tar_index], self.passed_over))
         named = {*(self.image_endings or ()), self.caption_column}
         with open(self.tars[tar_index], "rb") as stream:
             for sample in samples_of(with_dotted_names(members, named)):
-                yield from self._images_of(tar_index, sample, stream.fileno())
+                for image in self._images_of(tar_index, sample, stream.fileno()):
+                    yield replace(image, modified=modified)
 
     def _images_of(self, tar_index: int, sample: dict[str, Member], fd: int) -> Iterator[ListedImage]:
         """The sample's image. Further ones, and a sample without one, are listed with a problem."""

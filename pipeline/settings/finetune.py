@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 from pipeline.settings.training import TrainingSettings
 from pipeline.system.errors import UserError
 from pipeline.system.options import PREDICTION_TYPES, HubOptions
 from pipeline.system.settings import REQUIRED, option
+from shards.location import Location
 
 LORA_FORMATS = ("diffusers", "kohya")
 
@@ -25,7 +25,9 @@ class FinetuneSettings(TrainingSettings, HubOptions):
     model: str = option(
         REQUIRED, "Pipeline whose U-Net is trained: a student's folder, a name on the hub, demo or demo-xl.", place=True
     )
-    latents: Path = option(REQUIRED, "Directory that `encode` wrote, with the model's own VAE and text encoder.")
+    latents: Location = option(
+        REQUIRED, "Directory or address that `encode` wrote to, with the model's own VAE and text encoder."
+    )
     lora_rank: int | None = option(None, "Train LoRA adapters of this rank instead of the whole U-Net.", ge=1, le=4096)
     lora_format: str = option(
         "diffusers", "Names of the adapters' tensors; kohya's are for ComfyUI and web UIs.", choices=LORA_FORMATS
@@ -45,5 +47,5 @@ class FinetuneSettings(TrainingSettings, HubOptions):
             raise UserError("--fp16-variant is for a whole pipeline, and LoRA weights are small. Drop one of the two.")
 
     @property
-    def entries(self) -> Path:
+    def entries(self) -> Location:
         return self.latents

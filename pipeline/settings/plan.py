@@ -14,6 +14,7 @@ from pipeline.system.errors import UserError
 from pipeline.system.options import MAX_BATCH, MAX_SIDE, HubOptions, PrecisionOptions
 from pipeline.system.settings import REQUIRED, option
 from shards.codec import MAX_SNR_DB
+from shards.plan import MAX_ENTRIES, MAX_SHARDS
 
 # Bytes by unit: B, KB, MB, ... and KIB, MIB, ...
 UNITS = {"B": 1} | {
@@ -49,8 +50,8 @@ class PlanSettings(CacheFormat, PrecisionOptions, HubOptions):
     teacher: str = option(
         REQUIRED, "The teacher: a folder (its configs are enough), a name on the hub, demo or demo-xl.", place=True
     )
-    images: int = option(REQUIRED, "Images to train on.", ge=1)
-    rounds: int = option(4, "Passes over the images; with a budget, the minimum to aim for.", ge=1)
+    images: int = option(REQUIRED, "Images to train on.", ge=1, le=MAX_ENTRIES)
+    rounds: int = option(4, "Passes over the images; with a budget, the minimum to aim for.", ge=1, le=MAX_SHARDS)
     resolution: int = option(512, "Side of the images, in pixels.", ge=8, le=MAX_SIDE)
     buckets: bool = option(False, "Show also what an entry of each bucket takes, as of `encode --buckets`.")
     budget: str | None = option(

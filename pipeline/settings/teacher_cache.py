@@ -9,6 +9,7 @@ from pipeline.settings.cache_format import CacheFormat
 from pipeline.system.options import MAX_BATCH, PREDICTION_TYPES, HubOptions, PrecisionOptions, ShardRangeOptions
 from pipeline.system.settings import REQUIRED, option
 from shards.location import Location
+from shards.plan import MAX_SHARDS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +27,7 @@ class TeacherCacheSettings(CacheFormat, PrecisionOptions, HubOptions, ShardRange
     )
     latents: Location = option(REQUIRED, "Directory or address that `encode` wrote to.")
     out: Location = option(REQUIRED, "Directory or address, such as s3://bucket/cache, to write the cache to.")
-    rounds: int = option(4, "Passes over the latents, each with its own noise and timesteps.", ge=1)
+    rounds: int = option(4, "Passes over the latents, each with its own noise and timesteps.", ge=1, le=MAX_SHARDS)
     samples: int = option(
         8, "Images to generate with the teacher for the students' reports; 0 for none.", ge=0, le=10_000
     )

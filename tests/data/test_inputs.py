@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import tarfile
 
@@ -13,6 +14,7 @@ from support.stages import read_entries, reset_accelerate, run_encode, shard_fil
 from support.tiny import write_images
 
 from pipeline.cli import main
+from pipeline.data.image_folder import ImageFolder
 from pipeline.system.errors import UserError
 
 
@@ -76,6 +78,39 @@ def test_a_replaced_image_is_refused_with_what_to_delete(teacher, data, out, tmp
         "s00001.tar",
         "s00001.index",
     }
+
+
+def rewrite(path, later=0):
+    """Write a file's bytes again, `later` seconds after it was last modified."""
+    path.write_bytes(path.read_bytes())
+    os.utime(path, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns + later * 10**9))
+
+
+def test_an_image_replaced_by_one_of_equal_size_is_noticed(teacher, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    for number in range(3):
+        Image.new("RGB", (32, 32), "red").save(data / f"{number}.bmp")
+        (data / f"{number}.txt").write_text("a caption")
+    out = run_encode(teacher, data, tmp_path / "out")
+    Image.new("RGB", (32, 32), "blue").save(data / "1.bmp")
+    rewrite(data / "1.bmp", later=5)
+    message = refusal(teacher, data, out)
+    assert "the image 1.bmp was replaced" in message
+    assert "it had 3126 bytes and has other contents now. That is so for 1 image in 1 shard." in message
+
+
+def test_images_that_were_copied_are_compared_once(teacher, data, out, monkeypatch):
+    for path in data.glob("*.png"):
+        rewrite(path, later=5)
+    read, original = [], ImageFolder.read
+    monkeypatch.setattr(ImageFolder, "read", lambda self, location: read.append(location) or original(self, location))
+    before = shard_files(out)
+    run_encode(teacher, data, out)
+    assert len(read) == 13
+    run_encode(teacher, data, out)
+    assert len(read) == 13
+    assert shard_files(out) == before
 
 
 def test_latents_that_remember_no_sizes_are_used_as_before(teacher, data, out, capsys):
