@@ -87,6 +87,8 @@ def buckets_of_steps(sizes: Sequence[int], seed: int, first: int, steps: int) ->
 
 def steps_before(sizes: Sequence[int], seed: int, step: int) -> list[int]:
     """How many of the steps before `step` take each bucket."""
+    if len(sizes) == 1:
+        return [step]
     found = np.zeros(len(sizes), np.int64)
     for first in range(0, step, STEPS):
         taken = buckets_of_steps(sizes, seed, first, min(STEPS, step - first))

@@ -17,6 +17,7 @@ from shards.codec import decode_npy
 from shards.expected import image_tensors, target_tensors
 from shards.manifest import Manifest, known_to, read_file, read_manifest, sha256_of_json
 from shards.reader import ShardSet, StoredEntry, StoredTensor, read_entry
+from shards.rolling import RollingSet
 from shards.schema import CALIBRATION, IMAGES, MANIFEST, ShardError, conditioning_shapes, empty_prompt_file, image_of
 from shards.sidecar import Row, damaged
 from shards.store import Store
@@ -31,12 +32,13 @@ RESTORE = (
 class Cache:
     """The entries of a finished cache, numbered from 0, round after round. With `rounds` N, those of the first N.
 
-    Raises ShardError for a cache that is unfinished, damaged, or whose images are not its own.
+    A cache may be a `rolling` one: then only entries of rounds that are there can be read. Raises ShardError for a
+    cache that is unfinished, damaged, or whose images are not its own.
     """
 
-    def __init__(self, store: Store, rounds: int | None = None) -> None:
+    def __init__(self, store: Store, rounds: int | None = None, *, rolling: bool = False) -> None:
         self.store = store
-        self.targets = ShardSet(store, "cache", rounds)
+        self.targets = RollingSet(store, rounds) if rolling else ShardSet(store, "cache", rounds)
         self.images = None if self.manifest.has_own_images else open_images(store, self.manifest)
         self._empty = empty_prompt(self.images) if self.images else {}
         self.tensors = [*image_tensors(of_bucket(self.manifest.spec, 0)), *target_tensors(self.manifest)]
@@ -50,7 +52,8 @@ class Cache:
         return stored_calibrations(self.store, self.manifest)
 
     def digest(self) -> str:
-        """As that of a ShardSet, of the targets and their images."""
+        """As that of a ShardSet, of the targets and their images. What a rolling cache will hold nobody knows."""
+        assert isinstance(self.targets, ShardSet)
         sets = [self.targets, self.images] if self.images else [self.targets]
         return sha256_of_json([shards.digest() for shards in sets])
 
@@ -61,6 +64,7 @@ class Cache:
         """Entry `index` with the named tensors, of its image and of its targets. Raises ShardError for one that is
         missing, damaged or not as the spec says, and for one whose image is another."""
         if self.images is None:
+            assert isinstance(self.targets, ShardSet)
             return self.targets.read(index, tensors)
         images = self.images
         of_image = images.tensors

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from shards import device_codec
-from shards.buckets import bucket_of_image, buckets_of_steps, of_bucket, steps_before
+from shards.buckets import STEPS, bucket_of_image, buckets_of_steps, of_bucket, steps_before
 from shards.cache import Cache
 from shards.codec import EXACT_DTYPES
 from shards.reader import StoredEntry
@@ -109,13 +109,20 @@ class CacheDataset(Dataset):
     """The entries of a cache, of which only the named taps are read, and teacher_pred unless `with_teacher_pred` is
     False.
 
-    `rounds` N uses the first N rounds only; later ones may still be unfinished.
+    `rounds` N uses the first N rounds only; later ones may still be unfinished. Of a `rolling` cache, entries can be
+    read while their round is there.
     """
 
     def __init__(
-        self, cache: Store, taps: Sequence[str], with_teacher_pred: bool = True, rounds: int | None = None
+        self,
+        cache: Store,
+        taps: Sequence[str],
+        with_teacher_pred: bool = True,
+        rounds: int | None = None,
+        *,
+        rolling: bool = False,
     ) -> None:
-        self.cache = Cache(cache, rounds)
+        self.cache = Cache(cache, rounds, rolling=rolling)
         self.spec = self.cache.manifest.spec
         known = self.spec["taps"]
         absent = [tap for tap in taps if tap not in known]
@@ -234,10 +241,10 @@ class EpochBatches:
         for bucket, position in self.places():
             batch = []
             for p in range(position, position + self.batch_size):
-                epoch, place = divmod(p, self.entries[bucket])
-                if drawn.get(bucket, (None,))[0] != epoch:
-                    drawn[bucket] = epoch, self._permutation(bucket, epoch)
-                batch.append(self._index(bucket, int(drawn[bucket][1][place])))
+                stretch, place = divmod(p, self._stretch(bucket))
+                if drawn.get(bucket, (None,))[0] != stretch:
+                    drawn[bucket] = stretch, self._permutation(bucket, stretch)
+                batch.append(self._index(bucket, stretch, int(drawn[bucket][1][place])))
             yield batch
 
     def places(self) -> Iterator[tuple[int, int]]:
@@ -258,12 +265,65 @@ class EpochBatches:
     def _bucket(self, step: int) -> int:
         return int(buckets_of_steps(self.entries, self.seed, step, 1)[0])
 
-    def _index(self, bucket: int, entry: int) -> int:
-        """The index in the set of an entry of a bucket, which are numbered round after round."""
-        in_round = self.entries[bucket] // self.rounds
-        number, place = divmod(entry, in_round)
+    def _stretch(self, bucket: int) -> int:
+        """The length of the stretches of a bucket's line that are permutations."""
+        return self.entries[bucket]
+
+    def _index(self, bucket: int, stretch: int, entry: int) -> int:
+        """The index in the set of an entry of a stretch. Those of a bucket are numbered round after round."""
+        return self._in_round(bucket, *divmod(entry, self.entries[bucket] // self.rounds))
+
+    def _in_round(self, bucket: int, number: int, place: int) -> int:
         return (number * sum(self.entries) + sum(self.entries[:bucket])) // self.rounds + place
 
-    def _permutation(self, bucket: int, epoch: int) -> np.ndarray:
-        key = np.array([self.seed, epoch + (bucket << 48)], np.uint64)
-        return np.random.Generator(np.random.Philox(key=key)).permutation(self.entries[bucket])
+    def _permutation(self, bucket: int, stretch: int) -> np.ndarray:
+        key = np.array([self.seed, stretch + (bucket << 48)], np.uint64)
+        return np.random.Generator(np.random.Philox(key=key)).permutation(self._stretch(bucket))
+
+
+class RoundBatches(EpochBatches):
+    """As EpochBatches, but one round after another, each in an order of its own that is drawn from (seed, round). After
+    the last one the first follows again, in another order; so rounds are counted on.
+
+    Where there are buckets, each bucket's line goes through the rounds, and they are at most a few steps apart.
+    """
+
+    def oldest_round(self, position: int) -> int:
+        """The oldest round of which entries are left to be taken from position `position` of all on."""
+        done = steps_before(self.entries, self.seed, position // self.in_step)
+        lines = [bucket for bucket, entries in enumerate(self.entries) if entries]
+        return min(done[bucket] * self.in_step // self._stretch(bucket) for bucket in lines)
+
+    def rounds_of_step(self, position: int) -> range:
+        """The rounds that the step takes from which begins at `position` of all."""
+        step = position // self.in_step
+        bucket = self._bucket(step)
+        first = steps_before(self.entries, self.seed, step)[bucket] * self.in_step
+        return self._rounds(bucket, first, first + self.in_step)
+
+    def rounds_of_batch(self, bucket: int, position: int) -> range:
+        """The rounds that a batch of this process takes from; see `places`."""
+        return self._rounds(bucket, position, position + self.batch_size)
+
+    def reach(self, steps: int) -> tuple[int, int]:
+        """How many rounds must be there at once to train so many steps from the beginning, and the first round that
+        they do not take from."""
+        lines = {bucket: 0 for bucket, entries in enumerate(self.entries) if entries}
+        at_once, end = 1, 0
+        for start in range(0, steps, STEPS):
+            for bucket in buckets_of_steps(self.entries, self.seed, start, min(STEPS, steps - start)).tolist():
+                oldest = min(taken // self._stretch(other) for other, taken in lines.items())
+                taken = self._rounds(bucket, lines[bucket], lines[bucket] + self.in_step)
+                at_once, end = max(at_once, taken.stop - oldest), max(end, taken.stop)
+                lines[bucket] += self.in_step
+        return at_once, end
+
+    def _rounds(self, bucket: int, first: int, stop: int) -> range:
+        in_round = self._stretch(bucket)
+        return range(first // in_round, (stop - 1) // in_round + 1)
+
+    def _stretch(self, bucket: int) -> int:
+        return self.entries[bucket] // self.rounds
+
+    def _index(self, bucket: int, stretch: int, entry: int) -> int:
+        return self._in_round(bucket, stretch % self.rounds, entry)

@@ -38,7 +38,8 @@ class Manifest:
 
     `files` gives the sha256 of the files next to the shards, by name; of a folder, that of its list of checksums. The
     manifest of a cache is `sealed` by a hash of all its fields, unless an earlier version wrote it. `version` is the
-    format's. `in_cache` says that the set is the images of a cache.
+    format's. `in_cache` says that the set is the images of a cache. A cache with a `window` is a rolling one: of its
+    rounds about so many are there at a time (see `readers`).
     """
 
     spec: dict[str, Any]
@@ -47,6 +48,7 @@ class Manifest:
     sealed: bool = True
     version: int = FORMAT_VERSION
     in_cache: bool = False
+    window: int | None = None
 
     @functools.cached_property
     def spec_sha256(self) -> str:
@@ -56,7 +58,7 @@ class Manifest:
     def seal(self) -> str:
         """The sha256 of everything that the manifest states."""
         stated = {"format": self.version, "spec_sha256": self.spec_sha256, "rounds": self.rounds, "files": self.files}
-        return sha256_of_json(stated)
+        return sha256_of_json(stated | ({} if self.window is None else {"window": self.window}))
 
     @functools.cached_property
     def plan(self) -> ShardPlan:
@@ -114,6 +116,7 @@ def write_manifest(store: Store, manifest: Manifest) -> None:
         "format": manifest.version,
         "spec_sha256": manifest.spec_sha256,
         "rounds": manifest.rounds,
+        **({} if manifest.window is None else {"window": manifest.window}),
         "files": manifest.files if manifest.version == 1 else dict(sorted(manifest.files.items())),
         **({} if manifest.rounds is None else {"sha256": manifest.seal}),
         "spec": manifest.spec,
@@ -133,8 +136,9 @@ def read_manifest(store: Store, stage: str | None = None) -> Manifest:
     try:
         content = json.loads(store.read(MANIFEST).decode("utf-8"))
         version, stated = content["format"], content["spec_sha256"]
-        seal = content.get("sha256")
-        manifest = Manifest(dict(content["spec"]), content["rounds"], dict(content["files"]), seal is not None, version)
+        seal, window = content.get("sha256"), content.get("window")
+        spec, files = dict(content["spec"]), dict(content["files"])
+        manifest = Manifest(spec, content["rounds"], files, seal is not None, version, window=window)
     except NotRegularError:
         raise ShardError(f"{path} is not a regular file. {RESTORE}.") from None
     except NotADirectoryError:
@@ -158,6 +162,8 @@ def read_manifest(store: Store, stage: str | None = None) -> Manifest:
     rounds = manifest.rounds
     if not (rounds is None if found == "latents" else type(rounds) is int and rounds >= 1):
         raise ShardError(f"{path} has an invalid number of rounds, {rounds!r}. {RESTORE}.")
+    if window is not None and not (found == "cache" and version > 1 and type(window) is int and 1 <= window < rounds):
+        raise ShardError(f"{path} has an invalid window, {window!r:.40}, of {rounds} rounds. {RESTORE}.")
     if problem := _spec_problem(manifest.spec, rounds):
         raise ShardError(f"{path} cannot be used: {problem}. {RESTORE}.")
     if seal not in (None, manifest.seal) or (seal is None and found == "cache" and version > 1):

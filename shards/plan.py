@@ -45,6 +45,7 @@ class ShardPlan:
         if problem := counts_problem(entries, entries_per_shard, rounds, buckets):
             raise ShardError(problem)
         covered = list(_covered([entries] if buckets is None else buckets, entries_per_shard))
+        self.in_round = len(covered)
         self.shards = [
             PlannedShard(shard_name(place, number), number, indices, bucket)
             for number in ([None] if rounds is None else range(rounds))
@@ -59,6 +60,10 @@ class ShardPlan:
 
     def names(self) -> list[str]:
         return [shard.name for shard in self.shards]
+
+    def part_of(self, number: int) -> slice:
+        """The part of the plan that is round `number`."""
+        return slice(number * self.in_round, (number + 1) * self.in_round)
 
     def unfinished(self, store: Store, part: slice = EVERYTHING) -> list[PlannedShard]:
         """The shards of a part of the plan that have no sidecar yet."""

@@ -19,7 +19,7 @@ from shards.codec import decode_npy, unpack_quantised
 from shards.expected import Expected, expected_tensors
 from shards.manifest import Manifest, read_manifest, sha256_of_json
 from shards.packing import unpack
-from shards.plan import PlannedShard
+from shards.plan import EVERYTHING, PlannedShard
 from shards.schema import BLOCK, ShardError, image_of, round_of
 from shards.sidecar import Head, Row, Sidecar, damaged, read_head, read_row, read_sidecar
 from shards.store import Store, at_once
@@ -81,22 +81,30 @@ class KeptSidecars:
 class ShardSet:
     """The entries of a finished set, numbered from 0 in the order of the plan.
 
-    With `rounds` N, only the entries of a cache's first N rounds, whether or not later rounds are finished. Opening a
-    set reads its manifest, unless that is given, and the head of every sidecar; an entry is found by reading its row.
-    Where a read waits for an answer, whole sidecars are read instead, when they are first needed, and kept in memory.
-    Raises ShardError for a set that is unfinished, mixed from several specs, or truncated.
+    With `rounds` N, only the entries of a cache's first N rounds, whether or not later rounds are finished; with a
+    `part` of the plan, only those of its shards. Opening a set reads its manifest, unless that is given, and the head
+    of every sidecar; an entry is found by reading its row. Where a read waits for an answer, whole sidecars are read
+    instead, when they are first needed, and kept in memory. Raises ShardError for a set that is unfinished, mixed from
+    several specs, or truncated, and for a rolling cache, which is no finished set.
     """
 
-    def __init__(self, store: Store, stage: str, rounds: int | None = None, manifest: Manifest | None = None) -> None:
+    def __init__(
+        self,
+        store: Store,
+        stage: str,
+        rounds: int | None = None,
+        manifest: Manifest | None = None,
+        part: slice = EVERYTHING,
+    ) -> None:
         self.store = store
-        manifest = manifest or read_manifest(store, stage)
-        if rounds is not None and rounds > (manifest.rounds or 0):
+        self.manifest: Manifest = first_rounds(store, manifest or read_manifest(store, stage), rounds)
+        if self.manifest.window is not None and part == EVERYTHING:
             raise ShardError(
-                f"{store} has {manifest.rounds} round{'s' * (manifest.rounds != 1)}, not {rounds}. To add rounds, run "
-                f"`teacher-cache --rounds {rounds}` with the other settings unchanged."
+                f"{store} is a rolling cache (--window {self.manifest.window}): its rounds come and go. Train on it "
+                "with `distill --order rounds`; for anything else, make a cache without --window."
             )
-        self.manifest: Manifest = manifest if rounds is None else replace(manifest, rounds=rounds)
-        missing = self.manifest.plan.unfinished(store)
+        self.shards = self.manifest.plan.shards[part]
+        missing = self.manifest.plan.unfinished(store, part)
         if missing:
             finished = missing[0].round
             raise ShardError(
@@ -109,7 +117,7 @@ class ShardSet:
         self.heads: list[Head] = []
         members, last = member_names(self._expected[0]), None
         lists: dict[tuple[str, ...], list[str]] = {}
-        for head in at_once(store, lambda shard: placed_head(store, shard, self.manifest), self.manifest.plan):
+        for head in at_once(store, lambda shard: placed_head(store, shard, self.manifest), self.shards):
             check_order(store, last, head, self.manifest)
             if self._expected[0]:
                 check_members(store, head, members, self.manifest)
@@ -135,7 +143,7 @@ class ShardSet:
     def counts(self) -> list[int]:
         """The entries of each bucket, in all rounds; of a set without buckets all of them."""
         found = [0] * len(self._expected)
-        for shard, head in zip(self.manifest.plan, self.heads, strict=True):
+        for shard, head in zip(self.shards, self.heads, strict=True):
             found[shard.bucket] += head.count
         return found
 
@@ -166,6 +174,18 @@ class ShardSet:
 
     def _sidecar(self, shard: str) -> Sidecar:
         return self._sidecars.get(shard, lambda: read_sidecar(self.store, shard, self.manifest))
+
+
+def first_rounds(store: Store, manifest: Manifest, rounds: int | None) -> Manifest:
+    """The manifest of a cache's first `rounds`, or of all. Raises ShardError if it has fewer."""
+    if rounds is None:
+        return manifest
+    if rounds > (manifest.rounds or 0):
+        raise ShardError(
+            f"{store} has {manifest.rounds} round{'s' * (manifest.rounds != 1)}, not {rounds}. To add rounds, run "
+            f"`teacher-cache --rounds {rounds}` with the other settings unchanged."
+        )
+    return replace(manifest, rounds=rounds)
 
 
 def read_entry(

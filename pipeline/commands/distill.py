@@ -19,6 +19,7 @@ from pipeline.cache.latents import size_in_words
 from pipeline.cache.parts import (
     BASE,
     TEACHER,
+    bound_parts,
     check_part,
     check_student,
     is_bound,
@@ -64,11 +65,13 @@ from pipeline.training.output import (
     refuse_damaged_result,
 )
 from pipeline.training.report import Report, circumstances, write_report
+from pipeline.training.rounds import RollingRounds, adopt, register, rolling_batches, rolling_rounds
 from pipeline.training.transform import Transform
 from pipeline.training.validation import planned_images, validation_images
 from shards.dataset import CacheDataset
 from shards.location import Location, Url
 from shards.manifest import Manifest, read_manifest
+from shards.rolling import RollingSet
 from shards.store import open_store
 
 # The passes of each U-Net that are timed for the report.
@@ -96,6 +99,7 @@ def train_student(settings: DistillSettings, lock: OutputLock) -> None:
     """Claim --out, train what is left, and write what belongs to a finished student."""
     settings = resolve_precision(settings)
     accelerator = make_accelerator(settings)
+    rolling = join_readers(settings, accelerator, lock) if is_rolling(settings) else None
     dataset = open_cache(settings)
     if isinstance(settings.cache, Url):
         with accelerator.local_main_process_first():
@@ -106,8 +110,9 @@ def train_student(settings: DistillSettings, lock: OutputLock) -> None:
     folder = folder_of(settings.cache, manifest)
     settings = resolve_steps_and_lr(settings, len(dataset), accelerator.num_processes)
     with accelerator.main_process_first():
-        if accelerator.is_main_process:
-            claim(settings, training_spec(settings, dataset, accelerator.num_processes), lock)
+        if accelerator.is_main_process and rolling is None:
+            spec = training_spec(settings, manifest, accelerator.num_processes)
+            claim(settings, {"shards_sha256": dataset.cache.digest(), **spec}, lock)
     done = finished_step(settings.out)
     if done >= (settings.max_train_steps or 0) and accelerator.is_main_process:
         refuse_damaged_result(settings.out)
@@ -122,7 +127,12 @@ def train_student(settings: DistillSettings, lock: OutputLock) -> None:
             check_part(folder, manifest, BASE, contents=True)
     if done < (settings.max_train_steps or 0):
         training = prepare(settings, dataset, accelerator)
-        stream = batches(settings, dataset, accelerator, training.position)
+        training.rolling = rolling
+        stream = (
+            batches(settings, dataset, accelerator, training.position)
+            if rolling is None
+            else rolling_batches(settings, dataset, accelerator, training.position, rolling)
+        )
         with closing(stream):
             problems = run_training(
                 settings, accelerator, training, stream, lambda: save_student(settings, training, folder, manifest)
@@ -147,18 +157,48 @@ def write_missing_card(settings: DistillSettings, folder: Path, manifest: Manife
         write_model_card(settings.out, settings.as_json(), folder, manifest)
 
 
-def training_spec(settings: DistillSettings, dataset: CacheDataset, processes: int) -> dict[str, Any]:
+def is_rolling(settings: DistillSettings) -> bool:
+    """Whether the cache is a rolling one. Raises UserError for options that do not go with what it is."""
+    window = read_manifest(open_store(settings.cache), "cache").window
+    if window is not None and not settings.by_rounds:
+        raise UserError(
+            f"--cache {settings.cache} is a rolling cache (`teacher-cache --window {window}`), whose rounds come and go. "
+            "Add --order rounds."
+        )
+    if window is None and settings.reader is not None:
+        raise UserError(
+            f"--reader {settings.reader}: --cache {settings.cache} keeps all rounds and knows no readers. Leave --reader "
+            "out."
+        )
+    return window is not None
+
+
+def join_readers(settings: DistillSettings, accelerator: Accelerator, lock: OutputLock) -> RollingRounds:
+    """Claim --out, become a reader of a rolling cache, and wait until the cache can be opened."""
+    entries = RollingSet(open_store(settings.cache), settings.rounds)
+    if bound_parts(entries.manifest) and not is_bound(entries.manifest, student_part(settings.level)):
+        # Before the teacher waits for this reader.
+        raise missing_student(settings.cache, settings.level)
+    settings = resolve_steps_and_lr(settings, len(entries), accelerator.num_processes)
+    rolling = rolling_rounds(settings, entries, accelerator)
+    with accelerator.main_process_first():
+        if accelerator.is_main_process:
+            claim(settings, training_spec(settings, entries.manifest, accelerator.num_processes), lock)
+            register(settings, rolling)
+        adopt(settings, rolling)
+    rolling.wait_for_first()
+    return rolling
+
+
+def training_spec(settings: DistillSettings, manifest: Manifest, processes: int) -> dict[str, Any]:
     """What the training is, for a later run that continues it."""
-    spec = resume_fingerprint(settings, processes, free=("cache",))
+    spec = resume_fingerprint(settings, processes, free=("cache", "reader"))
+    if not settings.by_rounds:
+        # As in the trainings of earlier versions.
+        del spec["order"]
     if settings.init_from is not None:
         spec["init_from"] = weights_sha256s(settings.init_from)
-    manifest = dataset.cache.manifest
-    return {
-        "cache": manifest.spec_sha256,
-        "shards_sha256": dataset.cache.digest(),
-        **spec,
-        "rounds": settings.rounds or manifest.rounds,
-    }
+    return {"cache": manifest.spec_sha256, **spec, "rounds": settings.rounds or manifest.rounds}
 
 
 def prepare(settings: DistillSettings, dataset: CacheDataset, accelerator: Accelerator) -> Training:
@@ -268,6 +308,7 @@ def open_cache(settings: DistillSettings) -> CacheDataset:
         teacher_taps,
         with_teacher_pred=settings.output_weight > 0,
         rounds=settings.rounds,
+        rolling=is_rolling(settings),
     )
     if isinstance(settings.cache, Path):
         check_parts(settings, dataset.cache.manifest)

@@ -93,6 +93,11 @@ class TrainingSettings(DeviceOptions):
         """The shards that are trained on."""
         raise NotImplementedError
 
+    @property
+    def by_rounds(self) -> bool:
+        """Whether one round is taken after another."""
+        return False
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.ema_device and not self.use_ema:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ from pipeline.settings.training import TrainingSettings
 from pipeline.system.children import bound_children, forkserver
 from pipeline.system.device import is_accelerator
 from pipeline.system.errors import UserError, first_line
-from shards.dataset import Batch, EpochBatches
+from shards.dataset import Batch, EpochBatches, RoundBatches
 from shards.schema import ShardError
 
 # Far longer than a batch takes on a slow disk.
@@ -31,14 +31,19 @@ def batches(
 
 
 def collated_batches(
-    settings: TrainingSettings, dataset: Any, accelerator: Accelerator, position: int
+    settings: TrainingSettings,
+    dataset: Any,
+    accelerator: Accelerator,
+    position: int,
+    order: Iterable[list[int]] | None = None,
 ) -> Generator[Any, None, None]:
-    """This process's batches as `dataset.collate` makes them, endlessly, from entry `position` on.
+    """This process's batches as `dataset.collate` makes them: those of an `order` of indices, or endlessly those from
+    entry `position` on.
 
     Raises ShardError for an entry that cannot be read, and UserError if loader processes fail or give no batch within
     BATCH_SECONDS.
     """
-    order = order_of(settings, dataset, accelerator, position)
+    order = order_of(settings, dataset, accelerator, position) if order is None else order
     workers = settings.dataloader_num_workers
     if workers is None:
         # On a CPU, loader processes take more time from training than reading between the steps costs, unless a read
@@ -68,8 +73,10 @@ def collated_batches(
                 patience.daemon = True
                 patience.start()
                 with loader_failures():
-                    batch = next(stream)
+                    batch = next(stream, None)
                 patience.cancel()
+                if batch is None:
+                    return
                 if isinstance(batch, Exception):
                     raise batch
                 yield batch
@@ -80,7 +87,8 @@ def collated_batches(
 
 def order_of(settings: TrainingSettings, dataset: Any, accelerator: Accelerator, position: int) -> EpochBatches:
     """The batches of this process, as indices, from entry `position` of all that are trained on."""
-    return EpochBatches(
+    kind = RoundBatches if settings.by_rounds else EpochBatches
+    return kind(
         dataset.counts(),
         settings.train_batch_size,
         settings.seed,

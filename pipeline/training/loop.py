@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sized
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -47,7 +47,14 @@ from pipeline.training.interrupts import Interrupts
 from pipeline.training.metrics import Metrics, SeenBatch
 from pipeline.training.objective import Objective
 from pipeline.training.optimizer import check_moments, laid_out_like, make_optimizer, match_memory_format
-from pipeline.training.output import CHECKPOINTS, FINISHED, METRICS, VALIDATION, hashes_of_result
+from pipeline.training.output import (
+    CHECKPOINTS,
+    FINISHED,
+    METRICS,
+    VALIDATION,
+    checkpointed_step,
+    hashes_of_result,
+)
 from pipeline.training.peers import Peers
 from pipeline.training.transform import Transform
 from pipeline.training.validation import evaluated, generate_validation, prompts_of
@@ -58,6 +65,16 @@ from shards.files import write_json
 KEYS_NAMED = 3
 
 
+class Rolling(Protocol):
+    """What the loop asks of the rounds of a rolling cache; see `rounds.RollingRounds`."""
+
+    def stopped_waiting(self, position: int, peers: Peers, interrupts: Interrupts) -> bool: ...
+
+    def has_passed_one(self, position: int) -> bool: ...
+
+    def saved(self, position: int, *, is_last: bool) -> None: ...
+
+
 @dataclass(kw_only=True)
 class Training:
     """Everything that a run updates.
@@ -66,7 +83,7 @@ class Training:
     steps; `position` counts the entries taken from the stream of epochs, by all processes together. `prompts` are for
     validation images, and `held_out` is for the error on images that are not trained on. `metrics` are the sums since
     the last line of metrics.jsonl, where the training stopped between two. `problems` tell what failed without
-    stopping the training.
+    stopping the training. `rolling` is for a cache of which only some rounds are there.
     """
 
     student: UNet2DConditionModel
@@ -89,6 +106,7 @@ class Training:
     position: int = 0
     metrics: dict[str, Any] | None = None
     problems: list[str] = field(default_factory=list)
+    rolling: Rolling | None = None
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds besides the weights."""
@@ -246,7 +264,14 @@ def train(settings: TrainingSettings, accelerator: Accelerator, training: Traini
     with closing(metrics), Interrupts() as interrupts, training.peers.told_when_lost():
         if not training.step:
             measure_held_out(accelerator, training, metrics)
+        # The position of the next step.
+        begins = training.position
         while training.step < total_steps:
+            if training.rolling and training.position == begins:
+                if training.rolling.stopped_waiting(training.position, training.peers, interrupts):
+                    if training.step > checkpointed_step(settings.out):
+                        save_state(settings, accelerator, training, metrics)
+                    raise stopped(accelerator, training, total_steps)
             batch = next(stream)
             with accelerator.accumulate(training.model), compile_failures(settings.compile):
                 terms = step_losses(training, batch)
@@ -259,14 +284,20 @@ def train(settings: TrainingSettings, accelerator: Accelerator, training: Traini
             metrics.add(terms, total, batch.keys)
             training.position += len(batch.keys) * accelerator.num_processes
             if accelerator.sync_gradients:
+                begins = training.position
                 stop = training.peers.any(interrupts.requested)
                 after_step(settings, accelerator, training, metrics, norm, stop)
                 if stop:
-                    for active in accelerator.trackers:
-                        active.finish()
-                    leave_processes(accelerator)
-                    done = f"Stopped at step {training.step} of {total_steps}"
-                    raise KeyboardInterrupt(f"{done}. Rerun the same command to resume from there.")
+                    raise stopped(accelerator, training, total_steps)
+
+
+def stopped(accelerator: Accelerator, training: Training, total_steps: int) -> KeyboardInterrupt:
+    """Leave the other processes, and the error that ends a training which was told to stop and is saved."""
+    for active in accelerator.trackers:
+        active.finish()
+    leave_processes(accelerator)
+    done = f"Stopped at step {training.step} of {total_steps}"
+    return KeyboardInterrupt(f"{done}. Rerun the same command to resume from there.")
 
 
 def step_losses(training: Training, batch: Batch) -> dict[str, Tensor]:
@@ -304,9 +335,9 @@ def after_step(
     if not stop and (validating or training.step == settings.max_train_steps):
         # Before the checkpoint: a run that is killed between the two repeats both.
         measure_held_out(accelerator, training, metrics)
-    if interval or stop:
-        training.metrics = metrics.state()
-        save_state(settings, accelerator, training)
+    # The teacher goes on when a checkpoint tells that a round is not needed any more.
+    if interval or stop or (training.rolling and training.rolling.has_passed_one(training.position)):
+        save_state(settings, accelerator, training, metrics)
     if training.prompts and not stop and validating:
         validate(settings, accelerator, training)
 
@@ -357,8 +388,9 @@ def measure_held_out(accelerator: Accelerator, training: Training, metrics: Metr
     training.peers.wait()
 
 
-def save_state(settings: TrainingSettings, accelerator: Accelerator, training: Training) -> None:
+def save_state(settings: TrainingSettings, accelerator: Accelerator, training: Training, metrics: Metrics) -> None:
     """A checkpoint, written by the main process while the others wait."""
+    training.metrics = metrics.state()
     if accelerator.is_main_process:
         save_checkpoint(
             settings.out / CHECKPOINTS,
@@ -367,6 +399,8 @@ def save_state(settings: TrainingSettings, accelerator: Accelerator, training: T
             training.state(),
             settings.checkpoints_total_limit,
         )
+    if training.rolling:
+        training.rolling.saved(training.position, is_last=training.step == settings.max_train_steps)
     training.peers.wait()
 
 
