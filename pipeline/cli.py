@@ -10,6 +10,7 @@ from pipeline.settings.demo_scenes import DemoScenesSettings
 from pipeline.settings.demo_teacher import DemoTeacherSettings
 from pipeline.settings.distill import DistillSettings
 from pipeline.settings.download import DownloadSettings
+from pipeline.settings.drop_reader import DropReaderSettings
 from pipeline.settings.encode import EncodeSettings
 from pipeline.settings.evaluate import EvaluateSettings
 from pipeline.settings.export import ExportSettings
@@ -35,6 +36,7 @@ COMMANDS: tuple[type[Settings], ...] = (
     ExportSettings,
     VerifySettings,
     InspectSettings,
+    DropReaderSettings,
     DemoScenesSettings,
     DemoTeacherSettings,
 )

@@ -59,10 +59,14 @@ def file_of(name: str) -> str:
 
 def read_readers(store: Store) -> list[Reader]:
     """All readers of a cache, by name. Raises ShardError for a file that is not one of a reader."""
-    folder = store.folder(READERS)
-    names = [name.removesuffix(".json") for name in folder.list() if name.endswith(".json")]
-    found = (read_reader(store, name) for name in names if NAME.fullmatch(name))
+    found = (read_reader(store, name) for name in reader_names(store))
     return [reader for reader in found if reader is not None]
+
+
+def reader_names(store: Store) -> list[str]:
+    """The names of a cache's readers, also of those whose files are damaged."""
+    names = [name.removesuffix(".json") for name in store.folder(READERS).list() if name.endswith(".json")]
+    return [name for name in names if NAME.fullmatch(name)]
 
 
 def read_reader(store: Store, name: str) -> Reader | None:
@@ -77,8 +81,8 @@ def read_reader(store: Store, name: str) -> Reader | None:
         return None
     except (ValueError, TypeError, RecursionError) as error:
         raise ShardError(
-            f"{folder}/{file_of(name)} is damaged ({error!r:.200}). Drop this reader (`distill-sd drop-reader`) and rerun "
-            "its training, which says again how far it has come."
+            f"{folder}/{file_of(name)} is damaged ({error!r:.200}). Drop this reader (`distill-sd drop-reader`) and "
+            "rerun its training, which says again how far it has come."
         ) from None
     return reader
 
@@ -123,7 +127,7 @@ def rounds_there(store: Store, in_round: int) -> set[int]:
 
 
 def announced(store: Store) -> set[int]:
-    """The rounds that are about to be deleted. Of a file that says nothing sensible, none: it is never there for long."""
+    """The rounds that are about to be deleted."""
     try:
         return set(json.loads(store.read(DELETING))["rounds"])
     except FileNotFoundError:

@@ -64,8 +64,8 @@ class Size:
 
 @dataclass
 class Survey:
-    """What is known of a set: the shards with a sound sidecar, in the plan's order; those not written yet; and the
-    problems."""
+    """What is known of a set: the shards with a sound sidecar, in the plan's order; those not written yet, or of a
+    rolling cache those that are not there; and the problems."""
 
     store: Store
     manifest: Manifest
@@ -138,6 +138,9 @@ def survey(store: Store, manifest: Manifest) -> Survey:
                 found.sizes[shard.name] = Size(head.count, head.bytes)
                 found.problems += order_problem(store, before, head, manifest)
                 before = head if head.count else before
+            elif manifest.window is not None:
+                # It is not written yet, or deleted, or on its way to one of them.
+                found.unfinished.append(shard.name)
             elif shard.name in existing:
                 what = f"{path} has no sidecar {manifest.sidecar_name(shard.name)}, so it counts as unfinished"
                 found.problems.append(Problem(f"{what}. To write it again, and only it, {rerun}."))
@@ -147,6 +150,9 @@ def survey(store: Store, manifest: Manifest) -> Survey:
             else:
                 found.unfinished.append(shard.name)
         except (ShardError, UnreadableError) as error:
+            if has_gone(store, shard.name, manifest):
+                found.unfinished.append(shard.name)
+                continue
             foreign += isinstance(error, ForeignShardError)
             found.problems.append(Problem.of(error, shard.name))
     if foreign and foreign == len(marked):
@@ -156,6 +162,11 @@ def survey(store: Store, manifest: Manifest) -> Survey:
         found.problems = [*kept, Problem(f"{what}. Restore the manifest that the shards were written with.")]
     found.problems += stray_files(store, manifest) + changed_files(store, manifest)
     return found
+
+
+def has_gone(store: Store, shard: str, manifest: Manifest) -> bool:
+    """Whether a shard of a rolling cache was deleted meanwhile, as those are that all readers have passed."""
+    return manifest.window is not None and not store.exists(manifest.sidecar_name(shard))
 
 
 def outcome_of(store: Store, shard: PlannedShard, manifest: Manifest) -> Head | ShardError | UnreadableError:
@@ -247,7 +258,7 @@ def other_images(targets: Survey, images: Survey) -> list[Problem]:
         try:
             made = own_columns(targets, shard.name)
         except (ShardError, UnreadableError) as error:
-            return [Problem.of(error, shard.name)]
+            return [] if has_gone(targets.store, shard.name, targets.manifest) else [Problem.of(error, shard.name)]
         theirs = rows[shard.indices.start : shard.indices.stop]
         if len(made) == len(theirs) and not (made != theirs).any():
             return []
@@ -274,7 +285,8 @@ def check_contents(found: Survey, advance: Callable[[int], Any]) -> None:
         try:
             examine(f"{store}/{shard}", functools.partial(check_copied_shard, store, shard, manifest))
         except (ShardError, UnreadableError) as error:
-            found.problems.append(Problem.of(error, shard))
+            if not has_gone(store, shard, manifest):
+                found.problems.append(Problem.of(error, shard))
         advance(size.bytes)
 
 

@@ -12,6 +12,7 @@ from accelerate import PartialState
 from pipeline.cache.parts import is_bound
 from pipeline.cache.remote_parts import checksums_of, parts_of
 from pipeline.system.echo import plural, say
+from pipeline.system.errors import UserError
 from pipeline.system.options import range_of
 from shards.files import remove_leftovers
 from shards.location import Location
@@ -37,28 +38,45 @@ def claim(
     alone: bool,
     rounds: int | None = None,
     files: dict[str, bytes] | None = None,
+    window: int | None = None,
 ) -> Manifest:
     """The manifest of `out`, an address or an existing directory, for `spec`: written now together with its `files`, or
     an existing one with the same spec.
 
-    More `rounds` than it has extend it; fewer leave it unchanged. If this job is `alone` there, partial files of killed
-    runs are removed. Raises ShardError, with the difference, if `out` was made for another spec.
+    More `rounds` than it has extend it; fewer leave it unchanged. The `window` of a rolling cache may change. If this
+    job is `alone` there, partial files of killed runs are removed. Raises ShardError, with the difference, if `out` was
+    made for another spec, and UserError if it is a rolling cache and is not to be one, or the other way round.
     """
     store = open_store(out)
     found = existing_manifest(out, stage)
     if found is not None:
         refuse_other_spec(out, found.spec, spec)
+        refuse_other_window(out, found, window)
     if alone and isinstance(out, Path):
         remove_leftovers(out, out / "students", out / IMAGES)
     if found is None:
         hashes = {name: _write(store, name, data) for name, data in (files or {}).items()}
-        manifest = Manifest(spec, rounds, hashes)
-    elif rounds is None or found.rounds is None or rounds <= found.rounds:
+        manifest = Manifest(spec, rounds, hashes, window=window)
+    elif found.rounds is None or (max(rounds or 1, found.rounds), window) == (found.rounds, found.window):
         return found
     else:
-        manifest = replace(found, rounds=rounds, sealed=True)
+        manifest = replace(found, rounds=max(rounds or 1, found.rounds), window=window, sealed=True)
     write_manifest(store, manifest)
     return manifest
+
+
+def refuse_other_window(out: Location, found: Manifest, window: int | None) -> None:
+    """Raise UserError for a cache that keeps all rounds and is to delete some, and for the opposite."""
+    if found.window is None and window is not None:
+        raise UserError(
+            f"--window {window}: {out} holds a cache that keeps all its rounds, and none of them is deleted. Leave "
+            "--window out, or choose another --out."
+        )
+    if found.window is not None and window is None:
+        raise UserError(
+            f"{out} holds a rolling cache. Add --window {found.window} to go on with it, or choose another --out for a "
+            "cache that keeps all rounds."
+        )
 
 
 def bind_parts(out: Location, manifest: Manifest, saved: list[str]) -> Manifest:

@@ -162,13 +162,13 @@ def is_rolling(settings: DistillSettings) -> bool:
     window = read_manifest(open_store(settings.cache), "cache").window
     if window is not None and not settings.by_rounds:
         raise UserError(
-            f"--cache {settings.cache} is a rolling cache (`teacher-cache --window {window}`), whose rounds come and go. "
-            "Add --order rounds."
+            f"--cache {settings.cache} is a rolling cache (`teacher-cache --window {window}`), whose rounds come and "
+            "go. Add --order rounds."
         )
     if window is None and settings.reader is not None:
         raise UserError(
-            f"--reader {settings.reader}: --cache {settings.cache} keeps all rounds and knows no readers. Leave --reader "
-            "out."
+            f"--reader {settings.reader}: --cache {settings.cache} keeps all rounds and knows no readers. Leave "
+            "--reader out."
         )
     return window is not None
 

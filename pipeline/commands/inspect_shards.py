@@ -18,6 +18,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from pipeline.cache.parts import BASE
+from pipeline.cache.readers import rolling_lines
 from pipeline.cache.remote_parts import folder_of, take_part
 from pipeline.models.load import load_base
 from pipeline.settings.inspect_shards import InspectSettings
@@ -33,9 +34,10 @@ from shards.location import Location
 from shards.manifest import Manifest, read_manifest
 from shards.plan import PlannedShard
 from shards.reader import ShardSet, StoredEntry, placed_head, read_entry
-from shards.schema import IMAGES, LATENTS
+from shards.schema import IMAGES, LATENTS, ShardError
 from shards.sidecar import Head, read_row, read_sidecar
 from shards.store import Store, at_once, open_store
+from shards.survey import has_gone
 
 # The numbers of entries in the histogram and of images that --images decodes, spread evenly over the set.
 TIMESTEPS, DECODED = 2000, 8
@@ -66,7 +68,7 @@ def run(settings: InspectSettings) -> None:
     if inventory.images:
         say("\n".join(["\nimages, each stored once:", *count_lines(inventory.images), *member_lines(inventory.images)]))
     if not inventory.entries:
-        raise UserError(f"{settings.directory} holds no entries yet. Rerun its stage to write them.")
+        raise UserError(f"{settings.directory} holds no entries now. Rerun its stage to write them.")
     if inventory.manifest.spec["stage"] == "cache":
         timesteps = [entry.meta["timestep"] for entry in inventory.spread(TIMESTEPS)]
         say("\n".join(histogram(timesteps, inventory.manifest.spec["noise_scheduler"]["num_train_timesteps"])))
@@ -131,12 +133,20 @@ def take_inventory(store: Store, manifest: Manifest) -> Inventory:
     inventory = Inventory(store, manifest, images)
     unfinished = set(manifest.plan.unfinished(store))
 
-    def look(shard: PlannedShard) -> tuple[Head, list[int]]:
-        head = placed_head(store, shard, manifest)
-        return head, read_sidecar(store, shard.name, manifest).places[:, :, 1].sum(axis=0).tolist()
+    def look(shard: PlannedShard) -> tuple[Head, list[int]] | None:
+        try:
+            head = placed_head(store, shard, manifest)
+            return head, read_sidecar(store, shard.name, manifest).places[:, :, 1].sum(axis=0).tolist()
+        except ShardError:
+            if has_gone(store, shard.name, manifest):
+                return None
+            raise
 
     finished = [shard for shard in manifest.plan if shard not in unfinished]
-    for shard, (head, lengths) in zip(finished, at_once(store, look, finished), strict=True):
+    for shard, found in zip(finished, at_once(store, look, finished), strict=True):
+        if found is None:
+            continue
+        head, lengths = found
         inventory.shards.append(shard)
         inventory.heads[shard.name] = head
         inventory.counts.append(head.count)
@@ -166,6 +176,9 @@ def spec_lines(manifest: Manifest) -> list[str]:
 
 def count_lines(inventory: Inventory) -> list[str]:
     rounds, planned = inventory.manifest.rounds, len(inventory.manifest.plan)
+    if inventory.manifest.window is not None:
+        there = {shard.name for shard in inventory.shards}
+        return [*rolling_lines(inventory.store, inventory.manifest, there), f"entries there: {inventory.entries}"]
     unfinished = "" if len(inventory.shards) == planned else " (unfinished)"
     skipped = f", {inventory.skipped} skipped" if inventory.skipped else ""
     lines = [f"shards: {len(inventory.shards)} of {planned}{unfinished}", f"entries: {inventory.entries}{skipped}"]

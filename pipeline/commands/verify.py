@@ -25,6 +25,7 @@ from pipeline.cache.parts import (
     is_bound,
     student_part,
 )
+from pipeline.cache.readers import rolling_lines
 from pipeline.cache.recompute import deviations, table
 from pipeline.cache.remote_parts import changes_at, parts_of, take_file
 from pipeline.models.checksums import has_checksums
@@ -41,7 +42,8 @@ from pipeline.system.errors import UserError
 from pipeline.system.lock import OutputLock
 from shards.cache import Cache
 from shards.location import Location, Url
-from shards.manifest import Manifest, difference
+from shards.manifest import Manifest, difference, read_manifest
+from shards.readers import rounds_there
 from shards.schema import ShardError
 from shards.store import Store, at_once, open_store
 from shards.survey import Problem, Survey, check_contents, remove_shard, survey, survey_images, unreadable
@@ -95,7 +97,7 @@ def check(settings: VerifySettings, store: Store, manifest: Manifest) -> None:
         with tqdm(total=total, unit="B", unit_scale=True, desc="verify") as progress:
             for each in sets:
                 check_contents(each, progress.update)
-    intact = not any(each.problems or each.unfinished for each in sets)
+    intact = not any(each.problems or lacks_shards(each) for each in sets)
     if settings.recompute and settings.teacher and intact:
         found.problems += recompute(settings, settings.recompute, settings.teacher)
     # The images are kept: their latents may be gone, and the other entries of a shard are still of use.
@@ -170,8 +172,11 @@ def bad_small_files(directory: Location) -> list[Problem]:
 
 def recompute(settings: VerifySettings, count: int, teacher: str) -> list[Problem]:
     """Run the teacher again on random entries and print the table. A problem for each broken bound."""
-    cache = Cache(open_store(settings.directory))
+    store = open_store(settings.directory)
+    rolling = read_manifest(store, "cache").window is not None
+    cache = Cache(store, rolling=rolling)
     spec = cache.manifest.spec
+    there = entries_there(cache) if rolling else np.arange(len(cache))
     folder = find_pipeline(teacher, settings.revision, settings.variant)
     unet = load_unet(folder, settings.variant)
     if weights_sha256(unet) != spec["teacher_sha256"]:
@@ -186,7 +191,7 @@ def recompute(settings: VerifySettings, count: int, teacher: str) -> list[Proble
     unet.to(device, DTYPES[spec["dtype"]], memory_format=torch.channels_last).eval().requires_grad_(False)
     alphas_cumprod = DDPMScheduler.from_config(spec["noise_scheduler"]).alphas_cumprod.to(device)
     generator = np.random.Generator(np.random.Philox(key=settings.seed))
-    chosen = sorted(generator.choice(len(cache), min(count, len(cache)), replace=False).tolist())
+    chosen = sorted(generator.choice(there, min(count, len(there)), replace=False).tolist())
     progress = tqdm(chosen, unit="entry", desc="recompute")
     entries = at_once(cache.store, lambda index: cache.read(index, cache.tensors), progress)
     rows = deviations(entries, spec, cache.calibrations(), unet, alphas_cumprod)
@@ -209,7 +214,9 @@ def conclude(settings: VerifySettings, manifest: Manifest, found: Survey, images
     rounds = f" ({plural(manifest.rounds, 'round')})" if manifest.rounds else ""
     held = f"{len(intact)} of {plural(planned, 'shard')} intact, {plural(entries, 'entry', 'entries')}{rounds}, "
     held += format_bytes(size)
-    if found.unfinished:
+    if manifest.window is not None:
+        tell_rounds(found)
+    if lacks_shards(found):
         say(
             f"{directory} is unfinished. Still to be written: {len(found.unfinished)} of {plural(planned, 'shard')}, "
             f"from {found.unfinished[0]} on. Rerun the same `distill-sd {manifest.command}` to complete it."
@@ -226,9 +233,27 @@ def conclude(settings: VerifySettings, manifest: Manifest, found: Survey, images
         damaged = len(found.damaged_shards()) + (len(images.damaged_shards()) if images else 0)
         problems = plural(len(found.problems) + len(of_images), "problem")
         raise UserError(f"{problems} in {directory}; {held}, {damaged} damaged")
-    if found.unfinished or (images and images.unfinished):
+    if lacks_shards(found) or (images and images.unfinished):
         raise UserError(f"{directory} is unfinished; {held}; no problem in what is there")
     say(f"{directory}: no damage found; {held}; checked: {depth(settings, entries)}")
+
+
+def lacks_shards(found: Survey) -> bool:
+    """Whether shards are missing that belong there. Of a rolling cache nobody knows."""
+    return bool(found.unfinished) and found.manifest.window is None
+
+
+def tell_rounds(found: Survey) -> None:
+    """Print which rounds of a rolling cache are there, complete or in part, and how far its readers have come."""
+    lines = rolling_lines(found.store, found.manifest, set(found.sizes))
+    say("\n".join([f"{found.store} is a rolling cache:", *(f"  {line}" for line in lines)]))
+
+
+def entries_there(cache: Cache) -> np.ndarray:
+    """The numbers of the entries that a rolling cache has in complete rounds."""
+    in_round = len(cache) // (cache.manifest.rounds or 1)
+    rounds = sorted(rounds_there(cache.store, cache.manifest.plan.in_round))
+    return np.concatenate([np.arange(r * in_round, (r + 1) * in_round) for r in rounds] or [np.arange(0)])
 
 
 def tell_unchecked(directory: Path, manifest: Manifest) -> None:

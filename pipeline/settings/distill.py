@@ -65,6 +65,6 @@ class DistillSettings(TrainingSettings):
         super().__post_init__()
         if self.reader is not None and not NAME.fullmatch(self.reader):
             raise UserError(
-                f"--reader {self.reader!r:.80} is no name: use up to 64 letters, digits, dots, hyphens and underscores, "
-                "with a letter or a digit first."
+                f"--reader {self.reader!r:.80} is no name: use up to 64 letters, digits, dots, hyphens and "
+                "underscores, with a letter or a digit first."
             )

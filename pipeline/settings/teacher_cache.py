@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from pipeline.settings.cache_format import CacheFormat
+from pipeline.system.errors import UserError
 from pipeline.system.options import MAX_BATCH, PREDICTION_TYPES, HubOptions, PrecisionOptions, ShardRangeOptions
 from pipeline.system.settings import REQUIRED, option
 from shards.location import Location
@@ -28,6 +29,12 @@ class TeacherCacheSettings(CacheFormat, PrecisionOptions, HubOptions, ShardRange
     latents: Location = option(REQUIRED, "Directory or address that `encode` wrote to.")
     out: Location = option(REQUIRED, "Directory or address, such as s3://bucket/cache, to write the cache to.")
     rounds: int = option(4, "Passes over the latents, each with its own noise and timesteps.", ge=1, le=MAX_SHARDS)
+    window: int | None = option(
+        None,
+        "Make a rolling cache: stay at most N rounds ahead of the slowest training that reads it, and delete the rounds "
+        "that all have passed. Trainings use `distill --order rounds`.",
+        ge=1,
+    )
     samples: int = option(
         8, "Images to generate with the teacher for the students' reports; 0 for none.", ge=0, le=10_000
     )
@@ -43,3 +50,16 @@ class TeacherCacheSettings(CacheFormat, PrecisionOptions, HubOptions, ShardRange
     )
     compile: bool = option(False, "Compile the teacher with torch.compile: a slow start, then faster passes.")
     entries_per_shard: int = option(250, "Entries per shard.", ge=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.window is not None and self.window >= self.rounds:
+            raise UserError(
+                f"--window {self.window} is not less than --rounds {self.rounds}, so all rounds would be kept. Leave "
+                "--window out, or ask for more rounds."
+            )
+        if self.window is not None and self.shard_range is not None:
+            raise UserError(
+                f"--shard-range {self.shard_range} names a part of a plan that is written once. A rolling cache is "
+                "written by one job: with --window, use `accelerate launch` for several GPUs."
+            )

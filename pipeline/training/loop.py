@@ -267,11 +267,11 @@ def train(settings: TrainingSettings, accelerator: Accelerator, training: Traini
         # The position of the next step.
         begins = training.position
         while training.step < total_steps:
-            if training.rolling and training.position == begins:
-                if training.rolling.stopped_waiting(training.position, training.peers, interrupts):
-                    if training.step > checkpointed_step(settings.out):
-                        save_state(settings, accelerator, training, metrics)
-                    raise stopped(accelerator, training, total_steps)
+            waits = training.rolling if training.position == begins else None
+            if waits and waits.stopped_waiting(training.position, training.peers, interrupts):
+                if training.step > checkpointed_step(settings.out):
+                    save_state(settings, accelerator, training, metrics)
+                raise stopped(accelerator, training, total_steps)
             batch = next(stream)
             with accelerator.accumulate(training.model), compile_failures(settings.compile):
                 terms = step_losses(training, batch)

@@ -29,7 +29,7 @@ from shards.manifest import read_manifest
 from shards.readers import NAME, Reader, read_reader, rounds_there, write_reader
 from shards.rolling import RollingSet
 from shards.schema import ShardError
-from shards.store import Store, open_store
+from shards.store import Store
 
 # In --out: the name of the training among the readers, and what tells it from others of that name.
 READER = "reader.json"
@@ -57,11 +57,11 @@ class RollingRounds:
         if not self.there.issuperset(rounds):
             window = read_manifest(self.store, "cache").window or 0
             found = rounds_there(self.store, self.in_round)
-            self.there = {number for number in self.reader.ahead(window) if number % self.reader.rounds in found}
+            self.there = {r for r in self.reader.ahead(window) if r % self.reader.rounds in found}
         return self.there.issuperset(rounds)
 
     def wait_for_first(self) -> None:
-        """Wait for the oldest round that the training needs, with which all else that it needs of the cache is there."""
+        """Wait for the oldest round that the training needs, and with it all else that it needs of the cache."""
         wait = Wait(self)
         while not self.reader.is_done and not self.ready(range(self.reader.next, self.reader.next + 1)):
             wait.a_while()
@@ -160,8 +160,8 @@ def register(settings: DistillSettings, rolling: RollingRounds) -> None:
     name = settings.reader or own.get("name") or default_name(settings)
     if own.get("name", name) != name:
         raise UserError(
-            f"--reader {name}: the training in {settings.out} is the reader {own['name']!r} of its cache. Leave --reader "
-            "out to go on with it."
+            f"--reader {name}: the training in {settings.out} is the reader {own['name']!r} of its cache. Leave "
+            "--reader out to go on with it."
         )
     training = own.get("training") or uuid.uuid4().hex
     write_json(path, {"name": name, "training": training})
@@ -174,8 +174,9 @@ def register(settings: DistillSettings, rolling: RollingRounds) -> None:
             if not own:
                 path.unlink()
             raise UserError(
-                f"{store} has a reader {name!r}, another training, last heard of at {found.seen}. Pass another --reader, "
-                f"or drop that one if it is gone for good: distill-sd drop-reader --cache {settings.cache} --name {name}"
+                f"{store} has a reader {name!r}, another training, last heard of at {found.seen}. Pass another "
+                "--reader, or drop that one if it is gone for good: "
+                f"distill-sd drop-reader --cache {settings.cache} --name {name}"
             ) from None
         write_reader(store, reader)
 
