@@ -46,6 +46,7 @@ NAMES = (
     "disk",
     "trust",
     "scaling",
+    "rolling",
     "stores",
     "api",
     "troubleshooting",
@@ -67,6 +68,8 @@ SMALL = {
     "--out s3://bucket/cache": "--samples 0 --out s3://bucket/cache",
     # The server of processes has the environment that it began with, which knows no bucket.
     "--cache s3:": "--dataloader-num-workers 0 --cache s3:",
+    "--order rounds": "--order rounds --train-batch-size 2",
+    "--window 2": "--window 2 --samples 0",
     "--max-train-steps 15000": "--max-train-steps 2",
     "--max-train-steps 2000": "--max-train-steps 2",
     "--trial": "--trial --resolution 32 --batch-size 2",
@@ -175,9 +178,22 @@ def run_make(command: str, variables: str, cwd: Path) -> subprocess.CompletedPro
     return result
 
 
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def run_in_process(command: str) -> None:
-    """Without the reports of all trainings but one, which would take longer than the rest."""
+    """Without the reports of all trainings but one, which would take longer than the rest. What waits for another
+    command is interrupted."""
     arguments = shlex.split(small(command))[1:]
+    if "--window" in arguments:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("pipeline.cache.rolling.time.sleep", interrupted)
+            result = CliRunner().invoke(main, arguments)
+        reset_accelerate()
+        assert result.exit_code == 130, result.output
+        assert "Waiting for a reader" in result.output
+        return
     if arguments[0] in ("distill", "finetune") and "student/" not in arguments and "--dry-run" not in arguments:
         arguments.append("--no-report")
     result = CliRunner().invoke(main, arguments)

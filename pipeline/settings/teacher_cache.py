@@ -31,8 +31,8 @@ class TeacherCacheSettings(CacheFormat, PrecisionOptions, HubOptions, ShardRange
     rounds: int = option(4, "Passes over the latents, each with its own noise and timesteps.", ge=1, le=MAX_SHARDS)
     window: int | None = option(
         None,
-        "Make a rolling cache: stay at most N rounds ahead of the slowest training that reads it, and delete the rounds "
-        "that all have passed. Trainings use `distill --order rounds`.",
+        "Make a rolling cache: keep so many rounds, those that the slowest training reads next, and delete what all "
+        "have passed. Trainings use `distill --order rounds`.",
         ge=1,
     )
     samples: int = option(
