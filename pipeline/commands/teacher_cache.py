@@ -19,10 +19,12 @@ from pipeline.cache.cache_spec import cache_spec, checked_taps, counted_entries,
 from pipeline.cache.calibrate import adopt_calibrations, calibrated, calibrations_on
 from pipeline.cache.images import add_images, bytes_to_copy
 from pipeline.cache.latents import captions_of, check_encoders, open_latents, sampling_size
-from pipeline.cache.output import bind_parts, claim, finished_heads, share_unfinished
+from pipeline.cache.output import bind_parts, claim, finished_heads, refuse_other_window, share_unfinished
 from pipeline.cache.parts import BASE, write_teacher_config
 from pipeline.cache.planned import bytes_left, cache_sizes, shards_left
+from pipeline.cache.readers import rolling_lines
 from pipeline.cache.remote_parts import folder_of, put_folder, take_part
+from pipeline.cache.rolling import rolling_shards
 from pipeline.cache.students import save_students
 from pipeline.cache.taps import sampling_lines
 from pipeline.cache.targets_writer import TargetsWriter, teacher_on
@@ -47,10 +49,11 @@ from pipeline.system.signals import signals_interrupt
 from shards.cache import stored_calibrations
 from shards.location import Location, Url
 from shards.manifest import Manifest, known_to, refuse_other_spec
-from shards.plan import count_entries
+from shards.plan import PlannedShard, count_entries
 from shards.reader import ShardSet
 from shards.schema import IMAGES, MANIFEST
 from shards.store import open_store
+from shards.window import wanted_shards
 
 SMALLER = "use fewer --rounds, a lower --snr-db or fewer --tokens"
 
@@ -94,18 +97,25 @@ def write_cache(settings: TeacherCacheSettings, lock: OutputLock | NoLock) -> No
         stored_calibrations(open_store(settings.out), found)
     if isinstance(settings.out, Path):
         require_space(settings.out, bytes_left(settings, settings.out, latents, spec, base, unet), SMALLER)
-    with state.main_process_first(), lock.claim() as alone:
-        manifest = claim(settings.out, "cache", spec, alone=alone, rounds=settings.rounds)
+    only = settings.window is not None and state.is_main_process
+    with state.main_process_first(), lock.claim(only=only) as alone:
+        manifest = claim(settings.out, "cache", spec, alone=alone, rounds=settings.rounds, window=settings.window)
         manifest = adopt_calibrations(settings.out, manifest)
         images = add_images(latents, settings.out, manifest, alone=alone)
         saved = save_students(settings, folder, unet, noise_scheduler)
         manifest = bind_parts(settings.out, manifest, saved)
         write_origin(settings.out, settings.teacher, folder, settings.revision, settings.latents)
     del base
-    unfinished, own = share_unfinished(settings.out, manifest, state, settings.shard_range)
+    rolls, store = manifest.window is not None, open_store(settings.out)
+    own: list[PlannedShard] = []
+    if rolls:
+        left = wanted_shards(store, manifest) is not None
+    else:
+        unfinished, own = share_unfinished(settings.out, manifest, state, settings.shard_range)
+        left = bool(unfinished)
     # None of several jobs knows whether it is the last, so the images are left to a run without a range.
     wants_samples = settings.samples > 0 and not settings.shard_range and not has_samples(settings.out)
-    if not unfinished and not wants_samples:
+    if not left and not wants_samples:
         leave_processes(state)
         if state.is_main_process:
             wrote = (
@@ -120,37 +130,55 @@ def write_cache(settings: TeacherCacheSettings, lock: OutputLock | NoLock) -> No
         write_settings(settings.out, "teacher-cache", replace(settings, students=levels))
         write_teacher_config(open_store(settings.out), unet)
     dtype = DTYPES[spec["dtype"]]
+    if rolls and wants_samples and state.is_main_process:
+        # Students may be done, and show them, long before the last round.
+        with failing_with("the teacher's images could not be generated", "Add --samples 0 to go on without."):
+            pipeline = samples_pipeline(settings, manifest, folder, state.device, dtype)
+            save_teacher_samples(settings, images, folder, pipeline)
     teacher = teacher_on(state.device, unet, noise_scheduler, spec, images, compile=settings.compile)
     with state.main_process_first(), lock.claim(), compile_failures(settings.compile):
         manifest = calibrated(settings.out, images, teacher, settings.batch_size)
     teacher = replace(teacher, calibrations=calibrations_on(state.device, settings.out, manifest))
-    bar = tqdm(total=count_entries(own), unit="entry", desc="teacher-cache", disable=not state.is_main_process)
+    total = None if rolls else count_entries(own)
+    bar = tqdm(total=total, unit="entry", desc="teacher-cache", disable=not state.is_main_process)
     with bar as progress:
-        TargetsWriter(settings, manifest, images, teacher).write(own, progress.update)
+        writer = TargetsWriter(settings, manifest, images, teacher)
+        for shards in rolling_shards(store, manifest, state) if rolls else [own]:
+            writer.write(shards, progress.update)
     leave_processes(state)
     # The images need the memory that the teacher takes.
     del teacher, unet
     if state.is_main_process:
-        base_folder = folder_of(settings.out, manifest)
-        if wants_samples and isinstance(settings.out, Url):
-            take_part(open_store(settings.out), manifest, BASE, base_folder)
-        pipeline = PipelineRef(base_folder / BASE, folder / "unet", state.device, dtype, settings.variant)
-        finish(settings, manifest, images, folder, pipeline if wants_samples else None)
+        if rolls or not wants_samples:
+            report(settings.out, manifest, "")
+        else:
+            finish(
+                settings, manifest, images, folder, samples_pipeline(settings, manifest, folder, state.device, dtype)
+            )
+
+
+def samples_pipeline(
+    settings: TeacherCacheSettings, manifest: Manifest, folder: Path, device: torch.device, dtype: torch.dtype
+) -> PipelineRef:
+    """The teacher's pipeline with the cache's own base/, which is copied to this machine if it lies elsewhere."""
+    base_folder = folder_of(settings.out, manifest)
+    if isinstance(settings.out, Url):
+        take_part(open_store(settings.out), manifest, BASE, base_folder)
+    return PipelineRef(base_folder / BASE, folder / "unet", device, dtype, settings.variant)
 
 
 def finish(
-    settings: TeacherCacheSettings, manifest: Manifest, latents: ShardSet, folder: Path, pipeline: PipelineRef | None
+    settings: TeacherCacheSettings, manifest: Manifest, latents: ShardSet, folder: Path, pipeline: PipelineRef
 ) -> None:
-    """Generate the samples if there is a `pipeline` for them, and tell what the cache holds, also if that fails."""
+    """Generate the samples, and tell what the cache holds, also if that fails."""
 
     def generate_samples() -> None:
-        if pipeline:
-            with failing_with(
-                f"{settings.out} is complete, but the teacher's images could not be generated",
-                "Rerun the same command to generate them, with --samples-batch-size 1 if memory ran out, "
-                "or add --samples 0.",
-            ):
-                save_teacher_samples(settings, latents, folder, pipeline)
+        with failing_with(
+            f"{settings.out} is complete, but the teacher's images could not be generated",
+            "Rerun the same command to generate them, with --samples-batch-size 1 if memory ran out, "
+            "or add --samples 0.",
+        ):
+            save_teacher_samples(settings, latents, folder, pipeline)
 
     attempt_all(generate_samples, lambda: report(settings.out, manifest, ""))
 
@@ -209,6 +237,11 @@ def check_samples(
 
 def report(out: Location, manifest: Manifest, prefix: str) -> None:
     """Print what the cache holds."""
+    if manifest.window is not None:
+        there = {shard.name for shard in manifest.plan} - {s.name for s in manifest.plan.unfinished(open_store(out))}
+        lines = rolling_lines(open_store(out), manifest, there)
+        say("\n".join([f"{prefix}all readers of {out} are done", *(f"  {line}" for line in lines)]))
+        return
     heads = finished_heads(out, manifest)
     if heads is None:
         return
@@ -236,16 +269,20 @@ def plan(settings: TeacherCacheSettings) -> list[str]:
         wanted = {**stated, **{name: getattr(settings, name) for name in names}}
         refuse_other_spec(settings.out, {name: found.spec[name] for name in wanted}, wanted)
     copied = bytes_to_copy(latents, settings.out, found)
+    if found is not None:
+        refuse_other_window(settings.out, found, settings.window)
     rounds = max(settings.rounds, (found.rounds or 0) if found else 0)
     left = shards_left(settings, latents, found)
     entries = count_entries(left)
+    passes = entries if settings.window is None else len(latents) * rounds
     return [
         f"entries: {plural(len(latents), 'image')} x {plural(rounds, 'round')} = {len(latents) * rounds}",
+        *([f"at a time: the entries of {plural(settings.window, 'round')}"] if settings.window else []),
         f"still to write: {plural(entries, 'entry', 'entries')} in {plural(len(left), 'shard')}",
         *sizes.lines(cache_sizes(latents.manifest.spec, taps, settings, left)),
         *sampling_lines(taps),
         *([f"images to copy from {settings.latents}: {format_bytes(copied)}"] if copied else []),
         *free_line(settings.out),
         "plus the rest of the teacher's pipeline and the students' initial weights",
-        f"teacher forward passes: {entries}, in batches of {settings.batch_size}",
+        f"teacher forward passes: {'up to ' if settings.window else ''}{passes}, in batches of {settings.batch_size}",
     ]

@@ -96,7 +96,7 @@ class NoLock:
         pass
 
     @contextmanager
-    def claim(self) -> Iterator[bool]:
+    def claim(self, *, only: bool = False) -> Iterator[bool]:
         """As of an OutputLock; nobody knows whether other jobs write there."""
         yield False
 
@@ -126,11 +126,12 @@ class OutputLock:
             raise self._in_use(self._writing)
 
     @contextmanager
-    def claim(self) -> Iterator[bool]:
-        """Create the directory, and write there together with other jobs that do so.
+    def claim(self, *, only: bool = False) -> Iterator[bool]:
+        """Create the directory, and write there together with other jobs that do so; none may if this is the `only`
+        one.
 
         In the block, no other job claims the directory. Yields whether no other job writes there; False where the disk
-        has no locks, because nobody knows. Raises UserError if a process writes there alone.
+        has no locks, because nobody knows. Raises UserError if a process writes there that excludes this one.
         """
         self.out.mkdir(parents=True, exist_ok=True)
         began, told = time.monotonic(), False
@@ -143,7 +144,7 @@ class OutputLock:
                 told = True
             time.sleep(RETRY)
         alone = self._writing.take()
-        if alone is False and self._writing.take(shared=True) is False:
+        if alone is False and (only or self._writing.take(shared=True) is False):
             raise self._in_use(self._writing)
         yield alone is True
         if alone:

@@ -184,8 +184,8 @@ def run_case(work: Path, name: str, seed: int, scenes: int, steps: int, held_out
 def table(results: dict[str, dict[str, dict]]) -> str:
     bound = statistics.mean(run["mse"] for run in results[ONLINE].values()) if results.get(ONLINE) else None
     lines = [
-        "| source of the batches | rounds | largest disk | mean disk | seconds: cache + training | output MSE, each seed | mean "
-        "| over online |",
+        "| source of the batches | rounds | largest disk | mean disk | seconds: cache + training "
+        "| output MSE, each seed | mean | over online |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name in CASES:
