@@ -60,8 +60,8 @@ def bytes_left(
 
 
 def shards_left(settings: TeacherCacheSettings, latents: ShardSet, found: Manifest | None) -> list[PlannedShard]:
-    """The shards that a run writes: those of --shard-range that are unfinished, of all rounds that `found` has too. Of a
-    rolling cache, as many as are added to what is there until the window is full."""
+    """The shards that a run writes: those of --shard-range that are unfinished, of all rounds that `found` has too.
+    Of a rolling cache, as many as are added to what is there until the window is full."""
     rounds = max(settings.rounds, (found.rounds or 0) if found else 0)
     plan = ShardPlan(len(latents), settings.entries_per_shard, rounds, buckets=latents.counts())
     unfinished = plan.unfinished(open_store(settings.out), range_of(settings.shard_range))

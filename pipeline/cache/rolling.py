@@ -27,9 +27,11 @@ def rolling_shards(store: Store, manifest: Manifest, state: PartialState) -> Ite
     """
     told = False
     while True:
+        readers = read_readers(store)
         if state.is_main_process:
-            delete_passed(store, manifest)
-        wanted = wanted_shards(store, manifest)
+            delete_passed(store, manifest, readers)
+        # For the same readers: what they have passed is deleted before more is written.
+        wanted = wanted_shards(manifest, readers)
         if wanted is None:
             return
         existing = set(store.list())
@@ -40,7 +42,7 @@ def rolling_shards(store: Store, manifest: Manifest, state: PartialState) -> Ite
         if todo:
             yield todo
             continue
-        if state.is_main_process and not told and not read_readers(store):
+        if state.is_main_process and not told and not readers:
             say(
                 f"{store}: the first {manifest.window} of {manifest.rounds} rounds are written. Waiting for a reader: "
                 f"`distill-sd distill --cache {store} --order rounds`",

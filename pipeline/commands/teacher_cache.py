@@ -51,6 +51,7 @@ from shards.location import Location, Url
 from shards.manifest import Manifest, known_to, refuse_other_spec
 from shards.plan import PlannedShard, count_entries
 from shards.reader import ShardSet
+from shards.readers import read_readers
 from shards.schema import IMAGES, MANIFEST
 from shards.store import open_store
 from shards.window import wanted_shards
@@ -109,7 +110,7 @@ def write_cache(settings: TeacherCacheSettings, lock: OutputLock | NoLock) -> No
     rolls, store = manifest.window is not None, open_store(settings.out)
     own: list[PlannedShard] = []
     if rolls:
-        left = wanted_shards(store, manifest) is not None
+        left = wanted_shards(manifest, read_readers(store)) is not None
     else:
         unfinished, own = share_unfinished(settings.out, manifest, state, settings.shard_range)
         left = bool(unfinished)

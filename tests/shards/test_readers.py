@@ -105,29 +105,32 @@ def left(store):
 
 
 def test_a_round_is_deleted_when_all_readers_have_passed_it(store):
-    delete_passed(store, MANIFEST)
+    delete_passed(store, MANIFEST, read_readers(store))
     assert left(store) == [0, 1, 2, 3]
     write_reader(store, reader("a", 3, 6, 6))
     write_reader(store, reader("b", 2, 6, 6))
     (store.directory / ".r0000-s00001.tar.kept").touch()
-    delete_passed(store, MANIFEST)
+    delete_passed(store, MANIFEST, read_readers(store))
     assert left(store) == [2, 3]
     assert not [name for name in store.list() if "r0000" in name or name == DELETING]
-    assert [[shard.round for shard in shards] for shards in wanted_shards(store, MANIFEST)] == [[2] * 3, [3] * 3]
+    assert [[shard.round for shard in shards] for shards in wanted_shards(MANIFEST, read_readers(store))] == [
+        [2] * 3,
+        [3] * 3,
+    ]
     drop_reader(store, "b")
-    delete_passed(store, MANIFEST)
+    delete_passed(store, MANIFEST, read_readers(store))
     assert left(store) == [3]
     write_reader(store, reader("a", 6, 6, 6))
-    delete_passed(store, MANIFEST)
+    delete_passed(store, MANIFEST, read_readers(store))
     assert left(store) == [3]
-    assert wanted_shards(store, MANIFEST) is None
+    assert wanted_shards(MANIFEST, read_readers(store)) is None
 
 
 def test_no_round_is_deleted_that_a_reader_asks_for_meanwhile(store, monkeypatch):
     """It registers between the writer's first look and its second."""
     write_reader(store, reader("a", 3, 6, 6))
     monkeypatch.setattr("shards.window.announce", lambda *args: (announce(*args), write_reader(store, reader("b", 1))))
-    delete_passed(store, MANIFEST)
+    delete_passed(store, MANIFEST, read_readers(store))
     assert left(store) == [1, 2, 3]
 
 
@@ -139,7 +142,7 @@ def test_a_round_about_to_go_counts_as_gone(store):
     store.delete("r0001-s00001.index")
     assert rounds_there(store, 3) == {3}
     # A writer that begins again withdraws it.
-    delete_passed(store, MANIFEST)
+    delete_passed(store, MANIFEST, read_readers(store))
     assert rounds_there(store, 3) == {0, 2, 3}
 
 
@@ -154,7 +157,7 @@ def test_both_sides_agree_in_a_bucket(bucket):
             with store.write(name) as stream:
                 stream.write(b"-")
     assert rounds_there(store, 3) == {0, 1}
-    delete_passed(store, MANIFEST)
+    delete_passed(store, MANIFEST, read_readers(store))
     assert rounds_there(store, 3) == {1}
     drop_reader(store, "a")
     assert read_readers(store) == []

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from shards.manifest import read_manifest, write_manifest
 from shards.plan import PlannedShard
+from shards.readers import read_readers
 from shards.store import LocalStore
 from shards.window import delete_passed, wanted_shards
 
@@ -21,8 +22,9 @@ def rolling_copy(fixed: Path, rolling: Path, window: int) -> Path:
 def teach(fixed: Path, rolling: Path) -> list[int]:
     """What the writer of a rolling cache does between two looks at its readers. Returns the rounds that are there."""
     store, manifest = LocalStore(rolling), read_manifest(LocalStore(rolling))
-    delete_passed(store, manifest)
-    for shards in wanted_shards(store, manifest) or []:
+    readers = read_readers(store)
+    delete_passed(store, manifest, readers)
+    for shards in wanted_shards(manifest, readers) or []:
         lend(fixed, rolling, shards)
     return rounds_in(rolling)
 

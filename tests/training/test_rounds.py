@@ -2,16 +2,23 @@
 
 import itertools
 import json
+import multiprocessing
 import os
 import shutil
 import signal
+import threading
+import time
+from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
+from support.buckets import held
 from support.rolling import rolling_copy, rounds_in, teach
 from support.stages import TeacherCacheSettings, reset_accelerate, run_distill, run_teacher_cache, state_dict_of
+from tqdm import tqdm
 
+from pipeline.cache import rolling as writer
 from pipeline.cli import main
 from pipeline.commands import distill
 from pipeline.distill import DistillSettings
@@ -19,11 +26,13 @@ from pipeline.system.errors import UserError
 from pipeline.training import rounds
 from pipeline.training.checkpoint import list_checkpoints
 from shards.cache import Cache
+from shards.location import location_of
 from shards.manifest import read_manifest
 from shards.readers import drop_reader, read_reader, read_readers
 from shards.schema import ShardError
 from shards.store import LocalStore, open_store
 
+FORK = multiprocessing.get_context("fork")
 # Five rounds of 13 entries, of which the steps take 60.
 STEPS = {"order": "rounds", "max_train_steps": 10, "train_batch_size": 6}
 FEW = {**STEPS, "max_train_steps": 2}
@@ -51,6 +60,78 @@ def seen(fixed, rolling, monkeypatch):
     found = []
     monkeypatch.setattr(rounds.time, "sleep", lambda seconds: found.append(teach(fixed, rolling)))
     return found
+
+
+def alone(function, args, changes):
+    """What a child does: a stage, without its parent's threads and locks."""
+    torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())
+    function(*args, **changes)
+
+
+def begin(function, *args, **changes):
+    child = FORK.Process(target=alone, args=(function, args, changes))
+    child.start()
+    return child
+
+
+class Rounds:
+    """The rounds that a rolling cache holds, and the most that there ever were."""
+
+    def __init__(self, cache):
+        self.cache, self.most = cache, 0
+
+    def now(self):
+        is_url = not isinstance(self.cache, Path)
+        names = held("rolling") if is_url else [path.name for path in self.cache.glob("r0*")]
+        found = {int(name[1:5]) for name in list(names) if name.startswith("r0")}
+        self.most = max(self.most, len(found))
+        return found
+
+    def until(self, reached):
+        deadline = time.monotonic() + 240
+        while not reached(self.now()):
+            assert time.monotonic() < deadline, f"nothing happened; the rounds are {self.now()}"
+            time.sleep(0.1)
+
+
+def killed(child):
+    assert child.exitcode is None
+    child.kill()
+    child.join()
+
+
+@pytest.mark.parametrize("place", ["directory", "bucket"])
+def test_killed_and_begun_again_each_side_ends_as_if_nothing_had_been(
+    place, teacher, latents, fixed, expected, bucket, tmp_path, monkeypatch
+):
+    """Teacher and students as processes. In the directory there are two students, of which one is slower."""
+    for module in (rounds, writer):
+        monkeypatch.setattr(module, "POLL", 0.2)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    cache = tmp_path / "rolling" if place == "directory" else location_of("s3://bucket/rolling")
+    there, steps = Rounds(cache), lambda: len(list((tmp_path / "out" / "checkpoints").glob("step-*")))
+    teaching = teacher, latents, cache
+    rolls = {"rounds": 5, "window": 2, "entries_per_shard": 13}
+    teaches = begin(run_teacher_cache, *teaching, **rolls)
+    there.until(lambda found: found == {0, 1})
+    learns = begin(run_distill, cache, tmp_path / "out", **STEPS, checkpointing_steps=1, checkpoints_total_limit=99)
+    slow = {**STEPS, "max_train_steps": 14, "train_batch_size": 3, "seed": 1}
+    others = [begin(run_distill, cache, tmp_path / "slow", **slow)] if place == "directory" else []
+    there.until(lambda found: steps() >= 2)
+    killed(learns)
+    learns = begin(run_distill, cache, tmp_path / "out", **STEPS)
+    there.until(lambda found: 2 in found)
+    killed(teaches)
+    teaches = begin(run_teacher_cache, *teaching, **rolls)
+    there.until(lambda found: not any(child.is_alive() for child in (teaches, learns, *others)))
+    assert [child.exitcode for child in (teaches, learns, *others)] == [0] * (2 + len(others))
+    assert there.most == 2
+    assert same(state_dict_of(tmp_path / "out" / "unet"), expected)
+    if others:
+        alike = run_distill(fixed, tmp_path / "alike", **slow)
+        assert same(state_dict_of(tmp_path / "slow" / "unet"), state_dict_of(alike / "unet"))
+    assert all(reader.is_done for reader in read_readers(open_store(cache)))
 
 
 def same(weights, expected):
