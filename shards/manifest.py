@@ -162,7 +162,7 @@ def read_manifest(store: Store, stage: str | None = None) -> Manifest:
     rounds = manifest.rounds
     if not (rounds is None if found == "latents" else type(rounds) is int and rounds >= 1):
         raise ShardError(f"{path} has an invalid number of rounds, {rounds!r}. {RESTORE}.")
-    if window is not None and not (found == "cache" and version > 1 and type(window) is int and 1 <= window < rounds):
+    if window is not None and (version == 1 or type(window) is not int or not 1 <= window < (rounds or 0)):
         raise ShardError(f"{path} has an invalid window, {window!r:.40}, of {rounds} rounds. {RESTORE}.")
     if problem := _spec_problem(manifest.spec, rounds):
         raise ShardError(f"{path} cannot be used: {problem}. {RESTORE}.")

@@ -109,7 +109,7 @@ class ShardSet:
             finished = missing[0].round
             raise ShardError(
                 f"{store} is unfinished. Missing shards: {len(missing)} of {len(self.manifest.plan)}, from "
-                f"{missing[0].name} on. Rerun the same `distill-sd {manifest.command}` to complete it"
+                f"{missing[0].name} on. Rerun the same `distill-sd {self.manifest.command}` to complete it"
                 + (f", or train on the finished rounds with `distill --rounds {finished}`." if finished else ".")
             )
         buckets = range(len(counts(self.manifest.spec)))

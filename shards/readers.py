@@ -17,7 +17,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from typing import Any
 
 from shards.schema import ShardError, json_bytes, round_of
@@ -92,7 +92,7 @@ def write_reader(store: Store, reader: Reader, *, new: bool = False) -> None:
     folder = store.folder(READERS)
     if isinstance(folder, LocalStore):
         folder.directory.mkdir(exist_ok=True)
-    stated = {**asdict(reader), "seen": datetime.now(UTC).isoformat(timespec="seconds")}
+    stated = {**asdict(reader), "seen": datetime.now(timezone.utc).isoformat(timespec="seconds")}
     with folder.write(file_of(reader.name), new=new) as stream:
         stream.write(json_bytes(stated))
 
