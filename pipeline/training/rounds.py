@@ -50,14 +50,16 @@ class RollingRounds:
     order: RoundBatches
     in_round: int
     is_main: bool
+    window: int
     there: set[int] = field(default_factory=set)
 
     def ready(self, rounds: range) -> bool:
         """Whether these rounds are there, and stay until the reader says that it has passed them."""
         if not self.there.issuperset(rounds):
-            window = read_manifest(self.store, "cache").window or 0
+            # Another run of the writer may have another one.
+            self.window = read_manifest(self.store, "cache").window or 0
             found = rounds_there(self.store, self.in_round)
-            self.there = {r for r in self.reader.ahead(window) if r % self.reader.rounds in found}
+            self.there = {r for r in self.reader.ahead(self.window) if r % self.reader.rounds in found}
         return self.there.issuperset(rounds)
 
     def wait_for_first(self) -> None:
@@ -68,9 +70,11 @@ class RollingRounds:
 
     def stopped_waiting(self, position: int, peers: Peers, interrupts: Interrupts) -> bool:
         """Wait, in all processes, for the rounds of the step that begins at `position`. Returns whether one of them was
-        told to stop before they came."""
-        wait = Wait(self)
-        while peers.any(not self.ready(self.order.rounds_of_step(position))):
+        told to stop before they came. Raises UserError if they cannot come, since the window has become too small."""
+        wait, needed = Wait(self), self.order.rounds_of_step(position)
+        while peers.any(not self.ready(needed)):
+            if needed.stop > self.reader.next + self.window:
+                raise too_small(self.store, self.window, needed.stop - self.reader.next, self.order.in_step)
             if peers.any(interrupts.requested):
                 return True
             wait.a_while()
@@ -131,22 +135,20 @@ def rolling_rounds(settings: DistillSettings, entries: RollingSet, accelerator: 
     assert isinstance(order, RoundBatches)
     steps, done = settings.max_train_steps or 0, checkpointed_step(settings.out)
     at_once, end = order.reach(steps)
-    check_window(settings, entries, at_once, order.in_step)
+    window = entries.manifest.window or 0
+    if at_once > window:
+        raise too_small(entries.store, window, at_once, order.in_step)
     oldest = end if done >= steps else order.oldest_round(done * order.in_step)
     reader = Reader("", "", oldest, end, entries.rounds)
-    return RollingRounds(entries.store, reader, order, entries.manifest.plan.in_round, accelerator.is_main_process)
+    in_round, is_main = entries.manifest.plan.in_round, accelerator.is_main_process
+    return RollingRounds(entries.store, reader, order, in_round, is_main, window)
 
 
-def check_window(settings: DistillSettings, entries: RollingSet, at_once: int, in_step: int) -> None:
-    window, rounds = entries.manifest.window or 0, entries.rounds
-    if at_once <= window:
-        return
-    remedy = (
-        f"Rerun its `teacher-cache` with --window {at_once}" if at_once < rounds else "Use a cache without --window"
-    )
-    raise UserError(
-        f"--cache {settings.cache} has a window of {window}, but steps of {in_step} entries take from {at_once} rounds "
-        f"at once. {remedy}, or train with smaller batches."
+def too_small(store: Store, window: int, at_once: int, in_step: int) -> UserError:
+    """The error for a window that holds fewer rounds than the steps of a training need at once."""
+    return UserError(
+        f"{store} has a window of {window}, but steps of {in_step} entries take from {at_once} rounds at once. Rerun "
+        f"its `teacher-cache` with --window {at_once}, which --rounds must exceed, or train with smaller batches."
     )
 
 

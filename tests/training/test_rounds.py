@@ -8,6 +8,7 @@ import shutil
 import signal
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ from pipeline.training import rounds
 from pipeline.training.checkpoint import list_checkpoints
 from shards.cache import Cache
 from shards.location import location_of
-from shards.manifest import read_manifest
+from shards.manifest import read_manifest, write_manifest
 from shards.readers import drop_reader, read_reader, read_readers
 from shards.schema import ShardError
 from shards.store import LocalStore, open_store
@@ -45,8 +46,9 @@ def fixed(teacher, latents, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected(fixed, tmp_path_factory):
-    """The weights of a student that found all rounds there."""
-    return state_dict_of(run_distill(fixed, tmp_path_factory.mktemp("expected") / "out", **STEPS) / "unet")
+    """The weights of a student that found all rounds there, after five steps and at the end."""
+    out = run_distill(fixed, tmp_path_factory.mktemp("expected") / "out", **STEPS, checkpointing_steps=5)
+    return {5: state_dict_of(out / "checkpoints" / "step-0000005" / "unet"), 10: state_dict_of(out / "unet")}
 
 
 @pytest.fixture
@@ -105,7 +107,8 @@ def killed(child):
 def test_killed_and_begun_again_each_side_ends_as_if_nothing_had_been(
     place, teacher, latents, fixed, expected, bucket, tmp_path, monkeypatch
 ):
-    """Teacher and students as processes. In the directory there are two students, of which one is slower."""
+    """Teacher and students as processes. In the directory there are two students, of which one is slower; a bucket,
+    where all takes longer, has three rounds."""
     for module in (rounds, writer):
         monkeypatch.setattr(module, "POLL", 0.2)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
@@ -115,19 +118,20 @@ def test_killed_and_begun_again_each_side_ends_as_if_nothing_had_been(
     rolls = {"rounds": 5, "window": 2, "entries_per_shard": 13}
     teaches = begin(run_teacher_cache, *teaching, **rolls)
     there.until(lambda found: found == {0, 1})
-    learns = begin(run_distill, cache, tmp_path / "out", **STEPS, checkpointing_steps=1, checkpoints_total_limit=99)
+    taken = {**STEPS, "max_train_steps": 10 if place == "directory" else 5}
+    learns = begin(run_distill, cache, tmp_path / "out", **taken, checkpointing_steps=1, checkpoints_total_limit=99)
     slow = {**STEPS, "max_train_steps": 14, "train_batch_size": 3, "seed": 1}
     others = [begin(run_distill, cache, tmp_path / "slow", **slow)] if place == "directory" else []
     there.until(lambda found: steps() >= 2)
     killed(learns)
-    learns = begin(run_distill, cache, tmp_path / "out", **STEPS)
+    learns = begin(run_distill, cache, tmp_path / "out", **taken)
     there.until(lambda found: 2 in found)
     killed(teaches)
     teaches = begin(run_teacher_cache, *teaching, **rolls)
     there.until(lambda found: not any(child.is_alive() for child in (teaches, learns, *others)))
     assert [child.exitcode for child in (teaches, learns, *others)] == [0] * (2 + len(others))
     assert there.most == 2
-    assert same(state_dict_of(tmp_path / "out" / "unet"), expected)
+    assert same(state_dict_of(tmp_path / "out" / "unet"), expected[taken["max_train_steps"]])
     if others:
         alike = run_distill(fixed, tmp_path / "alike", **slow)
         assert same(state_dict_of(tmp_path / "slow" / "unet"), state_dict_of(alike / "unet"))
@@ -140,7 +144,7 @@ def same(weights, expected):
 
 def test_a_student_of_a_rolling_cache_is_that_of_a_fixed_one_bit_for_bit(rolling, seen, expected, tmp_path):
     out = run_distill(rolling, tmp_path / "out", **STEPS, dataloader_num_workers=1)
-    assert same(state_dict_of(out / "unet"), expected)
+    assert same(state_dict_of(out / "unet"), expected[10])
     assert max(map(len, seen)) == 2
     assert sorted(set(itertools.chain(*seen))) == [0, 1, 2, 3, 4]
     assert [(r.name, r.next, r.end, r.is_done) for r in read_readers(LocalStore(rolling))] == [("out", 5, 5, True)]
@@ -161,7 +165,7 @@ def test_told_to_stop_while_it_waits_it_leaves_a_checkpoint_and_goes_on_from_the
     # Its checkpoint still needs two entries of round 1.
     assert read_reader(LocalStore(rolling), "out").next == 1
     out = run_distill(rolling, tmp_path / "out", **STEPS)
-    assert same(state_dict_of(out / "unet"), expected)
+    assert same(state_dict_of(out / "unet"), expected[10])
 
 
 def test_a_reader_that_goes_back_finds_its_rounds_written_again_to_the_byte(fixed, rolling, seen, expected, tmp_path):
@@ -175,7 +179,7 @@ def test_a_reader_that_goes_back_finds_its_rounds_written_again_to_the_byte(fixe
     seen.clear()
     run_distill(rolling, out, **STEPS)
     assert seen[0] == [1, 2]
-    assert same(state_dict_of(out / "unet"), expected)
+    assert same(state_dict_of(out / "unet"), expected[10])
 
 
 @pytest.fixture(scope="module")
@@ -203,6 +207,19 @@ def test_a_reader_that_was_dropped_ends_with_the_way_back(fixed, rolling, tmp_pa
     teach(fixed, rolling)
     monkeypatch.setattr(rounds.time, "sleep", lambda seconds: drop_reader(LocalStore(rolling), "out"))
     with pytest.raises(UserError, match="'out' of .*rolling was dropped.*Rerun the same command"):
+        run_distill(rolling, tmp_path / "out", **STEPS)
+
+
+def test_a_window_that_became_too_small_is_no_wait_for_ever(fixed, rolling, tmp_path, monkeypatch):
+    """The teacher was begun again with another one while the student waits."""
+
+    def smaller(seconds):
+        manifest = read_manifest(LocalStore(rolling))
+        write_manifest(LocalStore(rolling), replace(manifest, window=1))
+
+    teach(fixed, rolling)
+    monkeypatch.setattr(rounds.time, "sleep", smaller)
+    with pytest.raises(UserError, match="window of 1, but steps of 6 entries take from 2 rounds.*--window 2"):
         run_distill(rolling, tmp_path / "out", **STEPS)
 
 
