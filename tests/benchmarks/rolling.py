@@ -227,6 +227,7 @@ def curves(results: dict[str, dict[str, dict]]) -> str:
 @click.option("--case", "cases", multiple=True, type=click.Choice(CASES), help="Only these; all by default.")
 def main(work: Path, steps: int, scenes: int, seeds: tuple[int, ...], cases: tuple[str, ...]) -> None:
     file, results, held_out, teacher = begin(work)
+    make("encode", f"WORK={work}", f"SCENES={scenes}")
     for seed in seeds:
         for name in cases or CASES:
             if str(seed) in results.get(name, {}):
