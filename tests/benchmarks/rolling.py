@@ -43,10 +43,9 @@ from shards.files import write_json
 from shards.reader import ShardSet
 from shards.store import open_store
 
-LEVEL, WINDOW, PARTS = "sd_small", 2, 5
+LEVEL, WINDOW, PARTS = "sd_small", 2, 4
 STUDENT = {
     "level": LEVEL,
-    "train-batch-size": 16,
     "learning-rate": 1e-3,
     "use-ema": True,
     "output-weight": 5.0,
@@ -67,9 +66,15 @@ def teacher_command(
     return folder, ["teacher-cache", *given, f"CACHE_FLAGS=--seed {seed} {flags}"]
 
 
-def options(steps: int, seed: int, held_out: Path) -> dict[str, object]:
+def options(steps: int, batch_size: int, seed: int, held_out: Path) -> dict[str, object]:
     every = max(1, steps // PARTS)
-    more = {"max-train-steps": steps, "seed": seed, "validation-latents": held_out, "validation-steps": every}
+    more = {
+        "max-train-steps": steps,
+        "train-batch-size": batch_size,
+        "seed": seed,
+        "validation-latents": held_out,
+        "validation-steps": every,
+    }
     return {**STUDENT, **more, "logging-steps": every}
 
 
@@ -138,10 +143,10 @@ def curve(out: Path) -> dict[str, float]:
     return {str(line["step"]): line["held_out/output"] for line in lines}
 
 
-def run_case(work: Path, name: str, seed: int, scenes: int, steps: int, held_out: Path) -> dict:
+def run_case(work: Path, name: str, seed: int, scenes: int, steps: int, batch_size: int, held_out: Path) -> dict:
     """Everything that is measured of a case but the error at the end."""
-    out, chosen = work / "student", options(steps, seed, held_out)
-    rounds = -(-steps * int(STUDENT["train-batch-size"]) // scenes)
+    out, chosen = work / "student", options(steps, batch_size, seed, held_out)
+    rounds = -(-steps * batch_size // scenes)
     before = 0.0
     if name == ROLLING:
         cache, command = teacher_command(work, name, seed, scenes, rounds, f"--window {WINDOW}")
@@ -222,24 +227,25 @@ def curves(results: dict[str, dict[str, dict]]) -> str:
 @click.command()
 @click.option("--work", type=Path, required=True, help="Directory for caches, students and results.")
 @click.option("--steps", default=150, show_default=True, help="Optimiser steps of every student.")
+@click.option("--batch-size", default=16, show_default=True, help="Entries per step.")
 @click.option("--scenes", default=125, show_default=True, help="Scenes to train on.")
 @click.option("--seed", "seeds", multiple=True, type=int, default=(0, 1), show_default=True)
 @click.option("--case", "cases", multiple=True, type=click.Choice(CASES), help="Only these; all by default.")
-def main(work: Path, steps: int, scenes: int, seeds: tuple[int, ...], cases: tuple[str, ...]) -> None:
+def main(work: Path, steps: int, batch_size: int, scenes: int, seeds: tuple[int, ...], cases: tuple[str, ...]) -> None:
     file, results, held_out, teacher = begin(work)
     make("encode", f"WORK={work}", f"SCENES={scenes}")
     for seed in seeds:
         for name in cases or CASES:
             if str(seed) in results.get(name, {}):
                 continue
-            measured = run_case(work, name, seed, scenes, steps, held_out)
+            measured = run_case(work, name, seed, scenes, steps, batch_size, held_out)
             measured["mse"], _ = output_errors(measured.pop("student"), teacher, held_out)
             results.setdefault(name, {})[str(seed)] = measured
             write_json(file, results)
             click.echo(f"{name}, seed {seed}: {json.dumps(measured)}", err=True)
     print(
         f"{os.cpu_count()} cores, {torch.get_num_threads()} torch threads; Python {platform.python_version()}, torch "
-        f"{torch.__version__}; {scenes} scenes, {steps} steps of {STUDENT['train-batch-size']}, window {WINDOW}\n"
+        f"{torch.__version__}; {scenes} scenes, {steps} steps of {batch_size}, window {WINDOW}\n"
     )
     print(table(results), curves(results), sep="\n\n")
 
