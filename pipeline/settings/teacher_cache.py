@@ -6,14 +6,21 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from pipeline.settings.cache_format import CacheFormat
-from pipeline.system.options import MAX_BATCH, PREDICTION_TYPES, HubOptions, PrecisionOptions, ShardRangeOptions
+from pipeline.system.options import (
+    MAX_BATCH,
+    PREDICTION_TYPES,
+    EngineOptions,
+    HubOptions,
+    PrecisionOptions,
+    ShardRangeOptions,
+)
 from pipeline.system.settings import REQUIRED, option
 from shards.location import Location
 from shards.plan import MAX_SHARDS
 
 
 @dataclass(frozen=True, kw_only=True)
-class TeacherCacheSettings(CacheFormat, PrecisionOptions, HubOptions, ShardRangeOptions):
+class TeacherCacheSettings(CacheFormat, PrecisionOptions, HubOptions, ShardRangeOptions, EngineOptions):
     """Run the teacher on latents, in rounds, and store its predictions and features."""
 
     command: ClassVar[str] = "teacher-cache"
