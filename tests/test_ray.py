@@ -1,8 +1,8 @@
 """`--engine ray`: the same bytes as one process's, whatever happens to the nodes."""
 
 import shutil
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -22,22 +22,19 @@ def cluster():
 
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     made.workers = [made.add_node(num_cpus=1) for _ in range(2)]
-    yield made
+    # Nodes end with the thread that started them, so it stays until the end.
+    with ThreadPoolExecutor(1) as made.operator:
+        yield made
     ray.shutdown()
     made.shutdown()
 
 
-def when(out: Path, shards: int, act) -> threading.Thread:
-    """Call `act` once so many shards are finished."""
-
-    def watch():
-        while len(list(out.glob("[sr]0*.index"))) < shards:
-            time.sleep(0.01)
-        act()
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    return thread
+def change_nodes(cluster, out: Path, shards: int) -> None:
+    """Once so many shards are finished, kill a node, and add another one."""
+    while len(list(out.glob("[sr]0*.index"))) < shards:
+        time.sleep(0.01)
+    cluster.remove_node(cluster.workers.pop(0), allow_graceful=False)
+    cluster.workers.append(cluster.add_node(num_cpus=1))
 
 
 def test_ray_starts_on_this_machine(teacher, images, tmp_path):
@@ -57,14 +54,10 @@ def test_a_node_is_killed_and_another_one_joins(teacher, images, tmp_path, clust
     alone = run_encode(teacher, images, tmp_path / "alone", views=2, random_flip=True, **many)
     out = tmp_path / "latents"
 
-    def change_nodes():
-        cluster.remove_node(cluster.workers.pop(0))
-        cluster.workers.append(cluster.add_node(num_cpus=1))
-
-    changed = when(out, 3, change_nodes)
+    changed = cluster.operator.submit(change_nodes, cluster, out, 3)
     on_cluster = {"engine": "ray", "ray_address": cluster.address}
     run_encode(teacher, images, out, views=2, random_flip=True, **many, **on_cluster)
-    changed.join()
+    changed.result()
     files, expected = tree(out), tree(alone)
     assert files.keys() == expected.keys()
     assert {name for name in files if files[name] != expected[name]} <= OWN
@@ -72,9 +65,9 @@ def test_a_node_is_killed_and_another_one_joins(teacher, images, tmp_path, clust
 
     one = run_teacher_cache(teacher, alone, tmp_path / "one", **many)
     cache = tmp_path / "cache"
-    changed = when(cache, 5, change_nodes)
+    changed = cluster.operator.submit(change_nodes, cluster, cache, 5)
     run_teacher_cache(teacher, alone, cache, **many, **on_cluster)
-    changed.join()
+    changed.result()
     assert shard_files(cache) == shard_files(one)
     assert "and is tried again (its process died: " in capsys.readouterr().err
 

@@ -13,11 +13,14 @@ from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from pipeline.system.echo import say
 from pipeline.system.errors import UserError
 from pipeline.system.ray_cluster import FINAL, TRIES, Cluster, Died
+from shards.files import remove_partials
+from shards.location import Location
 from shards.plan import PlannedShard
 
 # Seconds between two looks at what the actors have written; until it is said that none has started; and that they get
@@ -89,9 +92,10 @@ def write_on_cluster(
     open_writer: Callable[..., Writer],
     arguments: tuple[Any, ...],
     shards: list[PlannedShard],
+    out: Location,
     advance: Callable[[int], Any],
 ) -> None:
-    """Write shards with actors that each hold what `open_writer(*arguments)` returns.
+    """Write shards to `out` with actors that each hold what `open_writer(*arguments)` returns.
 
     `advance(n)` is called as n more entries are written; n is negative where an actor is lost with what it wrote.
     Raises an error that the user can fix as it was raised in an actor, and any other at the third try.
@@ -105,6 +109,10 @@ def write_on_cluster(
         raise
     finally:
         run.end()
+    if isinstance(out, Path):
+        # What lost nodes had begun: no other machine would take their files for its own.
+        for name in run.failures:
+            remove_partials(out, name.removesuffix(".tar"))
 
 
 class _Run:

@@ -112,7 +112,7 @@ def write_latents(settings: EncodeSettings, lock: OutputLock | NoLock, cluster: 
     with bar as progress:
         if cluster:
             opening = for_actors(settings, cluster), manifest.spec_sha256
-            write_on_cluster(cluster, open_latents_writer, opening, own, progress.update)
+            write_on_cluster(cluster, open_latents_writer, opening, own, settings.out, progress.update)
         else:
             LatentsWriter(settings, manifest, source, base, family).write(own, progress.update)
     leave_processes(state)

@@ -181,7 +181,7 @@ def write_on_nodes(
         with lock.claim():
             manifest = calibrated(settings.out, lambda: cluster.once(learned_here, *opening))
     with progress_bar(shards, PartialState()) as progress:
-        write_on_cluster(cluster, open_targets_writer, opening, shards, progress.update)
+        write_on_cluster(cluster, open_targets_writer, opening, shards, settings.out, progress.update)
     return manifest
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from pipeline.system.errors import UserError
 from pipeline.system.settings import Settings, option
+from shards.location import is_url
 
 DTYPE_NAMES = ("fp32", "fp16", "bf16")
 ENGINES = ("local", "ray")
@@ -53,7 +54,7 @@ class EngineOptions(DeviceOptions):
         choices=ENGINES,
     )
     ray_address: str | None = option(
-        None, "A running ray cluster: auto, host:port or ray://host:port. By default ray starts on this machine."
+        None, "A running ray cluster: auto on one of its nodes, or host:port. By default ray starts on this machine."
     )
     gpus_per_actor: float | None = option(
         None, "GPUs for each process of ray, such as 0.5; by default 1, or 0 if the cluster has none.", ge=0, le=1
@@ -70,6 +71,11 @@ class EngineOptions(DeviceOptions):
         if self.engine != RAY:
             if flags := [flag for flag, is_given in given.items() if is_given]:
                 raise UserError(f"{' and '.join(flags)} need --engine ray. Add it, or leave them out.")
+        elif is_url(self.ray_address or ""):
+            raise UserError(
+                f"--ray-address {self.ray_address} is an address of ray's client, which loses the run with its "
+                "connection. Run the command on a node of the cluster, as by `ray job submit`, with --ray-address auto."
+            )
         elif self.device.startswith("cuda:"):
             raise UserError(f"--device {self.device} does not work with --engine ray, which chooses the GPUs itself.")
         elif self.device == "cpu" and self.gpus_per_actor:

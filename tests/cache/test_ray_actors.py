@@ -3,6 +3,7 @@
 import threading
 import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from support.fake_ray import FakeRay
@@ -35,10 +36,10 @@ def quick(monkeypatch):
     monkeypatch.setattr(ray_actors, "GRACE", 5.0)
 
 
-def run(ray, script, *, elastic=True):
+def run(ray, script, *, elastic=True, out=Path("nowhere")):
     """Write SHARDS. Returns the sum that the progress came to."""
     shown = []
-    write_on_cluster(Cluster(ray, 0.0, 1, elastic), Scripted, (script,), SHARDS, shown.append)
+    write_on_cluster(Cluster(ray, 0.0, 1, elastic), Scripted, (script,), SHARDS, out, shown.append)
     return sum(shown)
 
 
@@ -64,7 +65,7 @@ def test_a_cluster_of_its_own_has_no_actor_that_waits():
     assert len(ray.actors) == 2
 
 
-def test_the_shard_of_a_node_that_dies_is_written_on_another(capsys):
+def test_the_shard_of_a_node_that_dies_is_written_on_another(tmp_path, capsys):
     ray, seen = FakeRay(1, 1), Counter()
 
     def script(name):
@@ -74,7 +75,10 @@ def test_the_shard_of_a_node_that_dies_is_written_on_another(capsys):
             # A dead process does no more.
             threading.Event().wait(0.2)
 
-    assert run(ray, script) == 12
+    left = tmp_path / ".s00000.tar.elsewhere.7-0badcafe.partial"
+    left.write_bytes(b"half")
+    assert run(ray, script, out=tmp_path) == 12
+    assert not left.exists()
     assert seen["s00000.tar"] >= 5
     assert set(seen) == {shard.name for shard in SHARDS}
     assert "and is tried again (its process died: the actor died)" in capsys.readouterr().err
@@ -132,15 +136,15 @@ def test_a_shard_whose_process_dies_three_times_ends_the_run_with_the_reason():
         run(ray, script)
 
 
-def test_actors_that_never_open_end_the_run():
+def test_actors_that_never_open_end_the_run(tmp_path):
     def broken(script):
         raise ModuleNotFoundError("No module named 'pipeline'")
 
     with pytest.raises(ModuleNotFoundError):
-        write_on_cluster(Cluster(FakeRay(2), 0.0, 1, True), broken, (None,), SHARDS, lambda count: None)
+        write_on_cluster(Cluster(FakeRay(2), 0.0, 1, True), broken, (None,), SHARDS, tmp_path, lambda count: None)
 
 
-def test_ctrl_c_lets_the_actors_keep_what_they_have_written():
+def test_ctrl_c_lets_the_actors_keep_what_they_have_written(tmp_path):
     """They are stopped between two entries, where the writer of a shard keeps what it has."""
     begun, kept = threading.Event(), []
 
@@ -160,11 +164,11 @@ def test_ctrl_c_lets_the_actors_keep_what_they_have_written():
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_on_cluster(Cluster(FakeRay(1, 1), 0.0, 1, True), Keeping, (None,), SHARDS, interrupt)
+        write_on_cluster(Cluster(FakeRay(1, 1), 0.0, 1, True), Keeping, (None,), SHARDS, tmp_path, interrupt)
     assert kept
     assert set(kept) <= {"s00000.tar", "s00001.tar"}
 
 
-def test_a_machine_that_is_too_small_for_an_actor_is_told():
+def test_a_machine_that_is_too_small_for_an_actor_is_told(tmp_path):
     with pytest.raises(UserError, match="an actor needs 4 CPUs, which this machine does not have. Lower"):
-        write_on_cluster(Cluster(FakeRay(2), 0.0, 4, False), Scripted, (None,), SHARDS, lambda count: None)
+        write_on_cluster(Cluster(FakeRay(2), 0.0, 4, False), Scripted, (None,), SHARDS, tmp_path, lambda count: None)

@@ -26,6 +26,7 @@ def connect(chosen) -> None:
         ({"ray_address": "auto"}, "--ray-address need --engine ray. Add it"),
         ({"cpus_per_actor": 2, "gpus_per_actor": 0.0}, "--gpus-per-actor and --cpus-per-actor need --engine ray"),
         ({"engine": "ray", "device": "cuda:1"}, "--device cuda:1 does not work with --engine ray"),
+        ({"engine": "ray", "ray_address": "ray://head:10001"}, "Run the command on a node of the cluster, as by `ray"),
         ({"engine": "ray", "device": "cpu", "gpus_per_actor": 1.0}, "--gpus-per-actor 1 contradicts --device cpu"),
         ({"engine": "ray", "gpus_per_actor": 2.0}, "--gpus-per-actor is 2.0; it must be at most 1"),
     ],
