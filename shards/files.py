@@ -124,6 +124,12 @@ def remove_leftovers(*directories: Path) -> None:
                 path.unlink(missing_ok=True)
 
 
+def remove_partials(directory: Path, stem: str) -> None:
+    """Delete the partial files, of any machine, of the files of a finished shard: s00003 for s00003.tar."""
+    for path in directory.glob(f".*{stem}.*.partial"):
+        path.unlink(missing_ok=True)
+
+
 def partial_name(path: Path) -> Path:
     """A new hidden name next to `path` under which this process writes it."""
     return path.with_name(f".{path.name}.{_host()}.{os.getpid()}-{secrets.token_hex(4)}.partial")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import bisect
 import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -56,9 +56,9 @@ def adopt_calibrations(out: Location, manifest: Manifest) -> Manifest:
     return manifest
 
 
-def calibrated(out: Location, images: ShardSet, teacher: Teacher, batch_size: int) -> Manifest:
-    """The manifest of a cache with the calibrations of its taps: learned and written now, unless they are there or the
-    codec is exact. Raises ShardError if they are lost and shards exist that were made with them."""
+def calibrated(out: Location, learning: Callable[[], dict[str, Calibration]]) -> Manifest:
+    """The manifest of a cache with the calibrations of its taps: what `learning` returns, written now, unless they are
+    there or the codec is exact. Raises ShardError if they are lost and shards exist that were made with them."""
     store = open_store(out)
     manifest = adopt_calibrations(out, read_manifest(store, "cache"))
     if manifest.spec["codec"]["name"] in EXACT_DTYPES:
@@ -75,7 +75,7 @@ def calibrated(out: Location, images: ShardSet, teacher: Teacher, batch_size: in
             f"{out} has shards, but the {CALIBRATION} that they were written with is missing. Restore it and "
             f"{MANIFEST} from a backup, or delete the shards and rerun the same command."
         )
-    learned = learn(images, manifest.spec, teacher, batch_size)
+    learned = learning()
     # Meanwhile another job may have written it, where the disk has no locks or is none.
     with suppress(FileExistsError), store.write(CALIBRATION, new=True) as stream:
         stream.write(calibration_bytes(learned, manifest.spec_sha256))

@@ -19,6 +19,8 @@ from pipeline.cache.latents_spec import in_buckets, latents_spec, settled, sizes
 from pipeline.cache.latents_writer import LatentsWriter, encoders_on, framing_of, shard_records
 from pipeline.cache.output import claim, existing_manifest, finished_heads, share_unfinished
 from pipeline.cache.planned import latents_sizes
+from pipeline.cache.ray_actors import write_on_cluster
+from pipeline.cache.ray_nodes import for_actors, open_latents_writer
 from pipeline.core.buckets import bucket_sizes
 from pipeline.data.inputs import remember, renew_times
 from pipeline.data.loading import load_images
@@ -34,6 +36,7 @@ from pipeline.system.errors import UserError
 from pipeline.system.lock import NoLock, OutputLock, lock_of
 from pipeline.system.options import range_of
 from pipeline.system.output import check_address, check_output, made_by
+from pipeline.system.ray_cluster import Cluster, cluster_of
 from pipeline.system.settings import write_settings
 from pipeline.system.signals import signals_interrupt
 from shards.buckets import BUCKETS_FILE
@@ -54,8 +57,8 @@ FIRST = (empty_prompt_file("*"), BUCKETS_FILE)
 def run(settings: EncodeSettings) -> None:
     """Encode images and captions into latents and prompt embeddings, in shards."""
     check_out(settings)
-    with lock_of(settings.out) as lock, signals_interrupt():
-        write_latents(settings, lock)
+    with lock_of(settings.out) as lock, cluster_of(settings) as cluster, signals_interrupt():
+        write_latents(settings, lock, cluster)
 
 
 def check_out(settings: EncodeSettings) -> None:
@@ -69,9 +72,9 @@ def check_out(settings: EncodeSettings) -> None:
     check_output(settings.out, "encode", inputs, own=own, first=first)
 
 
-def write_latents(settings: EncodeSettings, lock: OutputLock | NoLock) -> None:
-    """Claim --out and write the shards that it lacks."""
-    state = process_state(settings.device)
+def write_latents(settings: EncodeSettings, lock: OutputLock | NoLock, cluster: Cluster | None) -> None:
+    """Claim --out and write the shards that it lacks, with the actors of a cluster if there is one."""
+    state = process_state("cpu" if cluster else settings.device)
     source = open_source(settings)
     folder = find_pipeline(settings.teacher, settings.revision, settings.variant)
     family, base = family_of(folder), load_base(folder, settings.variant)
@@ -95,7 +98,8 @@ def write_latents(settings: EncodeSettings, lock: OutputLock | NoLock) -> None:
             report(settings.out, manifest, "already finished, nothing to do: ")
         return
 
-    encoders_on(state.device, base, family, settings)
+    if not cluster:
+        encoders_on(state.device, base, family, settings)
     if isinstance(settings.out, Path):
         needed = sizes.total_bytes(latents_sizes(spec, unfinished))
         require_space(settings.out, needed, "use a smaller --resolution")
@@ -106,7 +110,11 @@ def write_latents(settings: EncodeSettings, lock: OutputLock | NoLock) -> None:
         warn_truncated_captions(source, base, family)
     bar = tqdm(total=count_entries(own), unit="image", desc="encode", disable=not state.is_main_process)
     with bar as progress:
-        LatentsWriter(settings, manifest, source, base, family).write(own, progress.update)
+        if cluster:
+            opening = for_actors(settings, cluster), manifest.spec_sha256
+            write_on_cluster(cluster, open_latents_writer, opening, own, settings.out, progress.update)
+        else:
+            LatentsWriter(settings, manifest, source, base, family).write(own, progress.update)
     leave_processes(state)
     if state.is_main_process:
         report(settings.out, manifest, "")

@@ -5,23 +5,29 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import PartialState
 from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from tqdm import tqdm
 
 from pipeline.cache import sizes
 from pipeline.cache.cache_spec import cache_spec, checked_taps, counted_entries, existing_cache, wanted_taps
-from pipeline.cache.calibrate import adopt_calibrations, calibrated, calibrations_on
+from pipeline.cache.calibrate import adopt_calibrations, calibrated, calibrations_on, learn
 from pipeline.cache.images import add_images, bytes_to_copy
 from pipeline.cache.latents import captions_of, check_encoders, open_latents, sampling_size
 from pipeline.cache.output import bind_parts, claim, finished_heads, refuse_other_window, share_unfinished
 from pipeline.cache.parts import BASE, write_teacher_config
 from pipeline.cache.planned import bytes_left, cache_sizes, shards_left
+from pipeline.cache.ray_actors import write_on_cluster
+from pipeline.cache.ray_nodes import device_of, for_actors, learned_here, manifest_here, open_targets_writer
 from pipeline.cache.readers import rolling_lines
 from pipeline.cache.remote_parts import folder_of, put_folder, take_part
 from pipeline.cache.rolling import rolling_shards
@@ -34,8 +40,8 @@ from pipeline.models.load import find_pipeline, load_base, load_unet, unet_confi
 from pipeline.models.provenance import write_origin
 from pipeline.models.schedule import load_noise_scheduler, set_prediction_type
 from pipeline.models.students import levels_of
-from pipeline.sampling.generate import INDEX, SAMPLES, Sampler, check_sampler, save_images
-from pipeline.sampling.process import PipelineRef, generate_in_process
+from pipeline.sampling.generate import INDEX, SAMPLES, GeneratedImages, Sampler, check_sampler, generate, save_images
+from pipeline.sampling.process import PipelineRef, generate_in_process, load_pipeline
 from pipeline.settings.teacher_cache import TeacherCacheSettings
 from pipeline.system.compiling import compile_failures
 from pipeline.system.device import DTYPES, leave_processes, process_state
@@ -44,6 +50,7 @@ from pipeline.system.echo import plural, say
 from pipeline.system.errors import UserError, attempt_all, failing_with
 from pipeline.system.lock import NoLock, OutputLock, lock_of
 from pipeline.system.output import check_address, check_output, made_by
+from pipeline.system.ray_cluster import Cluster, cluster_of
 from pipeline.system.settings import write_settings
 from pipeline.system.signals import signals_interrupt
 from shards.cache import stored_calibrations
@@ -56,14 +63,15 @@ from shards.schema import IMAGES, MANIFEST
 from shards.store import open_store
 from shards.window import wanted_shards
 
+Generator = Callable[[list[str], Sampler], GeneratedImages]
 SMALLER = "use fewer --rounds, a lower --snr-db or fewer --tokens"
 
 
 def run(settings: TeacherCacheSettings) -> None:
     """Run the teacher on latents, in rounds, and store its predictions and features."""
     check_out(settings)
-    with lock_of(settings.out) as lock, signals_interrupt():
-        write_cache(settings, lock)
+    with lock_of(settings.out) as lock, cluster_of(settings) as cluster, signals_interrupt():
+        write_cache(settings, lock, cluster)
 
 
 def check_out(settings: TeacherCacheSettings) -> None:
@@ -82,16 +90,17 @@ def resolved(place: Location) -> str:
     return str(place.resolve() if isinstance(place, Path) else place)
 
 
-def write_cache(settings: TeacherCacheSettings, lock: OutputLock | NoLock) -> None:
-    """Claim --out and write what it lacks: weights, shards, samples."""
-    state = process_state(settings.device)
+def write_cache(settings: TeacherCacheSettings, lock: OutputLock | NoLock, cluster: Cluster | None) -> None:
+    """Claim --out and write what it lacks: weights, shards, samples; with the actors of a cluster if there is one."""
+    state = process_state("cpu" if cluster else settings.device)
+    device = cluster.device if cluster else state.device
     latents = open_latents(settings.latents)
     folder = find_pipeline(settings.teacher, settings.revision, settings.variant)
     base, unet = load_base(folder, settings.variant), load_unet(folder, settings.variant)
     noise_scheduler = load_noise_scheduler(folder, settings.prediction_type)
     check_encoders(latents, base, f"--teacher {settings.teacher}")
     check_samples(settings, latents, folder, base, noise_scheduler)
-    spec = cache_spec(settings, latents, unet, noise_scheduler, state.device)
+    spec = cache_spec(settings, latents, unet, noise_scheduler, device)
     if found := existing_cache(settings.out):
         refuse_other_spec(settings.out, found.spec, spec)
         # Before rounds are added: damaged ones would stop their making.
@@ -130,70 +139,125 @@ def write_cache(settings: TeacherCacheSettings, lock: OutputLock | NoLock) -> No
         levels = levels_of(settings.students, family_of_spec(spec))
         write_settings(settings.out, "teacher-cache", replace(settings, students=levels))
         write_teacher_config(open_store(settings.out), unet)
-    dtype = DTYPES[spec["dtype"]]
+
+    def generated(prompts: list[str], sampler: Sampler) -> GeneratedImages:
+        if cluster:
+            return cluster.once(generate_on_node, *opening_of(settings, cluster, manifest), prompts, sampler)
+        pipeline = teacher_ref(settings, manifest, folder, device)
+        return generate_in_process(pipeline, prompts, sampler, "teacher's samples")
+
     if rolls and wants_samples and state.is_main_process:
         # Students may be done, and show them, long before the last round.
         with failing_with("the teacher's images could not be generated", "Add --samples 0 to go on without."):
-            pipeline = samples_pipeline(settings, manifest, folder, state.device, dtype)
-            save_teacher_samples(settings, images, folder, pipeline)
-    teacher = teacher_on(state.device, unet, noise_scheduler, spec, images, compile=settings.compile)
-    with state.main_process_first(), lock.claim(), compile_failures(settings.compile):
-        manifest = calibrated(settings.out, images, teacher, settings.batch_size)
-    teacher = replace(teacher, calibrations=calibrations_on(state.device, settings.out, manifest))
-    total = None if rolls else count_entries(own)
-    bar = tqdm(total=total, unit="entry", desc="teacher-cache", disable=not state.is_main_process)
-    with bar as progress:
-        writer = TargetsWriter(settings, manifest, images, teacher)
-        for shards in rolling_shards(store, manifest, state) if rolls else [own]:
-            writer.write(shards, progress.update)
+            save_teacher_samples(settings, images, folder, generated)
+        wants_samples = False
+    if cluster:
+        manifest = write_on_nodes(settings, lock, cluster, manifest, own)
+    else:
+        manifest = write_here(settings, lock, state, manifest, images, unet, noise_scheduler, own)
     leave_processes(state)
     # The images need the memory that the teacher takes.
-    del teacher, unet
+    del unet
     if state.is_main_process:
-        if rolls or not wants_samples:
-            report(settings.out, manifest, "")
-        else:
-            finish(
-                settings, manifest, images, folder, samples_pipeline(settings, manifest, folder, state.device, dtype)
-            )
+        finish(settings, manifest, images, folder, generated if wants_samples else None)
 
 
-def samples_pipeline(
-    settings: TeacherCacheSettings, manifest: Manifest, folder: Path, device: torch.device, dtype: torch.dtype
-) -> PipelineRef:
-    """The teacher's pipeline with the cache's own base/, which is copied to this machine if it lies elsewhere."""
+def write_here(
+    settings: TeacherCacheSettings,
+    lock: OutputLock | NoLock,
+    state: PartialState,
+    manifest: Manifest,
+    images: ShardSet,
+    unet: UNet2DConditionModel,
+    noise_scheduler: DDPMScheduler,
+    shards: list[PlannedShard],
+) -> Manifest:
+    """Write this process's shards. Returns the manifest, which states the calibrations."""
+    teacher = teacher_on(state.device, unet, noise_scheduler, manifest.spec, images, compile=settings.compile)
+    with state.main_process_first(), lock.claim(), compile_failures(settings.compile):
+        learning = functools.partial(learn, images, manifest.spec, teacher, settings.batch_size)
+        manifest = calibrated(settings.out, learning)
+    teacher = replace(teacher, calibrations=calibrations_on(state.device, settings.out, manifest))
+    rolls = manifest.window is not None
+    with progress_bar(None if rolls else shards, state) as progress:
+        writer = TargetsWriter(settings, manifest, images, teacher)
+        for part in rolling_shards(open_store(settings.out), manifest, state) if rolls else [shards]:
+            writer.write(part, progress.update)
+    return manifest
+
+
+def write_on_nodes(
+    settings: TeacherCacheSettings,
+    lock: OutputLock | NoLock,
+    cluster: Cluster,
+    manifest: Manifest,
+    shards: list[PlannedShard],
+) -> Manifest:
+    """Write shards with the actors of a cluster. Returns the manifest, which states the calibrations."""
+    opening = opening_of(settings, cluster, manifest)
+    if shards:
+        with lock.claim():
+            manifest = calibrated(settings.out, lambda: cluster.once(learned_here, *opening))
+    with progress_bar(shards, PartialState()) as progress:
+        write_on_cluster(cluster, open_targets_writer, opening, shards, settings.out, progress.update)
+    return manifest
+
+
+def progress_bar(shards: list[PlannedShard] | None, state: PartialState) -> Any:
+    """A bar of entries; without `shards`, of so many as will be wanted."""
+    total = None if shards is None else count_entries(shards)
+    return tqdm(total=total, unit="entry", desc="teacher-cache", disable=not state.is_main_process)
+
+
+def opening_of(
+    settings: TeacherCacheSettings, cluster: Cluster, manifest: Manifest
+) -> tuple[TeacherCacheSettings, str]:
+    """What a process of the cluster is told."""
+    return for_actors(settings, cluster, dtype=manifest.spec["dtype"]), manifest.spec_sha256
+
+
+def teacher_ref(settings: TeacherCacheSettings, manifest: Manifest, folder: Path, device: torch.device) -> PipelineRef:
+    """The teacher as the cache's base/ and its own U-Net, to generate with."""
     base_folder = folder_of(settings.out, manifest)
     if isinstance(settings.out, Url):
         take_part(open_store(settings.out), manifest, BASE, base_folder)
+    dtype = DTYPES[manifest.spec["dtype"]]
     return PipelineRef(base_folder / BASE, folder / "unet", device, dtype, settings.variant)
 
 
+def generate_on_node(
+    settings: TeacherCacheSettings, spec_sha256: str, prompts: list[str], sampler: Sampler
+) -> GeneratedImages:
+    """Images by the teacher, in a process of a cluster."""
+    device, manifest = device_of(settings.device), manifest_here(settings.out, "cache", spec_sha256)
+    folder = find_pipeline(settings.teacher, settings.revision, settings.variant)
+    return generate(load_pipeline(teacher_ref(settings, manifest, folder, device)), prompts, sampler, None)
+
+
 def finish(
-    settings: TeacherCacheSettings, manifest: Manifest, latents: ShardSet, folder: Path, pipeline: PipelineRef
+    settings: TeacherCacheSettings, manifest: Manifest, latents: ShardSet, folder: Path, generated: Generator | None
 ) -> None:
-    """Generate the samples, and tell what the cache holds, also if that fails."""
+    """Generate the samples if there is something to do that with, and tell what the cache holds, also if that fails."""
 
     def generate_samples() -> None:
-        with failing_with(
-            f"{settings.out} is complete, but the teacher's images could not be generated",
-            "Rerun the same command to generate them, with --samples-batch-size 1 if memory ran out, "
-            "or add --samples 0.",
-        ):
-            save_teacher_samples(settings, latents, folder, pipeline)
+        if generated:
+            with failing_with(
+                f"{settings.out} is complete, but the teacher's images could not be generated",
+                "Rerun the same command to generate them, with --samples-batch-size 1 if memory ran out, "
+                "or add --samples 0.",
+            ):
+                save_teacher_samples(settings, latents, folder, generated)
 
     attempt_all(generate_samples, lambda: report(settings.out, manifest, ""))
 
 
-def save_teacher_samples(
-    settings: TeacherCacheSettings, latents: ShardSet, folder: Path, pipeline: PipelineRef
-) -> None:
+def save_teacher_samples(settings: TeacherCacheSettings, latents: ShardSet, folder: Path, generated: Generator) -> None:
     """Generate images with the teacher into the cache, from captions spread over the input.
 
     Students' reports show them next to their own.
     """
-    prompts = captions_of(latents, settings.samples)
     sampler = samples_sampler(settings, latents, folder)
-    images = generate_in_process(pipeline, prompts, sampler, "teacher's samples")
+    images = generated(captions_of(latents, settings.samples), sampler)
     if isinstance(settings.out, Url):
         with tempfile.TemporaryDirectory() as temporary:
             save_images(images, sampler, Path(temporary) / SAMPLES)

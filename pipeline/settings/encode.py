@@ -13,7 +13,7 @@ from pipeline.system.options import (
     MAX_BATCH,
     MAX_SIDE,
     MAX_WORKERS,
-    DeviceOptions,
+    EngineOptions,
     HubOptions,
     ShardRangeOptions,
 )
@@ -30,7 +30,7 @@ def check_buckets(resolution: int) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncodeSettings(DataSettings, DeviceOptions, HubOptions, ShardRangeOptions):
+class EncodeSettings(DataSettings, HubOptions, ShardRangeOptions, EngineOptions):
     """Encode images and captions into latents and prompt embeddings, in shards."""
 
     command: ClassVar[str] = "encode"

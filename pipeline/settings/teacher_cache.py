@@ -7,14 +7,22 @@ from typing import ClassVar
 
 from pipeline.settings.cache_format import CacheFormat
 from pipeline.system.errors import UserError
-from pipeline.system.options import MAX_BATCH, PREDICTION_TYPES, HubOptions, PrecisionOptions, ShardRangeOptions
+from pipeline.system.options import (
+    MAX_BATCH,
+    PREDICTION_TYPES,
+    RAY,
+    EngineOptions,
+    HubOptions,
+    PrecisionOptions,
+    ShardRangeOptions,
+)
 from pipeline.system.settings import REQUIRED, option
 from shards.location import Location
 from shards.plan import MAX_SHARDS
 
 
 @dataclass(frozen=True, kw_only=True)
-class TeacherCacheSettings(CacheFormat, PrecisionOptions, HubOptions, ShardRangeOptions):
+class TeacherCacheSettings(CacheFormat, PrecisionOptions, HubOptions, ShardRangeOptions, EngineOptions):
     """Run the teacher on latents, in rounds, and store its predictions and features."""
 
     command: ClassVar[str] = "teacher-cache"
@@ -62,4 +70,9 @@ class TeacherCacheSettings(CacheFormat, PrecisionOptions, HubOptions, ShardRange
             raise UserError(
                 f"--shard-range {self.shard_range} names a part of a plan that is written once. A rolling cache is "
                 "written by one job: with --window, use `accelerate launch` for several GPUs."
+            )
+        if self.window is not None and self.engine == RAY:
+            raise UserError(
+                "--window does not work with --engine ray: a rolling cache is written by one job. Drop one of the two, "
+                "and use `accelerate launch` for several GPUs."
             )

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 
 from pipeline.system.errors import UserError
 from pipeline.system.settings import Settings, option
+from shards.location import is_url
 
 DTYPE_NAMES = ("fp32", "fp16", "bf16")
+ENGINES = ("local", "ray")
+RAY = ENGINES[1]
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 # Limits that no real run reaches. Beyond them a number too many would fill the memory, or never come to an end.
 MAX_BATCH, MAX_SIDE, MAX_WORKERS, MAX_SAMPLING_STEPS = 1 << 16, 1 << 14, 1 << 12, 10_000
@@ -38,6 +41,45 @@ class DeviceOptions(Settings):
 @dataclass(frozen=True, kw_only=True)
 class PrecisionOptions(DeviceOptions):
     dtype: str = option("auto", "Precision; auto is fp16 on a CUDA GPU, else fp32.", choices=("auto", *DTYPE_NAMES))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions(DeviceOptions):
+    """Which processes write the shards of a stage."""
+
+    engine: str = option(
+        ENGINES[0],
+        "local: this process, or those of `accelerate launch`. ray: those of a ray cluster, of which some may come or "
+        "go.",
+        choices=ENGINES,
+    )
+    ray_address: str | None = option(
+        None, "A running ray cluster: auto on one of its nodes, or host:port. By default ray starts on this machine."
+    )
+    gpus_per_actor: float | None = option(
+        None, "GPUs for each process of ray, such as 0.5; by default 1, or 0 if the cluster has none.", ge=0, le=1
+    )
+    cpus_per_actor: int = option(1, "CPUs for each process of ray.", ge=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = {
+            "--ray-address": self.ray_address is not None,
+            "--gpus-per-actor": self.gpus_per_actor is not None,
+            "--cpus-per-actor": self.cpus_per_actor != 1,
+        }
+        if self.engine != RAY:
+            if flags := [flag for flag, is_given in given.items() if is_given]:
+                raise UserError(f"{' and '.join(flags)} need --engine ray. Add it, or leave them out.")
+        elif is_url(self.ray_address or ""):
+            raise UserError(
+                f"--ray-address {self.ray_address} is an address of ray's client, which loses the run with its "
+                "connection. Run the command on a node of the cluster, as by `ray job submit`, with --ray-address auto."
+            )
+        elif self.device.startswith("cuda:"):
+            raise UserError(f"--device {self.device} does not work with --engine ray, which chooses the GPUs itself.")
+        elif self.device == "cpu" and self.gpus_per_actor:
+            raise UserError(f"--gpus-per-actor {self.gpus_per_actor:g} contradicts --device cpu. Use only one of them.")
 
 
 @dataclass(frozen=True, kw_only=True)
