@@ -42,8 +42,8 @@ Stage = TypeVar("Stage", EncodeSettings, TeacherCacheSettings)
 
 def for_actors(settings: Stage, cluster: Cluster, **changes: Any) -> Stage:
     """The settings of a command as its actors get them."""
-    device = {} if cluster.gpus else {"device": "cpu"}
-    own = {"engine": ENGINES[0], "ray_address": None, "gpus_per_actor": None, "cpus_per_actor": 1}
+    device: dict[str, Any] = {} if cluster.gpus else {"device": "cpu"}
+    own: dict[str, Any] = {"engine": ENGINES[0], "ray_address": None, "gpus_per_actor": None, "cpus_per_actor": 1}
     return replace(settings, **own, **device, **changes)
 
 

@@ -300,6 +300,8 @@ def test_the_writer_refuses_what_makes_no_window(rolling, fixed, latents, teache
         TeacherCacheSettings(**given, rounds=4, window=4)
     with pytest.raises(UserError, match="--shard-range 0:2.*written by one job"):
         TeacherCacheSettings(**given, rounds=4, window=2, shard_range="0:2")
+    with pytest.raises(UserError, match="--window does not work with --engine ray"):
+        TeacherCacheSettings(**given, rounds=4, window=2, engine="ray")
     with pytest.raises(UserError, match="holds a rolling cache. Add --window 2"):
         run_teacher_cache(teacher, latents, rolling, rounds=5)
     reset_accelerate()
