@@ -10,6 +10,7 @@ from pathlib import Path
 LIBRARIES = {"s3": "s3fs", "gs": "gcsfs", "hf": "huggingface_hub", "https": "aiohttp", "http": "aiohttp"}
 WEB = ("https", "http")
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+ONE_SLASH = re.compile(rf"({'|'.join(LIBRARIES)}):/(?!/)")
 USERINFO = re.compile(r"(?<=://)[^/?#]*@")
 
 
@@ -86,5 +87,7 @@ def is_url(text: str) -> bool:
 def location_of(text: str | Path | Url) -> Location:
     """The place that a text names. Raises LocationError for an address that cannot be used."""
     if isinstance(text, str):
+        if slip := ONE_SLASH.match(text):
+            raise LocationError(f"{text} lacks a slash. Write {slip[1]}://, or ./{text} for a path.")
         return Url(text) if is_url(text) else Path(text)
     return text

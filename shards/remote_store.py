@@ -125,7 +125,9 @@ class RemoteStore:
             found = self._try("", lambda files: files.ls(self._path(""), detail=False))
         except FileNotFoundError:
             return []
-        names = (path.partition("?")[0].rstrip("/").rpartition("/")[2] for path in found)
+        # fsspec joins a relative link to the page's whole address, behind its query.
+        page = self._path("").rstrip("/") + "/"
+        names = (path.removeprefix(page).partition("?")[0].rstrip("/").rpartition("/")[2] for path in found)
         return sorted({name for name in names if name} - {self.url.name})
 
     def delete(self, name: str) -> None:

@@ -36,6 +36,7 @@ from pipeline.models.families import family_of_spec
 from pipeline.models.levels import LEVELS
 from pipeline.models.load import MODEL_INDEX, family_of, load_unet_folder
 from pipeline.models.provenance import CARD, ORIGIN, read_origin
+from pipeline.models.students import refuse_foreign
 from pipeline.sampling.process import PipelineRef, generate_in_process
 from pipeline.sampling.teacher_samples import take_samples, teacher_samples
 from pipeline.settings.distill import DistillSettings
@@ -302,6 +303,7 @@ def open_cache(settings: DistillSettings) -> CacheDataset:
     an address it is taken later, by `take_parts`."""
     store = open_store(settings.cache)
     spec = read_manifest(store, "cache").spec
+    refuse_foreign([settings.level], family_of_spec(spec), f"--cache {settings.cache}", "--level")
     teacher_taps = [teacher_tap for _, teacher_tap in objective_of(settings, spec).pairs]
     dataset = CacheDataset(
         store,

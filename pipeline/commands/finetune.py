@@ -48,7 +48,7 @@ from pipeline.training.ending import finish
 from pipeline.training.held_out import held_out_of
 from pipeline.training.loader import collated_batches, order_of
 from pipeline.training.loop import Training, prepare_training, run_training, start
-from pipeline.training.lora import Lora
+from pipeline.training.lora import Lora, refuse_other_format
 from pipeline.training.objective import Objective
 from pipeline.training.output import (
     METRICS,
@@ -135,6 +135,8 @@ def train_model(settings: FinetuneSettings, lock: OutputLock) -> None:
     done = finished_step(settings.out)
     if done >= (settings.max_train_steps or 0) and accelerator.is_main_process:
         refuse_damaged_result(settings.out)
+        if settings.lora_rank:
+            refuse_other_format(settings.out, settings.lora_format)
     if nothing_left(settings, accelerator, "model", has_extras(settings)):
         leave_processes(accelerator)
         return

@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image, ImageDraw, ImageFont
 
 from pipeline.models.load import find_pipeline, load_scheduler, refuse_special_files
-from pipeline.sampling.engines import load_graphs, refuse_no_graphs
+from pipeline.sampling.engines import load_graphs, refuse_no_graphs, refuse_size
 from pipeline.sampling.generate import Sampler, check_sampler, generate, save_images
 from pipeline.sampling.process import PipelineRef, load_pipeline
 from pipeline.settings.sample import SampleSettings
@@ -37,7 +37,7 @@ def run(settings: SampleSettings) -> None:
         settings.batch_size,
         settings.scheduler,
         settings.negative_prompt,
-        (settings.height, settings.width) if settings.height and settings.width else None,
+        size_of(settings),
         settings.seed,
     )
     check_sampler(load_scheduler(folder), sampler, f"--model {settings.model}")
@@ -52,6 +52,10 @@ def run(settings: SampleSettings) -> None:
     say(f"Wrote {written}, {samples.seconds:.2f} seconds per image.")
 
 
+def size_of(settings: SampleSettings) -> tuple[int, int] | None:
+    return (settings.height, settings.width) if settings.height and settings.width else None
+
+
 def find_model(settings: SampleSettings) -> Path:
     """The folder of the pipeline, or with another engine than torch that of its graphs."""
     if settings.engine == "torch":
@@ -64,7 +68,9 @@ def find_model(settings: SampleSettings) -> Path:
 
 def load(settings: SampleSettings, folder: Path) -> DiffusionPipeline:
     if settings.engine != "torch":
-        return load_graphs(folder, settings.engine)
+        pipe = load_graphs(folder, settings.engine)
+        refuse_size(pipe, size_of(settings), f"--model {settings.model}")
+        return pipe
     device = process_state(settings.device).device
     dtype = DTYPES[resolve_dtype(settings.dtype, device)]
     return load_pipeline(PipelineRef(folder, folder / "unet", device, dtype, settings.variant, settings.variant))

@@ -34,6 +34,8 @@ OF_THE_IMAGE = {
     errno.EACCES,
     errno.EPERM,
 }
+# Images of which a shard may lose any share.
+FEW = 5
 # Seconds before another try.
 PAUSES = (0.1, 1.0)
 
@@ -143,7 +145,8 @@ def without_skipped(
 ) -> Iterator[LoadedImage]:
     """Yield the images that have pixels, and append the others to `skipped`.
 
-    `advance(1)` is called for each skipped image. Raises UserError once there are more than `allowed` of them.
+    `advance(1)` is called for each skipped image. Raises UserError once there are more than `allowed` of them, of at
+    least FEW images unless none is allowed: a share of fewer says nothing.
     """
     for seen, item in enumerate(loaded, 1):
         if item.problem is None:
@@ -151,7 +154,7 @@ def without_skipped(
             continue
         skipped.append({"source_id": item.record.source_id, "reason": item.problem})
         advance(1)
-        if len(skipped) > allowed:
+        if len(skipped) > allowed and (seen >= FEW or not allowed):
             examples = "".join(f"\n  {one_line(skip['source_id'])}: {one_line(skip['reason'])}" for skip in skipped[:3])
             raise UserError(
                 f"{len(skipped)} of the first {seen} images of a shard cannot be used, more than --max-skipped "

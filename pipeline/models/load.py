@@ -219,7 +219,8 @@ def refuse_quantised(unet: UNet2DConditionModel, folder: Path) -> None:
     """Raise UserError for a U-Net with quantised weights, which can generate and be evaluated but not be trained."""
     if unet.config.get("quantization_config"):
         raise UserError(
-            f"{folder} has quantised weights, which cannot be trained. Use the pipeline it was exported from."
+            f"{folder} has quantised weights, which can be neither trained nor exported. Use the pipeline it was "
+            "exported from."
         )
 
 

@@ -20,14 +20,14 @@ def levels_of(named: tuple[str, ...] | None, family: Family) -> tuple[str, ...]:
     return (family.default_level,) if named is None else named
 
 
-def refuse_foreign(levels: Iterable[str], family: Family, teacher: str) -> None:
+def refuse_foreign(levels: Iterable[str], family: Family, teacher: str, option: str = "--students") -> None:
     """Raise UserError if one of the levels is not a student of this family. `teacher` is how messages call its teacher,
-    such as `--teacher path`."""
+    such as `--teacher path`, and `option` is what chose the levels."""
     for level in levels:
         if level not in family.levels:
             raise UserError(
                 f"{level} is a student of {family_of_level(level).title}, and {teacher} is of {family.title}. "
-                f"Choose from {', '.join(family.levels)} with --students."
+                f"Choose from {', '.join(family.levels)} with {option}."
             )
 
 

@@ -25,6 +25,14 @@ from pipeline.models.reading import read_json, read_part
 from pipeline.system.errors import UserError, first_line
 from pipeline.system.extras import install_command
 
+EXPORT_AGAIN = "Export the pipeline again, with `distill-sd export --format onnx`."
+# What a pipeline looks up in the configs.
+NEEDED = {
+    UNET: ("block_out_channels", "in_channels", "sample_size"),
+    VAE_DECODER: ("block_out_channels", "latent_channels", "scaling_factor"),
+    "text_encoder": ("model_type", "num_hidden_layers"),
+    "text_encoder_2": ("model_type", "num_hidden_layers"),
+}
 # From inputs by name to outputs by name.
 Run = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
 
@@ -69,21 +77,29 @@ class Network(nn.Module):
 
     device, dtype = torch.device("cpu"), torch.float32
 
-    def __init__(self, run: Run, dtypes: Mapping[str, np.dtype], config: Any) -> None:
+    def __init__(self, file: Path, run: Run, dtypes: Mapping[str, np.dtype], config: Any) -> None:
         super().__init__()
-        self.run_graph, self.dtypes, self.config = run, dtypes, config
+        self.file, self.run_graph, self.dtypes, self.config = file, run, dtypes, config
 
-    def outputs(self, **inputs: Tensor) -> dict[str, Tensor]:
-        """The graph's outputs, float32, from inputs in any dtype."""
-        given = {name: tensor.numpy().astype(self.dtypes[name]) for name, tensor in inputs.items()}
-        return {name: torch.from_numpy(array).float() for name, array in self.run_graph(given).items()}
+    def outputs(self, *names: str, **inputs: Tensor) -> dict[str, Tensor]:
+        """The graph's outputs, float32, from inputs in any dtype. Raises UserError if it cannot be run, or has no
+        outputs of these names."""
+        try:
+            given = {name: tensor.numpy().astype(self.dtypes[name]) for name, tensor in inputs.items()}
+            found = self.run_graph(given)
+        except Exception as error:
+            # Each engine has errors of its own.
+            raise UserError(f"{self.file} cannot be run ({first_line(error)}). {EXPORT_AGAIN}") from error
+        if missing := [name for name in names if name not in found]:
+            raise UserError(f"{self.file} has no output {missing[0]}, but {', '.join(found)}. {EXPORT_AGAIN}")
+        return {name: torch.from_numpy(array).float() for name, array in found.items()}
 
 
 class UNet(Network):
     """A U-Net; in SDXL's, diffusers looks up the width of `add_embedding`."""
 
-    def __init__(self, run: Run, dtypes: Mapping[str, np.dtype], config: Any) -> None:
-        super().__init__(run, dtypes, config)
+    def __init__(self, file: Path, run: Run, dtypes: Mapping[str, np.dtype], config: Any) -> None:
+        super().__init__(file, run, dtypes, config)
         width = config.projection_class_embeddings_input_dim
         self.add_embedding = SimpleNamespace(linear_1=SimpleNamespace(in_features=width))
 
@@ -96,7 +112,7 @@ class UNet(Network):
         **_: Any,
     ) -> tuple[Tensor]:
         given = {"sample": sample, "timestep": timestep, "encoder_hidden_states": encoder_hidden_states}
-        return (self.outputs(**given, **(added_cond_kwargs or {}))[DENOISED],)
+        return (self.outputs(DENOISED, **given, **(added_cond_kwargs or {}))[DENOISED],)
 
     def num_parameters(self) -> int:
         """Those of a U-Net of this config."""
@@ -106,8 +122,9 @@ class UNet(Network):
 
 class TextEncoder(Network):
     def forward(self, input_ids: Tensor, **_: Any) -> ModelOutput:
-        found = self.outputs(input_ids=input_ids)
-        hidden = tuple(found.pop(f"{HIDDEN}.{number}") for number in range(self.config.num_hidden_layers + 1))
+        names = [f"{HIDDEN}.{number}" for number in range(self.config.num_hidden_layers + 1)]
+        found = self.outputs(*names, input_ids=input_ids)
+        hidden = tuple(found.pop(name) for name in names)
         return ModelOutput({**found, HIDDEN: hidden})
 
 
@@ -115,13 +132,13 @@ class VAE(Network):
     """The half of a VAE that generating needs."""
 
     def decode(self, latents: Tensor, **_: Any) -> tuple[Tensor]:
-        return (self.outputs(latent_sample=latents)[PIXELS],)
+        return (self.outputs(PIXELS, latent_sample=latents)[PIXELS],)
 
 
 def load_graphs(folder: Path, engine: str) -> DiffusionPipeline:
     """The pipeline of the graphs in a folder, which `engine`, a key of RUNNERS, runs.
 
-    Raises UserError if the engine is not installed or cannot read them.
+    Raises UserError if the engine is not installed or cannot read them, or if their configs are not those of `export`.
     """
     if find_spec(PACKAGES[engine]) is None:
         raise UserError(f"--engine {engine} needs {PACKAGES[engine]}. Run: {install_command(engine)}")
@@ -130,10 +147,23 @@ def load_graphs(folder: Path, engine: str) -> DiffusionPipeline:
     for part, kind in classes.items():
         if part in family.encoders or part == UNET:
             made, place = (VAE, VAE_DECODER) if part == "vae" else (UNet if part == UNET else TextEncoder, part)
-            parts[part] = made(*opened(folder / place / GRAPH, engine), config_of(folder / place))
+            file = folder / place / GRAPH
+            parts[part] = made(file, *opened(file, engine), config_of(folder / place))
         else:
             parts[part] = read_part(kind, folder, part)
-    return family.assemble(read_json(folder / MODEL_INDEX), **parts)
+    try:
+        return family.assemble(read_json(folder / MODEL_INDEX), **parts)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"{folder} has a config that does not fit ({first_line(error)}). {EXPORT_AGAIN}") from None
+
+
+def refuse_size(pipe: DiffusionPipeline, size: tuple[int, int] | None, model: str) -> None:
+    """Raise UserError for a size (height, width) in pixels that the graph of a U-Net cannot take: each of its stages
+    but one halves the latents, and a graph does not pad what is odd, as torch does."""
+    multiple = pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1)
+    for name, side in zip(("height", "width"), size or (), strict=False):
+        if side % multiple:
+            raise UserError(f"--{name} is {side}, but must be a multiple of {multiple} for the graphs of {model}")
 
 
 def refuse_no_graphs(folder: Path) -> None:
@@ -151,12 +181,14 @@ def opened(file: Path, engine: str) -> tuple[Run, dict[str, np.dtype]]:
         return RUNNERS[engine](file)
     except Exception as error:
         # Each engine has errors of its own.
-        raise UserError(
-            f"{PACKAGES[engine]} cannot read {file} ({first_line(error)}). Export the pipeline again."
-        ) from error
+        raise UserError(f"{PACKAGES[engine]} cannot read {file} ({first_line(error)}). {EXPORT_AGAIN}") from error
 
 
 def config_of(folder: Path) -> Any:
     """A network's config, as attributes."""
     config = read_json(folder / "config.json")
-    return CLIPTextConfig(**config) if config.get("model_type", "").startswith("clip_text") else FrozenDict(config)
+    known = FrozenDict(config)
+    missing = [key for key in NEEDED.get(folder.name, ()) if key not in known]
+    if missing:
+        raise UserError(f"{folder}/config.json does not state {', '.join(missing)}. {EXPORT_AGAIN}")
+    return CLIPTextConfig(**config) if str(config.get("model_type", "")).startswith("clip_text") else known

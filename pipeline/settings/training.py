@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,7 +11,7 @@ from typing import Any, TypeVar
 from pipeline.system.errors import UserError
 from pipeline.system.options import MAX_BATCH, MAX_WORKERS, DeviceOptions
 from pipeline.system.settings import REQUIRED, option
-from shards.location import Location
+from shards.location import Location, without_secrets
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
 DEFAULT_STEPS = 15000
@@ -18,6 +19,8 @@ OPEN_ENDED = ("constant", "constant_with_warmup")
 PRECISIONS = ("no", "fp16", "bf16")
 # Those of diffusers that need no further options.
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+
+REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +103,10 @@ class TrainingSettings(DeviceOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.push_to_hub is not None and not REPOSITORY.fullmatch(self.push_to_hub):
+            raise UserError(
+                f"--push-to-hub {without_secrets(self.push_to_hub)!r} is not the name of a repository. Give owner/name."
+            )
         if self.ema_device and not self.use_ema:
             raise UserError(f"--ema-device {self.ema_device} is for the average of --use-ema. Add that option.")
         if self.lr_scheduler == "constant" and self.lr_warmup_steps:

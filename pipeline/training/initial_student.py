@@ -47,7 +47,12 @@ def load_student(folder: Path, remedy: str) -> UNet2DConditionModel:
 
 
 def unet_folder(saved: Path) -> Path:
-    """The folder of the U-Net: a part of a saved pipeline, or the folder itself."""
+    """The folder of the U-Net: a part of a saved pipeline, or the folder itself. Raises UserError if it holds none."""
+    if not any((folder / "config.json").is_file() for folder in (saved / "unet", saved)):
+        raise UserError(
+            f"--init-from {saved} is no folder of a student: it has neither unet/config.json nor config.json. Pass a "
+            "saved student or its pipeline."
+        )
     return saved / "unet" if (saved / "unet").is_dir() else saved
 
 

@@ -79,3 +79,14 @@ class Lora(Transform):
         with atomic_file(out / WEIGHTS) as stream:
             # safetensors wants a path: this is the temporary file next to the final one.
             save_file(tensors, stream.name, metadata={"format": "pt"})
+
+
+def refuse_other_format(out: Path, wanted: str) -> None:
+    """Raise UserError if the finished LoRA weights in `out` have the names of another format of LORA_FORMATS."""
+    names = load_file(out / WEIGHTS)
+    found = "kohya" if all(name.startswith("lora_") for name in names) else "diffusers"
+    if found != wanted:
+        raise UserError(
+            f"{out}/{WEIGHTS} is finished, with the names of {found}. For --lora-format {wanted}, train it further "
+            "(--max-train-steps), or choose another --out."
+        )

@@ -243,6 +243,9 @@ def test_lora_weights_have_the_names_of_kohyas_scripts_on_request(student, laten
     names = {f"lora_unet_{layer.replace('.', '_')}" for layer in layers}
     assert kohya.keys() == {f"{n}.{kind}" for n in names for kind in ("lora_down.weight", "lora_up.weight", "alpha")}
     assert {float(value) for name, value in kohya.items() if name.endswith("alpha")} == {2.0}
+    with pytest.raises(UserError, match="is finished, with the names of diffusers. For --lora-format kohya"):
+        run(student, latents, plain, lora_format="kohya", **changes)
+    reset_accelerate()
     pipes = [DiffusionPipeline.from_pretrained(student) for _ in range(2)]
     for pipe, folder in zip(pipes, (tmp_path / "k", plain), strict=True):
         pipe.load_lora_weights(folder)

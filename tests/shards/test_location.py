@@ -51,3 +51,9 @@ def test_credentials_in_a_bucket_s_address_are_refused_and_not_repeated(text):
     with pytest.raises(LocationError, match="with a password or a query. Leave them out") as caught:
         location_of(text)
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["s3:/bucket/latents", "https:/host/latents"])
+def test_an_address_with_one_slash_is_no_path(text):
+    with pytest.raises(LocationError, match=f"{text} lacks a slash. Write {text.partition(':')[0]}://, or ./{text}"):
+        location_of(text)

@@ -248,8 +248,12 @@ class Ranges(SimpleHTTPRequestHandler):
     def do_GET(self):
         path, _, query = self.path.partition("?")
         status = self.statuses.get(path) or (200 if query == "sig=secret" else 403)
+        place = Path(self.translate_path(path))
         try:
-            data = Path(self.translate_path(path)).read_bytes() if status == 200 else b""
+            if status == 200 and place.is_dir():
+                data = "".join(f'<a href="{child.name}">{child.name}</a>' for child in place.iterdir()).encode()
+            else:
+                data = place.read_bytes() if status == 200 else b""
         except OSError:
             status, data = 404, b""
         asked = self.headers.get("Range") if self.ranges else None
@@ -283,6 +287,7 @@ def web(tmp_path, monkeypatch):
 
 def test_the_web_is_read_with_a_signature_that_is_never_shown(web):
     assert (web.read("a"), web.size("a"), web.size("b")) == (bytes(range(10)), 10, None)
+    assert web.list() == ["a"]
     assert web.read_ranges("a", [(8, 5), (20, 1), (0, 2)]) == [b"\x08\x09", b"", b"\x00\x01"]
     with pytest.raises(FileNotFoundError) as caught:
         web.read("b")

@@ -100,8 +100,10 @@ def test_a_student_of_another_level_is_refused(cache, saved, tmp_path):
 
 
 def test_a_folder_without_a_student_is_refused(cache, tmp_path):
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "config.json").write_text("{}")
     with pytest.raises(UserError, match="cannot be loaded .* Pass a saved student"):
-        run_distill(cache, tmp_path / "out", init_from=tmp_path)
+        run_distill(cache, tmp_path / "out", init_from=tmp_path / "saved")
 
 
 @pytest.mark.parametrize(
@@ -322,3 +324,19 @@ def test_a_failed_upload_keeps_the_student_and_is_retried(cache, tmp_path, monke
     run_distill(cache, tmp_path / "out", push_to_hub="me/student", max_train_steps=1)
     assert calls[-1][0] == "upload_folder"
     assert (tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors").stat().st_mtime_ns == weights
+
+
+def test_what_is_no_student_of_the_caches_teacher_is_named_with_its_option(cache, tmp_path):
+    with pytest.raises(UserError, match=r"vega is a student of SDXL, and --cache .* is of SD-1.x.*with --level\."):
+        run_distill(cache, tmp_path / "out", level="vega")
+    reset_accelerate()
+    with pytest.raises(UserError, match="--init-from .*nothing is no folder of a student"):
+        run_distill(cache, tmp_path / "out", init_from=tmp_path / "nothing")
+    reset_accelerate()
+
+
+@pytest.mark.parametrize("name", ["", "owner/name/more", "https://me:secret@hub/owner/name"])
+def test_what_is_no_name_of_a_repository_is_refused_without_its_secrets(cache, tmp_path, name):
+    with pytest.raises(UserError, match="is not the name of a repository. Give owner/name.") as caught:
+        run_distill(cache, tmp_path / "out", push_to_hub=name)
+    assert "secret" not in str(caught.value)
