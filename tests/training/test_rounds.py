@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import socket
 import threading
 import time
 from dataclasses import replace
@@ -136,6 +137,35 @@ def test_killed_and_begun_again_each_side_ends_as_if_nothing_had_been(
         alike = run_distill(fixed, tmp_path / "alike", **slow)
         assert same(state_dict_of(tmp_path / "slow" / "unet"), state_dict_of(alike / "unet"))
     assert all(reader.is_done for reader in read_readers(open_store(cache)))
+
+
+def as_rank(rank, shared, cache, out, changes):
+    os.environ.update(shared, RANK=rank, LOCAL_RANK=rank)
+    alone(run_distill, (cache, out), changes)
+
+
+def test_two_processes_that_train_together_are_one_reader_and_wait_at_the_same_step(
+    fixed, rolling, expected, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(rounds, "POLL", 0.1)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    few = {**STEPS, "max_train_steps": 5, "train_batch_size": 3}
+    ranks = [FORK.Process(target=as_rank, args=(rank, shared, rolling, tmp_path / "out", few)) for rank in "01"]
+    for rank in ranks:
+        rank.start()
+    there = []
+    while any(rank.is_alive() for rank in ranks):
+        there.append(teach(fixed, rolling))
+        time.sleep(0.5)
+    assert [rank.exitcode for rank in ranks] == [0, 0]
+    assert there[0] == [0, 1]
+    assert there[-1] in ([1, 2], [2])
+    assert [(reader.name, reader.next, reader.end) for reader in read_readers(LocalStore(rolling))] == [("out", 3, 3)]
+    found = state_dict_of(tmp_path / "out" / "unet")
+    errors = torch.cat([(found[name] - expected[5][name]).flatten().abs() for name in found])
+    assert (errors < 1e-5).float().mean() > 0.99
 
 
 def same(weights, expected):
