@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline.system.errors import UserError
-from pipeline.system.options import MAX_BATCH, MAX_WORKERS, DeviceOptions
+from pipeline.system.options import MAX_BATCH, MAX_WORKERS, QAT_BITS, DeviceOptions
 from pipeline.system.settings import REQUIRED, option
 from shards.location import Location
 
@@ -49,6 +49,12 @@ class TrainingSettings(DeviceOptions):
         "Where the average is kept: cpu saves its memory on a GPU, and copies the weights at each step. By default "
         "where the student is trained.",
         choices=("cpu",),
+    )
+    qat: str | None = option(
+        None,
+        "Train for integers, by rounding weights and the inputs of layers in every pass: int8, or w4a8 for weights of "
+        "4 bits. By default not.",
+        choices=tuple(QAT_BITS),
     )
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass: less memory, more time.")
     mixed_precision: str | None = option(
