@@ -151,7 +151,7 @@ def load_quantisers(unet: UNet2DConditionModel, folder: Path) -> None:
     path = folder / QUANTISERS
     state = read_json(path)
     qat, ranges = state.get("qat"), state.get("ranges")
-    if qat not in QAT_BITS:
+    if not isinstance(qat, str) or qat not in QAT_BITS:
         raise UserError(f"{path} states the format {qat!r}. Use one of {', '.join(QAT_BITS)}, or copy it again.")
     layers = layers_to_quantise(unet)
     if not isinstance(ranges, dict) or ranges.keys() != layers.keys():

@@ -106,6 +106,8 @@ class TrainingSettings(DeviceOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.qat and self.compile:
+            raise UserError(f"--compile does not work with --qat {self.qat}. Leave --compile out.")
         if self.ema_device and not self.use_ema:
             raise UserError(f"--ema-device {self.ema_device} is for the average of --use-ema. Add that option.")
         if self.lr_scheduler == "constant" and self.lr_warmup_steps:

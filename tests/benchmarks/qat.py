@@ -1,0 +1,156 @@
+"""What integers cost a student: quantisers put on after training, against training with them.
+
+A student is trained as usual first. Then it goes on in three ways, for the same number of steps and at a lower learning
+rate: in floats, with `--qat int8` and with `--qat w4a8`. Quantisers are also put on the one that went on in floats,
+with ranges measured on the same entries as in training. So all that is compared has had the same number of steps:
+
+    output MSE   of the student's prediction to the teacher's, on scenes that no student was trained on, each seed
+    score        share of the captions' facts that the oracle finds in images
+
+Finished cases are kept in WORK/results.json, so that it can be stopped and started again. Run it on a quiet machine:
+
+    python tests/benchmarks/qat.py --work work/qat
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import statistics
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from demo_sweep import GUIDANCE, begin, make, output_errors
+from diffusers import UNet2DConditionModel
+
+from pipeline.commands import distill
+from pipeline.demo.evaluate import captions_of, judge
+from pipeline.models.load import load_base, load_deployed_unet
+from pipeline.sampling.generate import Sampler, generate
+from pipeline.system.options import QAT_BITS
+from shards.files import write_json
+
+STUDENT: dict[str, Any] = {
+    "level": "sd_small",
+    "train_batch_size": 16,
+    "output_weight": 5.0,
+    "feature_weight": 0.1,
+    "use_ema": True,
+    "report": False,
+    "dataloader_num_workers": 0,
+}
+"""Settings of `distill`, those of the Makefile's demo."""
+FIRST_RATE, LAST_RATE = 1e-3, 2e-4
+FLOAT = "floats"
+
+
+def after(qat: str) -> str:
+    return f"{qat}, put on after training"
+
+
+def during(qat: str) -> str:
+    return f"{qat}, trained with"
+
+
+CASES = [FLOAT, *(name for qat in QAT_BITS for name in (after(qat), during(qat)))]
+
+
+def settings_of(cache: Path, out: Path, **changes: Any) -> distill.DistillSettings:
+    return distill.DistillSettings(cache=cache, out=out, **STUDENT, **changes)
+
+
+def trained(cache: Path, out: Path, **changes: Any) -> Path:
+    """A student of `distill`, in `out`."""
+    shutil.rmtree(out, ignore_errors=True)
+    distill.run(settings_of(cache, out, **changes))
+    reset()
+    return out
+
+
+def reset() -> None:
+    for state in (AcceleratorState, PartialState, GradientState):
+        state._reset_state()
+
+
+def quantised(cache: Path, student: Path, qat: str, seed: int) -> UNet2DConditionModel:
+    """A finished student with quantisers, as a training with them would start from it."""
+    settings = settings_of(cache, student.parent / "none", init_from=student, qat=qat, seed=seed)
+    unet = distill.prepare(settings, distill.open_cache(settings), Accelerator(cpu=True)).student
+    reset()
+    return unet.eval()
+
+
+def score(base: Path, unet: UNet2DConditionModel, captions: int) -> float:
+    """The oracle's score of the images that a U-Net generates with the other parts of the pipeline in `base`."""
+    pipeline, prompts = load_base(base, unet=unet), captions_of("train", captions)
+    sampler = Sampler(guidance_scale=GUIDANCE, batch_size=32)
+    return judge(generate(pipeline, prompts, sampler, "score").images, prompts).score
+
+
+def table(results: dict[str, dict[str, dict]]) -> str:
+    bound = statistics.mean(run["mse"] for run in results[FLOAT].values()) if FLOAT in results else None
+    lines = ["| student | output MSE, each seed | mean | over floats | score, each seed | mean |", "|---|---|---|---|---|---|"]
+    for name in CASES:
+        runs = [results[name][seed] for seed in sorted(results.get(name, {}))]
+        if not runs:
+            continue
+        errors, scores = ([run[key] for run in runs] for key in ("mse", "score"))
+        mean = statistics.mean(errors)
+        cells = [
+            name,
+            " ".join(f"{error:.5f}" for error in errors),
+            f"{mean:.5f}",
+            f"{100 * (mean / bound - 1):+.1f} %" if bound else "",
+            " ".join(f"{one:.3f}" for one in scores),
+            f"{statistics.mean(scores):.3f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+@click.command()
+@click.option("--work", type=Path, required=True, help="Directory for the cache, students and results.")
+@click.option("--steps", default=150, show_default=True, help="Optimiser steps in floats that all begin with.")
+@click.option("--last-steps", default=40, show_default=True, help="Optimiser steps after that.")
+@click.option("--scenes", default=125, show_default=True, help="Scenes to train on.")
+@click.option("--captions", default=32, show_default=True, help="Captions to draw and judge.")
+@click.option("--seed", "seeds", multiple=True, type=int, default=(0, 1, 2), show_default=True)
+def main(work: Path, steps: int, last_steps: int, scenes: int, captions: int, seeds: tuple[int, ...]) -> None:
+    file, results, held_out, teacher = begin(work)
+    cache = work / "cache"
+    make("teacher-cache", f"WORK={work}", f"SCENES={scenes}", "SAMPLES=0", "UNCOND=0", "ROUNDS=8")
+
+    def judged(name: str, seed: int, base: Path, unet: UNet2DConditionModel) -> None:
+        error, _ = output_errors(unet, teacher, held_out)
+        results.setdefault(name, {})[str(seed)] = {"mse": error, "score": score(base, unet, captions)}
+        write_json(file, results)
+        click.echo(f"{name}, seed {seed}: {results[name][str(seed)]}", err=True)
+
+    for seed in seeds:
+        if all(str(seed) in results.get(name, {}) for name in CASES):
+            continue
+        start = trained(cache, work / "start", max_train_steps=steps, learning_rate=FIRST_RATE, seed=seed)
+        last = {"init_from": start, "max_train_steps": last_steps, "learning_rate": LAST_RATE, "seed": seed}
+        plain = trained(cache, work / "floats", **last)
+        judged(FLOAT, seed, plain, load_deployed_unet(plain / "unet", None, torch.float32))
+        for qat in QAT_BITS:
+            judged(after(qat), seed, plain, quantised(cache, plain, qat, seed))
+            student = trained(cache, work / qat, qat=qat, **last)
+            judged(during(qat), seed, student, load_deployed_unet(student / "unet", None, torch.float32))
+
+    print(
+        f"{os.cpu_count()} cores, {torch.get_num_threads()} torch threads; Python {platform.python_version()}, "
+        f"torch {torch.__version__}, modelopt {version('nvidia-modelopt')}; {scenes} scenes, {steps} + {last_steps} "
+        f"steps of {STUDENT['train_batch_size']}, {captions} captions\n"
+    )
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
