@@ -58,7 +58,8 @@ def graphs_of(
     bits: int | None = None,
 ) -> Iterator[Graph]:
     """The graphs of a pipeline, with random inputs. `conditioning` holds shapes without B, and `size` is (height,
-    width) of the latents in units of the U-Net's own downscaling. `bits` are those of the U-Net's weights before `bake`."""
+    width) of the latents in units of the U-Net's own downscaling. `bits` are those that the U-Net's weights were
+    rounded to, if it has fake quantisers."""
     generator = torch.Generator().manual_seed(seed)
     for name in family.encoders:
         if name != "vae":

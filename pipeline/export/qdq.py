@@ -107,7 +107,7 @@ def tensor_of(name: str, values: np.ndarray, bits: int) -> TensorProto:
     return helper.make_tensor(name, TensorProto.INT4, values.shape, packed.tobytes(), True)
 
 
-def attribute(node: NodeProto, name: str, default: object) -> object:
+def attribute(node: NodeProto, name: str, default: Any) -> Any:
     from onnx.helper import get_attribute_value
 
     return next((get_attribute_value(item) for item in node.attribute if item.name == name), default)

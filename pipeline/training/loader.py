@@ -95,7 +95,9 @@ def collated_batches(
             del stream
 
 
-def order_of(settings: TrainingSettings, dataset: Any, accelerator: Accelerator | OneProcess, position: int) -> EpochBatches:
+def order_of(
+    settings: TrainingSettings, dataset: Any, accelerator: Accelerator | OneProcess, position: int
+) -> EpochBatches:
     """The batches of this process, as indices, from entry `position` of all that are trained on."""
     kind = RoundBatches if settings.by_rounds else EpochBatches
     return kind(

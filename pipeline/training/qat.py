@@ -21,7 +21,7 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from pipeline.core.diffusion import add_noise
 from pipeline.models.fake_quant import add_quantisers, load_quantisers, measuring_ranges
 from pipeline.models.families import Family, denoise
-from pipeline.settings.training import Chosen, TrainingSettings
+from pipeline.settings.training import Chosen
 from pipeline.system.echo import say
 from pipeline.training.loader import OneProcess
 from pipeline.training.transform import Transform
@@ -29,9 +29,6 @@ from shards.dataset import Batch
 
 # Their timesteps are spread over the schedule. With more, the largest values hardly grow.
 ENTRIES = 64
-
-# Reads batches from the first entry of the training on, for an accelerator or in its place.
-ReadBatches = Callable[[TrainingSettings, OneProcess], Generator[Batch, None, None]]
 
 
 @dataclass(frozen=True)
@@ -57,10 +54,14 @@ class Qat(Transform):
 
 
 def qat_of(
-    settings: Chosen, accelerator: Accelerator, family: Family, noise_scheduler: DDPMScheduler, read: ReadBatches
+    settings: Chosen,
+    accelerator: Accelerator,
+    family: Family,
+    noise_scheduler: DDPMScheduler,
+    read: Callable[[Chosen, OneProcess], Generator[Batch, None, None]],
 ) -> Transform:
-    """The transform of --qat, which `read` gives the entries of the training to; without --qat one that changes
-    nothing."""
+    """The transform of --qat; without it one that changes nothing. `read` gives batches from the first entry of the
+    training on, to the process that it is told."""
     if settings.qat is None:
         return Transform()
     alphas_cumprod = noise_scheduler.alphas_cumprod.to(accelerator.device)

@@ -7,7 +7,8 @@ with ranges measured on the same entries as in training. So all that is compared
     output MSE   of the student's prediction to the teacher's, on scenes that no student was trained on, each seed
     score        share of the captions' facts that the oracle finds in images
 
-Finished cases are kept in WORK/results.json, so that it can be stopped and started again. Run it on a quiet machine:
+Students and finished measurements are kept in WORK, so that it can be stopped and started again; errors come first,
+then scores, which take longer. Run it on a quiet machine:
 
     python tests/benchmarks/qat.py --work work/qat
 """
@@ -16,8 +17,9 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
 import statistics
+from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -66,8 +68,7 @@ def settings_of(cache: Path, out: Path, **changes: Any) -> distill.DistillSettin
 
 
 def trained(cache: Path, out: Path, **changes: Any) -> Path:
-    """A student of `distill`, in `out`."""
-    shutil.rmtree(out, ignore_errors=True)
+    """A student of `distill`, in `out`, if it is not there."""
     distill.run(settings_of(cache, out, **changes))
     reset()
     return out
@@ -93,14 +94,43 @@ def score(base: Path, unet: UNet2DConditionModel, captions: int) -> float:
     return judge(generate(pipeline, prompts, sampler, "score").images, prompts).score
 
 
+def students(
+    work: Path, cache: Path, seed: int, steps: int, last_steps: int
+) -> dict[str, Callable[[], tuple[Path, UNet2DConditionModel]]]:
+    """For each case, what gives the pipeline that lends its other parts, and the U-Net."""
+
+    def last(name: str, **changes: Any) -> Path:
+        start = trained(cache, work / f"start, seed {seed}", max_train_steps=steps, learning_rate=FIRST_RATE, seed=seed)
+        out = work / f"{name}, seed {seed}"
+        return trained(
+            cache, out, init_from=start, max_train_steps=last_steps, learning_rate=LAST_RATE, seed=seed, **changes
+        )
+
+    def saved(folder: Path) -> tuple[Path, UNet2DConditionModel]:
+        return folder, load_deployed_unet(folder / "unet", None, torch.float32).eval()
+
+    def rounded(qat: str) -> tuple[Path, UNet2DConditionModel]:
+        folder = last(FLOAT)
+        return folder, quantised(cache, folder, qat, seed)
+
+    found = {FLOAT: lambda: saved(last(FLOAT))}
+    for qat in QAT_BITS:
+        found[after(qat)] = partial(rounded, qat)
+        found[during(qat)] = lambda qat=qat: saved(last(qat, qat=qat))
+    return found
+
+
 def table(results: dict[str, dict[str, dict]]) -> str:
     bound = statistics.mean(run["mse"] for run in results[FLOAT].values()) if FLOAT in results else None
-    lines = ["| student | output MSE, each seed | mean | over floats | score, each seed | mean |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| student | output MSE, each seed | mean | over floats | score, each seed | mean |",
+        "|---|---|---|---|---|---|",
+    ]
     for name in CASES:
         runs = [results[name][seed] for seed in sorted(results.get(name, {}))]
         if not runs:
             continue
-        errors, scores = ([run[key] for run in runs] for key in ("mse", "score"))
+        errors, scores = ([run[key] for run in runs if key in run] for key in ("mse", "score"))
         mean = statistics.mean(errors)
         cells = [
             name,
@@ -108,7 +138,7 @@ def table(results: dict[str, dict[str, dict]]) -> str:
             f"{mean:.5f}",
             f"{100 * (mean / bound - 1):+.1f} %" if bound else "",
             " ".join(f"{one:.3f}" for one in scores),
-            f"{statistics.mean(scores):.3f}",
+            f"{statistics.mean(scores):.3f}" if scores else "",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -124,26 +154,20 @@ def table(results: dict[str, dict[str, dict]]) -> str:
 def main(work: Path, steps: int, last_steps: int, scenes: int, captions: int, seeds: tuple[int, ...]) -> None:
     file, results, held_out, teacher = begin(work)
     cache = work / "cache"
-    make("teacher-cache", f"WORK={work}", f"SCENES={scenes}", "SAMPLES=0", "UNCOND=0", "ROUNDS=8")
+    make("teacher-cache", f"WORK={work}", f"SCENES={scenes}", "SAMPLES=0", "UNCOND=0", "ROUNDS=4")
 
-    def judged(name: str, seed: int, base: Path, unet: UNet2DConditionModel) -> None:
-        error, _ = output_errors(unet, teacher, held_out)
-        results.setdefault(name, {})[str(seed)] = {"mse": error, "score": score(base, unet, captions)}
-        write_json(file, results)
-        click.echo(f"{name}, seed {seed}: {results[name][str(seed)]}", err=True)
+    def measure(key: str, of: Callable[[Path, UNet2DConditionModel], float]) -> None:
+        """Measure what is missing of one of a result's values, for all students."""
+        for seed in seeds:
+            for name, load in students(work, cache, seed, steps, last_steps).items():
+                result = results.setdefault(name, {}).setdefault(str(seed), {})
+                if key not in result:
+                    result[key] = of(*load())
+                    write_json(file, results)
+                    click.echo(f"{name}, seed {seed}: {result}", err=True)
 
-    for seed in seeds:
-        if all(str(seed) in results.get(name, {}) for name in CASES):
-            continue
-        start = trained(cache, work / "start", max_train_steps=steps, learning_rate=FIRST_RATE, seed=seed)
-        last = {"init_from": start, "max_train_steps": last_steps, "learning_rate": LAST_RATE, "seed": seed}
-        plain = trained(cache, work / "floats", **last)
-        judged(FLOAT, seed, plain, load_deployed_unet(plain / "unet", None, torch.float32))
-        for qat in QAT_BITS:
-            judged(after(qat), seed, plain, quantised(cache, plain, qat, seed))
-            student = trained(cache, work / qat, qat=qat, **last)
-            judged(during(qat), seed, student, load_deployed_unet(student / "unet", None, torch.float32))
-
+    measure("mse", lambda base, unet: output_errors(unet, teacher, held_out)[0])
+    measure("score", lambda base, unet: score(base, unet, captions))
     print(
         f"{os.cpu_count()} cores, {torch.get_num_threads()} torch threads; Python {platform.python_version()}, "
         f"torch {torch.__version__}, modelopt {version('nvidia-modelopt')}; {scenes} scenes, {steps} + {last_steps} "
