@@ -179,10 +179,10 @@ def integers_text(qat: str | None) -> str:
         return ""
     return (
         f"\n\nIts U-Net was trained for integers: weights of {QAT_BITS[qat]} bits, with a range for each output "
-        f"channel, and inputs of layers of 8 bits, with the ranges in `unet/{QUANTISERS}`. The first and the last convolution "
-        "and the timestep's embedding stay in floats. diffusers loads the weights as floats, without rounding them. "
-        "`distill-sd sample` and `evaluate` round as integers would, and `distill-sd export --format onnx` writes the "
-        "integers."
+        f"channel, and inputs of layers of 8 bits, with the ranges in `unet/{QUANTISERS}`. The first and the last "
+        "convolution and the timestep's embedding stay in floats. diffusers loads the weights as floats, without "
+        "rounding them. `distill-sd sample` and `evaluate` round as integers would, and `distill-sd export --format "
+        "onnx` writes the integers."
     )
 
 
