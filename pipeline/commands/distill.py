@@ -206,7 +206,13 @@ def prepare(settings: DistillSettings, dataset: CacheDataset, accelerator: Accel
     spec, folder = dataset.spec, folder_of(settings.cache, dataset.cache.manifest)
     noise_scheduler, family = DDPMScheduler.from_config(spec["noise_scheduler"]), family_of_spec(spec)
     transform = qat_of(
-        settings, accelerator, family, noise_scheduler, lambda these, where: batches(these, dataset, where, 0)
+        settings,
+        accelerator,
+        family,
+        noise_scheduler,
+        lambda these, where: batches(these, dataset, where, 0),
+        # Of a rolling cache, later rounds need not be there.
+        there=sum(dataset.counts()) // dataset.rounds if settings.by_rounds else None,
     )
     student, state = start(settings, transform, lambda: initial_student(folder, settings.level, settings.init_from))
     # diffusers would record the folder it was loaded from, which differs after a resume.

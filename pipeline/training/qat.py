@@ -59,17 +59,22 @@ def qat_of(
     family: Family,
     noise_scheduler: DDPMScheduler,
     read: Callable[[Chosen, OneProcess], Generator[Batch, None, None]],
+    there: int | None = None,
 ) -> Transform:
     """The transform of --qat; without it one that changes nothing. `read` gives batches from the first entry of the
-    training on, to the process that it is told."""
+    training on, to the process that it is told; if only some of the first entries are there yet, `there` is how many.
+    """
     if settings.qat is None:
         return Transform()
     alphas_cumprod = noise_scheduler.alphas_cumprod.to(accelerator.device)
 
     def try_out(student: UNet2DConditionModel) -> None:
-        batches = math.ceil(ENTRIES / settings.train_batch_size)
+        size = settings.train_batch_size
+        batches = math.ceil(ENTRIES / size)
+        if there is not None:
+            batches = max(1, min(batches, there // size))
         if accelerator.is_main_process:
-            say(f"--qat {settings.qat}: measuring the ranges of the layers' inputs on {ENTRIES} entries")
+            say(f"--qat {settings.qat}: measuring the ranges of the layers' inputs on {batches * size} entries")
         student.to(accelerator.device).eval()
         stream = read(replace(settings, dataloader_num_workers=0), OneProcess(accelerator.device))
         with closing(stream), torch.no_grad(), accelerator.autocast():
