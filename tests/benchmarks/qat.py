@@ -1,8 +1,9 @@
 """What integers cost a student: quantisers put on after training, against training with them.
 
-A student is trained as usual first. Then it goes on in three ways, for the same number of steps and at a lower learning
-rate: in floats, with `--qat int8` and with `--qat w4a8`. Quantisers are also put on the one that went on in floats,
-with ranges measured on the same entries as in training. So all that is compared has had the same number of steps:
+A student is trained as usual first. Then, with each seed, it goes on in three ways, for the same number of steps and at
+a lower learning rate: in floats, with `--qat int8` and with `--qat w4a8`. Quantisers are also put on the one that went
+on in floats, with ranges measured on the same entries as in training. So all that is compared has had the same number
+of steps:
 
     output MSE   of the student's prediction to the teacher's, on scenes that no student was trained on, each seed
     score        share of the captions' facts that the oracle finds in images
@@ -95,16 +96,14 @@ def score(base: Path, unet: UNet2DConditionModel, captions: int) -> float:
 
 
 def students(
-    work: Path, cache: Path, seed: int, steps: int, last_steps: int
+    work: Path, cache: Path, start: Path, seed: int, steps: int
 ) -> dict[str, Callable[[], tuple[Path, UNet2DConditionModel]]]:
-    """For each case, what gives the pipeline that lends its other parts, and the U-Net."""
+    """For each case of students that begin as `start`, what gives the pipeline with its other parts, and the U-Net."""
 
     def last(name: str, **changes: Any) -> Path:
-        start = trained(cache, work / f"start, seed {seed}", max_train_steps=steps, learning_rate=FIRST_RATE, seed=seed)
         out = work / f"{name}, seed {seed}"
-        return trained(
-            cache, out, init_from=start, max_train_steps=last_steps, learning_rate=LAST_RATE, seed=seed, **changes
-        )
+        common = {"init_from": start, "max_train_steps": steps, "learning_rate": LAST_RATE, "seed": seed}
+        return trained(cache, out, **common, **changes)
 
     def saved(folder: Path) -> tuple[Path, UNet2DConditionModel]:
         return folder, load_deployed_unet(folder / "unet", None, torch.float32).eval()
@@ -156,10 +155,14 @@ def main(work: Path, steps: int, last_steps: int, scenes: int, captions: int, se
     cache = work / "cache"
     make("teacher-cache", f"WORK={work}", f"SCENES={scenes}", "SAMPLES=0", "UNCOND=0", "ROUNDS=4")
 
+    start = trained(
+        cache, work / f"start, seed {seeds[0]}", max_train_steps=steps, learning_rate=FIRST_RATE, seed=seeds[0]
+    )
+
     def measure(key: str, of: Callable[[Path, UNet2DConditionModel], float]) -> None:
         """Measure what is missing of one of a result's values, for all students."""
         for seed in seeds:
-            for name, load in students(work, cache, seed, steps, last_steps).items():
+            for name, load in students(work, cache, start, seed, last_steps).items():
                 result = results.setdefault(name, {}).setdefault(str(seed), {})
                 if key not in result:
                     result[key] = of(*load())
