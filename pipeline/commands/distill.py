@@ -65,9 +65,9 @@ from pipeline.training.output import (
     nothing_left,
     refuse_damaged_result,
 )
+from pipeline.training.qat import qat_of
 from pipeline.training.report import Report, circumstances, write_report
 from pipeline.training.rounds import RollingRounds, adopt, register, rolling_batches, rolling_rounds
-from pipeline.training.transform import Transform
 from pipeline.training.validation import planned_images, validation_images
 from shards.dataset import CacheDataset
 from shards.location import Location, Url
@@ -204,8 +204,17 @@ def training_spec(settings: DistillSettings, manifest: Manifest, processes: int)
 
 def prepare(settings: DistillSettings, dataset: CacheDataset, accelerator: Accelerator) -> Training:
     """The student, initial or from the newest checkpoint, and everything that trains it, on the device."""
-    spec, transform, folder = dataset.spec, Transform(), folder_of(settings.cache, dataset.cache.manifest)
-    noise_scheduler = DDPMScheduler.from_config(spec["noise_scheduler"])
+    spec, folder = dataset.spec, folder_of(settings.cache, dataset.cache.manifest)
+    noise_scheduler, family = DDPMScheduler.from_config(spec["noise_scheduler"]), family_of_spec(spec)
+    transform = qat_of(
+        settings,
+        accelerator,
+        family,
+        noise_scheduler,
+        lambda these, where: batches(these, dataset, where, 0),
+        # Of a rolling cache, later rounds need not be there.
+        there=sum(dataset.counts()) // dataset.rounds if settings.by_rounds else None,
+    )
     student, state = start(settings, transform, lambda: initial_student(folder, settings.level, settings.init_from))
     # diffusers would record the folder it was loaded from, which differs after a resume.
     student.register_to_config(_name_or_path=settings.level)
@@ -216,7 +225,7 @@ def prepare(settings: DistillSettings, dataset: CacheDataset, accelerator: Accel
         state,
         objective=replace(objective_of(settings, spec), calibrations=dataset.calibrations(accelerator.device)),
         transform=transform,
-        family=family_of_spec(spec),
+        family=family,
         dataset=dataset,
         noise_scheduler=noise_scheduler,
         base=folder / BASE,

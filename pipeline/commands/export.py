@@ -21,9 +21,18 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pipeline.export import int8, modelspec, onnx
+from pipeline.models.fake_quant import bake, has_quantisers, weight_bits
 from pipeline.models.families import Family, Frame
 from pipeline.models.graphs import GRAPH
-from pipeline.models.load import MODEL_INDEX, family_of, find_pipeline, load_base, load_unet
+from pipeline.models.load import (
+    MODEL_INDEX,
+    family_of,
+    find_pipeline,
+    load_base,
+    load_deployed_unet,
+    load_unet,
+    refuse_quantised,
+)
 from pipeline.models.provenance import licence_of
 from pipeline.models.reading import read_json
 from pipeline.models.save import copy_parts, copy_small_parts, save_config
@@ -84,6 +93,7 @@ def export_single_file(settings: ExportSettings, folder: Path) -> None:
     say(f"Wrote U-Net, VAE and {encoders} to {settings.out}, {format_bytes(settings.out.stat().st_size)}. {how}")
     if advice := modelspec.schedule_advice(schedule):
         say(advice)
+    tell_of_floats(settings, folder)
 
 
 def single_file_weights(settings: ExportSettings, pipe: DiffusionPipeline, family: Family) -> dict[str, Tensor]:
@@ -101,7 +111,16 @@ def single_file_weights(settings: ExportSettings, pipe: DiffusionPipeline, famil
 
 
 def export_onnx(settings: ExportSettings, folder: Path) -> None:
-    pipe, family = load_base(folder, settings.variant, load_unet(folder, settings.variant)), family_of(folder)
+    unet = load_deployed_unet(folder / "unet", settings.variant, torch.float32)
+    refuse_quantised(unet, folder)
+    bits, family = weight_bits(unet), family_of(folder)
+    if bits and settings.dtype != "fp32":
+        raise UserError(
+            f"--dtype {settings.dtype}: {settings.model} was trained for integers, and its other layers stay in fp32. "
+            "Leave --dtype out."
+        )
+    bake(unet)
+    pipe = load_base(folder, settings.variant, unet)
     for part in ("unet", *family.encoders):
         if not (part == "vae" and family.follows_force_upcast and pipe.vae.config.force_upcast):
             getattr(pipe, part).to(DTYPES[settings.dtype])
@@ -110,8 +129,8 @@ def export_onnx(settings: ExportSettings, folder: Path) -> None:
     with atomic_directory(settings.out) as out:
         checked = {}
         # The sizes of the examples differ, so that a graph which only takes those of its trace is noticed.
-        traced = onnx.graphs_of(pipe, family, conditioning, 2, (1, 2), seed=0)
-        others = onnx.graphs_of(pipe, family, conditioning, 1, (3, 2), seed=1)
+        traced = onnx.graphs_of(pipe, family, conditioning, 2, (1, 2), seed=0, bits=bits)
+        others = onnx.graphs_of(pipe, family, conditioning, 1, (3, 2), seed=1, bits=bits)
         for graph, other in zip(traced, others, strict=True):
             say_wait(f"writing {settings.out / graph.name}", network_bytes(graph.network))
             onnx.write_graph(graph, out / graph.name)
@@ -152,6 +171,19 @@ def export_int8(settings: ExportSettings, folder: Path) -> None:
         f"Wrote a pipeline to {settings.out}. Where torchao is installed, load it with "
         f'DiffusionPipeline.from_pretrained("{settings.out}", torch_dtype={dtype})'
     )
+    tell_of_floats(settings, folder)
+
+
+def tell_of_floats(settings: ExportSettings, folder: Path) -> None:
+    """Say what becomes of a U-Net that was trained for integers, in a format without ranges of inputs."""
+    if has_quantisers(folder / "unet"):
+        say(
+            f"note: --format {settings.format} has no place for the ranges of {settings.model}, which was trained for "
+            "integers, and holds its weights in floats. --format onnx has them."
+            if settings.format == "single-file"
+            else f"note: --format {settings.format} rounds the weights of linear layers alone, and leaves out the "
+            f"ranges of {settings.model}, which was trained for integers. --format onnx has them."
+        )
 
 
 def guided_step(

@@ -46,7 +46,7 @@ from pipeline.system.page import GRID_PICTURES, REPORT
 from pipeline.training.accelerator import make_accelerator, resolve_precision
 from pipeline.training.ending import finish
 from pipeline.training.held_out import held_out_of
-from pipeline.training.loader import collated_batches, order_of
+from pipeline.training.loader import OneProcess, collated_batches, order_of
 from pipeline.training.loop import Training, prepare_training, run_training, start
 from pipeline.training.lora import Lora, refuse_other_format
 from pipeline.training.objective import Objective
@@ -63,6 +63,7 @@ from pipeline.training.output import (
     nothing_left,
     refuse_damaged_result,
 )
+from pipeline.training.qat import qat_of
 from pipeline.training.report import Report, circumstances, write_report
 from pipeline.training.transform import Transform
 from pipeline.training.validation import planned_images, validation_images
@@ -117,7 +118,7 @@ def inputs_of(settings: FinetuneSettings) -> dict[str, Location | str | None]:
     return {"--model": settings.model, "--latents": settings.latents}
 
 
-def transform_of(settings: FinetuneSettings) -> Transform:
+def lora_of(settings: FinetuneSettings) -> Transform:
     return Lora(settings.lora_rank, settings.seed, settings.lora_format) if settings.lora_rank else Transform()
 
 
@@ -250,9 +251,18 @@ def prepare(
 ) -> Training:
     """The U-Net, as passed or from the newest checkpoint, and everything that trains it, on the device."""
     check_model(settings, folder, dataset)
-    transform = transform_of(settings)
-    student, state = start(settings, transform, lambda: unet)
     spec, noise_scheduler = dataset.shards.manifest.spec, load_noise_scheduler(folder, settings.prediction_type)
+    family, train_timesteps = family_of_spec(spec), len(noise_scheduler.alphas_cumprod)
+    transform = lora_of(settings)
+    if settings.qat:
+        transform = qat_of(
+            settings,
+            accelerator,
+            family,
+            noise_scheduler,
+            lambda these, where: batches(these, dataset, where, 0, train_timesteps),
+        )
+    student, state = start(settings, transform, lambda: unet)
     return prepare_training(
         settings,
         accelerator,
@@ -260,11 +270,11 @@ def prepare(
         state,
         objective=Objective(snr_gamma=settings.snr_gamma),
         transform=transform,
-        family=family_of_spec(spec),
+        family=family,
         dataset=dataset,
         noise_scheduler=noise_scheduler,
         base=folder,
-        held_out=held_out_of(settings, spec, len(noise_scheduler.alphas_cumprod)),
+        held_out=held_out_of(settings, spec, train_timesteps),
     )
 
 
@@ -279,7 +289,11 @@ def check_model(settings: FinetuneSettings, folder: Path, dataset: LatentsDatase
 
 
 def batches(
-    settings: FinetuneSettings, dataset: LatentsDataset, accelerator: Accelerator, position: int, train_timesteps: int
+    settings: FinetuneSettings,
+    dataset: LatentsDataset,
+    accelerator: Accelerator | OneProcess,
+    position: int,
+    train_timesteps: int,
 ) -> Generator[Batch, None, None]:
     """Batches of this process, endlessly, from entry `position` on, with timesteps in [0, `train_timesteps`).
 
@@ -351,7 +365,7 @@ def plan(settings: FinetuneSettings) -> list[str]:
     check_model(settings, folder, dataset)
     held_out_of(settings, dataset.shards.manifest.spec, 1000)
     unet = load_unet(folder, settings.variant)
-    transform_of(settings).prepare(unet)
+    lora_of(settings).prepare(unet)
     trained = sum(p.numel() for p in unet.parameters() if p.requires_grad)
     return [
         f"images: {len(dataset)}",

@@ -9,7 +9,14 @@ from typing import Any
 import yaml
 
 from pipeline.cache.latents import size_in_words
-from pipeline.evaluation.model_card import inline, licence_fields, licence_text, settings_table, training_losses
+from pipeline.evaluation.model_card import (
+    inline,
+    integers_text,
+    licence_fields,
+    licence_text,
+    settings_table,
+    training_losses,
+)
 from pipeline.models.provenance import CARD
 from shards.files import write_bytes
 
@@ -26,6 +33,7 @@ TRAINING = (
     "input_perturbation",
     "uncond_fraction",
     "use_ema",
+    "qat",
     "mixed_precision",
     "seed",
 )
@@ -72,7 +80,7 @@ def finetune_card(card: FinetuneCard) -> str:
     sections = [
         f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---",
         f"# {what}",
-        _usage(card),
+        _usage(card) + integers_text(card.settings.get("qat")),
         f"## How it was made\n\n{settings_table(made)}",
         f"## Results\n\n{training_losses(card.metrics) or 'Nothing was measured.'}",
         f"## Licence\n\n{licence_text(card.model, 'base model', 'These weights are')}",

@@ -16,6 +16,7 @@ import yaml
 
 from pipeline.cache.latents import size_in_words
 from pipeline.evaluation.table import markdown, rows_of
+from pipeline.models.fake_quant import QUANTISERS
 from pipeline.models.levels import LEVELS
 from pipeline.models.provenance import CARD, read_origin
 from pipeline.models.weights import stored_parameters
@@ -23,6 +24,7 @@ from pipeline.settings.evaluate import EVALUATION
 from pipeline.system.echo import plural, printable
 from pipeline.system.errors import UserError
 from pipeline.system.jsonl import read_jsonl
+from pipeline.system.options import QAT_BITS
 from pipeline.system.output import DEMOS
 from pipeline.system.text_files import read_text
 from shards.files import write_bytes, write_json
@@ -46,6 +48,7 @@ TRAINING = (
     "feature_loss",
     "snr_gamma",
     "use_ema",
+    "qat",
     "mixed_precision",
     "init_from",
     "seed",
@@ -127,7 +130,7 @@ def model_card(inputs: CardInputs) -> str:
     sections = [
         f"---\n{yaml.safe_dump(head(inputs), sort_keys=False, allow_unicode=True)}---",
         f"# {inputs.settings['level']}, distilled from {_teacher_name(inputs)}",
-        _lead(inputs),
+        _lead(inputs) + integers_text(inputs.settings.get("qat")),
         _usage(inputs),
         f"## How it was made\n\n{settings_table(_made(inputs))}",
         f"## Results\n\n{results_text(inputs.evaluation, inputs.metrics)}",
@@ -167,6 +170,19 @@ def _lead(inputs: CardInputs) -> str:
         f"{_teacher_name(inputs)}: it has {LEVELS[inputs.settings['level']].summary}. "
         "Its VAE, text encoder and tokenizer are the "
         f"teacher's. {follows} [distill-sd]({SOURCE}) and [BK-SDM]({PAPER})."
+    )
+
+
+def integers_text(qat: str | None) -> str:
+    """What a card says of a model that was trained with --qat: a paragraph, or nothing without."""
+    if not qat:
+        return ""
+    return (
+        f"\n\nIts U-Net was trained for integers: weights of {QAT_BITS[qat]} bits, with a range for each output "
+        f"channel, and inputs of layers of 8 bits, with the ranges in `unet/{QUANTISERS}`. The first and the last "
+        "convolution and the timestep's embedding stay in floats. diffusers loads the weights as floats, without "
+        "rounding them. `distill-sd sample` and `evaluate` round as integers would, and `distill-sd export --format "
+        "onnx` writes the integers."
     )
 
 

@@ -10,11 +10,13 @@ import torch
 from diffusers import DiffusionPipeline
 
 from pipeline.evaluation.fidelity import levels_of
+from pipeline.models.fake_quant import state_of_quantisers
 from pipeline.models.families import Family
 from pipeline.models.hashing import config_of, tokenizer_sha256, weights_sha256
-from pipeline.models.load import family_of, find_pipeline, load_base, load_unet_folder
+from pipeline.models.load import family_of, find_pipeline, load_base, load_deployed_unet
 from pipeline.sampling.process import PipelineRef
 from pipeline.system.errors import UserError
+from shards.manifest import sha256_of_json
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,9 @@ class LoadedPipeline:
         tokenizers = {f"{part}_sha256": tokenizer_sha256(getattr(self.pipe, part)) for part in self.family.tokenizers}
         configs = {part: config_of(network) for part, network in networks.items()}
         config = {key: value for key, value in self.pipe.scheduler.config.items() if not key.startswith("_")}
-        return {**parts, **tokenizers, "configs": configs, "scheduler": config}
+        quantisers = state_of_quantisers(self.pipe.unet)
+        stated = {"quantisers": sha256_of_json(quantisers)} if quantisers else {}
+        return {**parts, **stated, **tokenizers, "configs": configs, "scheduler": config}
 
 
 def load_named_pipeline(
@@ -49,7 +53,7 @@ def load_named_pipeline(
 ) -> LoadedPipeline:
     """The pipeline `name`, the value of the option `flag`. Raises UserError if it cannot be loaded."""
     folder = find_pipeline(name, revision, variant, flag)
-    pipe = load_base(folder, variant, load_unet_folder(folder / "unet", variant, dtype))
+    pipe = load_base(folder, variant, load_deployed_unet(folder / "unet", variant, dtype))
     return LoadedPipeline(name, folder, pipe, PipelineRef(folder, folder / "unet", device, dtype, variant, variant))
 
 

@@ -20,6 +20,7 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection
 
+from pipeline.export.qdq import store_integers
 from pipeline.models.families import Family, Shapes, denoise, placed, random_conditioning
 from pipeline.models.graphs import DENOISED, GRAPH, HIDDEN, LATENTS, PIXELS, UNET, VAE_DECODER, VAE_ENCODER, WEIGHTS
 
@@ -35,7 +36,7 @@ class Graph:
     """A network to be written as `name`: a function of its `inputs` in their order, which gives the tensors `outputs`.
 
     `inputs` are examples by name, and `axes` names those of their axes that may have another size. `network` holds the
-    weights and the config.
+    weights and the config. `bits` are those of its weights if it has fake quantisers.
     """
 
     name: str
@@ -44,18 +45,26 @@ class Graph:
     inputs: dict[str, Tensor]
     outputs: tuple[str, ...]
     axes: dict[str, dict[int, str]]
+    bits: int | None = None
 
 
 def graphs_of(
-    pipe: DiffusionPipeline, family: Family, conditioning: Shapes, batch: int, size: tuple[int, int], seed: int
+    pipe: DiffusionPipeline,
+    family: Family,
+    conditioning: Shapes,
+    batch: int,
+    size: tuple[int, int],
+    seed: int,
+    bits: int | None = None,
 ) -> Iterator[Graph]:
     """The graphs of a pipeline, with random inputs. `conditioning` holds shapes without B, and `size` is (height,
-    width) of the latents in units of the U-Net's own downscaling."""
+    width) of the latents in units of the U-Net's own downscaling. `bits` are those that the U-Net's weights were
+    rounded to, if it has fake quantisers."""
     generator = torch.Generator().manual_seed(seed)
     for name in family.encoders:
         if name != "vae":
             yield text_graph(name, getattr(pipe, name), batch, generator)
-    yield unet_graph(pipe.unet, family, conditioning, batch, size, generator)
+    yield unet_graph(pipe.unet, family, conditioning, batch, size, generator, bits)
     yield from vae_graphs(pipe.vae, batch, size, generator)
 
 
@@ -66,8 +75,9 @@ def unet_graph(
     batch: int,
     size: tuple[int, int],
     generator: torch.Generator | None = None,
+    bits: int | None = None,
 ) -> Graph:
-    """The graph of a U-Net; the arguments are those of `graphs_of`."""
+    """The graph of a U-Net; the arguments are those of `graphs_of` and `Graph`."""
     height, width = (downscaling(unet) * side for side in size)
     sample = torch.randn(batch, unet.config.in_channels, height, width, generator=generator).to(unet.dtype)
     given = placed(random_conditioning(conditioning, batch, generator), unet.device, unet.dtype)
@@ -78,7 +88,7 @@ def unet_graph(
     def call(sample: Tensor, timestep: Tensor, *tensors: Tensor) -> Tensor:
         return denoise(unet, sample, timestep, dict(zip(given, tensors, strict=True)), family)
 
-    return Graph(UNET, unet, call, inputs, (DENOISED,), axes)
+    return Graph(UNET, unet, call, inputs, (DENOISED,), axes, bits)
 
 
 def vae_graphs(vae: Any, batch: int, size: tuple[int, int], generator: torch.Generator) -> Iterator[Graph]:
@@ -139,7 +149,10 @@ def write_graph(graph: Graph, folder: Path) -> None:
         )
         folder.mkdir(exist_ok=True)
         # Of more than 2 GB, torch writes each weight to a file of its own.
-        onnx.save_model(onnx.load(f"{traced}/{GRAPH}"), folder / GRAPH, save_as_external_data=True, location=WEIGHTS)
+        model = onnx.load(f"{traced}/{GRAPH}")
+        if graph.bits:
+            store_integers(model, graph.bits)
+        onnx.save_model(model, folder / GRAPH, save_as_external_data=True, location=WEIGHTS)
 
 
 def largest_difference(graph: Graph, folder: Path) -> tuple[float, float] | None:

@@ -14,6 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabl
 from torch import nn
 
 from pipeline.models.bundled import BUNDLED, teacher_folder
+from pipeline.models.fake_quant import has_quantisers, load_quantisers
 from pipeline.models.families import FAMILIES, Family, family_of_index
 from pipeline.models.graphs import holds_graphs
 from pipeline.models.reading import read_json, read_part, reading
@@ -213,6 +214,17 @@ def load_unet(folder: Path, variant: str | None) -> UNet2DConditionModel:
 def load_unet_folder(folder: Path, variant: str | None, dtype: torch.dtype) -> UNet2DConditionModel:
     """The U-Net in a folder of its own. The dtype is set here because quantised weights cannot be cast afterwards."""
     return load_network(UNet2DConditionModel, folder, variant, fallback=False, torch_dtype=dtype)
+
+
+def load_deployed_unet(folder: Path, variant: str | None, dtype: torch.dtype) -> UNet2DConditionModel:
+    """The U-Net in a folder of its own as it is used: with fake quantisers if it was trained with them.
+
+    Others load it for training, and as a teacher, from its plain weights.
+    """
+    unet = load_unet_folder(folder, variant, dtype)
+    if has_quantisers(folder):
+        load_quantisers(unet, folder)
+    return unet
 
 
 def refuse_quantised(unet: UNet2DConditionModel, folder: Path) -> None:

@@ -18,6 +18,7 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from safetensors.torch import save_file
 
 from pipeline.models.checksums import write_checksums
+from pipeline.models.fake_quant import save_unet
 from pipeline.models.load import MODEL_INDEX, family_of
 from pipeline.models.reading import read_json
 from pipeline.models.schedule import CONFIG, stated_prediction_type
@@ -170,7 +171,8 @@ def save_pipeline(
     prediction_type: str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write a complete pipeline to `out`: the parts of `base`, with networks in `dtype`, and the U-Net as it is.
+    """Write a complete pipeline to `out`: the parts of `base`, with networks in `dtype`, and the U-Net as it is,
+    its fake quantisers included.
 
     Its scheduler states `prediction_type`, what the U-Net predicts; None is what that of `base` states.
     model_index.json is removed first and written last, so a folder that has one is complete.
@@ -184,7 +186,7 @@ def save_pipeline(
                 state_prediction_type(folder / CONFIG, prediction_type)
     with replaced_directory(out / "unet") as folder:
         say_wait(f"writing {out / 'unet'}", network_bytes(unet))
-        unet.save_pretrained(folder)
+        save_unet(unet, folder)
     write_json(out / MODEL_INDEX, index, indent=2)
 
 

@@ -13,7 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from pipeline.models.load import load_base, load_unet_folder
+from pipeline.models.load import load_base, load_deployed_unet
 from pipeline.models.schedule import set_prediction_type
 from pipeline.sampling.generate import GeneratedImages, Sampler, generate
 from pipeline.system.children import bound_children, forkserver
@@ -68,7 +68,7 @@ def load_pipeline(model: PipelineRef) -> DiffusionPipeline:
     """The pipeline with its U-Net, on its device and in its precision."""
     if model.device.type == "cuda" and model.device.index is not None:
         torch.cuda.set_device(model.device)
-    unet = load_unet_folder(model.unet, model.variant, model.dtype)
+    unet = load_deployed_unet(model.unet, model.variant, model.dtype)
     pipe = load_base(model.base, model.base_variant, unet)
     for part in pipe.components.values():
         if isinstance(part, nn.Module):

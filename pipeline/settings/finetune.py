@@ -43,6 +43,8 @@ class FinetuneSettings(TrainingSettings, HubOptions):
         super().__post_init__()
         if self.lora_format != "diffusers" and not self.lora_rank:
             raise UserError(f"--lora-format {self.lora_format} is for LoRA weights. Add --lora-rank.")
+        if self.qat and self.lora_rank:
+            raise UserError(f"--qat {self.qat} trains the whole U-Net, and --lora-rank does not. Drop one of the two.")
         if self.fp16_variant and self.lora_rank:
             raise UserError("--fp16-variant is for a whole pipeline, and LoRA weights are small. Drop one of the two.")
 

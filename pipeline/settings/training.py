@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline.system.errors import UserError
-from pipeline.system.options import MAX_BATCH, MAX_WORKERS, DeviceOptions
+from pipeline.system.options import MAX_BATCH, MAX_WORKERS, QAT_BITS, DeviceOptions
 from pipeline.system.settings import REQUIRED, option
 from shards.location import Location, without_secrets
 
@@ -52,6 +52,12 @@ class TrainingSettings(DeviceOptions):
         "Where the average is kept: cpu saves its memory on a GPU, and copies the weights at each step. By default "
         "where the student is trained.",
         choices=("cpu",),
+    )
+    qat: str | None = option(
+        None,
+        "Train for integers, by rounding weights and the inputs of layers in every pass: int8, or w4a8 for weights of "
+        "4 bits. By default not.",
+        choices=tuple(QAT_BITS),
     )
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass: less memory, more time.")
     mixed_precision: str | None = option(
@@ -107,6 +113,8 @@ class TrainingSettings(DeviceOptions):
             raise UserError(
                 f"--push-to-hub {without_secrets(self.push_to_hub)!r} is not the name of a repository. Give owner/name."
             )
+        if self.qat and self.compile:
+            raise UserError(f"--compile does not work with --qat {self.qat}. Leave --compile out.")
         if self.ema_device and not self.use_ema:
             raise UserError(f"--ema-device {self.ema_device} is for the average of --use-ema. Add that option.")
         if self.lr_scheduler == "constant" and self.lr_warmup_steps:

@@ -13,6 +13,8 @@ DTYPE_NAMES = ("fp32", "fp16", "bf16")
 ENGINES = ("local", "ray")
 RAY = ENGINES[1]
 PREDICTION_TYPES = ("epsilon", "v_prediction")
+# The formats of quantisation-aware training, and the bits of their weights. Inputs of layers have 8.
+QAT_BITS = {"int8": 8, "w4a8": 4}
 # Limits that no real run reaches. Beyond them a number too many would fill the memory, or never come to an end.
 MAX_BATCH, MAX_SIDE, MAX_WORKERS, MAX_SAMPLING_STEPS = 1 << 16, 1 << 14, 1 << 12, 10_000
 SAMPLERS = ("dpm", "ddim", "euler", "euler-ancestral", "heun", "pndm", "unipc")

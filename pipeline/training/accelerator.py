@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, ProjectConfiguration
 
+from pipeline.models.fake_quant import require_modelopt
 from pipeline.settings.training import PRECISIONS, Chosen, TrainingSettings
 from pipeline.system.compiling import refuse_without_compiler
 from pipeline.system.device import check_launch, refuse_other_device, use_cpu
@@ -57,6 +58,8 @@ def make_accelerator(settings: TrainingSettings) -> Accelerator:
     would share a network out over devices.
     """
     check_launch(settings.device)
+    if settings.qat:
+        require_modelopt(f"--qat {settings.qat}")
     if use_cpu(settings.device):
         keep_freed_memory()
     refuse_precision(settings.mixed_precision or "no", settings.device)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset
 
@@ -22,8 +23,17 @@ from shards.schema import ShardError
 BATCH_SECONDS = 600.0
 
 
+@dataclass(frozen=True)
+class OneProcess:
+    """In place of an accelerator: this process reads as if there were no others."""
+
+    device: torch.device
+    process_index: int = 0
+    num_processes: int = 1
+
+
 def batches(
-    settings: TrainingSettings, dataset: Any, accelerator: Accelerator, position: int
+    settings: TrainingSettings, dataset: Any, accelerator: Accelerator | OneProcess, position: int
 ) -> Generator[Batch, None, None]:
     """Batches of this process on its device, endlessly, from entry `position` of the stream on."""
     for batch in collated_batches(settings, dataset, accelerator, position):
@@ -33,7 +43,7 @@ def batches(
 def collated_batches(
     settings: TrainingSettings,
     dataset: Any,
-    accelerator: Accelerator,
+    accelerator: Accelerator | OneProcess,
     position: int,
     order: Iterable[list[int]] | None = None,
 ) -> Generator[Any, None, None]:
@@ -85,7 +95,9 @@ def collated_batches(
             del stream
 
 
-def order_of(settings: TrainingSettings, dataset: Any, accelerator: Accelerator, position: int) -> EpochBatches:
+def order_of(
+    settings: TrainingSettings, dataset: Any, accelerator: Accelerator | OneProcess, position: int
+) -> EpochBatches:
     """The batches of this process, as indices, from entry `position` of all that are trained on."""
     kind = RoundBatches if settings.by_rounds else EpochBatches
     return kind(

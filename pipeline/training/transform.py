@@ -7,6 +7,7 @@ from pathlib import Path
 
 from diffusers import UNet2DConditionModel
 
+from pipeline.models.fake_quant import save_unet
 from pipeline.models.save import save_pipeline
 
 
@@ -18,7 +19,7 @@ class Transform:
 
     def save_weights(self, student: UNet2DConditionModel, folder: Path) -> None:
         """Write what is trained to a checkpoint's folder."""
-        student.save_pretrained(folder)
+        save_unet(student, folder)
 
     def load_weights(self, initial: Callable[[], UNet2DConditionModel], folder: Path) -> UNet2DConditionModel:
         """The prepared student with the weights of a checkpoint's folder. `initial` loads the one trained at first."""
