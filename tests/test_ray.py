@@ -1,13 +1,13 @@
 """`--engine ray`: the same bytes as one process's, whatever happens to the nodes."""
 
 import shutil
-import time
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from support.stages import run_encode, run_teacher_cache, shard_files, tree
 
+from pipeline.cache.ray_actors import _Run
 from pipeline.system.errors import UserError
 
 ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
@@ -22,19 +22,28 @@ def cluster():
 
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     made.workers = [made.add_node(num_cpus=1) for _ in range(2)]
-    # Nodes end with the thread that started them, so it stays until the end.
-    with ThreadPoolExecutor(1) as made.operator:
-        yield made
+    yield made
     ray.shutdown()
     made.shutdown()
 
 
-def change_nodes(cluster, out: Path, shards: int) -> None:
-    """Once so many shards are finished, kill a node, and add another one."""
-    while len(list(out.glob("[sr]0*.index"))) < shards:
-        time.sleep(0.01)
-    cluster.remove_node(cluster.workers.pop(0), allow_graceful=False)
-    cluster.workers.append(cluster.add_node(num_cpus=1))
+@contextmanager
+def nodes_changing(monkeypatch, cluster, out: Path, shards: int):
+    """Within the block, once so many shards are finished, a node that is writing is killed, and another one added."""
+    real, changed = _Run.take, []
+
+    def take(run, member):
+        real(run, member)
+        run.hand_out()
+        if not changed and len(list(out.glob("[sr]0*.index"))) >= shards:
+            cluster.remove_node(cluster.workers.pop(0), allow_graceful=False)
+            cluster.workers.append(cluster.add_node(num_cpus=1))
+            changed.append(True)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_Run, "take", take)
+        yield
+    assert changed
 
 
 def test_ray_starts_on_this_machine(teacher, images, tmp_path):
@@ -48,26 +57,23 @@ def test_ray_starts_on_this_machine(teacher, images, tmp_path):
     assert {name for name in files if files[name] != expected[name]} <= OWN | {"samples/samples.json"}
 
 
-def test_a_node_is_killed_and_another_one_joins(teacher, images, tmp_path, cluster, capsys):
-    """The first node dies in the middle. Until another one joins, and after that, the work goes on."""
+def test_a_node_is_killed_and_another_one_joins(teacher, images, tmp_path, cluster, monkeypatch, capsys):
     many = {"entries_per_shard": 1, "batch_size": 1}
-    alone = run_encode(teacher, images, tmp_path / "alone", views=2, random_flip=True, **many)
-    out = tmp_path / "latents"
-
-    changed = cluster.operator.submit(change_nodes, cluster, out, 3)
+    views = {"views": 2, "random_flip": True, **many}
     on_cluster = {"engine": "ray", "ray_address": cluster.address}
-    run_encode(teacher, images, out, views=2, random_flip=True, **many, **on_cluster)
-    changed.result()
+    alone, out = run_encode(teacher, images, tmp_path / "alone", **views), tmp_path / "latents"
+    with nodes_changing(monkeypatch, cluster, out, 3):
+        run_encode(teacher, images, out, **views, **on_cluster)
     files, expected = tree(out), tree(alone)
     assert files.keys() == expected.keys()
     assert {name for name in files if files[name] != expected[name]} <= OWN
     assert "and is tried again (its process died: " in capsys.readouterr().err
 
-    one = run_teacher_cache(teacher, alone, tmp_path / "one", **many)
-    cache = tmp_path / "cache"
-    changed = cluster.operator.submit(change_nodes, cluster, cache, 5)
-    run_teacher_cache(teacher, alone, cache, **many, **on_cluster)
-    changed.result()
+    one, cache = run_teacher_cache(teacher, alone, tmp_path / "one", **many), tmp_path / "cache"
+    with nodes_changing(monkeypatch, cluster, cache, 5):
+        run_teacher_cache(teacher, alone, cache, **many, **on_cluster)
+    files, expected = tree(cache), tree(one)
+    assert files.keys() == expected.keys()
     assert shard_files(cache) == shard_files(one)
     assert "and is tried again (its process died: " in capsys.readouterr().err
 
