@@ -182,8 +182,8 @@ def recompute(settings: VerifySettings, count: int, teacher: str) -> list[Proble
     if weights_sha256(unet, torch.float32) != spec["teacher_sha256"]:
         raise UserError(f"{settings.directory} was made with another U-Net than the one of --teacher {teacher}")
     found = config_of(unet)
-    configs = [stated_once(config) for config in (spec.get("teacher_config", found), found)]
-    keys = [line.split(":")[0] for line in difference(*configs)]
+    made_with = stated_once(spec.get("teacher_config", found))
+    keys = [line.split(":")[0] for line in difference(made_with, stated_once(found))]
     if keys:
         raise UserError(
             f"{settings.directory} was made with another unet/config.json than that of --teacher {teacher}: they "
