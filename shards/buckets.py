@@ -45,16 +45,18 @@ def of_bucket(spec: dict[str, Any], bucket: int) -> dict[str, Any]:
     return {**{key: value for key, value in spec.items() if key != BUCKETS}, "latents": own, "taps": taps}
 
 
-def bucket_of_image(spec: dict[str, Any], image: int) -> int:
-    """The bucket of the image at a place in the input, by the spec of latents or of a cache; 0 without buckets.
+def image_ends(spec: dict[str, Any]) -> list[int]:
+    """Where in the input the images of each bucket end, by the spec of latents or of a cache; empty without buckets."""
+    latents = spec.get("latents", spec)
+    return list(itertools.accumulate(counts(latents))) if BUCKETS in latents else []
+
+
+def bucket_at(ends: Sequence[int], image: int) -> int:
+    """The bucket of the image at a place in the input, by `image_ends`; 0 without buckets.
 
     Raises ShardError for a place that no image has.
     """
-    latents = spec.get("latents", spec)
-    if BUCKETS not in latents:
-        return 0
-    ends = list(itertools.accumulate(counts(latents)))
-    if not 0 <= image < ends[-1]:
+    if ends and not 0 <= image < ends[-1]:
         raise ShardError(f"image {image} is none of the {ends[-1]} that the spec states")
     return bisect.bisect_right(ends, image)
 

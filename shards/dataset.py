@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from shards import device_codec
-from shards.buckets import STEPS, bucket_of_image, buckets_of_steps, of_bucket, steps_before
+from shards.buckets import STEPS, buckets_of_steps, of_bucket, steps_before
 from shards.cache import Cache
 from shards.codec import EXACT_DTYPES
 from shards.reader import StoredEntry
@@ -151,7 +151,7 @@ class CacheDataset(Dataset):
         return self.cache.targets.counts()
 
     def bucket_of(self, entry: StoredEntry) -> int:
-        return bucket_of_image(self.spec, image_of(entry.key))
+        return self.cache.manifest.bucket_of(image_of(entry.key))
 
     def __getitem__(self, index: int) -> StoredEntry:
         return self.cache.read(index, [*self.tensors, *map(tap_member, self.taps)])

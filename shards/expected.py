@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from shards.buckets import bucket_of_image, of_bucket
+from shards.buckets import of_bucket
 from shards.codec import DITHER_TABLE_SIZE, EXACT_DTYPES
 from shards.manifest import Manifest
 from shards.schema import (
@@ -119,7 +119,7 @@ def check_key(key: str, round_index: int | None) -> None:
 def check_meta(meta: Any, manifest: Manifest, round_index: int | None, image: int) -> None:
     """Raise ShardError unless the .json of the entry of an image, by its place in the input, has every field that
     training reads, within its limits."""
-    spec = of_bucket(manifest.spec, bucket_of_image(manifest.spec, image))
+    spec = of_bucket(manifest.spec, manifest.bucket_of(image))
     try:
         of_image = ("source_id", "caption") if manifest.has_own_images else ()
         problems = [name for name in of_image if not isinstance(meta[name], str)]

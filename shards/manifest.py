@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from shards.buckets import BUCKETS, counts, of_bucket
+from shards.buckets import BUCKETS, bucket_at, counts, image_ends, of_bucket
 from shards.plan import MAX_ENTRIES, ShardPlan, counts_problem
 from shards.regular import NotRegularError
 from shards.schema import (
@@ -64,6 +64,14 @@ class Manifest:
     def plan(self) -> ShardPlan:
         spec = self.spec
         return ShardPlan(spec["entries"], spec["entries_per_shard"], self.rounds, self.version, counts(spec))
+
+    @functools.cached_property
+    def image_ends(self) -> list[int]:
+        return image_ends(self.spec)
+
+    def bucket_of(self, image: int) -> int:
+        """The bucket of the image at a place in the input; 0 without buckets. Raises ShardError if there is none."""
+        return bucket_at(self.image_ends, image)
 
     @property
     def is_cache(self) -> bool:

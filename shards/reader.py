@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from shards.buckets import bucket_of_image, counts
+from shards.buckets import counts
 from shards.codec import decode_npy, unpack_quantised
 from shards.expected import Expected, expected_tensors
 from shards.manifest import Manifest, read_manifest, sha256_of_json
@@ -138,7 +138,7 @@ class ShardSet:
 
     def expected_of(self, key: str) -> dict[str, Expected]:
         """The tensors of the entry with a key, by name, which depend on its bucket."""
-        return self._expected[bucket_of_image(self.manifest.spec, image_of(key))]
+        return self._expected[self.manifest.bucket_of(image_of(key))]
 
     def counts(self) -> list[int]:
         """The entries of each bucket, in all rounds; of a set without buckets all of them."""
@@ -256,7 +256,7 @@ def placed_head(store: Store, shard: PlannedShard, manifest: Manifest) -> Head:
     later = images - manifest.spec["entries"]
     for image in head.images or ():
         placed = indices.start <= image < indices.stop + later
-        if not placed or bucket_of_image(manifest.spec, image) != shard.bucket:
+        if not placed or manifest.bucket_of(image) != shard.bucket:
             raise damaged(path, f"it lists image {image}, which has another place", manifest)
     return head
 

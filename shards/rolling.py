@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 
-from shards.buckets import bucket_of_image
 from shards.buckets import counts as bucket_counts
 from shards.expected import Expected, expected_tensors
 from shards.manifest import Manifest, read_manifest
@@ -53,7 +52,7 @@ class RollingSet:
 
     def expected_of(self, key: str) -> dict[str, Expected]:
         """As of a ShardSet."""
-        return self._expected[bucket_of_image(self.manifest.spec, image_of(key))]
+        return self._expected[self.manifest.bucket_of(image_of(key))]
 
     def row(self, index: int) -> tuple[str, Row]:
         """The shard that holds entry `index`, and the entry's row."""

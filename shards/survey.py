@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from shards.buckets import bucket_of_image
 from shards.cache import RESTORE, describes, foreign_images, images_manifest
 from shards.expected import check_meta, expected_tensors
 from shards.kept import forget
@@ -320,7 +319,7 @@ def check_entry(store: Store, sidecar: Sidecar, place: int, manifest: Manifest) 
     row = sidecar.row(place)
     image = image_of(row.key)
     try:
-        expected = expected_tensors(manifest, bucket_of_image(manifest.spec, image))
+        expected = expected_tensors(manifest, manifest.bucket_of(image))
     except ShardError as error:
         raise damaged(f"{store}/{sidecar.shard}", str(error), manifest) from None
     entry = read_entry(store, sidecar.shard, row, expected, manifest, expected)

@@ -135,6 +135,16 @@ def few_steps() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
+def sides_in_steps_of_eight() -> Iterator[None]:
+    """`encode --buckets` at 32 px has 40 x 24, 32 x 32 and 24 x 40 px (height x width), which tiny networks take."""
+    from pipeline.core import buckets
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(buckets, "STEP", 8)
+        yield
+
+
+@pytest.fixture(scope="module")
 def remembered_evaluations() -> Iterator[None]:
     """What is evaluated from configs alone is computed once."""
     from support.remembered import remember_evaluations

@@ -1,8 +1,4 @@
-"""`encode --buckets` on the whole road: images of several shapes, from encoding to a student.
-
-The tiny networks take sides in steps of 8 px, so at 32 px the buckets are 40 x 24, 32 x 32 and 24 x 40 (height x
-width).
-"""
+"""`encode --buckets` on the whole road: images of several shapes, from encoding to a student."""
 
 import itertools
 import json
@@ -15,9 +11,12 @@ import pytest
 import torch
 import webdataset
 from accelerate import Accelerator
-from diffusers import DDPMScheduler, StableDiffusionPipeline
+from click.testing import CliRunner
+from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import ExifTags, Image
+from support.processes import in_two_processes
 from support.stages import (
+    bytes_per_entry,
     metrics,
     prepared,
     read_entries,
@@ -31,9 +30,10 @@ from support.stages import (
 )
 
 from pipeline.cache import latents_spec, latents_writer
+from pipeline.cli import main
 from pipeline.commands import encode, finetune, inspect_shards, teacher_cache, verify
 from pipeline.commands.finetune import LatentsDataset
-from pipeline.core import buckets, draws
+from pipeline.core import draws
 from pipeline.data.images import decode
 from pipeline.encode import EncodeSettings
 from pipeline.settings.finetune import FinetuneSettings
@@ -47,6 +47,8 @@ from shards.dataset import CacheDataset
 from shards.reader import ShardSet
 from shards.store import open_store
 
+pytestmark = pytest.mark.usefixtures("sides_in_steps_of_eight", "few_steps", "remembered_evaluations")
+
 FORMAT = Path(__file__).parent.parent / "shards" / "README.md"
 # (width, height) of the files. The first is stored on its side.
 FILES = {"a.jpg": (34, 60), "b": (40, 40), "c": (33, 60), "d": (64, 34), "e": (48, 45), "f": (80, 50), "g": (50, 80)}
@@ -55,24 +57,22 @@ CUT = {"c": (40, 24), "g": (40, 24), "b": (32, 32), "e": (32, 32), "a.jpg": (24,
 ONE_ROUND = {"rounds": 1, "batch_size": 2, "entries_per_shard": 2, "students": ("sd_small",)}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _sides_in_steps_of_eight():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(buckets, "STEP", 8)
-        yield
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder, draw = tmp_path_factory.mktemp("shapes"), np.random.default_rng(0)
+def write_shapes(folder, seed, words="picture"):
+    folder.mkdir()
+    draw = np.random.default_rng(seed)
     for name, (width, height) in FILES.items():
         image = Image.fromarray(draw.integers(0, 256, (height, width, 3), dtype=np.uint8))
         exif = image.getexif()
         if name.endswith(".jpg"):
             exif[ExifTags.Base.Orientation] = 6
         image.save(folder / (name if name.endswith(".jpg") else f"{name}.png"), exif=exif)
-        (folder / name).with_suffix(".txt").write_text(f"picture {name[0]}")
+        (folder / name).with_suffix(".txt").write_text(f"{words} {name[0]}")
     return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_shapes(tmp_path_factory.mktemp("shapes") / "images", 0)
 
 
 def encoded(teacher, data, out, **changes):
@@ -87,6 +87,18 @@ def latents(teacher, data, tmp_path_factory):
 @pytest.fixture(scope="module")
 def cache(teacher, latents, tmp_path_factory):
     return run_teacher_cache(teacher, latents, tmp_path_factory.mktemp("bucketed") / "cache", **ONE_ROUND)
+
+
+@pytest.fixture(scope="module")
+def held_out(teacher, tmp_path_factory):
+    work = tmp_path_factory.mktemp("held-out")
+    return encoded(teacher, write_shapes(work / "images", 1, "another picture"), work / "latents")
+
+
+@pytest.fixture(scope="module")
+def student(cache, held_out, tmp_path_factory):
+    out = tmp_path_factory.mktemp("bucketed") / "student"
+    return run_distill(cache, out, train_batch_size=2, max_train_steps=2, validation_latents=held_out)
 
 
 def stem(entry):
@@ -268,25 +280,35 @@ def test_stock_webdataset_reads_it(cache):
         assert entry["noise.npy"].shape == image["latents.npy"].shape == (4, height // 2, width // 2)
 
 
-def test_a_dry_run_counts_each_shape(teacher, data, latents, tmp_path):
-    planned = {"students": ("sd_small",), "entries_per_shard": 3, "device": "cpu", "tokens": 16, "rounds": 2}
-    settings = TeacherCacheSettings(teacher=str(teacher), latents=latents, out=tmp_path / "planned", **planned)
+def planned(lines):
+    """(size, entries, bytes of one) of each bucket, in the lines of a plan."""
+    found = re.findall(r"^  (.*): (\d+) of ([\d,]+) bytes$", "\n".join(lines), re.MULTILINE)
+    return [(size, int(entries), int(bytes_.replace(",", ""))) for size, entries, bytes_ in found]
+
+
+def about(directory, *shards):
+    return pytest.approx(bytes_per_entry(directory, list(shards)), rel=0.05)
+
+
+def test_a_dry_run_counts_each_shape_and_its_bytes(teacher, data, latents, cache, tmp_path):
+    options = {**ONE_ROUND, "rounds": 2, "device": "cpu", "tokens": 16}
+    settings = TeacherCacheSettings(teacher=str(teacher), latents=latents, out=tmp_path / "planned", **options)
     lines = teacher_cache.plan(settings)
-    assert "still to write: 14 entries in 6 shards" in lines
-    assert [line.split(" of ")[1] for line in lines if line.startswith("  latents of")] == [
-        "20 x 12: 4",
-        "16 x 16: 4",
-        "12 x 20: 6",
+    assert "still to write: 14 entries in 8 shards" in lines
+    assert planned(lines) == [
+        ("latents of 20 x 12", 4, about(cache, "r0000-s00000")),
+        ("latents of 16 x 16", 4, about(cache, "r0000-s00001")),
+        ("latents of 12 x 20", 6, about(cache, "r0000-s00002", "r0000-s00003")),
     ]
     settings = EncodeSettings(
         teacher=str(teacher), data=str(data), out=tmp_path / "new", resolution=32, buckets=True, entries_per_shard=2
     )
     lines = encode.plan(settings)
     assert lines[0] == "entries: 7 in 4 shards, 4 of them still to write"
-    assert [line.split(" of ")[0] for line in lines if line.startswith("  ") and " px: " in line] == [
-        "  24 x 40 px: 2",
-        "  32 x 32 px: 2",
-        "  40 x 24 px: 3",
+    assert planned(lines) == [
+        ("24 x 40 px", 2, about(latents, "s00000")),
+        ("32 x 32 px", 2, about(latents, "s00001")),
+        ("40 x 24 px", 3, about(latents, "s00002", "s00003")),
     ]
     assert not (tmp_path / "new").exists()
 
@@ -334,11 +356,69 @@ def test_losses_are_those_of_each_shape_alone(cache, tmp_path):
     torch.testing.assert_close(terms["task"], expected.mean())
 
 
-def test_finetune_draws_anew_at_each_visit_and_held_out_images_may_have_all_shapes(teacher, latents, tmp_path):
+def fp32(entry, names):
+    return [torch.tensor(entry.tensors[name].values)[None].float() for name in names]
+
+
+def test_held_out_errors_are_those_of_each_image_alone(teacher, student, held_out, tmp_path):
+    """While a student is trained, and by `evaluate`; with diffusers' own U-Nets, one image after another."""
+    entries = read_entries(held_out, "latents", ["latents", "prompt_embeds"])
+    assert [stem(entry) for entry in entries] == list(CUT)
+    unets = [UNet2DConditionModel.from_pretrained(folder, subfolder="unet").eval() for folder in (teacher, student)]
+    scheduler = DDPMScheduler.from_pretrained(teacher, subfolder="scheduler")
+    tasks, outputs = [], []
+    for place, entry in enumerate(entries):
+        (latents, prompts), name = fp32(entry, ["latents", "prompt_embeds"]), entry.meta["source_id"]
+        noise = torch.from_numpy(draws.noise(0, name, 0, tuple(latents.shape[1:]), 0.0))[None].float()
+        alone = draws.generator(0, name, 0, "held-out")
+        timestep = torch.tensor([int((place + alone.random()) / len(entries) * 1000)])
+        with torch.no_grad():
+            prediction = unets[1](scheduler.add_noise(latents, noise, timestep), timestep, prompts).sample
+            tasks.append((prediction - noise).square().mean().item())
+            timestep = torch.tensor([draws.generator(0, name, 0, "held-out").integers(0, 1000)])
+            noisy = scheduler.add_noise(latents, noise, timestep)
+            expected, found = (unet(noisy, timestep, prompts).sample for unet in unets)
+            outputs.append((found - expected).square().mean().item())
+    *_, line = [line for line in metrics(student) if "held_out/task" in line]
+    assert line["step"] == 2
+    assert line["held_out/task"] == pytest.approx(np.mean(tasks), rel=1e-3)
+    arguments = ["--teacher", teacher, "--student", student, "--latents", held_out, "--out", tmp_path / "out"]
+    quick = ["--bins", 1, "--batch-size", 2, "--repeats", 1, "--num-inference-steps", 2, "--timing-batch-size", 1]
+    given = ["evaluate", *arguments, *quick, "--device", "cpu"]
+    result = CliRunner().invoke(main, [str(argument) for argument in given])
+    reset_accelerate()
+    assert result.exit_code == 0, result.output
+    fidelity = json.loads((tmp_path / "out" / "evaluation.json").read_text())["fidelity"]
+    assert fidelity["entries"] == 7
+    assert fidelity["all"]["output"]["mse"] == pytest.approx(np.mean(outputs), rel=1e-3)
+
+
+def test_two_processes_train_as_one_of_twice_the_batch(cache, student, tmp_path):
+    """The student's two steps. Where a gradient is next to nothing, Adam makes a whole step of its rounding."""
+    options = "--level sd_small --learning-rate 1e-3 --device cpu --dataloader-num-workers 0 --logging-steps 1 "
+    options += "--no-report --max-train-steps 2 --train-batch-size 1"
+    in_two_processes([f"distill --cache {cache} --out together {options}"], tmp_path)
+    together = tmp_path / "together"
+    terms = ("task", "output", "loss")
+    pairs = zip(metrics(together), [line for line in metrics(student) if "loss" in line], strict=True)
+    for line, alone in pairs:
+        assert [line[name] for name in terms] == pytest.approx([alone[name] for name in terms], rel=1e-4)
+    left, right = state_dict_of(together / "unet"), state_dict_of(student / "unet")
+    errors = torch.cat([(left[name] - right[name]).flatten().abs() for name in left])
+    assert errors.max() < 4e-3
+    assert (errors < 1e-5).float().mean() > 0.99
+
+
+def test_finetune_draws_anew_at_each_visit_and_held_out_images_may_have_all_shapes(
+    teacher, latents, held_out, tmp_path
+):
     settings = FinetuneSettings(
-        model=str(teacher), latents=latents, out=tmp_path / "out", train_batch_size=2, max_train_steps=9, device="cpu",
-        dataloader_num_workers=0,
+        model=str(teacher), latents=latents, out=tmp_path / "out", train_batch_size=2, max_train_steps=2, device="cpu",
+        dataloader_num_workers=0, validation_latents=held_out, report=False,
     )  # fmt: skip
+    finetune.run(settings)
+    reset_accelerate()
+    assert "held_out/task" in metrics(tmp_path / "out")[-1]
     dataset = LatentsDataset(latents)
     read = finetune.batches(settings, dataset, Accelerator(cpu=True), 0, 1000)
     seen = [pair for batch in itertools.islice(read, 30) for pair in zip(batch.keys, batch.timesteps, strict=True)]

@@ -1,20 +1,18 @@
 """The commands as a user types them: the three stages, exit statuses, help, dry runs, the Makefile."""
 
 import json
-import multiprocessing
 import os
 import re
 import shlex
-import socket
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
+from support.processes import in_two_processes
 from support.stages import reset_accelerate, run_encode, run_teacher_cache, shard_files, state_dict_of, tree
 from support.tiny import write_images
 
@@ -283,35 +281,6 @@ def test_accelerate_launch_starts_a_stage(teacher, images, tmp_path):
     result = subprocess.run((launch + line).split(), cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "holds 13 images in 3 shards" in result.stdout
-
-
-def in_two_processes(lines, cwd):
-    """Run commands in two processes with the variables that torchrun sets. Returns what they print.
-
-    They are forked from this process, which has the libraries loaded already.
-    """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    fork = multiprocessing.get_context("fork")
-    children = [fork.Process(target=as_rank, args=(rank, shared, lines, cwd)) for rank in ("0", "1")]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join()
-    texts = [(cwd / f"rank-{rank}.txt").read_text() for rank in ("0", "1")]
-    assert [child.exitcode for child in children] == [0, 0], texts
-    return "".join(texts)
-
-
-def as_rank(rank, shared, lines, cwd):
-    """One process of several."""
-    torch.set_num_threads(1)
-    os.environ.update(shared, RANK=rank, LOCAL_RANK=rank)
-    os.chdir(cwd)
-    with open(f"rank-{rank}.txt", "w") as output, redirect_stdout(output), redirect_stderr(output):
-        for line in lines:
-            main(shlex.split(line), standalone_mode=False)
 
 
 def test_two_processes_write_the_bytes_of_one(road, teacher, images, tmp_path):

@@ -87,8 +87,11 @@ def test_a_cache_is_neither_gone_on_with_nor_recomputed(model, images, tmp_path)
     with pytest.raises(ShardError, match=r'teacher_config\.act_fn: null -> "relu"'):
         teacher_cache.plan(settings)
     assert tree(cache) == before
-    change_json(model / "unet/config.json", act_fn="silu")
+    # What is stated for each block alike means the same as what is stated once.
+    change_json(model / "unet/config.json", act_fn="silu", attention_head_dim=[2, 2, 2, 2])
+    assert "still to write: 14 entries in 4 shards" in teacher_cache.plan(settings)
     run_teacher_cache(model, latents, cache)
+    assert (cache / "manifest.json").read_bytes() == before["manifest.json"]
     change_json(model / "unet/config.json", act_fn="relu")
     status, output = verify(cache, "--recompute", "1", "--teacher", str(model), "--device", "cpu")
     assert status == 2

@@ -13,7 +13,9 @@ from click.testing import CliRunner
 from PIL import Image
 from support.buckets import EXPIRED, KEY, SECRET, Elsewhere, environment, fill, held
 from support.stages import first, metrics, run_distill, run_encode, run_teacher_cache, tree
+from support.tiny import write_images
 
+from pipeline.cache import latents_spec
 from pipeline.cache.latents import open_latents
 from pipeline.cli import main
 from pipeline.commands import distill, finetune, teacher_cache
@@ -219,6 +221,32 @@ def test_both_parts_of_stage_one_write_to_a_bucket_what_they_write_to_a_director
     from_bucket = run_teacher_cache(teacher, LATENTS, tmp_path / "from_bucket", samples=1)
     assert tree(from_bucket).keys() == tree(cache).keys()
     assert alike(from_bucket, "out")
+
+
+def test_images_of_several_shapes_and_other_taps_are_the_same_in_a_bucket(
+    sides_in_steps_of_eight, teacher, bucket, home, tmp_path, monkeypatch
+):
+    """Of a tall, a square and a wide image, in three shards. A second run knows their shapes from what the first one
+    wrote."""
+    images = write_images(tmp_path / "images", 3, sizes=((60, 36), (40, 40), (36, 60)))
+    latents = run_encode(teacher, images, tmp_path / "latents", buckets=True)
+    run_encode(teacher, images, LATENTS, buckets=True)
+    assert alike(latents, "latents")
+    assert "buckets.npy" in held("latents")
+    monkeypatch.setattr(latents_spec, "assign", None)
+    run_encode(teacher, images, LATENTS, buckets=True)
+    options = {"rounds": 1, "students": ("sd_small",), "taps": "self-attention"}
+    cache = run_teacher_cache(teacher, latents, tmp_path / "cache", **options)
+    run_teacher_cache(teacher, LATENTS, OUT, **options)
+    assert alike(cache, "out")
+    names = json.loads(held("out")["manifest.json"])["spec"]["taps"]
+    assert names
+    assert all(name.endswith(".attn1") for name in names)
+    status, output = run("verify", OUT, "--full")
+    assert (status, "no damage found; 3 of 3 shards" in output) == (0, True)
+    training = {"train_batch_size": 1, "max_train_steps": 2}
+    here, there = (run_distill(place, tmp_path / str(number), **training) for number, place in enumerate((cache, OUT)))
+    assert without_times(here) == without_times(there)
 
 
 def test_a_cache_in_a_bucket_goes_on_where_a_failure_stopped_it(teacher, latents, bucket, tmp_path):

@@ -12,13 +12,23 @@ from click.testing import CliRunner
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditionModel
 from PIL import Image
 from support.damage import verify as verified
-from support.stages import read_entries, reset_accelerate, run_distill, run_encode, run_teacher_cache, shard_files, tree
+from support.stages import (
+    read_entries,
+    reset_accelerate,
+    run_distill,
+    run_encode,
+    run_teacher_cache,
+    shard_files,
+    state_dict_of,
+    tree,
+)
 from support.tiny import tiny_pipeline, tiny_unet, write_images
 
 from pipeline.cli import main
 from pipeline.commands import teacher_cache, verify
 from pipeline.commands.verify import VerifySettings
 from pipeline.models.levels.sd import LEVELS
+from pipeline.models.load import load_unet
 from pipeline.system.errors import UserError
 from pipeline.teacher_cache import TeacherCacheSettings
 from shards.cache import Cache
@@ -505,3 +515,26 @@ def test_targets_of_an_image_that_was_replaced_are_refused_with_what_to_do(teach
     run_teacher_cache(teacher, latents, cache, entries_per_shard=3, codec="fp32")
     fresh = run_teacher_cache(teacher, latents, tmp_path / "fresh", entries_per_shard=3, codec="fp32")
     assert shard_files(cache) == shard_files(fresh)
+
+
+def test_a_teacher_in_half_precision_gives_the_cache_of_one_with_the_same_numbers_in_full(teacher, latents, tmp_path):
+    """It is loaded as its files are, which takes half the memory. Its students are written in float32."""
+    folders = [shutil.copytree(teacher, tmp_path / name) for name in ("half", "full")]
+    unet = UNet2DConditionModel.from_pretrained(teacher / "unet").half()
+    for folder, dtype in zip(folders, (torch.float16, torch.float32), strict=True):
+        unet.to(dtype).save_pretrained(folder / "unet")
+    assert load_unet(folders[0], None, as_stored=True).dtype == torch.float16
+    assert load_unet(folders[1], None, as_stored=True).dtype == torch.float32
+    caches = [
+        run_teacher_cache(folder, latents, tmp_path / f"{folder.name}-cache", rounds=1, students=("sd_tiny",))
+        for folder in folders
+    ]
+    specs = [read_manifest(open_store(cache)).spec for cache in caches]
+    assert specs[0] == specs[1]
+    assert tree(caches[0] / "students") == tree(caches[1] / "students")
+    # Sums are rounded in other places where the weights lie otherwise in memory.
+    for half, full in zip(*(read_entries(cache, "cache", ["teacher_pred"]) for cache in caches), strict=True):
+        np.testing.assert_allclose(half.tensors["teacher_pred"].values, full.tensors["teacher_pred"].values, atol=1e-3)
+    assert {tensor.dtype for tensor in state_dict_of(caches[0] / "students" / "sd_tiny").values()} == {torch.float32}
+    output = verified(caches[0], "--recompute", "2", "--teacher", str(folders[1]), "--device", "cpu")[1]
+    assert "no damage found" in output

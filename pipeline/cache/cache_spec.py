@@ -11,7 +11,7 @@ from pipeline.cache.output import existing_manifest
 from pipeline.cache.parts import TAP_SET
 from pipeline.cache.taps import tap_specs
 from pipeline.models.families import family_of_spec
-from pipeline.models.hashing import config_of, library_versions, weights_sha256
+from pipeline.models.hashing import as_stated, config_of, library_versions, weights_sha256
 from pipeline.models.levels.tap_sets import BLOCKS
 from pipeline.models.shapes import tap_shapes
 from pipeline.models.students import levels_of, refuse_foreign
@@ -52,8 +52,8 @@ def cache_spec(
         "prediction_type": noise_scheduler.config.prediction_type,
         "noise_scheduler": {key: config[key] for key in sorted(config) if not key.startswith("_")},
         "dtype": resolve_dtype(settings.dtype, device),
-        "teacher_sha256": weights_sha256(unet),
-        "teacher_config": config_of(unet),
+        "teacher_sha256": weights_sha256(unet, torch.float32),
+        "teacher_config": as_stated(config_of(unet), found.spec.get("teacher_config") if found else None),
         "latents": latents.manifest.spec,
         "libraries": library_versions(),
     }

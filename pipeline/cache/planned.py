@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from torch import nn
 
 from pipeline.cache import sizes
@@ -44,19 +45,22 @@ def bytes_left(
     out: Path,
     latents: ShardSet,
     spec: dict[str, Any],
-    base: DiffusionPipeline,
+    base_bytes: int,
     unet: UNet2DConditionModel,
 ) -> int:
-    """About how many bytes a run adds to --out: shards, and weights in float32."""
+    """About how many bytes a run adds to --out: shards, the `base_bytes` of base/, and students."""
     found = existing_cache(settings.out)
     unfinished = shards_left(settings, latents, found)
     written = sizes.total_bytes(cache_sizes(latents.manifest.spec, spec["taps"], settings, unfinished))
     shards = bytes_to_copy(latents, out, found) + written
-    networks = [] if (out / BASE).is_dir() else [m for m in base.components.values() if isinstance(m, nn.Module)]
-    for level in levels_of(settings.students, family_of_spec(latents.manifest.spec)):
-        if not (out / student_part(level)).is_dir():
-            networks.append(meta_student(dict(unet.config), level))
-    return shards + sum(4 * parameter.numel() for network in networks for parameter in network.parameters())
+    levels = levels_of(settings.students, family_of_spec(latents.manifest.spec))
+    students = [level for level in levels if not (out / student_part(level)).is_dir()]
+    weights = bytes_in_float32(meta_student(dict(unet.config), level) for level in students)
+    return shards + weights + (0 if (out / BASE).is_dir() else base_bytes)
+
+
+def bytes_in_float32(networks: Iterable[nn.Module]) -> int:
+    return sum(4 * parameter.numel() for network in networks for parameter in network.parameters())
 
 
 def shards_left(settings: TeacherCacheSettings, latents: ShardSet, found: Manifest | None) -> list[PlannedShard]:

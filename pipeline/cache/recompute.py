@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,10 +13,11 @@ from torch import Tensor
 from pipeline.core.diffusion import add_noise
 from pipeline.core.taps import Taps, sample_tokens
 from pipeline.models.families import denoise, family_of_spec
-from shards.buckets import bucket_of_image, of_bucket
+from shards.buckets import of_bucket
 from shards.calibration import Calibration
 from shards.codec import dequantise
 from shards.dataset import stack_tensors
+from shards.manifest import Manifest
 from shards.reader import StoredEntry, StoredTensor
 from shards.rotated_codec import dequantise_rotated, rotated
 from shards.schema import LATENTS, TEACHER_PRED, added_noise, conditioning_shapes, image_of, tap_member
@@ -43,7 +43,7 @@ class Deviation:
 
 def deviations(
     entries: Iterable[StoredEntry],
-    spec: dict[str, Any],
+    manifest: Manifest,
     calibrations: Mapping[str, Calibration],
     unet: UNet2DConditionModel,
     alphas_cumprod: Tensor,
@@ -52,12 +52,12 @@ def deviations(
 
     `alphas_cumprod` (T,) float32, on the U-Net's device.
     """
-    taps = Taps(unet, spec["taps"])
+    taps = Taps(unet, manifest.spec["taps"])
     found: dict[str, list[Deviation]] = {}
     for entry in entries:
-        for name, output in recompute_entry(entry, spec, unet, taps, alphas_cumprod).items():
+        for name, output in recompute_entry(entry, manifest, unet, taps, alphas_cumprod).items():
             calibration = calibrations.get(name.removeprefix(tap_member("")))
-            allowed = ARITHMETIC[spec["dtype"]] * float(np.abs(output).max())
+            allowed = ARITHMETIC[manifest.spec["dtype"]] * float(np.abs(output).max())
             output = output if calibration is None else rotated(output, calibration)
             found.setdefault(name, []).append(deviation(name, entry, output, allowed))
     taps.remove()
@@ -66,10 +66,10 @@ def deviations(
 
 @torch.inference_mode()
 def recompute_entry(
-    entry: StoredEntry, spec: dict[str, Any], unet: UNet2DConditionModel, taps: Taps, alphas_cumprod: Tensor
+    entry: StoredEntry, manifest: Manifest, unet: UNet2DConditionModel, taps: Taps, alphas_cumprod: Tensor
 ) -> dict[str, np.ndarray]:
     """The teacher's output for one entry, (C, H, W) float32 by tensor name; taps at the positions that were kept."""
-    spec = of_bucket(spec, bucket_of_image(spec, image_of(entry.key)))
+    spec = of_bucket(manifest.spec, manifest.bucket_of(image_of(entry.key)))
     conditioning = list(conditioning_shapes(spec))
     inputs = stack_tensors([entry], [LATENTS, added_noise(spec), *conditioning])
     latents, noise = inputs[LATENTS].to(unet.device), inputs[added_noise(spec)].to(unet.device)

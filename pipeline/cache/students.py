@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 
 from pipeline.cache.parts import BASE, existing_parts, student_part
@@ -51,18 +52,21 @@ def save_parts(
     if BASE not in existing:
         save_base(folder, settings.variant, noise_scheduler, out / BASE)
         saved.append(BASE)
-    teacher_weights = unet.state_dict()
     for level in levels_of(settings.students, family_of(folder)):
-        student_folder = out / student_part(level)
         if student_part(level) in existing:
             continue
         try:
-            student = initialised_student(dict(unet.config), teacher_weights, level)
+            save_student(unet, level, out / student_part(level))
         except ValueError as error:
             raise UserError(f"--teacher {settings.teacher}: {error}") from None
-        with atomic_directory(student_folder, exist_ok=True) as temporary:
-            say_wait(f"writing {student_folder}", network_bytes(student))
-            student.save_pretrained(temporary)
-            write_checksums(temporary)
         saved.append(student_part(level))
     return saved
+
+
+def save_student(teacher: UNet2DConditionModel, level: str, folder: Path) -> None:
+    """Write a student as training begins with it, in float32. Raises ValueError for a teacher that it does not fit."""
+    student = initialised_student(dict(teacher.config), teacher.state_dict(), level).to(torch.float32)
+    with atomic_directory(folder, exist_ok=True) as temporary:
+        say_wait(f"writing {folder}", network_bytes(student))
+        student.save_pretrained(temporary)
+        write_checksums(temporary)

@@ -135,7 +135,8 @@ def time_of(settings: PlanSettings, folder: Path, shapes: TeacherShapes, entries
     assert settings.snr_db is not None
     device = process_state(settings.device).device
     dtype = DTYPES[resolve_dtype(settings.dtype, device)]
-    unet = load_unet(folder, settings.variant).to(device, dtype, memory_format=torch.channels_last).eval()
+    unet = load_unet(folder, settings.variant, as_stored=True)
+    unet.to(device, dtype, memory_format=torch.channels_last).eval()
     taps = tap_specs(settings, shapes.taps)
     trial = try_teacher(unet, family_of(folder), shapes, taps, settings.codec, settings.snr_db, settings.batch_size)
     rate = 1 / trial.seconds(1)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+from torch import nn
 from tqdm import tqdm
 
 from pipeline.cache import sizes
@@ -25,7 +26,7 @@ from pipeline.cache.images import add_images, bytes_to_copy
 from pipeline.cache.latents import captions_of, check_encoders, open_latents, sampling_size
 from pipeline.cache.output import bind_parts, claim, finished_heads, refuse_other_window, share_unfinished
 from pipeline.cache.parts import BASE, write_teacher_config
-from pipeline.cache.planned import bytes_left, cache_sizes, shards_left
+from pipeline.cache.planned import bytes_in_float32, bytes_left, cache_sizes, shards_left
 from pipeline.cache.ray_actors import write_on_cluster
 from pipeline.cache.ray_nodes import device_of, for_actors, learned_here, manifest_here, open_targets_writer
 from pipeline.cache.readers import rolling_lines
@@ -35,7 +36,7 @@ from pipeline.cache.students import save_students
 from pipeline.cache.taps import sampling_lines
 from pipeline.cache.targets_writer import TargetsWriter, teacher_on
 from pipeline.models.families import family_of_spec
-from pipeline.models.hashing import deciding
+from pipeline.models.hashing import as_stated, deciding
 from pipeline.models.load import find_pipeline, load_base, load_unet, unet_config
 from pipeline.models.provenance import write_origin
 from pipeline.models.schedule import load_noise_scheduler, set_prediction_type
@@ -96,17 +97,21 @@ def write_cache(settings: TeacherCacheSettings, lock: OutputLock | NoLock, clust
     device = cluster.device if cluster else state.device
     latents = open_latents(settings.latents)
     folder = find_pipeline(settings.teacher, settings.revision, settings.variant)
-    base, unet = load_base(folder, settings.variant), load_unet(folder, settings.variant)
+    base = load_base(folder, settings.variant)
     noise_scheduler = load_noise_scheduler(folder, settings.prediction_type)
     check_encoders(latents, base, f"--teacher {settings.teacher}")
     check_samples(settings, latents, folder, base, noise_scheduler)
+    base_bytes = bytes_in_float32(module for module in base.components.values() if isinstance(module, nn.Module))
+    # The U-Net needs the memory that they take, and a large one no more of it than its files.
+    del base
+    unet = load_unet(folder, settings.variant, as_stored=True)
     spec = cache_spec(settings, latents, unet, noise_scheduler, device)
     if found := existing_cache(settings.out):
         refuse_other_spec(settings.out, found.spec, spec)
         # Before rounds are added: damaged ones would stop their making.
         stored_calibrations(open_store(settings.out), found)
     if isinstance(settings.out, Path):
-        require_space(settings.out, bytes_left(settings, settings.out, latents, spec, base, unet), SMALLER)
+        require_space(settings.out, bytes_left(settings, settings.out, latents, spec, base_bytes, unet), SMALLER)
     only = settings.window is not None and state.is_main_process
     with state.main_process_first(), lock.claim(only=only) as alone:
         manifest = claim(settings.out, "cache", spec, alone=alone, rounds=settings.rounds, window=settings.window)
@@ -115,7 +120,6 @@ def write_cache(settings: TeacherCacheSettings, lock: OutputLock | NoLock, clust
         saved = save_students(settings, folder, unet, noise_scheduler)
         manifest = bind_parts(settings.out, manifest, saved)
         write_origin(settings.out, settings.teacher, folder, settings.revision, settings.latents)
-    del base
     rolls, store = manifest.window is not None, open_store(settings.out)
     own: list[PlannedShard] = []
     if rolls:
@@ -329,7 +333,8 @@ def plan(settings: TeacherCacheSettings) -> list[str]:
     taps = wanted_taps(checked_taps(settings, latents, config), found)
     if found is not None:
         stated = {"latents": latents.manifest.spec, **counted_entries(latents), "taps": taps}
-        stated = known_to(found.spec, {**stated, "teacher_config": deciding(UNet2DConditionModel, config)})
+        decides = as_stated(deciding(UNet2DConditionModel, config), found.spec.get("teacher_config"))
+        stated = known_to(found.spec, {**stated, "teacher_config": decides})
         names = ("entries_per_shard", "seed", "noise_offset", "input_perturbation", "uncond_fraction")
         wanted = {**stated, **{name: getattr(settings, name) for name in names}}
         refuse_other_spec(settings.out, {name: found.spec[name] for name in wanted}, wanted)

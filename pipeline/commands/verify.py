@@ -29,7 +29,7 @@ from pipeline.cache.readers import rolling_lines
 from pipeline.cache.recompute import deviations, table
 from pipeline.cache.remote_parts import changes_at, parts_of, take_file
 from pipeline.models.checksums import has_checksums
-from pipeline.models.hashing import config_of, weights_sha256
+from pipeline.models.hashing import config_of, stated_once, weights_sha256
 from pipeline.models.levels import LEVELS
 from pipeline.models.load import MODEL_INDEX, find_pipeline, load_unet
 from pipeline.models.provenance import ORIGIN, read_origin
@@ -178,10 +178,12 @@ def recompute(settings: VerifySettings, count: int, teacher: str) -> list[Proble
     spec = cache.manifest.spec
     there = entries_there(cache) if rolling else np.arange(len(cache))
     folder = find_pipeline(teacher, settings.revision, settings.variant)
-    unet = load_unet(folder, settings.variant)
-    if weights_sha256(unet) != spec["teacher_sha256"]:
+    unet = load_unet(folder, settings.variant, as_stored=True)
+    if weights_sha256(unet, torch.float32) != spec["teacher_sha256"]:
         raise UserError(f"{settings.directory} was made with another U-Net than the one of --teacher {teacher}")
-    keys = [line.split(":")[0] for line in difference(spec.get("teacher_config", config_of(unet)), config_of(unet))]
+    found = config_of(unet)
+    made_with = stated_once(spec.get("teacher_config", found))
+    keys = [line.split(":")[0] for line in difference(made_with, stated_once(found))]
     if keys:
         raise UserError(
             f"{settings.directory} was made with another unet/config.json than that of --teacher {teacher}: they "
@@ -194,7 +196,7 @@ def recompute(settings: VerifySettings, count: int, teacher: str) -> list[Proble
     chosen = sorted(generator.choice(there, min(count, len(there)), replace=False).tolist())
     progress = tqdm(chosen, unit="entry", desc="recompute")
     entries = at_once(cache.store, lambda index: cache.read(index, cache.tensors), progress)
-    rows = deviations(entries, spec, cache.calibrations(), unet, alphas_cumprod)
+    rows = deviations(entries, cache.manifest, cache.calibrations(), unet, alphas_cumprod)
     say("\n".join(table(rows)))
     return [
         Problem(

@@ -7,9 +7,9 @@ up blocks of SD-1.x with two layers each, so code that works with it also works 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
-import diffusers
-from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -117,17 +117,24 @@ def make_unet() -> UNet2DConditionModel:
     The two innermost widths are equal, as in SD. Otherwise a student without the innermost stage could not take over
     the teacher's weights.
     """
+    return unet_of(
+        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+        block_out_channels=(32, 64, 80, 80),
+        cross_attention_dim=TEXT_WIDTH,
+        attention_head_dim=4,
+    )
+
+
+def unet_of(**config: Any) -> UNet2DConditionModel:
+    """A U-Net for the latents of the demo, with what its `config` says besides."""
     return UNet2DConditionModel(
         sample_size=LATENT_SIDE,
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
-        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-        block_out_channels=(32, 64, 80, 80),
         layers_per_block=2,
-        cross_attention_dim=TEXT_WIDTH,
-        attention_head_dim=4,
         norm_num_groups=8,
+        **config,
     )
 
 
@@ -142,24 +149,6 @@ def make_noise_scheduler() -> DDIMScheduler:
         set_alpha_to_one=False,
         steps_offset=1,
         prediction_type="epsilon",
-    )
-
-
-def make_pipeline(
-    autoencoder: AutoencoderKL,
-    text_encoders: Mapping[str, nn.Module],
-    tokenizer: CLIPTokenizer,
-    unet: UNet2DConditionModel | None,
-) -> DiffusionPipeline:
-    return diffusers.StableDiffusionPipeline(
-        vae=autoencoder,
-        **text_encoders,
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=make_noise_scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
     )
 
 

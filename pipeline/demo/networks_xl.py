@@ -9,13 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-import diffusers
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from pipeline.demo.networks import LATENT_CHANNELS, LATENT_SIDE, TEXT_WIDTH, make_noise_scheduler, text_config
+from pipeline.demo.networks import TEXT_WIDTH, text_config, unet_of
 
 TEXT_WIDTH_2, POOLED_WIDTH = 48, 64
 # Of each of an image's six numbers.
@@ -39,40 +38,17 @@ def make_unet() -> UNet2DConditionModel:
 
     Depths that grow inwards, as SDXL's (1, 2, 10) do, so that SSD-1B and Segmind-Vega leave out blocks of both stages.
     """
-    return UNet2DConditionModel(
-        sample_size=LATENT_SIDE,
-        in_channels=LATENT_CHANNELS,
-        out_channels=LATENT_CHANNELS,
+    return unet_of(
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         block_out_channels=(32, 64, 80),
-        layers_per_block=2,
         transformer_layers_per_block=(1, 2, 3),
         cross_attention_dim=TEXT_WIDTH + TEXT_WIDTH_2,
         attention_head_dim=(2, 4, 4),
         use_linear_projection=True,
-        norm_num_groups=8,
         addition_embed_type="text_time",
         addition_time_embed_dim=NUMBER_WIDTH,
         projection_class_embeddings_input_dim=POOLED_WIDTH + 6 * NUMBER_WIDTH,
-    )
-
-
-def make_pipeline(
-    autoencoder: AutoencoderKL,
-    text_encoders: Mapping[str, nn.Module],
-    tokenizer: CLIPTokenizer,
-    unet: UNet2DConditionModel | None,
-) -> DiffusionPipeline:
-    return diffusers.StableDiffusionXLPipeline(
-        vae=autoencoder,
-        **text_encoders,
-        tokenizer=tokenizer,
-        tokenizer_2=tokenizer,
-        unet=unet,
-        scheduler=make_noise_scheduler(),
-        force_zeros_for_empty_prompt=True,
-        add_watermarker=False,
     )
 
 

@@ -173,7 +173,7 @@ def train_diffusion(work: Path, teacher: DemoTeacher, settings: DemoTeacherSetti
     autoencoder = train_autoencoder(work, settings) if initial is None else initial.vae
     torch.manual_seed(settings.seed)
     tokenizer = make_tokenizer()
-    pipeline = teacher.make_pipeline(autoencoder, teacher.make_text_encoders(tokenizer), tokenizer, None)
+    pipeline = teacher.make_pipeline(autoencoder, tokenizer)
     train_text_encoders(work, teacher, settings, pipeline, initial)
     latents, scale = encode_latents(work, autoencoder, settings)
     autoencoder.register_to_config(scaling_factor=scale)

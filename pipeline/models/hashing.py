@@ -12,6 +12,7 @@ import diffusers
 import numpy
 import torch
 import transformers
+from diffusers import UNet2DConditionModel
 from torch import nn
 from tqdm import tqdm
 
@@ -38,13 +39,15 @@ DECIDES_NOTHING = {
 DECIDES_POOLED = {"eos_token_id"}
 # Keys that a family reads from a text encoder's config, though its class does not know them.
 READ_BY_FAMILIES = {"use_attention_mask": False}
+# Keys of a U-Net's config that state a number for all of its blocks, or one for each.
+PER_BLOCK = ("attention_head_dim", "cross_attention_dim", "layers_per_block", "transformer_layers_per_block")
 SPECIAL_TOKENS = ("bos", "eos", "pad", "unk")
 
 
-def weights_sha256(module: nn.Module) -> str:
+def weights_sha256(module: nn.Module, dtype: torch.dtype | None = None) -> str:
     """A hash of a network's tensors and their names. Equal weights have equal hashes, however they are stored.
 
-    Shows a bar if it takes long.
+    With a `dtype`, of its floats in that precision, whatever they have in memory. Shows a bar if it takes long.
     """
     digest = hashlib.sha256()
     state = sorted(module.state_dict().items())
@@ -58,9 +61,10 @@ def weights_sha256(module: nn.Module) -> str:
         disable=not is_first_process(),
     ) as progress:
         for name, tensor in tensors:
+            progress.update(tensor.nbytes)
+            tensor = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-            progress.update(tensor.nbytes)
     return digest.hexdigest()
 
 
@@ -97,6 +101,27 @@ def deciding(kind: Any, config: Mapping[str, Any], left_out: Collection[str] = D
     # JSON has neither tuples nor NaN.
     plain, defaults = (json.loads(json.dumps(value, default=str), parse_constant=str) for value in (stated, known))
     return {key: value for key, value in plain.items() if value != defaults[key]}
+
+
+def stated_once(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A U-Net's config, as `deciding` gives it, with a number that it states for each block alike stated once.
+
+    Two configs that mean the same are equal by it. Their hashes are not, so what is stored keeps its own way.
+    """
+    once = {key: number_of(config[key]) if key in PER_BLOCK else config[key] for key in config}
+    known = defaults_of(UNet2DConditionModel)
+    return {key: value for key, value in once.items() if key not in PER_BLOCK or value != known[key]}
+
+
+def number_of(value: Any) -> Any:
+    """The number that a list repeats; anything else as it is."""
+    repeats = isinstance(value, list) and len(set(map(repr, value))) == 1 and isinstance(value[0], int)
+    return value[0] if repeats else value
+
+
+def as_stated(config: dict[str, Any], earlier: dict[str, Any] | None) -> dict[str, Any]:
+    """A U-Net's config as an `earlier` one states it, if they mean the same."""
+    return earlier if earlier is not None and stated_once(earlier) == stated_once(config) else config
 
 
 def tokenizer_sha256(tokenizer: Any) -> str:

@@ -204,16 +204,20 @@ def load_scheduler(folder: Path) -> Any:
     return read_part(part_classes(folder)["scheduler"], folder, "scheduler")
 
 
-def load_unet(folder: Path, variant: str | None) -> UNet2DConditionModel:
-    """A pipeline's U-Net. Raises UserError for one with quantised weights."""
-    unet = load_unet_folder(folder / "unet", variant, torch.float32)
+def load_unet(folder: Path, variant: str | None, as_stored: bool = False) -> UNet2DConditionModel:
+    """A pipeline's U-Net, if `as_stored` in the precision of its files. Raises UserError for one with quantised
+    weights."""
+    dtype = None if as_stored else torch.float32
+    unet = load_unet_folder(folder / "unet", variant, dtype)
     refuse_quantised(unet, folder)
     return unet
 
 
-def load_unet_folder(folder: Path, variant: str | None, dtype: torch.dtype) -> UNet2DConditionModel:
-    """The U-Net in a folder of its own. The dtype is set here because quantised weights cannot be cast afterwards."""
-    return load_network(UNet2DConditionModel, folder, variant, fallback=False, torch_dtype=dtype)
+def load_unet_folder(folder: Path, variant: str | None, dtype: torch.dtype | None) -> UNet2DConditionModel:
+    """The U-Net in a folder of its own; None is the precision of its files. The dtype is set here because quantised
+    weights cannot be cast afterwards."""
+    stated: dict[str, Any] = {"as_stored": True} if dtype is None else {"torch_dtype": dtype}
+    return load_network(UNet2DConditionModel, folder, variant, fallback=False, **stated)
 
 
 def load_deployed_unet(folder: Path, variant: str | None, dtype: torch.dtype) -> UNet2DConditionModel:

@@ -121,8 +121,10 @@ def refuse_several_sets(folder: Path, variant: str | None, format: str, files: l
             )
 
 
-def load_network(kind: Any, folder: Path, variant: str | None, fallback: bool = True, **options: Any) -> Any:
-    """The network of class `kind` in a folder, with every tensor from its files.
+def load_network(
+    kind: Any, folder: Path, variant: str | None, fallback: bool = True, as_stored: bool = False, **options: Any
+) -> Any:
+    """The network of class `kind` in a folder, with every tensor from its files, if `as_stored` in their precision.
 
     Raises UserError if a tensor is missing or has another shape, which the libraries would leave random, and if the
     files hold others, which they would ignore.
@@ -130,6 +132,8 @@ def load_network(kind: Any, folder: Path, variant: str | None, fallback: bool = 
     read_json(folder / "config.json")
     weights = find_weights(folder, variant, fallback)
     say_wait(f"loading {folder}", size_of(weights.files))
+    if as_stored:
+        options["torch_dtype"] = reading(folder, lambda: stored_dtype(weights))
     if "transformers" in kind.__module__:
         # Otherwise transformers only says that some tensor does not fit.
         options["ignore_mismatched_sizes"] = True
@@ -171,6 +175,15 @@ def refuse_unfitting(folder: Path, weights: WeightFiles, network: nn.Module, inf
             f"{source} holds {spare[0]}{more}, which its config.json has no place for. "
             "Correct the config, or copy or download the pipeline again."
         )
+
+
+def stored_dtype(weights: WeightFiles) -> torch.dtype:
+    """Half precision, fp16 or bf16, if all floats of a network's safetensors files have it; else float32."""
+    found = set()
+    for path in weights.files if weights.format == "safetensors" else ():
+        with safe_open(path, "pt") as file:
+            found |= {file.get_slice(name).get_dtype() for name in list(file.keys())} & FLOATS.keys()
+    return FLOATS[found.pop()] if len(found) == 1 and found <= {"F16", "BF16"} else torch.float32
 
 
 def stored_precisions(folder: Path) -> list[str]:

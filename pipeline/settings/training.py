@@ -44,7 +44,9 @@ class TrainingSettings(DeviceOptions):
     adam_beta2: float = option(0.999, "AdamW beta2.", ge=0.0, lt=1.0)
     adam_weight_decay: float = option(1e-2, "AdamW weight decay.", ge=0.0)
     adam_epsilon: float = option(1e-8, "AdamW epsilon.", gt=0.0)
-    use_8bit_adam: bool = option(False, "AdamW with 8-bit moments, which take less memory; needs bitsandbytes.")
+    use_8bit_adam: bool = option(
+        False, "AdamW with 8-bit moments, which take less memory; by torchao, or by bitsandbytes on a GPU that has it."
+    )
     use_ema: bool = option(False, "Keep an exponential moving average of the weights and save it as the student.")
     ema_decay: float = option(0.9999, "Decay of the average, after its warm-up.", ge=0.0, le=1.0)
     ema_device: str | None = option(

@@ -21,10 +21,11 @@ from pipeline.cache.latents import other_part
 from pipeline.core import draws
 from pipeline.core.diffusion import add_noise
 from pipeline.models.families import Family, denoise
+from pipeline.models.hashing import stated_once
 from pipeline.settings.training import TrainingSettings
 from pipeline.system.errors import UserError
 from pipeline.training.objective import Objective
-from shards.buckets import batched_alike, bucket_of_image
+from shards.buckets import batched_alike
 from shards.dataset import Batch, CacheDataset, stack_tensors
 from shards.location import Location
 from shards.manifest import read_manifest
@@ -99,7 +100,12 @@ def check(directory: Location, spec: dict[str, Any], trained_on: dict[str, Any])
             "Encode it with the same pipeline."
         )
     for name in ("teacher_sha256", "teacher_config", "noise_scheduler", "prediction_type"):
-        if name in spec and name in trained_on and spec[name] != trained_on[name]:
+        if name not in spec or name not in trained_on:
+            continue
+        stated = [each[name] for each in (spec, trained_on)]
+        if name == "teacher_config":
+            stated = [stated_once(config) for config in stated]
+        if stated[0] != stated[1]:
             raise UserError(
                 f"{FLAG} {directory} was made with another {name.removesuffix('_sha256').replace('_', ' ')} than the "
                 "cache. Make it with the same teacher and options."
@@ -116,9 +122,9 @@ def batches_of_latents(shards: ShardSet, train_timesteps: int, seed: int) -> Ite
     chosen, conditioning = spread(len(shards)), list(conditioning_shapes(shards.manifest.spec))
     if not chosen:
         raise UserError(f"{FLAG} {shards.store} holds no images: all were skipped. See its skipped.jsonl.")
-    spec, first = shards.manifest.spec, 0
+    first = 0
     found = at_once(shards.store, lambda index: shards.read(index, [LATENTS, *conditioning]), chosen)
-    for _, entries in batched_alike(found, BATCH, lambda entry: bucket_of_image(spec, image_of(entry.key))):
+    for _, entries in batched_alike(found, BATCH, lambda entry: shards.manifest.bucket_of(image_of(entry.key))):
         ids = [entry.meta["source_id"] for entry in entries]
         shape = entries[0].tensors[LATENTS].values.shape
         places = [draws.generator(seed, name, 0, "held-out").random() for name in ids]

@@ -46,7 +46,13 @@ from pipeline.training.held_out import HeldOut
 from pipeline.training.interrupts import Interrupts
 from pipeline.training.metrics import Metrics, SeenBatch
 from pipeline.training.objective import Objective
-from pipeline.training.optimizer import check_moments, laid_out_like, make_optimizer, match_memory_format
+from pipeline.training.optimizer import (
+    check_moments,
+    know_8bit_moments,
+    laid_out_like,
+    make_optimizer,
+    match_memory_format,
+)
 from pipeline.training.output import (
     CHECKPOINTS,
     FINISHED,
@@ -150,6 +156,8 @@ def start(
     """The prepared student of the newest checkpoint and the rest of its state, or the `initial` one and None."""
     checkpoints = list_checkpoints(settings.out / CHECKPOINTS)
     if checkpoints:
+        if settings.use_8bit_adam:
+            know_8bit_moments()
         return load_checkpoint(checkpoints[-1][1], lambda folder: transform.load_weights(initial, folder))
     student = initial()
     transform.prepare(student)
@@ -185,7 +193,7 @@ def prepare_training(
         # For matrix products. torch lets convolutions use it anyway.
         torch.set_float32_matmul_precision("high")
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    optimizer = make_optimizer(trained, settings)
+    optimizer = make_optimizer(trained, settings, accelerator.device)
     # Not prepared: accelerate would step the schedule once per process.
     lr_scheduler = get_scheduler(
         settings.lr_scheduler,

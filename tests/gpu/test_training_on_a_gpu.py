@@ -64,6 +64,14 @@ def test_the_average_may_be_kept_on_the_cpu(cache, tmp_path):
     assert all(torch.allclose(tensor, found[name], rtol=1e-3, atol=1e-5) for name, tensor in expected.items())
 
 
+def test_8_bit_adam_trains_much_as_adam_does_and_resumes(cache, on_cpu, tmp_path):
+    settings = {"device": "auto", "mixed_precision": "no", "allow_tf32": False, "use_8bit_adam": True}
+    out = run_distill(cache, tmp_path / "out", max_train_steps=STEPS // 2, **settings)
+    out = run_distill(cache, out, max_train_steps=STEPS, **settings)
+    for line, expected in zip(metrics(out), on_cpu, strict=True):
+        assert line["loss"] == pytest.approx(expected["loss"], rel=3e-2)
+
+
 def test_the_average_and_validation_images_work_in_bf16(cache, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a\nb\n")

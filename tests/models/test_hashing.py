@@ -11,7 +11,7 @@ from transformers import CLIPTextConfig, CLIPTokenizer
 from pipeline.cache.latents import encoders_spec, other_part
 from pipeline.models.bundled import TEACHER
 from pipeline.models.families.sd import SD
-from pipeline.models.hashing import config_of, deciding, tokenizer_sha256
+from pipeline.models.hashing import as_stated, config_of, deciding, stated_once, tokenizer_sha256
 from pipeline.models.load import load_base, load_unet
 
 
@@ -80,6 +80,24 @@ def test_a_config_is_stated_as_json_has_it():
     stated = {"block_out_channels": (8, 16), "norm_eps": float("nan"), "act_fn": "silu", "num_attention_heads": None}
     assert deciding(UNet2DConditionModel, stated) == {"block_out_channels": [8, 16], "norm_eps": "NaN"}
     assert deciding(CLIPTextConfig, CLIPTextConfig().to_dict()) == {}
+
+
+@pytest.mark.parametrize(
+    ("key", "number", "for_each", "other"),
+    [
+        ("attention_head_dim", 8, [8, 8, 8, 8], [5, 10, 20, 20]),
+        ("attention_head_dim", 4, [4, 4, 4, 4], [8, 8, 8, 8]),
+        ("layers_per_block", 2, [2, 2, 2, 2], [2, 2, 2, 1]),
+        ("transformer_layers_per_block", 3, [3, 3, 3, 3], [[3, 3], [3, 3], [3, 3], [3, 3]]),
+        ("cross_attention_dim", 768, [768, 768, 768, 768], 1024),
+    ],
+)
+def test_a_number_for_each_block_alike_means_that_number_for_all(key, number, for_each, other):
+    once, each, different = (deciding(UNet2DConditionModel, {key: value}) for value in (number, for_each, other))
+    assert stated_once(once) == stated_once(each) != stated_once(different)
+    assert as_stated(once, each) == each
+    assert as_stated(different, each) == different
+    assert as_stated(once, None) == once
 
 
 @pytest.mark.parametrize("source", ["tiny", "demo"])

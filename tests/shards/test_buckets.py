@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 import pytest
 
-from shards.buckets import bucket_of_image, buckets_of_steps, of_bucket, steps_before
+from shards.buckets import buckets_of_steps, of_bucket, steps_before
 from shards.dataset import EpochBatches
 from shards.manifest import Manifest, read_manifest, write_manifest
 from shards.plan import ShardPlan
@@ -104,9 +104,10 @@ def test_what_a_spec_says_of_one_bucket_is_the_spec_of_a_set_of_that_size():
     assert cache["latents"] == latents
     assert cache["taps"] == {"mid_block": {"shape": [8, 3, 1], "stride": 1}}
     assert "buckets" not in cache
-    assert [bucket_of_image(of_cache(), image) for image in range(5)] == [0, 0, 1, 1, 1]
+    assert [Manifest(of_cache()).bucket_of(image) for image in range(5)] == [0, 0, 1, 1, 1]
+    assert Manifest({"entries": 5}).bucket_of(3) == 0
     with pytest.raises(ShardError, match="image 5 is none of the 5"):
-        bucket_of_image(described(), 5)
+        Manifest(described()).bucket_of(5)
 
 
 @pytest.mark.parametrize(

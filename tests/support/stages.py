@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+import tarfile
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from shards.cache import Cache
 from shards.calibration import Calibration
 from shards.manifest import Manifest, write_manifest
 from shards.reader import ShardSet, StoredEntry
+from shards.schema import BLOCK
 from shards.store import open_store
 from shards.writer import EntryBuilder, write_shard
 from support.tiny import tiny_pipeline
@@ -93,6 +95,20 @@ def shard_files(directory: Path) -> dict[str, bytes]:
         for name, data in tree(directory).items()
         if name.endswith((".tar", ".index")) or name.startswith(("s0", "r0"))
     }
+
+
+def bytes_per_entry(directory: Path, shards: list[str]) -> float:
+    """The mean bytes on disk of the entries of some shards: their members in the tars, their rows in the sidecars.
+
+    A tar is filled up to 10 KB, which is much beside entries as small as those of tests.
+    """
+    size, count = 0, 0
+    for name in shards:
+        head, _, table = (directory / f"{name}.index").read_bytes().partition(b"\n")
+        with tarfile.open(directory / f"{name}.tar") as tar:
+            size += sum(BLOCK + -(-member.size // BLOCK) * BLOCK for member in tar) + len(table)
+        count += json.loads(head)["count"]
+    return size / count
 
 
 def metrics(out: Path) -> list[dict]:

@@ -1,6 +1,7 @@
 """Small random models and images. Nothing here needs a network or a GPU."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -177,13 +178,17 @@ def tiny_xl_pipeline(
     )
 
 
-def write_images(folder: Path, count: int, seed: int = 0) -> Path:
+# (width, height) in pixels.
+SIZES = tuple((side, 40) for side in range(36, 56, 4))
+
+
+def write_images(folder: Path, count: int, seed: int = 0, sizes: Sequence[tuple[int, int]] = SIZES) -> Path:
     """Pictures of several sizes with their metadata.jsonl, listed out of order."""
     folder.mkdir(parents=True, exist_ok=True)
     draw = np.random.default_rng(seed)
     rows = []
     for i in range(count):
-        size = (36 + 4 * (i % 5), 40)
+        size = sizes[i % len(sizes)]
         Image.fromarray(draw.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(folder / f"{i:03d}.png")
         rows.append({"file_name": f"{i:03d}.png", "text": f"picture {i}"})
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in reversed(rows)))

@@ -88,8 +88,8 @@ def test_the_teachers_memory_is_free_when_its_images_are_drawn(work, teacher, tm
     found = {}
     real = teacher_cache.load_unet
 
-    def load_unet(*arguments):
-        unet = real(*arguments)
+    def load_unet(*arguments, **options):
+        unet = real(*arguments, **options)
         found["weights"] = weakref.ref(next(unet.parameters()))
         found["teacher"] = weakref.ref(unet)
         return unet

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import math
 import re
 import shutil
 import sys
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch._dynamo
+import torchao.optim
 from diffusers import DiffusionPipeline
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import filter_repo_objects
@@ -20,7 +20,6 @@ from safetensors.torch import load_file, save_file
 from support.stages import (
     metrics,
     prepared,
-    reset_accelerate,
     run_distill,
     state_dict_of,
 )
@@ -29,6 +28,7 @@ from pipeline.distill import DistillSettings
 from pipeline.sampling.generate import Sampler, generate
 from pipeline.settings.training import resolve_steps_and_lr
 from pipeline.system.errors import UserError
+from pipeline.training.optimizer import check_moments, make_optimizer
 from shards.schema import ShardError
 
 pytestmark = pytest.mark.usefixtures("few_steps")
@@ -159,38 +159,59 @@ def test_a_compiled_student_trains_as_one_graph_with_its_taps(cache, tmp_path, m
     assert state_dict_of(compiled / "unet").keys() == state_dict_of(plain / "unet").keys()
 
 
-def test_8_bit_adam_gets_the_settings_of_adam(cache, tmp_path, monkeypatch):
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_8_bit_adam_gets_the_settings_of_adam(tmp_path, monkeypatch, device):
+    """bitsandbytes on a GPU, if it is installed."""
+
     class AdamW8bit(torch.optim.AdamW):
         pass
 
     stand_in = types.SimpleNamespace(optim=types.SimpleNamespace(AdamW8bit=AdamW8bit))
     monkeypatch.setitem(sys.modules, "bitsandbytes", stand_in)
     options = {"adam_weight_decay": 0.25, "adam_beta1": 0.5, "adam_beta2": 0.75, "adam_epsilon": 1e-6}
-    _, training = prepared(
-        cache, tmp_path / "out", level="sd_small", use_8bit_adam=True, learning_rate=0.125, **options
+    settings = DistillSettings(
+        cache=tmp_path, out=tmp_path, level="sd_small", use_8bit_adam=True, learning_rate=0.125, **options
     )
-    optimizer = training.optimizer.optimizer
-    assert type(optimizer) is AdamW8bit
+    weights = [torch.nn.Parameter(torch.ones(2))]
+    optimizer = make_optimizer(weights, settings, torch.device(device))
+    assert isinstance(optimizer, AdamW8bit if device == "cuda" else torchao.optim.AdamW8bit)
     given = optimizer.defaults
     assert (given["lr"], given["weight_decay"], given["betas"], given["eps"]) == (0.125, 0.25, (0.5, 0.75), 1e-6)
-    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(training.student.parameters()))
+    assert optimizer.param_groups[0]["params"] == weights
 
 
-def test_8_bit_adam_trains(cache, tmp_path):
-    """Where bitsandbytes is installed: its moments take a byte per parameter, and the loss stays finite."""
-    bitsandbytes = pytest.importorskip("bitsandbytes")
-    _, training = prepared(cache, tmp_path / "out", level="sd_small", use_8bit_adam=True, adam_weight_decay=0.25)
-    assert isinstance(training.optimizer.optimizer, bitsandbytes.optim.AdamW8bit)
-    assert training.optimizer.optimizer.defaults["weight_decay"] == 0.25
-    reset_accelerate()
-    lines = metrics(run_distill(cache, tmp_path / "trained", use_8bit_adam=True))
-    assert all(math.isfinite(line["loss"]) for line in lines)
+def test_8_bit_adam_trains_much_as_adam_does_and_resumes_bit_for_bit(cache, tmp_path):
+    """Its moments take a byte for each parameter, except in small tensors."""
+    settings = {"use_8bit_adam": True, "lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 3}
+    whole = run_distill(cache, tmp_path / "whole", **settings)
+    exact = run_distill(cache, tmp_path / "exact", **{**settings, "use_8bit_adam": False})
+    for found, expected in zip(metrics(whole), metrics(exact), strict=True):
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-2)
+        assert found["learning_rate"] == pytest.approx(expected["learning_rate"])
+    out = run_distill(cache, tmp_path / "out", **settings, max_train_steps=2)
+    state = torch.load(out / "checkpoints" / "step-0000002" / "state.pt", weights_only=True)
+    moments = [each[name] for each in state["optimizer"]["state"].values() for name in ("exp_avg", "exp_avg_sq")]
+    quantised = [moment for moment in moments if hasattr(moment, "codes")]
+    assert quantised
+    assert all(moment.codes.dtype == torch.uint8 and moment.numel() >= 4096 for moment in quantised)
+    run_distill(cache, out, **settings)
+    expected, found = state_dict_of(whole / "unet"), state_dict_of(out / "unet")
+    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
 
 
-def test_8_bit_adam_without_its_package_is_refused(cache, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(UserError, match="needs the package bitsandbytes. Install it: pip install"):
+def test_8_bit_adam_without_its_packages_is_refused(cache, tmp_path, monkeypatch):
+    for package in ("bitsandbytes", "torchao.optim"):
+        monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match="needs the package torchao, or on a GPU bitsandbytes. Install it: pip install"):
         run_distill(cache, tmp_path / "out", use_8bit_adam=True)
+
+
+def test_moments_of_another_packages_adam_are_refused():
+    weights = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.AdamW([weights])
+    optimizer.state[weights] = {"state1": torch.zeros(2), "state2": torch.zeros(2)}
+    with pytest.raises(ValueError, match="exp_avg, exp_avg_sq is missing, as in a checkpoint of another package's"):
+        check_moments(optimizer)
 
 
 def test_a_checkpoint_with_another_memory_format_resumes_the_same(cache, plain, saved):

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import CLIPTextConfig, CLIPTokenizer
 
-from pipeline.models.reading import read_json, read_part
+from pipeline.models.reading import read_json
 
 MODEL_TYPES = (None, "clip_text_model", "clip")
 TRAINED_WITH = "Use the text encoder that the U-Net was trained with"
@@ -52,14 +52,18 @@ def width_problems(text: str, width: int, unet: dict[str, Any]) -> Iterator[tupl
     yield set(widths) == {width}, f"{text} have width {width}, but its U-Net takes {widths[0]}. {TRAINED_WITH}."
 
 
-def tokenizer_problems(folder: Path, part: str, encoder: str) -> Iterator[tuple[bool, str]]:
-    """Whether the tokenizer `part` and the text encoder `encoder` fit together, as `kind_problems` gives it."""
-    text = read_part(CLIPTextConfig, folder, encoder)
+def config_problems(folder: Path, part: str) -> Iterator[tuple[bool, str]]:
+    """Whether the config of the tokenizer `part` names its special tokens, as `kind_problems` gives it."""
     path = folder / part / "tokenizer_config.json"
     config = read_json(path) if path.is_file() else {}
     for key in ("bos_token", "eos_token", "pad_token"):
         yield config.get(key, "") is not None, f"{path} has null for {key}. Name the token there, as CLIP's does."
-    tokenizer = read_part(CLIPTokenizer, folder, part)
+
+
+def tokenizer_problems(
+    tokenizer: CLIPTokenizer, part: str, text: CLIPTextConfig, encoder: str
+) -> Iterator[tuple[bool, str]]:
+    """Whether a tokenizer and a text encoder fit together, which are called `part` and `encoder` in their pipeline."""
     token, number = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
     named = f"its {spoken(part)}"
     yield (

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from transformers import CLIPTextConfig
+from transformers import CLIPTextConfig, CLIPTokenizer
 
 from pipeline.models.families.checks import (
     OTHER_INPUTS,
@@ -15,7 +15,7 @@ from pipeline.models.families.checks import (
     size_problems,
     vae_problems,
 )
-from pipeline.models.families.clip import kind_problems, tokenizer_problems, width_problems
+from pipeline.models.families.clip import config_problems, kind_problems, tokenizer_problems, width_problems
 from pipeline.models.reading import read_config, read_part
 
 REFUSED = {**OTHER_INPUTS, "addition_embed_type": "additional embeddings, as SDXL does"}
@@ -32,5 +32,7 @@ def problems(folder: Path, any_channels: bool) -> Iterator[tuple[bool, str]]:
     yield from kind_problems(folder, "text_encoder", ADVICE)
     text = read_part(CLIPTextConfig, folder, "text_encoder")
     yield from width_problems("its text encoder's embeddings", text.hidden_size, unet)
-    yield from tokenizer_problems(folder, "tokenizer", "text_encoder")
+    yield from config_problems(folder, "tokenizer")
+    tokenizer = read_part(CLIPTokenizer, folder, "tokenizer")
+    yield from tokenizer_problems(tokenizer, "tokenizer", text, "text_encoder")
     yield from scheduler_problems(folder)

@@ -16,7 +16,13 @@ from pipeline.models.families.checks import (
     size_problems,
     vae_problems,
 )
-from pipeline.models.families.clip import kind_problems, prompt_length, tokenizer_problems, width_problems
+from pipeline.models.families.clip import (
+    config_problems,
+    kind_problems,
+    prompt_length,
+    tokenizer_problems,
+    width_problems,
+)
 from pipeline.models.reading import read_config, read_json, read_part
 from pipeline.models.schedule import CONFIG
 
@@ -62,12 +68,12 @@ def text_problems(folder: Path, unet: dict[str, Any]) -> Iterator[tuple[bool, st
     yield from projection_problems(unet, pooled)
     width = sum(config.hidden_size for config in configs.values())
     yield from width_problems("the embeddings of its two text encoders together", width, unet)
-    for encoder, tokenizer in ENCODERS.items():
-        yield from tokenizer_problems(folder, tokenizer, encoder)
-    lengths = [
-        prompt_length(read_part(CLIPTokenizer, folder, tokenizer), configs[encoder])
-        for encoder, tokenizer in ENCODERS.items()
-    ]
+    lengths = []
+    for encoder, part in ENCODERS.items():
+        yield from config_problems(folder, part)
+        tokenizer = read_part(CLIPTokenizer, folder, part)
+        yield from tokenizer_problems(tokenizer, part, configs[encoder], encoder)
+        lengths.append(prompt_length(tokenizer, configs[encoder]))
     yield (
         lengths[0] == lengths[1],
         f"its tokenizers give prompts of {lengths[0]} and of {lengths[1]} tokens. Correct their model_max_length.",
