@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from support.stages import (
     metrics,
     prepared,
+    reset_accelerate,
     run_distill,
     state_dict_of,
 )
