@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,7 +77,13 @@ class LatentsWriter:
         entries = self.entries(shard, left, skipped, crcs, advance)
         if is_accelerator(self.base.vae.device):
             entries = in_background(entries, 2 * self.settings.batch_size)
-        write_shard(store, shard.name, self.manifest, entries, skipped, kept)
+        try:
+            write_shard(store, shard.name, self.manifest, entries, skipped, kept)
+        except BaseException:
+            # The batches that are kept are not read again.
+            with suppress(OSError):
+                remember(store, self.manifest, shard, here, crcs)
+            raise
         remember(store, self.manifest, shard, here, crcs)
 
     def kept_batches(self, shard: PlannedShard, records: list[Record]) -> Kept | None:
