@@ -60,6 +60,7 @@ from pipeline.training.output import (
     VALIDATION,
     checkpointed_step,
     hashes_of_result,
+    require_room,
 )
 from pipeline.training.peers import Peers
 from pipeline.training.transform import Transform
@@ -245,6 +246,7 @@ def run_training(
     if accelerator.is_main_process:
         # A run that was killed after it wrote one may have left more.
         keep_newest(settings.out / CHECKPOINTS, settings.checkpoints_total_limit)
+        require_room(settings, training.student, training.base, training.ema is not None)
     train(settings, accelerator, training, stream)
     if accelerator.is_main_process:
         if training.ema:

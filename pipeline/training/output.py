@@ -7,15 +7,18 @@ out/finished.json    the step of the saved result, and the sha256 of its files
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from torch import nn
 
 from pipeline.models.checksums import hashed
 from pipeline.models.hub import open_repository
 from pipeline.models.load import MODEL_INDEX
 from pipeline.settings.training import TrainingSettings
+from pipeline.system.disk import require_space, size_of
 from pipeline.system.echo import plural
 from pipeline.system.errors import UserError
 from pipeline.system.json_files import read_json
@@ -82,6 +85,23 @@ def nothing_left(settings: TrainingSettings, accelerator: Accelerator, what: str
         open_repository(settings.push_to_hub)
     accelerator.wait_for_everyone()
     return False
+
+
+def require_room(settings: TrainingSettings, student: nn.Module, base: Path, averaged: bool) -> None:
+    """Raise UserError, before the first step, if the checkpoints and the result do not fit on the disk.
+
+    A checkpoint has the trained weights, their two moments, and their average if it is `averaged`, in float32. One more
+    is there than is kept, until the oldest is deleted. The result is the `base` pipeline with the student, or adapters.
+    """
+    if list_checkpoints(settings.out / CHECKPOINTS):
+        return
+    total = sum(parameter.numel() for parameter in student.parameters())
+    trained = sum(parameter.numel() for parameter in student.parameters() if parameter.requires_grad)
+    written = math.ceil((settings.max_train_steps or 0) / settings.checkpointing_steps)
+    checkpoints = min(settings.checkpoints_total_limit + 1, written) * trained * (4 if averaged else 3)
+    others = size_of(file for part in base.iterdir() if part.name != "unet" for file in part.rglob("*"))
+    result = 4 * total + others if trained == total else 4 * trained
+    require_space(settings.out, 4 * checkpoints + result, "use a lower --checkpoints-total-limit")
 
 
 def has_extras(settings: TrainingSettings) -> bool:

@@ -362,3 +362,14 @@ def test_what_is_no_name_of_a_repository_is_refused_without_its_secrets(cache, t
     with pytest.raises(UserError, match="is not the name of a repository. Give owner/name.") as caught:
         run_distill(cache, tmp_path / "out", push_to_hub=name)
     assert "secret" not in str(caught.value)
+
+
+def test_a_disk_without_room_for_the_checkpoints_is_noticed_before_the_first_step(cache, tmp_path, monkeypatch):
+    """A checkpoint is three times the weights, and one more is there than is kept."""
+    (file,) = (cache / "students" / "sd_small").glob("*.safetensors")
+    weights = 4 * sum(tensor.numel() for tensor in load_file(file).values())
+    monkeypatch.setattr("pipeline.system.disk.free_bytes", lambda out: 9 * weights)
+    with pytest.raises(UserError, match="out needs about .* more, but its disk has only .* --checkpoints-total-limit"):
+        run_distill(cache, tmp_path / "out", checkpointing_steps=1, checkpoints_total_limit=2)
+    assert not (tmp_path / "out" / "checkpoints").exists()
+    run_distill(cache, tmp_path / "out", checkpointing_steps=1, checkpoints_total_limit=1)
