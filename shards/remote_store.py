@@ -38,6 +38,8 @@ SECRETS = re.compile(r"(?<=://)[^/\s?#'\"]*@|\?[^\s'\")>]*|[A-Za-z0-9+/_=-]{32,}
 NO_BUCKET = re.compile("NoSuchBucket|bucket does not exist")
 # Classes of errors by which libraries say that there are no valid credentials.
 NO_CREDENTIALS = re.compile("Credential|TokenRetrieval|SSOToken|RefreshError|LocalTokenNotFound")
+# Of huggingface_hub's error while an environment variable keeps it from the network.
+OFFLINE = re.compile("OfflineMode")
 
 Result = TypeVar("Result")
 Part = tuple[str, int, int]
@@ -206,6 +208,8 @@ class RemoteStore:
                 f"Check that the credentials which {LIBRARIES[self.url.scheme]} finds are valid and have not expired"
             )
             return PermissionError(errno.EACCES, f"access was denied ({said}). {remedy}", shown)
+        if OFFLINE.search(f"{type(error).__name__} {said}"):
+            return OSError(errno.ENETDOWN, f"the network was not asked ({said}). Unset HF_HUB_OFFLINE", shown)
         if isinstance(error, TypeError | AttributeError | NameError):
             return error
         if status is None or status >= 500 or status in PASSING:

@@ -21,6 +21,7 @@ from pipeline.settings.data import DataSettings
 from pipeline.system.echo import one_line, plural, printable
 from pipeline.system.errors import UserError
 from shards.location import is_url, without_secrets
+from shards.schema import MANIFEST
 
 __all__ = ["DataSettings", "OpenSource", "Record", "inputs_sha256", "open_source"]
 
@@ -76,6 +77,11 @@ def _source(settings: DataSettings) -> Source:
         return open_remote(settings)
     data = Path(settings.data)
     refuse_special(data)
+    if (data / MANIFEST).is_file() and any(data.glob("*.index")):
+        raise UserError(
+            f"--data {data} holds latents or a cache, not images. Give the images and captions that they were made "
+            "from."
+        )
     if metadata_in(data):
         return ImageFolder(data, settings.image_column, settings.caption_column)
     if tars := tars_named(settings.data):

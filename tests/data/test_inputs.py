@@ -216,3 +216,10 @@ def test_notes_are_printed_by_the_run_and_its_plan(teacher, tmp_path):
         assert result.exit_code == 0, result.output
         assert "note: passed over 1 file of other kinds: 1 .svg" in result.output
         assert "note: 1 of 3 entries will be skipped. The first is 002.png: no caption file 002.txt" in result.output
+
+
+def test_latents_are_no_images(teacher, out, tmp_path):
+    with pytest.raises(UserError, match=f"--data {out} holds latents or a cache, not images. Give the images"):
+        run_encode(teacher, out, tmp_path / "others")
+    reset_accelerate()
+    assert not (tmp_path / "others").exists()

@@ -233,6 +233,17 @@ def test_two_writers_of_one_file_do_no_harm(store):
     assert store.read("a") == data
 
 
+def test_a_hub_that_may_not_be_asked_is_not_asked_again(monkeypatch):
+    monkeypatch.setattr(remote_store.time, "sleep", lambda _: pytest.fail("it waits"))
+    store, offline = open_store("hf://datasets/owner/name"), type("OfflineModeIsEnabled", (ConnectionError,), {})
+
+    def refused(files):
+        raise offline("HF_HUB_OFFLINE is set")
+
+    with pytest.raises(OSError, match="the network was not asked .* Unset HF_HUB_OFFLINE"):
+        store._try("a", refused)
+
+
 def test_a_missing_library_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(OSError, match="needs the library gcsfs. Install it: pip install gcsfs"):
