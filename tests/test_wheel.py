@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SOURCES = ("pyproject.toml", "README.md", "LICENSE", "pipeline", "shards", "tests")
 # Pages for readers of the repository.
-PAGES = ("pipeline/README.md", "pipeline/docs/*", "shards/README.md")
+PAGES = ("pipeline/README.md", "pipeline/docs/*", "pipeline/docs/*/*", "shards/README.md")
 PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet")
 
 # Run where the wheel is installed, and nothing else of this project: prints where the package lies, and uses its data.

@@ -68,7 +68,7 @@ def run(settings: InspectSettings) -> None:
     if inventory.images:
         say("\n".join(["\nimages, each stored once:", *count_lines(inventory.images), *member_lines(inventory.images)]))
     if not inventory.entries:
-        raise UserError(f"{settings.directory} holds no entries now. Rerun its stage to write them.")
+        raise UserError(f"{settings.directory} holds no entries yet. Rerun its stage to write them.")
     if inventory.manifest.spec["stage"] == "cache":
         timesteps = [entry.meta["timestep"] for entry in inventory.spread(TIMESTEPS)]
         say("\n".join(histogram(timesteps, inventory.manifest.spec["noise_scheduler"]["num_train_timesteps"])))
