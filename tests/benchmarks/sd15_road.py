@@ -12,11 +12,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-import re
 import shutil
-import subprocess
-import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +20,7 @@ import click
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from machine import run_stage, stage_table
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -96,19 +93,6 @@ def random_images(folder: Path, count: int) -> None:
         Image.fromarray(coarse).resize((640, 512), Image.Resampling.BICUBIC).save(folder / f"{i}.png")
     rows = [{"file_name": f"{i}.png", "text": f"picture number {i}"} for i in range(count)]
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def run_stage(*arguments: object) -> tuple[float, float, float]:
-    """Run one stage; returns seconds in all, seconds a unit of its progress bar, and peak memory in GB."""
-    started = time.monotonic()
-    process = subprocess.Popen(["distill-sd", *map(str, arguments)], stderr=subprocess.PIPE, text=True)
-    shown = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        sys.exit(shown)
-    seconds = time.monotonic() - started
-    done, minutes, rest = re.findall(r"(\d+)/\1 \[(\d+):(\d+)<", shown)[-1]
-    return seconds, (60 * int(minutes) + int(rest)) / int(done), usage.ru_maxrss / 1e6
 
 
 @dataclass(frozen=True)
@@ -199,10 +183,7 @@ def main(work: Path, images: int, cases: tuple[str, ...], device: str) -> None:
         ratio, over = rows[0][1].shared / found.shared, 100 * (planned / found.shared - 1)
         cells = f"{found.taps:,.0f} | {found.entry:,.0f} | {found.shared:,.0f} | {planned:,.0f} | {over:+.1f} %"
         print(f"| {name} | {cells} | {ratio:.1f} |")
-    print("\n| stage | seconds in all | seconds an entry or step | peak memory, GB |")
-    print("|---|---|---|---|")
-    for name, (seconds, each, memory) in stages.items():
-        print(f"| {name} | {seconds:.0f} | {each:.1f} | {memory:.1f} |")
+    print("\n" + stage_table(stages))
 
 
 if __name__ == "__main__":

@@ -11,13 +11,8 @@ stages' own commands as child processes, whose peak memory the system reports:
 from __future__ import annotations
 
 import json
-import os
-import re
 import shutil
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 
 import click
@@ -25,7 +20,7 @@ import diffusers
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
-from machine import in_process, machine
+from machine import in_process, machine, run_stage, stage_table
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -145,20 +140,6 @@ def random_images(folder: Path, count: int) -> None:
         (folder / f"{i}.txt").write_text(f"picture number {i}")
 
 
-def run_stage(*arguments: object) -> tuple[float, float, float]:
-    """Run one stage; returns seconds in all, seconds a unit of its progress bar, and peak memory in GB."""
-    started = time.monotonic()
-    process = subprocess.Popen(["distill-sd", *map(str, arguments)], stderr=subprocess.PIPE, text=True)
-    assert process.stderr
-    shown = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        sys.exit(shown)
-    seconds = time.monotonic() - started
-    done, minutes, rest = re.findall(r"(\d+)/\1 \[(\d+):(\d+)<", shown)[-1]
-    return seconds, (60 * int(minutes) + int(rest)) / int(done), usage.ru_maxrss / 1e6
-
-
 def written_bytes(cache: Path) -> float:
     """The bytes of an entry on disk: its members in the tar, and its row in the sidecar."""
     manifest = read_manifest(open_store(cache), "cache")
@@ -216,10 +197,7 @@ def run(work: Path, images: int, cases: tuple[str, ...], dtype: str, device: str
     print("|---|---|---|---|")
     for name, found, expected in rows:
         print(f"| {name}, {LEVELS[name]} | {found:,.0f} | {expected:,} | {100 * (expected / found - 1):+.1f} % |")
-    print("\n| stage | seconds in all | seconds an entry or step | peak memory, GB |")
-    print("|---|---|---|---|")
-    for name, (seconds, each, memory) in stages.items():
-        print(f"| {name} | {seconds:.0f} | {each:.1f} | {memory:.1f} |")
+    print("\n" + stage_table(stages))
 
 
 if __name__ == "__main__":
